@@ -1,0 +1,24 @@
+"""The four techniques: what is trained inside a frozen model."""
+
+from __future__ import annotations
+
+from capotune.config import MethodSettings
+from capotune.methods.base import Method, Start
+from capotune.methods.feature_extraction import FeatureExtraction
+from capotune.methods.lora import Lora
+from capotune.methods.prompt_tuning import PromptTuning
+from capotune.methods.qlora import Qlora
+
+__all__ = ["METHODS", "Method", "Start", "make"]
+
+METHODS: dict[str, type[Method]] = {
+    "feature-extraction": FeatureExtraction,
+    "lora": Lora,
+    "qlora": Qlora,
+    "prompt-tuning": PromptTuning,
+}
+
+
+def make(settings: MethodSettings) -> Method:
+    """The method that the settings are of, not attached yet."""
+    return METHODS[settings.method](settings)

@@ -1,0 +1,201 @@
+"""What is written when training ends, and read back: PEFT's adapter folder plus ``capotune.json``.
+
+    adapter_config.json          PEFT's configuration
+    adapter_model.safetensors    the trained weights under PEFT's keys
+    capotune.json                task, labels, tokenisation, pooling, base fingerprint, settings, how it was trained
+    README.md                    a model card made from the same record
+
+Only safetensors and JSON are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, peft_config
+from capotune.adapters.fingerprint import fingerprint
+from capotune.config import MethodSettings, build, method_class
+from capotune.errors import AdapterError, CapotuneError
+from capotune.files import human_bytes, output_folder, write_atomic
+from capotune.methods import Start
+from capotune.models.load import Source, find
+
+FORMAT = 1
+CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter folder, read and checked, not yet put on a base."""
+
+    folder: Path
+    settings: MethodSettings
+    record: dict[str, Any]
+    """``capotune.json``."""
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def base(self) -> str:
+        """Name of the base it was trained on."""
+        return str(self.record["base"]["name"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of the head's outputs."""
+        return tuple(self.record["labels"])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the folder's files."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+
+def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
+    """Write the adapter folder, complete or not at all. ``trained``: how it was trained, for the record and the card."""
+    record = {
+        "format": FORMAT,
+        "method": assembled.method.name,
+        "settings": assembled.method.settings.model_dump(mode="json"),
+        **assembled.task.record(),
+        "feature_layers": list(assembled.model.feature_layers),
+        "base": {"name": assembled.source.name, "fingerprint": fingerprint(assembled.source)},
+        "trained": trained,
+    }
+    tensors = {key: weight.detach().cpu().contiguous() for key, weight in assembled.trainable().items()}
+    with output_folder(folder) as new:
+        write_atomic(new / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_atomic(new / CONFIG, json.dumps(peft_config(assembled), indent=2) + "\n")
+        write_atomic(new / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(new / CARD, _card(record, sum(tensor.numel() for tensor in tensors.values())))
+
+
+def read_adapter(folder: str | Path) -> StoredAdapter:
+    """Read and check an adapter folder. ``AdapterError`` says which file is missing or damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(
+            f"{folder}: no such adapter folder. `capo train` and `capo compare` write one named adapter."
+        )
+    record = _read_json(folder, RECORD)
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"{folder / RECORD}: format {record.get('format')!r}; this version reads format {FORMAT}.")
+    try:
+        settings = build(method_class(record["method"]), record["settings"])
+        tensors = load_file(folder / WEIGHTS)
+        for key in ("labels", "pooling", "max_length", "feature_layers"):
+            record[key]
+        record["base"]["fingerprint"], record["base"]["name"]
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: {WEIGHTS} is missing; the adapter is incomplete.") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: damaged or incomplete ({error}). Train or copy it again.") from None
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / RECORD}: {error} is missing or not as written by capotune.") from None
+    except CapotuneError as error:
+        raise AdapterError(f"{folder / RECORD}: {error}") from None
+    return StoredAdapter(folder, settings, record, tensors)
+
+
+def load_adapter(
+    stored: StoredAdapter, *, model: str | None, device: torch.device, trust_remote_code: bool = False
+) -> Assembled:
+    """Put the adapter on its base (``model`` names another place of the same base).
+
+    Raises ``AdapterError`` when the base is another one by content, or the weights do not fit.
+    """
+    return _on_base(stored, model, device, trust_remote_code, with_method=True)
+
+
+def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.device | None = None) -> Assembled:
+    """The frozen base with pooling and a blank head, as the adapter expects it, for other programs such as PEFT."""
+    return _on_base(stored, model, device or torch.device("cpu"), False, with_method=False)
+
+
+def check_base(stored: StoredAdapter, source: Source) -> None:
+    """``AdapterError`` unless ``source`` has the very weights that the adapter was trained on."""
+    expected, found = stored.record["base"]["fingerprint"], fingerprint(source)
+    if found != expected:
+        raise AdapterError(
+            f"{stored.folder}: this adapter belongs to another base. It was trained on '{stored.base}' "
+            f"(fingerprint {expected[:12]}…); '{source.name}' has {found[:12]}…. Give the right base with --model."
+        )
+
+
+def _on_base(
+    stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool, with_method: bool
+) -> Assembled:
+    source = find(model or stored.base)
+    check_base(stored, source)
+    record = stored.record
+    task = classification_task(source, stored.labels, record["pooling"], record["max_length"], 0, trust_remote_code)
+    assembled = assemble(source, stored.settings, task, device=device, trust_remote_code=trust_remote_code)
+    if not with_method:
+        assembled.model.virtual_tokens = int(record["settings"].get("num_virtual_tokens", 0))
+        return assembled
+    attach(assembled, Start(torch.Generator().manual_seed(0), token_ids=[0]))
+    try:
+        assembled.method.load(stored.tensors)
+        with torch.no_grad():
+            for path, weight in task.head_parameters(assembled.model).items():
+                weight.copy_(stored.tensors[assembled.method.key_prefix + path])
+    except KeyError as error:
+        raise AdapterError(f"{stored.folder / WEIGHTS}: the tensor {error} is missing.") from None
+    except (ValueError, RuntimeError) as error:
+        raise AdapterError(f"{stored.folder / WEIGHTS}: {error}") from None
+    return assembled
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        foreign = (folder / CONFIG).is_file() and name == RECORD
+        why = " It looks like an adapter of another program." if foreign else ""
+        raise AdapterError(f"{folder}: {name} is missing; this is not a complete capotune adapter.{why}") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{folder / name}: not readable JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{folder / name}: expected an object, found a {type(values).__name__}.")
+    return values
+
+
+def _card(record: dict[str, Any], parameters: int) -> str:
+    """README.md of the adapter: what it is, how it scored, how to use it."""
+    trained, labels = record["trained"], record["labels"]
+    settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
+    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    return f"""---
+base_model: {record["base"]["name"]}
+library_name: capotune
+tags: [capotune, {record["method"]}]
+---
+# {record["method"]} adapter for {record["base"]["name"]}
+
+Classifies a text into {len(labels)} labels: {shown}.
+
+Test accuracy {trained["score"]:.2%} on {trained["test_rows"]:,} rows, trained on {trained["train_rows"]:,}.
+{parameters:,} trained weights ({human_bytes(parameters * 4)}); the base itself is unchanged
+(fingerprint `{record["base"]["fingerprint"]}`).
+
+```
+capo predict {trained["adapter"]} "your text"
+```
+
+```python
+import capotune
+
+classifier = capotune.load({trained["adapter"]!r})
+classifier.predict(["your text"])
+```
+
+| setting | value |
+| --- | --- |
+{settings}
+"""

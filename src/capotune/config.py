@@ -1,0 +1,255 @@
+"""Every setting, declared once.
+
+From these models come the command-line flags and their help, the YAML file, the validation and the saved record.
+A field's docstring is its help text; its default is the one that ``docs/defaults.md`` gives evidence for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from capotune.errors import SettingError
+
+MethodName = Literal["feature-extraction", "lora", "qlora", "prompt-tuning"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Immutable, and an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    """Which labelled text, and how to read it."""
+
+    data: str
+    """Labelled text: a csv, tsv, jsonl or parquet file, or a dataset id on the hub."""
+    test: str | None = None
+    """A second file to test on. Without it: the rows whose `split` column says test, else a stratified part of the data."""
+    text_column: str | None = None
+    """Column that holds the text. Found by name when left out."""
+    label_column: str | None = None
+    """Column that holds the label. Found by name when left out."""
+    test_fraction: Fraction = 0.2
+    """Part of the rows kept for the test when no test rows are given."""
+    max_length: Count | None = None
+    """Longest text in tokens; longer ones are cut. The base's own limit when left out."""
+
+
+class RunSettings(DataSettings):
+    """What every run needs, whatever the method."""
+
+    model: str = "minilm"
+    """Base model: `minilm` (embedded), a folder, or a model id on the hub."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the split, the order of the rows, and every random number."""
+    validation_fraction: Fraction = 0.1
+    """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most)."""
+    cache: bool = True
+    """Keep what the frozen layers compute on disk, so that a second run on the same data does no forward pass."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
+class TrainingSettings(Settings):
+    """How weights are fitted. Each method below sets its own defaults."""
+
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of the method's weights (AdamW)."""
+    head_learning_rate: Positive = 1e-3
+    """Peak learning rate of the classification head."""
+    epochs: Count = 6
+    """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
+    patience: Count = 2
+    """Passes without a better held-out score after which training stops."""
+    batch_size: Count = 32
+    """Rows in one optimiser step."""
+    warmup: float = Field(default=0.06, ge=0, lt=1)
+    """Part of all steps in which the learning rate rises from zero."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the target's probability spread over all labels."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class FeatureExtractionSettings(TrainingSettings):
+    """Frozen layers, computed once; a head, or the last blocks and a head, adapt."""
+
+    method: ClassVar[MethodName] = "feature-extraction"
+    trainable_layers: int = Field(default=0, ge=0)
+    """Last blocks that train with the head. 0: only the head, which is solved to convergence instead of trained in steps."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of the last blocks (with trainable_layers above 0)."""
+
+
+class LoraSettings(TrainingSettings):
+    """LoRA (Hu et al. 2021): W stays frozen, y = xWᵀ + scale·(xAᵀ)Bᵀ."""
+
+    method: ClassVar[MethodName] = "lora"
+    rank: Count = 16
+    """Rows of A, columns of B: how large a change can be learned."""
+    alpha: Positive = 32.0
+    """Scale of the change: alpha/rank, or alpha/√rank with rslora."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Linear layers to adapt: `all-linear`, names or endings of names (`query value`), or one regular expression."""
+    layers: tuple[int, ...] | None = None
+    """Only the blocks with these numbers (from 0)."""
+    rslora: bool = False
+    """Scale by alpha/√rank (Kalajdzievski 2023), which keeps large ranks trainable."""
+    dora: bool = False
+    """Learn a magnitude for each output beside the direction (DoRA, Liu et al. 2024)."""
+    lora_plus_ratio: Positive = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product: alpha/rank, or alpha/√rank with rslora."""
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+class QloraSettings(LoraSettings):
+    """QLoRA (Dettmers et al. 2023): LoRA over a base held in 4 bits."""
+
+    method: ClassVar[MethodName] = "qlora"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book of the frozen weights."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale."""
+    double_quant: bool = True
+    """Quantise the scales as well, to 8 bits."""
+
+
+class PromptTuningSettings(TrainingSettings):
+    """Prompt tuning (Lester et al. 2021): trained vectors before the input embeddings; no weight changes."""
+
+    method: ClassVar[MethodName] = "prompt-tuning"
+    num_virtual_tokens: Count = 20
+    """Vectors put before every text."""
+    init: Literal["labels", "text", "vocabulary"] = "labels"
+    """Where the vectors start: the embeddings of the label names, of `init_text`, or of sampled words."""
+    init_text: str | None = None
+    """Words whose embeddings start the prompt (with init text)."""
+    learning_rate: Positive = 1e-2
+    """Peak learning rate of the prompt vectors."""
+
+    @pydantic.model_validator(mode="after")
+    def _text_is_given_when_it_is_needed(self) -> PromptTuningSettings:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("init text and init_text go together: give both or neither")
+        return self
+
+
+MethodSettings = FeatureExtractionSettings | LoraSettings | QloraSettings | PromptTuningSettings
+
+METHODS: dict[str, type[MethodSettings]] = {
+    settings.method: settings
+    for settings in (FeatureExtractionSettings, LoraSettings, QloraSettings, PromptTuningSettings)
+}
+
+
+class TrainSettings(RunSettings):
+    """One method on one file of labelled text."""
+
+    out: Path = Path("capo-train")
+    """Folder for the run: the adapter, the record of every setting, and the log. Must not exist."""
+
+
+class CompareSettings(RunSettings):
+    """Several methods on the same data, side by side."""
+
+    methods: tuple[MethodName, ...] = tuple(METHODS)  # type: ignore[assignment]
+    """Methods to run."""
+    out: Path = Path("capo-compare")
+    """Folder for the table, the picture, the page and the adapters. Must not exist."""
+    feature_extraction: FeatureExtractionSettings = FeatureExtractionSettings()
+    """Settings of feature extraction."""
+    lora: LoraSettings = LoraSettings()
+    """Settings of LoRA."""
+    qlora: QloraSettings = QloraSettings()
+    """Settings of QLoRA."""
+    prompt_tuning: PromptTuningSettings = PromptTuningSettings()
+    """Settings of prompt tuning."""
+
+    def for_method(self, method: str) -> MethodSettings:
+        """The settings of one method by its name on the command line."""
+        settings: MethodSettings = getattr(self, method.replace("-", "_"))
+        return settings
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def build(cls: type[AnySettings], values: dict[str, Any], where: str = "") -> AnySettings:
+    """Validated settings from plain values, or one ``SettingError`` that lists everything wrong with them.
+
+    ``where`` names the source of the values (a YAML file) for the message.
+    """
+    try:
+        return cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors()]
+        raise SettingError("\n".join((f"{where}: " if where else "") + line for line in lines)) from None
+
+
+def method_class(name: str) -> type[MethodSettings]:
+    """Settings class of a method; an unknown name is a ``SettingError`` with the nearest one."""
+    if name not in METHODS:
+        raise SettingError(f"unknown method '{name}'. Allowed: {', '.join(METHODS)}.{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def nearest(name: str, known: Any) -> str:
+    """' Did you mean …?' for a mistyped name, or nothing when none is near."""
+    close = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dictionary of settings; ``SettingError`` names file and line when it is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"--config {path}: cannot be read ({error}). Give a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise SettingError(f"--config {path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingError(
+            f"--config {path}: expected settings as 'name: value' lines, found a {type(values).__name__}."
+        )
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    """One line for one pydantic problem: the setting, what was given, what is allowed."""
+    location = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        owner: Any = cls
+        for part in location[:-1]:
+            owner = owner.model_fields[part].annotation
+        return f"unknown setting '{name}'.{nearest(location[-1], owner.model_fields)}"
+    if problem["type"] == "missing":
+        return f"setting '{name}' is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return message if message.endswith(".") else message + "."
+    given = problem["input"]
+    return f"setting '{name}': {message[0].lower() + message[1:]}, but {given!r} was given."

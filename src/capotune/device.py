@@ -1,0 +1,59 @@
+"""What this machine is and what it can do."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device() -> torch.device:
+    """The GPU when PyTorch can use one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak for ``peak_memory_bytes`` where the machine can (a GPU); a process has one peak on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process in bytes: on a GPU what PyTorch allocated there, else the resident set's peak."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record of a run."""
+    import os
+
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {name: metadata.version(name) for name in ("capotune", "torch", "transformers", "tokenizers", "numpy")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "gpu": gpu,
+    }

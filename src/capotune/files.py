@@ -1,0 +1,136 @@
+"""A file or folder is complete or absent: write beside, fsync, rename.
+
+``os.replace`` is atomic within one file system, so everything is first built under a temporary name in the same
+folder. A ``kill -9`` or a power cut can leave such a ``.….partial`` behind, never a half-written result.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from capotune.errors import OutputError
+
+__all__ = ["human_bytes", "output_folder", "write_atomic"]
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_LOST = _DISK_FULL | {errno.EIO}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write ``content`` (text as UTF-8) to ``path``, replacing what is there only once the new file is on disk.
+
+    Raises ``OutputError`` when it cannot be written; then ``path`` is as it was and nothing is left beside it.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    partial = _partial_name(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """Build a new folder under a temporary name and rename it to ``path`` when the block ends well.
+
+    Yields the temporary folder. On any failure or interruption it is removed, and so are the parents made for it.
+    Raises ``OutputError`` if ``path`` exists, cannot be made, or the disk fills up while the block runs.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise OutputError(f"the output folder {path} exists already: choose another --out, or remove it first")
+    partial = _partial_name(path)
+    made = [parent for parent in path.parents if not os.path.lexists(parent)]
+    try:
+        with _as_output_error(path, any_reason=True):
+            partial.mkdir(parents=True)
+        with _as_output_error(path, any_reason=False):
+            yield partial
+        with _as_output_error(path, any_reason=True):
+            _sync_tree(partial)
+            partial.rename(path)
+            _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_if_empty(made)
+        raise
+
+
+def human_bytes(n: int) -> str:
+    """A size for people, in powers of 1000: ``512 B``, ``4.6 MB``, ``461 MB``, ``1.2 GB``."""
+    size = float(n)
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(size) < 1000:
+            return _three_digits(size, unit)
+        size /= 1000
+    return _three_digits(size, "TB")
+
+
+def _three_digits(size: float, unit: str) -> str:
+    whole = unit == "B" or round(size, 1) >= 100
+    return f"{size:,.0f} {unit}" if whole else f"{size:.1f} {unit}"
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def _as_output_error(path: Path, *, any_reason: bool) -> Iterator[None]:
+    """Turn an ``OSError`` into an ``OutputError``; code that also reads files passes a full disk only."""
+    try:
+        yield
+    except OSError as error:
+        if any_reason or error.errno in _DISK_FULL:
+            raise _output_error(path, error) from error
+        raise
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    if error.errno in _DISK_FULL:
+        return OutputError(f"no space left on the disk while writing {path}: free some space and run again")
+    if error.errno in _FORBIDDEN:
+        return OutputError(f"not allowed to write {path}: choose a folder you can write to")
+    return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    """Push a closed file or a folder's entries to the disk, where the system can (Windows and some mounts cannot)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in _LOST:
+            raise
+
+
+def _remove_if_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,105 @@
+"""The contract between a method and everything above it.
+
+A method swaps parts of a frozen model from outside and says what is trainable. It knows no task: the head on top is the
+task's. Adding a method is one file that fills this class in, and one line in ``methods/__init__``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from capotune.config import MethodSettings
+from capotune.models.architecture import Architecture
+from capotune.models.load import Quantization
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method may begin from."""
+
+    generator: torch.Generator
+    """Source of every random number in the initial weights."""
+    token_ids: list[int] = field(default_factory=list)
+    """Tokens whose embeddings a soft prompt can start from."""
+
+
+class Method(ABC):
+    """One way to adapt a frozen model. Call ``attach`` once; the other members need it, ``quantization`` does not."""
+
+    peft: ClassVar[bool] = True
+    """Whether its adapter is one that PEFT knows."""
+    identity_at_start: ClassVar[bool] = True
+    """Whether the model computes the same before and right after ``attach``."""
+    key_prefix: ClassVar[str] = "base_model.model."
+    """What PEFT puts before a module's path in an adapter's keys."""
+
+    def __init__(self, settings: MethodSettings) -> None:
+        self.settings: Any = settings
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line."""
+        return str(self.settings.method)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base must be packed when it is loaded; None for full precision."""
+        return None
+
+    @property
+    def virtual_token_ids(self) -> range:
+        """Ids that must stand before every text; beyond the vocabulary, so no text holds them."""
+        return range(0)
+
+    @property
+    def feature_layers(self) -> tuple[int, ...] | None:
+        """Hidden states that a head on this method should read; None: every one of them."""
+        return (-1,)
+
+    @abstractmethod
+    def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
+        """Swap the method's parts into ``model``; everything else stays frozen. ``SettingError`` when they don't fit."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Put back what ``attach`` swapped out: the base is bitwise what it was."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trained weights by their key in the adapter file."""
+
+    @abstractmethod
+    def expected_parameters(self) -> int:
+        """The trainable count by the method's formula, computed from shapes and settings alone."""
+
+    @abstractmethod
+    def first_trainable_block(self) -> int:
+        """Number of the lowest block that training changes; 0 when something below the blocks changes."""
+
+    @abstractmethod
+    def peft_config(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` says of the method."""
+
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of each trained weight, by key."""
+        return dict.fromkeys(self.parameters(), float(self.settings.learning_rate))
+
+    def train_mode(self, on: bool) -> None:  # noqa: B027 - most methods have nothing that differs
+        """Switch the method's own dropout; the base's stays off, since its weights do not train."""
+
+    def merge(self) -> bool:
+        """Write the change into plain layers in memory; False when the method has nothing that can be merged."""
+        return False
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put stored weights in place of the initial ones. ``KeyError`` or ``ValueError`` when they don't fit."""
+        with torch.no_grad():
+            for key, parameter in self.parameters().items():
+                if tensors[key].shape != parameter.shape:
+                    raise ValueError(f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}")
+                parameter.copy_(tensors[key])

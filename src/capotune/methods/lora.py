@@ -1,0 +1,233 @@
+"""LoRA: W stays frozen, two small matrices carry the change (Hu et al. 2021, arXiv 2106.09685, §4).
+
+    y = xWᵀ + bias + scale·(xAᵀ)Bᵀ        A (rank, in) Kaiming-uniform, B (out, rank) zero: at the start nothing changes
+
+The product BA has W's shape and is never formed in training. DoRA (Liu et al. 2024, arXiv 2402.09353, §4) also learns
+each output's magnitude m and lets BA change the direction only:
+
+    y = (m / ‖W + scale·BA‖)·(xWᵀ + scale·(xAᵀ)Bᵀ) + bias        norms over rows, held constant in the gradient (§4.3)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from capotune.config import LoraSettings, nearest
+from capotune.errors import SettingError
+from capotune.kernels.lora_linear import lora_linear, lora_reference
+from capotune.kernels.nf4 import Linear4bit
+from capotune.methods.base import Method, Start
+from capotune.models.architecture import Architecture, linear_shape, swap
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer (Linear, Conv1D or 4-bit) with a trainable low-rank change."""
+
+    def __init__(self, base_layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        out_features, in_features = linear_shape(base_layer)
+        self.base_layer = base_layer
+        self.scale = settings.scale
+        self.dropout = settings.dropout
+        bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = √5, as PEFT starts A
+        a = torch.empty(settings.rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(self.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, settings.rank, device=self.device))
+        self.lora_magnitude_vector = (
+            nn.Parameter(torch.linalg.norm(self.dense_weight(torch.float32), dim=1)) if settings.dora else None
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weight is."""
+        layer = self.base_layer
+        return layer.codes.device if isinstance(layer, Linear4bit) else layer.weight.device  # type: ignore[return-value, union-attr]
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The frozen weight (out, in); a new tensor only when it is stored in 4 bits or another dtype."""
+        if isinstance(self.base_layer, Linear4bit):
+            return self.base_layer.dense_weight(dtype)
+        weight: torch.Tensor = self.base_layer.weight.to(dtype)  # type: ignore[operator, union-attr, assignment]
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) → (..., out)."""
+        bias: torch.Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        if self.lora_magnitude_vector is not None:
+            return self._dora(x, bias)
+        if self.dropout and self.training:
+            dropped = functional.dropout(x, self.dropout)
+            change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B)
+            return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
+        return lora_linear(x, self.dense_weight, bias, self.lora_A, self.lora_B, self.scale)
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
+        merged = self.dense_weight(torch.float32) + self.scale * (self.lora_B @ self.lora_A)
+        if self.lora_magnitude_vector is not None:
+            merged = merged * (self.lora_magnitude_vector / torch.linalg.norm(merged, dim=1))[:, None]
+        return merged.detach()
+
+    def _dora(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.lora_magnitude_vector is not None
+        factor = self.lora_magnitude_vector / self._row_norms()
+        dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        if dropped is x:
+            return factor * lora_reference(x, self.dense_weight, None, self.lora_A, self.lora_B, self.scale) + _or0(
+                bias
+            )
+        change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
+        frozen = functional.linear(x, self.dense_weight(x.dtype))
+        # as PEFT: dropout acts on the change and on the rescaling, the frozen path itself stays whole
+        rescaled = functional.linear(dropped, self.dense_weight(x.dtype))
+        return frozen + (factor - 1) * rescaled + factor * change + _or0(bias)
+
+    @torch.no_grad()
+    def _row_norms(self) -> torch.Tensor:
+        """‖W + scale·BA‖ of each row (out,) without forming BA: ‖w‖² + 2s·w·(BA) + s²·b(AAᵀ)bᵀ."""
+        weight, a, b = self.dense_weight(torch.float32), self.lora_A, self.lora_B
+        cross = ((weight @ a.t()) * b).sum(1)
+        square = ((b @ (a @ a.t())) * b).sum(1)
+        return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+
+
+def _or0(bias: torch.Tensor | None) -> torch.Tensor | float:
+    return 0.0 if bias is None else bias
+
+
+class Lora(Method):
+    """Every chosen linear layer becomes a ``LoraLinear``."""
+
+    settings: LoraSettings
+
+    def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
+        """Swap the target layers. ``SettingError`` when a target matches nothing or the rank is too large."""
+        self.model, self.architecture = model, architecture
+        self.targets = find_targets(architecture, self.settings.target_modules, self.settings.layers)
+        self._check_rank()
+        self.layers: dict[str, LoraLinear] = {}
+        for path in self.targets:
+            self.layers[path] = LoraLinear(model.get_submodule(path), self.settings, start.generator)
+            swap(model, path, self.layers[path])
+
+    def detach(self) -> None:
+        """Put the frozen layers back."""
+        for path, layer in self.layers.items():
+            swap(self.model, path, layer.base_layer)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """A and B of every target, and the magnitude with DoRA, by PEFT's keys."""
+        found: dict[str, nn.Parameter] = {}
+        for path, layer in self.layers.items():
+            found[f"{self.key_prefix}{path}.lora_A.weight"] = layer.lora_A
+            found[f"{self.key_prefix}{path}.lora_B.weight"] = layer.lora_B
+            if layer.lora_magnitude_vector is not None:
+                found[f"{self.key_prefix}{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+        return found
+
+    def expected_parameters(self) -> int:
+        """Σ rank·(in + out) over the targets, and out more with DoRA."""
+        shapes = [linear_shape(layer.base_layer) for layer in self.layers.values()]
+        return sum(self.settings.rank * (out + into) + (out if self.settings.dora else 0) for out, into in shapes)
+
+    def learning_rates(self) -> dict[str, float]:
+        """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns ``lora_plus_ratio`` times as fast as A."""
+        rate, ratio = self.settings.learning_rate, self.settings.lora_plus_ratio
+        return {key: rate * (ratio if ".lora_B." in key else 1) for key in self.parameters()}
+
+    def first_trainable_block(self) -> int:
+        """The lowest block with a target; 0 when a target stands outside the blocks."""
+        return min(self.architecture.block_of(path) or 0 for path in self.targets)
+
+    def train_mode(self, on: bool) -> None:
+        """Dropout before A on or off."""
+        for layer in self.layers.values():
+            layer.train(on)
+
+    def merge(self) -> bool:
+        """Replace every target by a plain linear layer with W + scale·BA."""
+        for path, layer in self.layers.items():
+            out_features, in_features = linear_shape(layer.base_layer)
+            plain = nn.Linear(in_features, out_features, bias=layer.base_layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+            if layer.base_layer.bias is not None:
+                plain.bias = nn.Parameter(layer.base_layer.bias.detach(), requires_grad=False)  # type: ignore[union-attr, operator]
+            swap(self.model, path, plain)
+        return True
+
+    def peft_config(self) -> dict[str, Any]:
+        """A PEFT ``LoraConfig`` as it stands in adapter_config.json."""
+        settings = self.settings
+        return {
+            "peft_type": "LORA",
+            "r": settings.rank,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "target_modules": self._short_targets(),
+            "use_rslora": settings.rslora,
+            "use_dora": settings.dora,
+            "bias": "none",
+            "init_lora_weights": True,
+            "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in self.layers.values()),
+        }
+
+    def _short_targets(self) -> list[str]:
+        """Last names of the targets when they name exactly these layers (other programs expect such), else full paths."""
+        names = sorted({path.rpartition(".")[2] for path in self.targets})
+        named = [path for path in self.architecture.linears if path.rpartition(".")[2] in names]
+        return names if len(named) == len(self.targets) else sorted(self.targets)
+
+    def _check_rank(self) -> None:
+        largest = max(min(linear_shape(self.model.get_submodule(path))) for path in self.targets)
+        if self.settings.rank > largest:
+            raise SettingError(
+                f"--rank {self.settings.rank} is more than any target layer has: allowed are 1 to {largest}. "
+                "8 to 64 is usual."
+            )
+
+
+def find_targets(
+    architecture: Architecture, target_modules: tuple[str, ...], layers: tuple[int, ...] | None
+) -> tuple[str, ...]:
+    """Paths of the linear layers that the settings mean, in the model's order.
+
+    ``all-linear`` is every linear layer of the backbone; an entry is a name or an ending of a path; a single entry with
+    characters that no name has is a regular expression over whole paths. Every entry must match something.
+    """
+    chosen: set[str] = set()
+    for entry in target_modules:
+        found = [path for path in architecture.linears if _matches(entry, path)]
+        if not found:
+            names = sorted({path.rpartition(".")[2] for path in architecture.linears})
+            raise SettingError(
+                f"--target-modules: '{entry}' matches no linear layer of this model.{nearest(entry, names)} "
+                f"Layers are called: {', '.join(names)}; or give all-linear."
+            )
+        chosen.update(found)
+    if layers is not None:
+        count = len(architecture.blocks)
+        wrong = [number for number in layers if not 0 <= number < count]
+        if wrong or not layers:
+            raise SettingError(f"--layers {' '.join(map(str, layers))}: this model has blocks 0 to {count - 1}.")
+        chosen = {path for path in chosen if architecture.block_of(path) in layers}
+        if not chosen:
+            raise SettingError(f"--layers {' '.join(map(str, layers))}: no target layer stands in these blocks.")
+    return tuple(path for path in architecture.linears if path in chosen)
+
+
+def _matches(entry: str, path: str) -> bool:
+    if entry == "all-linear" or path == entry or path.endswith("." + entry):
+        return True
+    if re.fullmatch(r"[\w.\-]+", entry):
+        return False
+    try:
+        return re.fullmatch(entry, path) is not None
+    except re.error as error:
+        raise SettingError(f"--target-modules: '{entry}' is not a valid regular expression ({error}).") from None

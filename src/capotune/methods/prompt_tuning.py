@@ -1,0 +1,109 @@
+"""Prompt tuning: trained vectors before the input embeddings; no weight changes (Lester et al. 2021, arXiv 2104.08691).
+
+The vectors are handled as words that the vocabulary lacks: virtual token j has id vocab_size + j and stands before the
+text like any token, so attention mask, positions and padding need no special case, and the prompt touches its text
+wherever the row is padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from capotune.config import PromptTuningSettings
+from capotune.errors import SettingError
+from capotune.methods.base import Method, Start
+from capotune.models.architecture import Architecture, swap
+
+
+class PromptEmbedding(nn.Module):
+    """The frozen token embedding, with ``prompt`` (virtual tokens, hidden) for ids from its size on."""
+
+    def __init__(self, base_layer: nn.Module, prompt: torch.Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.vocab_size: int = base_layer.num_embeddings  # type: ignore[assignment]
+        self.prompt = nn.Parameter(prompt)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """ids (batch, tokens) → vectors (batch, tokens, hidden)."""
+        virtual = input_ids >= self.vocab_size
+        vectors: torch.Tensor = self.base_layer(input_ids.masked_fill(virtual, 0))
+        trained = self.prompt[(input_ids - self.vocab_size).clamp_min(0)].to(vectors.dtype)
+        return torch.where(virtual[..., None], trained, vectors)
+
+
+class PromptTuning(Method):
+    """The token embedding becomes a ``PromptEmbedding``."""
+
+    settings: PromptTuningSettings
+    identity_at_start = False
+    key_prefix = "base_model."  # PEFT wraps a prompt-tuned model once less than a LoRA one
+
+    def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
+        """Swap the token embedding; the vectors start from the embeddings of ``start.token_ids``."""
+        self.model, self.architecture = model, architecture
+        base = model.get_submodule(architecture.embedding)
+        limit = getattr(model.get_submodule(architecture.backbone).config, "max_position_embeddings", None)
+        if limit is not None and self.settings.num_virtual_tokens > limit // 2:
+            raise SettingError(
+                f"--num-virtual-tokens {self.settings.num_virtual_tokens} leaves little room for text: "
+                f"the model has {limit} positions; allowed are 1 to {limit // 2}."
+            )
+        self.embedding = PromptEmbedding(base, self._initial_prompt(base, start))
+        swap(model, architecture.embedding, self.embedding)
+
+    def detach(self) -> None:
+        """Put the token embedding back."""
+        swap(self.model, self.architecture.embedding, self.embedding.base_layer)
+
+    @property
+    def virtual_token_ids(self) -> range:
+        """Ids just beyond the vocabulary."""
+        return range(self.embedding.vocab_size, self.embedding.vocab_size + self.settings.num_virtual_tokens)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The prompt (virtual tokens, hidden) under PEFT's key."""
+        return {"prompt_embeddings": self.embedding.prompt}
+
+    def expected_parameters(self) -> int:
+        """virtual tokens · hidden."""
+        return int(self.settings.num_virtual_tokens) * self.architecture.hidden_size
+
+    def first_trainable_block(self) -> int:
+        """The prompt stands below every block."""
+        return 0
+
+    def peft_config(self) -> dict[str, Any]:
+        """A PEFT ``PromptTuningConfig`` as it stands in adapter_config.json."""
+        config = self.model.get_submodule(self.architecture.backbone).config
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": self.settings.num_virtual_tokens,
+            "token_dim": self.architecture.hidden_size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": config.num_attention_heads,
+            "num_layers": config.num_hidden_layers,
+            "prompt_tuning_init": "RANDOM",  # the stored vectors replace the start, which needs no tokenizer then
+        }
+
+    def nearest_tokens(self, count: int = 3) -> list[list[tuple[int, float]]]:
+        """For each virtual token the ``count`` vocabulary ids with the highest cosine similarity, and that similarity."""
+        vocabulary = nn.functional.normalize(self.embedding.base_layer.weight.float(), dim=1)  # type: ignore[operator, union-attr, arg-type]
+        prompt = nn.functional.normalize(self.embedding.prompt.detach().float(), dim=1)
+        values, ids = (prompt @ vocabulary.t()).topk(count, dim=1)
+        return [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+
+    def _initial_prompt(self, base: nn.Module, start: Start) -> torch.Tensor:
+        """(virtual tokens, hidden): sampled words, or a text's tokens shared out evenly over the vectors."""
+        count = self.settings.num_virtual_tokens
+        assert start.token_ids, "the caller gives the tokens of the text, the labels, or the data"
+        ids = torch.tensor(start.token_ids)
+        weight: torch.Tensor = base.weight.detach().float()  # type: ignore[operator, union-attr]
+        if self.settings.init == "vocabulary":
+            return weight[ids[torch.randint(len(ids), (count,), generator=start.generator)]].clone()
+        repeats = -(-count // len(ids))
+        shares = ids.repeat(repeats).tensor_split(count) if len(ids) > count else ids.repeat(repeats)[:count].split(1)
+        return torch.stack([weight[share].mean(0) for share in shares])

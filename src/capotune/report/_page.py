@@ -1,0 +1,222 @@
+"""The page: one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from capotune.files import human_bytes, write_atomic
+from capotune.report._plot import footnote, svg
+from capotune.report._records import Comparison, ComparisonRow, PageDetails
+from capotune.report._rule import finding, hurts, interval, recommended_row, scored
+from capotune.report._words import (
+    PERCENTAGES,
+    PROPORTIONS,
+    base_label,
+    change_text,
+    memory_text,
+    score_text,
+    seconds_text,
+    share_text,
+    words,
+)
+
+_DATA_NAMES = {
+    "test_from": "test rows from",
+    "p95": "95 % at most",
+    "train_truncated": "cut in train",
+    "test_truncated": "cut in test",
+    "train_empty": "empty in train",
+    "test_empty": "empty in test",
+    "duplicates": "repeated in train",
+    "conflicts": "in train with two labels",
+    "leaked": "in both train and test",
+}
+_PEFT_METHODS = {"lora", "qlora", "prompt-tuning"}
+
+
+_MATRIX_LABELS = 25
+_LONGEST_TEXT = 600
+
+
+def page(comparison: Comparison, details: PageDetails, path: str | Path) -> None:
+    """Write the comparison as one HTML file that loads nothing: no script, no font, no request.
+
+    All text from data and models is escaped, and the page's own content policy forbids scripts and loads.
+    """
+    html = _template().render(_view(comparison, details))
+    write_atomic(path, html.encode("utf-8", "xmlcharrefreplace"))
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    filters: dict[str, Callable[..., str]] = {
+        "bytes": human_bytes,
+        "memory": memory_text,
+        "duration": seconds_text,
+        "share": lambda row: _keep_together(share_text(row.trainable_parameters, row.total_parameters)),
+        "together": _keep_together,
+        "setting": lambda value: value if isinstance(value, str) else json.dumps(value, default=str),
+        "value": _value,
+        "words": words,
+        "breakable": _breakable,
+    }
+    environment.filters.update(filters)
+    return environment.from_string(package_files("capotune").joinpath("templates/compare.html.j2").read_text("utf-8"))
+
+
+def _view(comparison: Comparison, details: PageDetails) -> dict[str, Any]:
+    """Everything that the template names."""
+    from markupsafe import Markup
+
+    metric = comparison.metric
+    chosen = recommended_row(comparison)
+    return {
+        "comparison": comparison,
+        "details": details,
+        "chosen": chosen,
+        "take": chosen is not None and not hurts(comparison),
+        "finding": finding(comparison),
+        "base_label": base_label(comparison.task),
+        "score": lambda value: _keep_together(score_text(value, metric)),
+        "change": lambda value: change_text(value, comparison.base_score, metric).replace("-", "−"),
+        "interval": lambda row: _interval_text(row, comparison),
+        "is_percentage": metric in PERCENTAGES,
+        "has_interval": metric in PROPORTIONS,
+        "wide_picture": Markup(svg(comparison, "wide", (8.0, 4.4))),  # matplotlib escapes its text
+        "narrow_picture": Markup(svg(comparison, "narrow", (4.4, 4.4))),
+        "footnote": footnote(comparison),
+        "picture_text": _picture_text(comparison),
+        "matrix": _matrix(details) if 0 < len(details.labels) <= _MATRIX_LABELS else [],
+        "pairs": _confused_pairs(details)[:15],
+        "label_scores": _label_scores(details)[:10],
+        "mistakes": [(_shortened(mistake.text), mistake) for mistake in details.mistakes],
+        "facts": [_fact(_data_name(name), value) for name, value in details.data.items()],
+        "seeds": sorted({str(values["seed"]) for values in details.settings.values() if "seed" in values}),
+        "split": details.data.get("test_from"),
+        "snippets": _snippets(comparison),
+    }
+
+
+def _keep_together(text: str) -> str:
+    """No line break between a number and its percent sign."""
+    return text.replace(" %", "\u00a0%")
+
+
+def _breakable(label: str) -> str:
+    """A label that may break after its underscores, not inside its words."""
+    from markupsafe import Markup, escape
+
+    return escape(label).replace("_", Markup("_<wbr>"))
+
+
+def _interval_text(row: ComparisonRow, comparison: Comparison) -> str:
+    low, high = interval(row.score, comparison.test_rows, comparison.metric)
+    return f"{100 * low:.1f} to {100 * high:.1f}\u00a0%"
+
+
+def _picture_text(comparison: Comparison) -> str:
+    """The plot in words, for those who cannot see it."""
+    parts = [f"{row.method} {score_text(row.score, comparison.metric)} after {seconds_text(row.train_seconds)}"
+             for row in scored(comparison)]  # fmt: skip
+    base = f"{base_label(comparison.task)} {score_text(comparison.base_score, comparison.metric)}"
+    return f"{comparison.metric} against training time: {'; '.join([*parts, base])}."
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT].rstrip() + " …"
+
+
+def _matrix(details: PageDetails) -> list[tuple[str, list[tuple[int, str, float]]]]:
+    """Per true label its cells: count, kind (``right``, ``wrong``, ``none``) and its share of the largest mistake."""
+    most = max([4, *(count for _, _, count, _ in _confused_pairs(details))])
+    lines = []
+    for i, (label, counts) in enumerate(zip(details.labels, details.confusion, strict=True)):
+        kinds = ["none" if not n else "right" if i == j else "wrong" for j, n in enumerate(counts)]
+        lines.append((label, [(n, kind, n / most) for n, kind in zip(counts, kinds, strict=True)]))
+    return lines
+
+
+def _confused_pairs(details: PageDetails) -> list[tuple[str, str, int, int]]:
+    """True label, predicted label, how many rows, of how many; the most frequent first."""
+    pairs = [
+        (details.labels[i], details.labels[j], count, sum(counts))
+        for i, counts in enumerate(details.confusion)
+        for j, count in enumerate(counts)
+        if count and i != j
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[2], -pair[2] / pair[3]))
+
+
+def _label_scores(details: PageDetails) -> list[tuple[str, float, float, float, int]]:
+    """Label, F1, precision, recall and test rows; the lowest F1 first. Labels without test rows have no F1."""
+    scores = []
+    for i, label in enumerate(details.labels):
+        right, rows = details.confusion[i][i], sum(details.confusion[i])
+        predicted = sum(counts[i] for counts in details.confusion)
+        if rows:
+            scores.append((label, 2 * right / (rows + predicted), right / (predicted or 1), right / rows, rows))
+    return sorted(scores, key=lambda line: line[1])
+
+
+def _fact(name: str, value: Any) -> tuple[str, str, Any]:
+    """One line of the data report: its name, how to show it (``text``, ``list`` or ``table``), and what."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return name, "text", _value(value)
+    if all(isinstance(item, Mapping) and item.keys() == value[0].keys() for item in value):
+        return name, "table", [dict.fromkeys(value[0]), *value]
+    return name, "list", [_shortened(_value(item)) for item in value]
+
+
+def _data_name(name: str) -> str:
+    return _DATA_NAMES.get(name, words(name))
+
+
+def _value(value: Any) -> str:
+    """A setting or a fact as text."""
+    if value is None or value in ([], (), {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping) and value.keys() == {"count", "first"}:
+        return f"{value['count']:,} (lines {_value(value['first'])})" if value["count"] else "0"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_data_name(str(key))} {_value(item)}" for key, item in value.items())
+    return ", ".join(map(_value, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _snippets(comparison: Comparison) -> list[tuple[str, str]]:
+    """How to use the recommended adapter, and one in PEFT's format: heading and code."""
+    chosen = recommended_row(comparison)
+    if chosen is None:
+        return []
+    verb = "predict" if comparison.task == "classification" else "generate"
+    snippets = [
+        ("Command line", f'capo {verb} {shlex.quote(chosen.adapter)} "your text"'),
+        ("Python", f'import capotune\n\nmodel = capotune.load({_quoted(chosen)})\nmodel.{verb}(["your text"])'),
+    ]
+    in_peft = [row for row in (chosen, *scored(comparison)) if row.method in _PEFT_METHODS]
+    return snippets + [(f"PEFT, for {row.method}", _peft_snippet(row)) for row in in_peft[:1]]
+
+
+def _peft_snippet(row: ComparisonRow) -> str:
+    return (
+        "from capotune.adapters.store import bare_base, read_adapter\n"
+        "from peft import PeftModel\n\n"
+        f"base = bare_base(read_adapter({_quoted(row)})).model  # the frozen base with its pooling and a blank head\n"
+        f"model = PeftModel.from_pretrained(base, {_quoted(row)})"
+    )
+
+
+def _quoted(row: ComparisonRow) -> str:
+    return json.dumps(row.adapter)

@@ -1,0 +1,232 @@
+"""The picture: score against training time."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from capotune.files import write_atomic
+from capotune.report._records import Comparison, ComparisonRow
+from capotune.report._rule import finding, interval, scored
+from capotune.report._words import PERCENTAGES, PROPORTIONS, base_label, score_text, words
+
+_PAPER, _INK, _MUTED, _RULE, _ACCENT = "#ffffff", "#22262b", "#667079", "#d9dde1", "#a8480f"
+_CSS_NAMES = {_PAPER: "paper", _INK: "ink", _MUTED: "muted", _RULE: "rule", _ACCENT: "accent"}
+
+
+def plot(comparison: Comparison, path: str | Path) -> None:
+    """Draw score against training time as a PNG of 1600 pixels' width.
+
+    A point per technique with its 95 % Wilson interval; the point's area grows with peak memory, the recommended one
+    has the one colour, and names stand beside the points, so nothing depends on telling colours apart.
+    """
+    write_atomic(path, _draw(comparison, "png", inches=(8.0, 4.8), titled=True))
+
+
+def svg(comparison: Comparison, name: str, inches: tuple[float, float]) -> str:
+    """The same picture for the page, which has title and footnote itself, in the page's own colours and font.
+
+    ``name`` keeps its element ids apart from those of another picture on the same page.
+    """
+    image = _draw(comparison, "svg", inches, titled=False).decode()
+    image = image[image.index("<svg") :]
+    image = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", image, flags=re.DOTALL)
+    image = re.sub(r' xmlns(:xlink)?="[^"]*"', "", image)
+    image = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", image)
+    image = re.sub(r' (width|height)="[\d.]+pt"', "", image, count=2)
+    image = re.sub(r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--sans)", image)
+    for colour, variable in _CSS_NAMES.items():
+        image = image.replace(colour, f"var(--{variable})")
+    return image.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+
+
+def _draw(comparison: Comparison, kind: str, inches: tuple[float, float], titled: bool) -> bytes:
+    """The picture as PNG or SVG bytes; matplotlib's object API, so that no figure of the caller is touched."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "capotune", "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=inches, dpi=200)
+        FigureCanvasAgg(figure)
+        left, bottom, top = (0.1, 1.0, _draw_title(figure, comparison)) if titled else (0.0, 0.6, 0.35)
+        axes = _axes_inches(figure, left + 0.45, 0.2, bottom, top)
+        figure.text(left / inches[0], 1 - (top - 0.15) / inches[1], _unit(comparison), color=_INK, fontsize=10.5)
+        _draw_axes(axes, comparison)
+        _label(axes, comparison, _draw_points(axes, comparison) + _draw_base(axes, comparison))
+        buffer = BytesIO()
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, metadata=metadata, transparent=kind == "svg")
+    return buffer.getvalue()
+
+
+def _draw_title(figure: Any, comparison: Comparison) -> float:
+    """The finding above and the footnote below; returns the inches that the plot leaves free at the top."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(finding(comparison), 66, break_on_hyphens=False)
+    title = {"fontsize": 13, "fontweight": "bold", "va": "top", "linespacing": 1.3}
+    figure.text(0.1 / width, 1 - 0.15 / height, "\n".join(lines), color=_INK, **title)
+    figure.text(0.1 / width, 0.15 / height, footnote(comparison), color=_MUTED, fontsize=9)
+    return 0.55 + 0.3 * len(lines)
+
+
+def _axes_inches(figure: Any, left: float, right: float, bottom: float, top: float) -> Any:
+    """Axes with fixed inches around them, whatever the size of the figure."""
+    width, height = figure.get_size_inches()
+    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    return figure.add_axes(box)
+
+
+def _draw_axes(axes: Any, comparison: Comparison) -> None:
+    """Limits with room for labels, quiet lines, round numbers of seconds."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    seconds = [_log_seconds(row) for row in scored(comparison)] or [1.0]
+    span = max(max(seconds) / min(seconds), 4)
+    axes.set_xscale("log")
+    axes.set_xlim(min(seconds) / span**0.18, max(seconds) * span**0.24)
+    axes.set_ylim(*_heights(comparison))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.tick_params(which="both", length=0, labelcolor=_MUTED, labelsize=10)
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    axes.set_xlabel("training time (seconds, log scale)", color=_INK, fontsize=10.5)
+
+
+def _unit(comparison: Comparison) -> str:
+    name = words(comparison.metric)
+    return f"{name} (%)" if comparison.metric in PERCENTAGES else name
+
+
+def _heights(comparison: Comparison) -> tuple[float, float]:
+    """The score axis: every interval and the base, and a margin."""
+    ends = [end for row in scored(comparison) for end in interval(row.score, comparison.test_rows, comparison.metric)]
+    ends += [comparison.base_score] if not math.isnan(comparison.base_score) else []
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    return _height(low - margin, comparison), _height(high + margin, comparison)
+
+
+def _height(score: float, comparison: Comparison) -> float:
+    return 100 * score if comparison.metric in PERCENTAGES else score
+
+
+def _log_seconds(row: ComparisonRow) -> float:
+    return max(row.train_seconds, 0.001)
+
+
+def _draw_points(axes: Any, comparison: Comparison) -> list[Any]:
+    """Points and intervals; returns the boxes that they take, for labels to keep clear of."""
+    from matplotlib.transforms import Bbox
+
+    boxes = []
+    most = max((row.peak_memory_bytes for row in comparison.rows), default=0) or 1
+    for row in scored(comparison):
+        colour, layer = (_ACCENT, 3.5) if row.method == comparison.recommended else (_INK, 3)
+        x, y = _log_seconds(row), _height(row.score, comparison)
+        area = 40 + 140 * row.peak_memory_bytes / most
+        axes.scatter([x], [y], s=area, color=colour, zorder=layer, linewidths=0)
+        ends = interval(row.score, comparison.test_rows, comparison.metric)
+        low, high = (_height(end, comparison) for end in ends)
+        axes.plot([x, x], [low, high], color=colour, linewidth=1.6, zorder=layer - 1, solid_capstyle="butt")
+        (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
+        centre = axes.transData.transform((x, y))
+        radius = math.sqrt(area / math.pi) * axes.figure.dpi / 72
+        boxes += [Bbox([centre - radius, centre + radius]), Bbox([[left - 4, bottom], [left + 4, top]])]
+    return boxes
+
+
+def _draw_base(axes: Any, comparison: Comparison) -> list[Any]:
+    """The base as a dashed line with its name at the emptier end."""
+    if math.isnan(comparison.base_score):
+        return []
+    from matplotlib.transforms import Bbox
+
+    height = _height(comparison.base_score, comparison)
+    axes.axhline(height, color=_MUTED, linewidth=1.3, linestyle=(0, (5, 4)), zorder=1)
+    name = f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
+    text = axes.annotate(
+        name, (0.995, height), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
+        ha="right", va="bottom", fontsize=9.5, color=_MUTED,
+    )  # fmt: skip
+    left, right = axes.get_window_extent().intervalx
+    level = axes.transData.transform((1, height))[1]
+    return [text.get_window_extent(), Bbox([[left, level - 3], [right, level + 3]])]
+
+
+def _label(axes: Any, comparison: Comparison, taken: list[Any]) -> None:
+    """Write each technique's name and score beside its point, at the first place that covers nothing."""
+    frame = axes.get_window_extent()
+    for row in sorted(scored(comparison), key=lambda row: row.method != comparison.recommended):
+        recommended = row.method == comparison.recommended
+        text = axes.annotate(
+            f"{row.method} {score_text(row.score, comparison.metric)}",
+            (_log_seconds(row), _height(row.score, comparison)), (0, 0), textcoords="offset points",
+            color=_ACCENT if recommended else _INK, fontweight="bold" if recommended else "normal", zorder=4,
+            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
+        places = list(_places(axes, comparison, row))
+        best = min(places, key=lambda place: _covered(_move(text, place), taken, frame))
+        taken.append(_move(text, best))
+        if places.index(best) >= 4:
+            leader = {"arrowstyle": "-", "color": _MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", text.xy, best[:2], textcoords="offset points", arrowprops=leader, zorder=1.5)
+
+
+def _places(axes: Any, comparison: Comparison, row: ComparisonRow) -> Iterator[tuple[float, float, str, str]]:
+    """Where a label may stand: offset in points from the point, and alignment; the most natural place first.
+
+    The first four touch the point or the ends of its interval, the others need a line that leads to it.
+    """
+    ends = interval(row.score, comparison.test_rows, comparison.metric)
+    levels = [(1.0, _height(score, comparison)) for score in (*ends, row.score)]
+    bottom, top, middle = axes.transData.transform(levels)[:, 1] * 72 / axes.figure.dpi
+    yield 12, 0, "left", "center"
+    yield -12, 0, "right", "center"
+    for line in range(3):
+        yield 0, max(top - middle, 8) + 4 + 15 * line, "center", "bottom"
+        yield 0, min(bottom - middle, -8) - 4 - 15 * line, "center", "top"
+    for line in (1, 2, 3):
+        for y in (15 * line, -15 * line):
+            yield 10, y, "left", "center"
+            yield -10, y, "right", "center"
+
+
+def _move(text: Any, place: tuple[float, float, str, str]) -> Any:
+    """Put a label at a place; returns the box that it takes there."""
+    x, y, horizontal, vertical = place
+    text.set(position=(x, y), ha=horizontal, va=vertical)
+    return text.get_window_extent().padded(5)
+
+
+def _covered(box: Any, taken: list[Any], frame: Any) -> float:
+    """How much a label at ``box`` would hide, in square pixels; outside the frame counts as hidden ten times over."""
+    from matplotlib.transforms import Bbox
+
+    def shared(other: Any) -> float:
+        both = Bbox.intersection(box, other)
+        return float(both.width * both.height) if both else 0.0
+
+    return sum(shared(other) for other in taken) + 10 * (float(box.width * box.height) - shared(frame))
+
+
+def footnote(comparison: Comparison) -> str:
+    """How to read the picture."""
+    model = comparison.model if len(comparison.model) <= 40 else f"…{comparison.model[-39:]}"
+    parts = [f"{model}, {comparison.test_rows:,} test rows."]
+    if comparison.metric in PROPORTIONS:
+        parts.append("Bars: 95 % Wilson interval.")
+    if any(row.peak_memory_bytes for row in comparison.rows):
+        parts.append("Area of a point: peak memory.")
+    return " ".join(parts)

@@ -1,0 +1,154 @@
+"""One label for one text: a pooled vector of the frozen or adapted backbone, and a linear head on it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from capotune.models.load import Pooling
+
+
+class SequenceClassifier(nn.Module):
+    """A backbone without head, pooling over the text's own tokens, and ``classifier``, a linear layer.
+
+    The backbone stands under its family's usual name (``bert``, ``model``, …), so that adapter keys read as they would
+    in Transformers' own classes.
+
+    Args:
+        backbone: a ``PreTrainedModel`` that returns hidden states (batch, tokens, hidden).
+        pooling: how hidden states become one vector.
+        num_labels: outputs of the head.
+        feature_layers: hidden states that the head reads, as indices into embedding output + every block's output;
+            their pooled vectors stand side by side: features are (batch, len(feature_layers)·hidden).
+    """
+
+    virtual_tokens: int
+    """Leading positions that are a soft prompt; attended to, but left out of the pooling."""
+
+    def __init__(
+        self, backbone: nn.Module, pooling: Pooling, num_labels: int, feature_layers: tuple[int, ...] = (-1,)
+    ) -> None:
+        super().__init__()
+        self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
+        setattr(self, self.backbone_name, backbone)
+        self.config = copy.copy(backbone.config)  # PEFT reads vocab_size and model_type from here
+        self.pooling = pooling
+        self.feature_layers = feature_layers
+        self.virtual_tokens = 0
+        self.classifier = nn.Linear(backbone.config.hidden_size * len(feature_layers), num_labels)  # type: ignore[union-attr, operator, arg-type]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The pretrained transformer."""
+        return self.get_submodule(self.backbone_name)
+
+    def features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        """Pooled vectors (batch, len(layers)·hidden) of token ids (batch, tokens) or embeddings.
+
+        ``layers`` are the head's own when left out.
+        """
+        layers = layers or self.feature_layers
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        inputs = {"input_ids": input_ids} if input_ids is not None else {"inputs_embeds": inputs_embeds}
+        if layers == (-1,):
+            states = [self.backbone(attention_mask=mask, **inputs).last_hidden_state]
+        else:
+            all_states = self.backbone(attention_mask=mask, output_hidden_states=True, **inputs).hidden_states
+            states = [all_states[layer] for layer in layers]
+        return torch.cat([pool(state, mask, self.pooling, self.virtual_tokens) for state in states], dim=1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, labels); the mean cross-entropy too when ``labels`` (batch,) are given."""
+        logits = self.classifier(self.features(input_ids, attention_mask, inputs_embeds))
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip: int = 0) -> torch.Tensor:
+    """One vector per row, (batch, hidden), of ``states`` (batch, tokens, hidden) where ``mask`` (batch, tokens) is 1.
+
+    The first ``skip`` positions (a soft prompt) do not count. Padding stands on the right.
+    """
+    states, mask = states[:, skip:], mask[:, skip:]
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1).long() - 1]
+    if pooling == "max":
+        return states.masked_fill(mask[..., None] == 0, torch.finfo(states.dtype).min).amax(1)
+    weights = mask.to(states.dtype)
+    return torch.einsum("bth,bt->bh", states, weights) / weights.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The task: its labels, tokenizer and lengths."""
+
+    labels: tuple[str, ...]
+    """Label names; a target is a position in this list."""
+    tokenizer: Any
+    max_length: int
+    pooling: Pooling
+
+    name: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills short rows; never attended to, so any valid id does where the tokenizer names none."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        """Length of each text in tokens before cutting."""
+        return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_length``."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return [list(ids) for ids in encoded]
+
+    def targets(self, labels: list[str]) -> torch.Tensor:
+        """(rows,) int64 positions of label names."""
+        number = {label: at for at, label in enumerate(self.labels)}
+        return torch.tensor([number[label] for label in labels], dtype=torch.long)
+
+    def loss(self, output: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        """Mean cross-entropy of logits (rows, labels)."""
+        return functional.cross_entropy(output, targets, label_smoothing=label_smoothing)
+
+    def head_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Weight (labels, features) and bias (labels,) of the linear head."""
+        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}  # type: ignore[union-attr, operator]
+
+    def record(self) -> dict[str, Any]:
+        """Labels, pooling and length, as stored beside an adapter."""
+        return {
+            "task": self.name,
+            "labels": list(self.labels),
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+        }

@@ -1,0 +1,254 @@
+"""What frozen layers compute, computed once and kept on disk by content.
+
+The name of an entry is a hash of everything its values depend on (base, packing, tokens, pooling, layers, prompt), so an
+entry is never stale: other data or another base is another name. Two kinds:
+
+- pooled features (rows, layers·hidden), for a head alone;
+- boundary states (tokens, hidden) entering the lowest trainable block, for everything above it. They are stored without
+  padding and mapped from disk, so they may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from capotune.data.batches import Batch, collate, sorted_order
+from capotune.errors import OutputError
+from capotune.models.architecture import Architecture, swap
+from capotune.tasks.classification import SequenceClassifier
+
+_FORMAT = 1
+Progress = Callable[[int, int], None]
+"""Called with (batches done, batches in all)."""
+
+
+def default_folder() -> Path:
+    """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token sequences and what turns them into batches."""
+
+    sequences: list[list[int]]
+    pad_id: int
+    prefix: range = range(0)
+    """Virtual tokens before every sequence."""
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The padded batch of these rows."""
+        return collate(self.sequences, rows, self.pad_id, self.prefix)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, virtual ones included."""
+        return [len(self.prefix) + len(sequence) for sequence in self.sequences]
+
+    def digest(self) -> str:
+        """Hash of the tokens."""
+        total = hashlib.sha256(repr((self.pad_id, self.prefix)).encode())
+        for sequence in self.sequences:
+            total.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
+        return total.hexdigest()
+
+
+@dataclass
+class ActivationCache:
+    """Entries in ``folder`` (None: nothing is kept), for one frozen model ``identity``."""
+
+    folder: Path | None
+    identity: dict[str, Any]
+    """All that the values depend on besides the tokens: base fingerprint, packing, prompt."""
+    forward_rows: int = 0
+    """Rows that had to go through the model."""
+    reused_seconds: float = 0.0
+    """What the entries that were found had cost."""
+
+    def pooled(
+        self, model: SequenceClassifier, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+    ) -> torch.Tensor:
+        """Features (rows, len(layers)·hidden) fp32 on the CPU, from disk or by one forward pass."""
+        name = self._name("pooled", rows, pooling=model.pooling, layers=layers)
+        found = self._read(name)
+        if found is None:
+            started = time.perf_counter()
+            found = compute_pooled(model, layers, rows, progress)
+            self.forward_rows += len(rows.sequences)
+            self._write(name, found, time.perf_counter() - started)
+        return found
+
+    def boundary(
+        self,
+        model: SequenceClassifier,
+        architecture: Architecture,
+        block: int,
+        rows: Rows,
+        progress: Progress | None = None,
+    ) -> BoundaryStates:
+        """States that enter ``block``, for every row."""
+        name = self._name("boundary", rows, block=block)
+        found = self._read(name)
+        if found is None:
+            started = time.perf_counter()
+            found = compute_boundary(model, architecture, block, rows, progress)
+            self.forward_rows += len(rows.sequences)
+            self._write(name, found, time.perf_counter() - started)
+            found = self._read(name) if self.folder else found  # mapped from disk from now on
+            assert found is not None
+        return BoundaryStates(found, np.concatenate([[0], np.cumsum(rows.lengths)]))
+
+    def _name(self, kind: str, rows: Rows, **parts: Any) -> str:
+        text = json.dumps([_FORMAT, kind, self.identity, parts, rows.digest()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        path = self.folder / f"{name}.safetensors" if self.folder else None
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            self.reused_seconds += float(file.metadata()["seconds"])
+            values: torch.Tensor = file.get_tensor("values")
+            return values
+
+    def _write(self, name: str, values: torch.Tensor, seconds: float) -> None:
+        if self.folder is None:
+            return
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"values": values.contiguous()}, temporary, metadata={"seconds": f"{seconds:.3f}"})
+            temporary.replace(self.folder / f"{name}.safetensors")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"the cache {self.folder} cannot be written ({error.strerror or error}; {values.nbytes:,} bytes needed). "
+                "Free space, set CAPOTUNE_CACHE to another folder, or give --no-cache."
+            ) from None
+
+
+@dataclass(frozen=True)
+class BoundaryStates:
+    """States (all tokens, hidden) of all rows one after the other; row r is ``values[starts[r]:starts[r+1]]``."""
+
+    values: torch.Tensor
+    starts: np.ndarray
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """(rows, longest, hidden), zeros where padded."""
+        return nn.utils.rnn.pad_sequence(
+            [self.values[self.starts[row] : self.starts[row + 1]] for row in rows], batch_first=True
+        )
+
+
+@torch.no_grad()
+def compute_pooled(
+    model: SequenceClassifier, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+) -> torch.Tensor:
+    """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
+    device = next(model.parameters()).device
+    features = torch.empty(len(rows.sequences), len(layers) * model.config.hidden_size)
+    order = sorted_order(rows.lengths)
+    for done, chosen in enumerate(order):
+        batch = rows.batch(chosen).to(device)
+        features[torch.as_tensor(chosen)] = (
+            model.features(batch.input_ids, batch.attention_mask, layers=layers).float().cpu()
+        )
+        if progress:
+            progress(done + 1, len(order))
+    return features
+
+
+@torch.no_grad()
+def compute_boundary(
+    model: SequenceClassifier,
+    architecture: Architecture,
+    block: int,
+    rows: Rows,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """One forward pass up to ``block``: the states that enter it, (all tokens, hidden), without padding."""
+    device = next(model.parameters()).device
+    lengths = rows.lengths
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    values = torch.empty(int(starts[-1]), architecture.hidden_size)
+    order = sorted_order(lengths)
+    with _stop_at(model, architecture.blocks[block]) as caught:
+        for done, chosen in enumerate(order):
+            batch = rows.batch(chosen).to(device)
+            try:
+                model.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            except _Reached:
+                states = caught.pop().float().cpu()
+            for number, row in enumerate(chosen):
+                values[starts[row] : starts[row + 1]] = states[number, : lengths[row]]
+            if progress:
+                progress(done + 1, len(order))
+    return values
+
+
+@contextmanager
+def resume_from(model: nn.Module, architecture: Architecture, block: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Inside, ``model`` starts at ``block``: the blocks below pass through, and its input is what the yielded function was
+    last given, (rows, tokens, hidden). The token ids still go in; attention mask and positions come from them."""
+    frozen = {path: model.get_submodule(path) for path in architecture.blocks[:block]}
+    for path in frozen:
+        swap(model, path, _PassThrough())
+    current: list[torch.Tensor] = []
+
+    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": current[0]}
+        return (current[0], *args[1:]), kwargs
+
+    def give(states: torch.Tensor) -> None:
+        current[:] = [states]
+
+    hook = model.get_submodule(architecture.blocks[block]).register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield give
+    finally:
+        hook.remove()
+        for path, module in frozen.items():
+            swap(model, path, module)
+
+
+class _PassThrough(nn.Module):
+    """Stands for a block whose work is already done."""
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _Reached(Exception):
+    """The forward pass arrived at the boundary; nothing above it is needed."""
+
+
+@contextmanager
+def _stop_at(model: nn.Module, path: str) -> Iterator[list[torch.Tensor]]:
+    caught: list[torch.Tensor] = []
+
+    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        raise _Reached
+
+    hook = model.get_submodule(path).register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        yield caught
+    finally:
+        hook.remove()

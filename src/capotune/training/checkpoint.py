@@ -1,0 +1,73 @@
+"""A training state on disk: tensors in safetensors, numbers in JSON, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from capotune.errors import OutputError
+from capotune.files import output_folder, write_atomic
+from capotune.training.loop import TrainingState
+
+_NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "loss_sum")
+
+
+def save_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Write ``folder/step-N``; then remove the older ones."""
+    target = folder / f"step-{state.step}"
+    if not target.exists():
+        with output_folder(target) as new:
+            write_atomic(new / "state.safetensors", save(_tensors(state)))
+            write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _NUMBERS}))
+    for old in _all(folder):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> TrainingState:
+    """The newest state under ``folder``. ``OutputError`` when there is none or it is damaged."""
+    found = _all(folder)
+    if not found:
+        raise OutputError(f"--resume: no checkpoint in {folder}. Start the run without --resume.")
+    try:
+        numbers: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(found[-1] / "state.safetensors")
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"--resume: the checkpoint {found[-1]} is damaged ({error}). Start without --resume."
+        ) from None
+    numbers["best_score"] = tuple(numbers["best_score"])
+    return _state(numbers, tensors)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Flat names: ``rng``, ``weights/KEY``, ``best/KEY``, ``optimizer/KEY/NAME``."""
+    flat = {"rng": state.rng}
+    flat |= {f"weights/{key}": value for key, value in state.weights.items()}
+    flat |= {f"best/{key}": value for key, value in state.best_weights.items()}
+    for key, moments in state.optimizer.items():
+        flat |= {f"optimizer/{key}/{name}": value for name, value in moments.items()}
+    return {name: value.contiguous() for name, value in flat.items()}
+
+
+def _state(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TrainingState:
+    state = TrainingState(rng=tensors["rng"], **numbers)
+    for flat, value in tensors.items():
+        kind, _, key = flat.partition("/")
+        if kind == "weights":
+            state.weights[key] = value
+        elif kind == "best":
+            state.best_weights[key] = value
+        elif kind == "optimizer":
+            key, _, name = key.rpartition("/")
+            state.optimizer.setdefault(key, {})[name] = value
+    return state

@@ -1,0 +1,195 @@
+"""One loop for every method: a plain function over explicit state.
+
+All that is needed to go on exactly is in ``TrainingState`` and the arguments: the order of the rows is a function of seed
+and epoch, the learning rate of step and settings. A run that was stopped anywhere and one that never was reach the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from capotune.adapters.assemble import Assembled
+from capotune.config import TrainingSettings
+from capotune.data.batches import epoch_order
+from capotune.training.activation_cache import BoundaryStates, Rows, resume_from
+from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows with their targets (rows,) and, when the layers below the lowest trainable block are cached, their states."""
+
+    rows: Rows
+    targets: torch.Tensor
+    boundary: BoundaryStates | None = None
+
+
+@dataclass
+class TrainingState:
+    """Where training stands."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    batch: int = 0
+    """Batches of the current epoch completed."""
+    step: int = 0
+    """Optimiser steps taken."""
+    rng: torch.Tensor = field(default_factory=torch.get_rng_state)
+    """State of the random numbers that dropout draws."""
+    optimizer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """AdamW's moments by weight."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The trained weights as they are now."""
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    """Held-out (accuracy, −loss) of the best weights."""
+    best_epoch: int = 0
+    loss_sum: float = 0.0
+    """Of the current epoch's batches, for its mean."""
+
+
+OnStep = Callable[[TrainingState, int, float], bool]
+"""Called after each step with (state, total steps, loss); True: stop here and return, state complete."""
+
+
+def train(
+    assembled: Assembled,
+    train_examples: Examples,
+    held_examples: Examples,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    state: TrainingState | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: Callable[[TrainingState, float, float], None] | None = None,
+) -> TrainingState:
+    """Train until the epochs or the patience are used up, then leave the best weights in the model.
+
+    ``on_epoch`` is called with (state, mean training loss, held-out score). A given ``state`` goes on where it stands.
+    """
+    weights = assembled.trainable()
+    rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
+    optimizer = make_optimizer(weights, rates, settings.weight_decay)
+    if state is None:
+        state = TrainingState(rng=torch.Generator().manual_seed(seed).get_state())
+        _keep_if_better(state, weights, held_out_score(assembled, held_examples), epoch=0)
+    else:
+        _restore(state, weights, optimizer)
+    per_epoch = math.ceil(len(train_examples.targets) / settings.batch_size)
+    total = settings.epochs * per_epoch
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state.rng)
+        while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
+            order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
+            assembled.method.train_mode(True)
+            for chosen in order[state.batch :]:
+                set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
+                loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
+                state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
+                if on_step and on_step(state, total, loss):
+                    return _capture(state, weights, optimizer)
+            assembled.method.train_mode(False)
+            score = held_out_score(assembled, held_examples)
+            mean_loss = state.loss_sum / per_epoch
+            state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+            _keep_if_better(state, weights, score, epoch=state.epoch)
+            if on_epoch:
+                on_epoch(_capture(state, weights, optimizer), mean_loss, score[0])
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(state.best_weights[key])
+    return state
+
+
+@torch.no_grad()
+def predict_logits(assembled: Assembled, examples: Examples, token_budget: int = 4096) -> torch.Tensor:
+    """Logits (rows, labels) on the CPU, in the order of the rows."""
+    from capotune.data.batches import sorted_order
+
+    logits = torch.empty(len(examples.targets), assembled.model.classifier.out_features)
+    with _starting_at(assembled, examples) as give:
+        for chosen in sorted_order(examples.rows.lengths, token_budget):
+            logits[torch.as_tensor(chosen)] = _forward(assembled, examples, chosen, give).float().cpu()
+    return logits
+
+
+def held_out_score(assembled: Assembled, examples: Examples) -> tuple[float, float]:
+    """(accuracy, −cross-entropy): higher is better, the loss decides between equal accuracies."""
+    logits = predict_logits(assembled, examples)
+    accuracy = float((logits.argmax(1) == examples.targets).float().mean())
+    return accuracy, -float(functional.cross_entropy(logits, examples.targets))
+
+
+def _step(
+    assembled: Assembled,
+    examples: Examples,
+    chosen: np.ndarray,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+) -> float:
+    """Forward, backward, clip, update on one batch of rows; its loss."""
+    with _starting_at(assembled, examples) as give:
+        logits = _forward(assembled, examples, chosen, give)
+    targets = examples.targets[torch.as_tensor(chosen)].to(logits.device)
+    loss = assembled.task.loss(logits, targets, settings.label_smoothing)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(weights.values(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _forward(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, give: Callable[[torch.Tensor], None] | None
+) -> torch.Tensor:
+    device = assembled.model.classifier.weight.device
+    batch = examples.rows.batch(chosen).to(device)
+    if give is not None:
+        assert examples.boundary is not None
+        give(examples.boundary.batch(chosen).to(device))
+    logits: torch.Tensor = assembled.model(batch.input_ids, batch.attention_mask).logits
+    return logits
+
+
+def _starting_at(assembled: Assembled, examples: Examples):  # type: ignore[no-untyped-def]
+    """The model as it is, or starting above its frozen prefix when the examples carry the states that enter there."""
+    if examples.boundary is None:
+        return nullcontext()
+    return resume_from(assembled.model, assembled.architecture, assembled.method.first_trainable_block())
+
+
+def _keep_if_better(
+    state: TrainingState, weights: dict[str, nn.Parameter], score: tuple[float, float], epoch: int
+) -> None:
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, epoch
+        state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
+
+
+def _capture(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Copy what lives in model, optimizer and generator into the state."""
+    state.weights = {key: weight.detach().clone() for key, weight in weights.items()}
+    state.optimizer = {
+        key: {name: torch.as_tensor(value).clone() for name, value in optimizer.state[weight].items()}
+        for key, weight in weights.items()
+    }
+    state.rng = torch.get_rng_state()
+    return state
+
+
+def _restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(state.weights[key])
+            if state.optimizer.get(key):
+                optimizer.state[weight] = {name: value.clone() for name, value in state.optimizer[key].items()}
