@@ -1,0 +1,34 @@
+"""Capotune fine-tunes a pretrained transformer four ways and leaves a small adapter; the base never changes.
+
+The functions here are those of ``capotune.api``; they are found at first use, so that importing is fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capotune.api import Classifier, Prediction, compare, evaluate, info, load, load_base, predict, train
+    from capotune.errors import CapotuneError
+
+__all__ = [
+    "CapotuneError",
+    "Classifier",
+    "Prediction",
+    "compare",
+    "evaluate",
+    "info",
+    "load",
+    "load_base",
+    "predict",
+    "train",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'capotune' has no attribute '{name}'")
+    from capotune import api, errors
+
+    return getattr(errors if name == "CapotuneError" else api, name)

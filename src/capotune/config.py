@@ -26,6 +26,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise SettingError("\n".join(_explain(type(self), problem) for problem in error.errors())) from None
+
 
 class DataSettings(Settings):
     """Which labelled text, and how to read it."""
@@ -149,7 +155,7 @@ class PromptTuningSettings(TrainingSettings):
     @pydantic.model_validator(mode="after")
     def _text_is_given_when_it_is_needed(self) -> PromptTuningSettings:
         if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("init text and init_text go together: give both or neither")
+            raise ValueError("settings 'init' and 'init_text': init text needs init_text, and init_text needs init text.")
         return self
 
 
@@ -171,7 +177,7 @@ class TrainSettings(RunSettings):
 class CompareSettings(RunSettings):
     """Several methods on the same data, side by side."""
 
-    methods: tuple[MethodName, ...] = tuple(METHODS)  # type: ignore[assignment]
+    methods: tuple[MethodName, ...] = ("feature-extraction", "lora", "qlora", "prompt-tuning")
     """Methods to run."""
     out: Path = Path("capo-compare")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
@@ -199,10 +205,10 @@ def build(cls: type[AnySettings], values: dict[str, Any], where: str = "") -> An
     ``where`` names the source of the values (a YAML file) for the message.
     """
     try:
-        return cls.model_validate(values)
-    except pydantic.ValidationError as error:
-        lines = [_explain(cls, problem) for problem in error.errors()]
-        raise SettingError("\n".join((f"{where}: " if where else "") + line for line in lines)) from None
+        return cls(**values)
+    except SettingError as error:
+        lines = [f"{where}: {line}" if where else line for line in str(error).splitlines()]
+        raise SettingError("\n".join(lines)) from None
 
 
 def method_class(name: str) -> type[MethodSettings]:
@@ -239,17 +245,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic problem: the setting, what was given, what is allowed."""
-    location = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-    name = ".".join(location)
+    name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        owner: Any = cls
-        for part in location[:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"unknown setting '{name}'.{nearest(location[-1], owner.model_fields)}"
+        return f"unknown setting '{name}'.{nearest(name, cls.model_fields)}"
     if problem["type"] == "missing":
         return f"setting '{name}' is missing."
     message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return message if message.endswith(".") else message + "."
-    given = problem["input"]
-    return f"setting '{name}': {message[0].lower() + message[1:]}, but {given!r} was given."
+    if isinstance(problem.get("ctx", {}).get("error"), ValueError):  # said by our own check, or by settings inside these
+        return f"{name}: {message}" if name else message
+    return f"setting '{name}': {message[0].lower() + message[1:]}, but {problem['input']!r} was given."

@@ -6,6 +6,7 @@ epoch alone: an interrupted run finds its place again.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,3 +64,29 @@ def collate(sequences: Sequence[Sequence[int]], rows: np.ndarray, pad_id: int, p
         ids[number, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[number, : len(sequence)] = 1
     return Batch(ids, mask, torch.as_tensor(rows, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token sequences and what turns them into batches."""
+
+    sequences: list[list[int]]
+    pad_id: int
+    prefix: range = range(0)
+    """Virtual tokens before every sequence."""
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The padded batch of these rows."""
+        return collate(self.sequences, rows, self.pad_id, self.prefix)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, virtual ones included."""
+        return [len(self.prefix) + len(sequence) for sequence in self.sequences]
+
+    def digest(self) -> str:
+        """Hash of the tokens."""
+        total = hashlib.sha256(repr((self.pad_id, self.prefix)).encode())
+        for sequence in self.sequences:
+            total.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
+        return total.hexdigest()

@@ -21,7 +21,7 @@ from capotune.errors import DataError, SettingError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LabelledData", "LabelledText", "hold_out", "load_labelled", "normalised", "read_labelled"]
+__all__ = ["LabelledData", "LabelledText", "hold_out", "load_labelled", "normalised", "read_labelled", "read_to_score"]
 
 # In order of preference: of two columns with a known name the one that stands first here is taken.
 TEXT_NAMES: Final = (
@@ -129,6 +129,16 @@ def read_labelled(source: str, *, text_column: str | None = None, label_column: 
         DataError: the source cannot be read, the columns are not found, or a row has no text or no label.
     """
     return _read(source, text_column, label_column)[0]
+
+
+def read_to_score(source: str, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
+    """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
+
+    Raises:
+        DataError: as ``read_labelled``.
+    """
+    rows, parts = _read(source, text_column, label_column)
+    return _part(rows, parts, "test") if "test" in parts else rows
 
 
 def _read(

@@ -139,7 +139,7 @@ def quantize_4bit(
     """Store ``tensor`` (any shape; fp32, bf16 or fp16) in 4 bits a number (QLoRA §3).
 
     Raises ``SettingError`` for an unknown ``quant_type`` or ``block_size``, ``ModelError`` for a tensor that is empty,
-    of another dtype, or holds NaN or infinity.
+    of another dtype, holds NaN or infinity, or is so large that the sum of its absmax overflows fp32.
     """
     _check_settings(quant_type, block_size)
     _check_weight(tensor)
@@ -156,6 +156,8 @@ def quantize_4bit(
     if not double_quant:
         return QuantizedTensor(codes, absmax, quant_type, block_size, shape, tensor.dtype)
     offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise ModelError(f"a weight of shape {shape} is too large for double quantisation; use double_quant=False")
     absmax8, nested_absmax = _quantize_absmax(absmax - offset)
     return QuantizedTensor(codes, absmax8, quant_type, block_size, shape, tensor.dtype, nested_absmax, offset)
 
@@ -188,7 +190,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
 def _check_settings(quant_type: str, block_size: int) -> None:
     if quant_type not in QUANT_TYPES:
         raise SettingError(f"quant_type is {quant_type!r}; allowed: {', '.join(QUANT_TYPES)}")
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise SettingError(f"block_size is {block_size!r}; allowed: {', '.join(map(str, BLOCK_SIZES))}")
 
 

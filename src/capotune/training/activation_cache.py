@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from capotune.data.batches import Batch, collate, sorted_order
+from capotune.data.batches import Rows, sorted_order
 from capotune.errors import OutputError
 from capotune.models.architecture import Architecture, swap
 from capotune.tasks.classification import SequenceClassifier
@@ -40,32 +40,6 @@ def default_folder() -> Path:
     """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token sequences and what turns them into batches."""
-
-    sequences: list[list[int]]
-    pad_id: int
-    prefix: range = range(0)
-    """Virtual tokens before every sequence."""
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The padded batch of these rows."""
-        return collate(self.sequences, rows, self.pad_id, self.prefix)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row, virtual ones included."""
-        return [len(self.prefix) + len(sequence) for sequence in self.sequences]
-
-    def digest(self) -> str:
-        """Hash of the tokens."""
-        total = hashlib.sha256(repr((self.pad_id, self.prefix)).encode())
-        for sequence in self.sequences:
-            total.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
-        return total.hexdigest()
 
 
 @dataclass

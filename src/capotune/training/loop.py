@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
-from capotune.data.batches import epoch_order
-from capotune.training.activation_cache import BoundaryStates, Rows, resume_from
+from capotune.data.batches import Rows, epoch_order, sorted_order
+from capotune.training.activation_cache import BoundaryStates, resume_from
 from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 
 
@@ -111,20 +111,18 @@ def train(
 
 
 @torch.no_grad()
-def predict_logits(assembled: Assembled, examples: Examples, token_budget: int = 4096) -> torch.Tensor:
+def predict_logits(assembled: Assembled, rows: Rows, boundary: BoundaryStates | None = None) -> torch.Tensor:
     """Logits (rows, labels) on the CPU, in the order of the rows."""
-    from capotune.data.batches import sorted_order
-
-    logits = torch.empty(len(examples.targets), assembled.model.classifier.out_features)
-    with _starting_at(assembled, examples) as give:
-        for chosen in sorted_order(examples.rows.lengths, token_budget):
-            logits[torch.as_tensor(chosen)] = _forward(assembled, examples, chosen, give).float().cpu()
+    logits = torch.empty(len(rows.sequences), assembled.model.classifier.out_features)
+    with _starting_at(assembled, boundary) as give:
+        for chosen in sorted_order(rows.lengths):
+            logits[torch.as_tensor(chosen)] = _forward(assembled, rows, boundary, chosen, give).float().cpu()
     return logits
 
 
 def held_out_score(assembled: Assembled, examples: Examples) -> tuple[float, float]:
     """(accuracy, −cross-entropy): higher is better, the loss decides between equal accuracies."""
-    logits = predict_logits(assembled, examples)
+    logits = predict_logits(assembled, examples.rows, examples.boundary)
     accuracy = float((logits.argmax(1) == examples.targets).float().mean())
     return accuracy, -float(functional.cross_entropy(logits, examples.targets))
 
@@ -138,8 +136,8 @@ def _step(
     settings: TrainingSettings,
 ) -> float:
     """Forward, backward, clip, update on one batch of rows; its loss."""
-    with _starting_at(assembled, examples) as give:
-        logits = _forward(assembled, examples, chosen, give)
+    with _starting_at(assembled, examples.boundary) as give:
+        logits = _forward(assembled, examples.rows, examples.boundary, chosen, give)
     targets = examples.targets[torch.as_tensor(chosen)].to(logits.device)
     loss = assembled.task.loss(logits, targets, settings.label_smoothing)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -150,20 +148,25 @@ def _step(
 
 
 def _forward(
-    assembled: Assembled, examples: Examples, chosen: np.ndarray, give: Callable[[torch.Tensor], None] | None
+    assembled: Assembled,
+    rows: Rows,
+    boundary: BoundaryStates | None,
+    chosen: np.ndarray,
+    give: Callable[[torch.Tensor], None] | None,
 ) -> torch.Tensor:
     device = assembled.model.classifier.weight.device
-    batch = examples.rows.batch(chosen).to(device)
-    if give is not None:
-        assert examples.boundary is not None
-        give(examples.boundary.batch(chosen).to(device))
+    batch = rows.batch(chosen).to(device)
+    if boundary is not None and give is not None:
+        give(boundary.batch(chosen).to(device))
     logits: torch.Tensor = assembled.model(batch.input_ids, batch.attention_mask).logits
     return logits
 
 
-def _starting_at(assembled: Assembled, examples: Examples):  # type: ignore[no-untyped-def]
-    """The model as it is, or starting above its frozen prefix when the examples carry the states that enter there."""
-    if examples.boundary is None:
+def _starting_at(
+    assembled: Assembled, boundary: BoundaryStates | None
+) -> AbstractContextManager[Callable[[torch.Tensor], None] | None]:
+    """The model as it is, or starting above its frozen prefix when the states that enter there are at hand."""
+    if boundary is None:
         return nullcontext()
     return resume_from(assembled.model, assembled.architecture, assembled.method.first_trainable_block())
 

@@ -24,7 +24,8 @@ from capotune.adapters.assemble import Assembled, assemble, attach, classificati
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.config import MethodSettings, PromptTuningSettings, TrainSettings, build, method_class
-from capotune.data.labelled import LabelledData, hold_out, load_labelled
+from capotune.data.batches import Rows
+from capotune.data.labelled import LabelledData, hold_out, load_labelled, normalised
 from capotune.data.report import inspect_data
 from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.errors import CapotuneError, OutputError, SettingError
@@ -33,7 +34,7 @@ from capotune.files import write_atomic
 from capotune.methods import Start
 from capotune.models.load import Source, find, pooling
 from capotune.tasks.classification import Classification
-from capotune.training.activation_cache import ActivationCache, Rows, default_folder
+from capotune.training.activation_cache import ActivationCache, default_folder
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
 from capotune.training.linear_head import LinearHead, choose_regularization, solve
 from capotune.training.loop import Examples, TrainingState, predict_logits, train
@@ -137,7 +138,8 @@ def prepare(settings: TrainSettings, method: MethodSettings, report: Reporter) -
     report({"kind": "data", "report": asdict(inspect_data(data, *lengths, task.max_length))})
     train_targets = task.targets(data.train.labels)
     fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(train_targets))
-    fit, held = hold_out(train_targets.tolist(), fraction, settings.seed)
+    groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
+    fit, held = hold_out(train_targets.tolist(), fraction, settings.seed, groups)
     return Prepared(
         data,
         source,
@@ -328,7 +330,7 @@ def _base_score(assembled: Assembled, prepared: Prepared, cache: ActivationCache
 def _test_logits(assembled: Assembled, prepared: Prepared, cache: ActivationCache) -> torch.Tensor:
     """(rows, labels); a head on frozen features needs no forward pass when the features are kept."""
     if assembled.method.parameters():
-        return predict_logits(assembled, prepared.test)
+        return predict_logits(assembled, prepared.test.rows)
     with torch.no_grad():
         logits: torch.Tensor = assembled.model.classifier(_pooled(assembled, prepared.test.rows, cache)).cpu()
     return logits

@@ -1,0 +1,84 @@
+"""Several techniques on the same data, one after the other, each in a process of its own.
+
+A process of its own makes each technique's peak memory its own, and leaves the next one a clean start.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from capotune.config import CompareSettings, RunSettings
+from capotune.errors import CapotuneError
+
+Reporter = Callable[[str, dict[str, Any]], None]
+"""Called with the method's name and one of ``training.run``'s events, or ``{"kind": "failed", "text": …}``."""
+
+
+def run_techniques(settings: CompareSettings, folder: Path, report: Reporter) -> dict[str, dict[str, Any]]:
+    """Run every method of ``settings`` into ``folder/METHOD``; returns each finished one's ``run.json``.
+
+    A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
+    memory) is reported as failed and the others go on. Raises ``CapotuneError`` when none finished.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for number, method in enumerate(settings.methods):
+        request = _request(settings, method, folder / method, base_score=number == 0)
+        failure = _run_one(request, lambda event, method=method: report(method, event))  # type: ignore[misc]
+        if failure:
+            report(method, {"kind": "failed", "text": failure})
+        else:
+            results[method] = json.loads((folder / method / "run.json").read_text(encoding="utf-8"))
+    if not results:
+        raise CapotuneError("no technique finished; the messages above say why.")
+    return results
+
+
+def _request(settings: CompareSettings, method: str, out: Path, base_score: bool) -> dict[str, Any]:
+    shared = {name: getattr(settings, name) for name in RunSettings.model_fields}
+    return {
+        "method": method,
+        "method_settings": settings.for_method(method).model_dump(mode="json"),
+        "settings": {**shared, "out": str(out)},
+        "base_score": base_score,
+    }
+
+
+def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> str | None:
+    """Run one technique's process to its end; why it failed, or None."""
+    command = [sys.executable, "-m", "capotune.training.run"]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True
+        ) as process,
+    ):
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["kind"] == "error":
+                    raise CapotuneError(event["text"])
+                report(event)
+        except BaseException:
+            process.kill()  # Ctrl-C must not wait for the step in flight
+            raise
+        process.wait()
+        return _failure(process.returncode, messages)
+
+
+def _failure(code: int, messages: IO[str]) -> str | None:
+    if code == 0:
+        return None
+    messages.seek(0)
+    last = (messages.read().strip() or "no message").splitlines()[-1]
+    killed = " (killed; most often the machine ran out of memory)" if code == -9 else ""
+    return f"its process ended with code {code}{killed}: {last}"
