@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,8 @@ def compare_run(
 
     if not settings.methods:
         raise SettingError("--methods: name at least one method.")
+    if settings.test_fraction == 0:
+        raise SettingError("--test-fraction 0 leaves no rows to compare on; allowed are values between 0 and 1.")
     inspected: dict[str, Any] = {}
 
     def listen(method: str, event: dict[str, Any]) -> None:
@@ -310,9 +312,7 @@ def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Me
 def _comparison(settings: CompareSettings, results: dict[str, dict[str, Any]]) -> Comparison:
     from capotune.report import Comparison, ComparisonRow, recommend
 
-    copied = (
-        "score", "trainable_parameters", "total_parameters", "adapter_bytes", "train_seconds", "peak_memory_bytes", "epochs",
-    )  # fmt: skip
+    copied = [field.name for field in fields(ComparisonRow) if field.name not in ("method", "adapter")]
     rows = tuple(
         ComparisonRow(method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in copied})
         for method, record in results.items()

@@ -39,13 +39,13 @@ class DataSettings(Settings):
     data: str
     """Labelled text: a csv, tsv, jsonl or parquet file, or a dataset id on the hub."""
     test: str | None = None
-    """A second file to test on. Without it: the rows whose `split` column says test, else a stratified part of the data."""
+    """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
     """Column that holds the text. Found by name when left out."""
     label_column: str | None = None
     """Column that holds the label. Found by name when left out."""
-    test_fraction: Fraction = 0.2
-    """Part of the rows kept for the test when no test rows are given."""
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Part of the rows kept for the test when no test rows are given. 0: train on all rows, without a test."""
     max_length: Count | None = None
     """Longest text in tokens; longer ones are cut. The base's own limit when left out."""
 
@@ -95,7 +95,7 @@ class FeatureExtractionSettings(TrainingSettings):
 
     method: ClassVar[MethodName] = "feature-extraction"
     trainable_layers: int = Field(default=0, ge=0)
-    """Last blocks that train with the head. 0: only the head, which is solved to convergence instead of trained in steps."""
+    """Last blocks that train with the head. 0: the head alone, which is solved to convergence, not trained in steps."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of the last blocks (with trainable_layers above 0)."""
 
@@ -155,7 +155,9 @@ class PromptTuningSettings(TrainingSettings):
     @pydantic.model_validator(mode="after")
     def _text_is_given_when_it_is_needed(self) -> PromptTuningSettings:
         if (self.init == "text") != (self.init_text is not None):
-            raise ValueError("settings 'init' and 'init_text': init text needs init_text, and init_text needs init text.")
+            raise ValueError(
+                "settings 'init' and 'init_text': init text needs init_text, and init_text needs init text."
+            )
         return self
 
 
@@ -251,6 +253,8 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"setting '{name}' is missing."
     message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem.get("ctx", {}).get("error"), ValueError):  # said by our own check, or by settings inside these
+    if isinstance(
+        problem.get("ctx", {}).get("error"), ValueError
+    ):  # said by our own check, or by settings inside these
         return f"{name}: {message}" if name else message
     return f"setting '{name}': {message[0].lower() + message[1:]}, but {problem['input']!r} was given."

@@ -1,4 +1,4 @@
-"""A frozen base, a method attached to it, and a head on top: the model that trains, and the one that is loaded again."""
+"""A frozen base, a method attached to it, and a head on top: the model that trains and the one that is loaded again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.load import Pooling, Source, load_backbone, load_tokenizer, max_length
 from capotune.tasks.classification import Classification, SequenceClassifier
 
-_MOST_FEATURES = 8192  # a linear head's solve is quadratic in nothing, but its memory is rows × features
+_MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def assemble(
     """
     method = make(settings)
     backbone = load_backbone(source, quantization=method.quantization, trust_remote_code=trust_remote_code)
-    layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, backbone.config.hidden_size)
     model = SequenceClassifier(backbone, task.pooling, len(task.labels), layers).to(device).eval()
     return Assembled(source, model, describe(model, model.backbone_name), task, method, parameter_count(backbone))
 

@@ -1,4 +1,4 @@
-"""A base model's identity by content: the same for a copy, a rename, another sharding; different for one changed bit."""
+"""A base model's identity by content: the same for a copy, a rename, another sharding; another for one changed bit."""
 
 from __future__ import annotations
 

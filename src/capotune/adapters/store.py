@@ -58,7 +58,7 @@ class StoredAdapter:
 
 
 def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
-    """Write the adapter folder, complete or not at all. ``trained``: how it was trained, for the record and the card."""
+    """Write the adapter folder, complete or not at all. ``trained`` says how it was trained, for record and card."""
     record = {
         "format": FORMAT,
         "method": assembled.method.name,
@@ -170,6 +170,8 @@ def _card(record: dict[str, Any], parameters: int) -> str:
     """README.md of the adapter: what it is, how it scored, how to use it."""
     trained, labels = record["trained"], record["labels"]
     settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
+    tested = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows" if trained["test_rows"] else ""
+    score = tested or f"No test rows; accuracy on the held-out part {trained['held_out_score']:.2%}"
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
     return f"""---
 base_model: {record["base"]["name"]}
@@ -180,7 +182,7 @@ tags: [capotune, {record["method"]}]
 
 Classifies a text into {len(labels)} labels: {shown}.
 
-Test accuracy {trained["score"]:.2%} on {trained["test_rows"]:,} rows, trained on {trained["train_rows"]:,}.
+{score}, trained on {trained["train_rows"]:,} rows.
 {parameters:,} trained weights ({human_bytes(parameters * 4)}); the base itself is unchanged
 (fingerprint `{record["base"]["fingerprint"]}`).
 

@@ -64,7 +64,7 @@ def _bars(progress: Progress, bars: dict[str, Any], console: Console) -> Reporte
             note = f"loss {event['loss']:.3f}" if event["loss"] is not None else progress.tasks[bar].fields["note"]
             progress.update(bar, completed=event["step"], total=event["total"], note=note)
         elif kind == "result":
-            progress.update(bar, note=f"{event['score']:.2%}", total=1, completed=1)
+            progress.update(bar, note=_scored(event), total=1, completed=1)
             progress.stop_task(bar)
         elif kind == "failed":
             progress.update(bar, note="failed")
@@ -88,9 +88,13 @@ def _plain_lines(console: Console) -> Reporter:
             text = f"epoch {event['epoch']}: loss {event['loss']:.4f}, held-out accuracy {event['score']:.2%}"
             console.print(f"{method}: {text}", highlight=False)
         elif kind == "result":
-            console.print(f"{method}: {event['score']:.2%} in {event['train_seconds']:.1f} s", highlight=False)
+            console.print(f"{method}: {_scored(event)} in {event['train_seconds']:.1f} s", highlight=False)
 
     return report
+
+
+def _scored(event: dict[str, Any]) -> str:
+    return f"{event['score']:.2%}" if event["test_rows"] else "done"
 
 
 def _show_data(console: Console, report: dict[str, Any], shown: set[str]) -> None:
@@ -122,8 +126,11 @@ def show_run(record: dict[str, Any], out: Path) -> None:
     """One technique's result and how to use it."""
     result = record["result"]
     grid = _grid()
-    grid.add_row("accuracy", f"{result['score']:.2%} on {result['test_rows']:,} test rows")
-    grid.add_row("macro F1", f"{result['macro_f1']:.4f}")
+    if result["test_rows"]:
+        grid.add_row("accuracy", f"{result['score']:.2%} on {result['test_rows']:,} test rows")
+        grid.add_row("macro F1", f"{result['macro_f1']:.4f}")
+    else:
+        grid.add_row("accuracy", f"{result['held_out_score']:.2%} on the held-out rows (no test rows)")
     grid.add_row("trained", f"{result['epochs']:g} epochs, {result['train_seconds']:.1f} s")
     share = result["trainable_parameters"] / result["total_parameters"]
     grid.add_row("trainable", f"{result['trainable_parameters']:,} parameters, {share:.2%} of the base")
@@ -155,7 +162,7 @@ def show_info(facts: dict[str, Any]) -> None:
     grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
     grid.add_row("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling")
     trained = facts["trained"]
-    score = f"accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows"
+    score = f"accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows" if trained["test_rows"] else "no test"
     grid.add_row("trained", f"{trained['train_rows']:,} rows, {trained['train_seconds']:.1f} s, {score}")
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
     for number, near in enumerate(facts.get("nearest_tokens", [])):
@@ -169,5 +176,3 @@ def _grid() -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     return grid
-
-

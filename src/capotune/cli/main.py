@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ class Resumable(TrainSettings):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
     try:
         return _dispatch(given)
     except CapotuneError as error:
@@ -96,6 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _dispatch(given: list[str]) -> int:
@@ -141,9 +147,7 @@ def _train(rest: list[str]) -> int:
     settings = build(TrainSettings, {name: parsed[name] for name in TrainSettings.model_fields})
     own = build(own_class, {name: parsed[name] for name in own_class.model_fields})
     with watch([own.method]) as report:
-        record = api.train_run(
-            settings, own, resume=parsed["resume"], report=lambda event: report(own.method, event)
-        )
+        record = api.train_run(settings, own, resume=parsed["resume"], report=lambda event: report(own.method, event))
     show_run(record, settings.out)
     return 0
 

@@ -39,7 +39,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         pool = rows[start : start + batch_size * _POOL]
         pool = pool[np.argsort(size[pool], kind="stable")]
         batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
-    generator.shuffle(batches)  # type: ignore[arg-type]
+    generator.shuffle(batches)
     return batches
 
 

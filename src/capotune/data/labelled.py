@@ -96,7 +96,7 @@ def load_labelled(
         test: a second one with the same columns, to test on.
         text_column: the column to read, found by its name or content when not given.
         label_column: the column to predict, found likewise.
-        test_fraction: the part to hold out when the data has no test rows, between 0 and 1.
+        test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
         seed: decides which rows are held out; the same seed and data give the same rows.
 
     Raises:
@@ -112,6 +112,8 @@ def load_labelled(
         split = LabelledData(_part(rows, parts, "train"), _part(test_rows, test_parts, "test"), test)
     elif "test" in parts:
         split = LabelledData(_part(rows, parts, "train"), _part(rows, parts, "test"), "the column 'split'")
+    elif test_fraction == 0:
+        split = LabelledData(rows, rows.take([]), "none asked for")
     else:
         split = _split_by_seed(rows, test_fraction, seed)
     _check_labels(split)

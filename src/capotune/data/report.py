@@ -84,7 +84,7 @@ class DataReport:
     imbalance: float
     max_length: int
     train_tokens: Lengths
-    test_tokens: Lengths
+    test_tokens: Lengths | None
     train_truncated: Lines
     test_truncated: Lines
     train_empty: Lines
@@ -126,7 +126,7 @@ def inspect_data(
         imbalance=labels[0].train / min(label.train for label in labels if label.train),
         max_length=max_length,
         train_tokens=_lengths(token_lengths_train),
-        test_tokens=_lengths(token_lengths_test),
+        test_tokens=_lengths(token_lengths_test) if token_lengths_test else None,
         train_truncated=_lines(train, (length > max_length for length in token_lengths_train)),
         test_truncated=_lines(test, (length > max_length for length in token_lengths_test)),
         train_empty=_empty(train, token_lengths_train),

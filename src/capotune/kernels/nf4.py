@@ -55,9 +55,11 @@ NF4_VALUES = (
 FP4_VALUES = tuple(sign * v / 12.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # A block of zeros has absmax 0; dividing by this instead leaves its scaled weights at 0.
 SMALLEST_SCALE = 1e-38
-# How the C kernels call the dtypes, and how many numbers are worth a thread of their own.
+# How the C kernels call the dtypes, and how many numbers are worth a thread of their own: about a millisecond's work.
 C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SMALLEST_SHARE = 2**18
+QUANTIZE_SHARE, ABSMAX_SHARE, DEQUANTIZE_SHARE = 2**18, 2**16, 2**21
+# glibc maps a request of this size anew each time, so that every page of it faults on first use.
+LARGE_BUFFER = 2**25
 # How many numbers the PyTorch path works on at once: its temporaries then stay far smaller than the tensor.
 CHUNK = 2**22
 
@@ -149,16 +151,19 @@ def quantize_4bit(
         codes, absmax = quantize_reference(flat, quant_type, block_size)
     else:
         codes, absmax = quantize_native(lib, flat, quant_type, block_size)
+    shape = tuple(tensor.shape)
     if not bool(torch.isfinite(absmax).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise ModelError(f"a weight of shape {tuple(tensor.shape)} holds {bad} values that are NaN or infinite")
-    shape = tuple(tensor.shape)
+        raise ModelError(f"a weight of shape {shape} holds {bad} values that are NaN or infinite")
     if not double_quant:
         return QuantizedTensor(codes, absmax, quant_type, block_size, shape, tensor.dtype)
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
         raise ModelError(f"a weight of shape {shape} is too large for double quantisation; use double_quant=False")
-    absmax8, nested_absmax = _quantize_absmax(absmax - offset)
+    if lib is None:
+        absmax8, nested_absmax = quantize_absmax_reference(absmax - offset)
+    else:
+        absmax8, nested_absmax = quantize_absmax_native(lib, absmax - offset)
     return QuantizedTensor(codes, absmax8, quant_type, block_size, shape, tensor.dtype, nested_absmax, offset)
 
 
@@ -175,7 +180,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
     lib = library() if q.codes.device.type == "cpu" else None
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
-        if lib is not None:
+        if lib is not None and out.nbytes >= LARGE_BUFFER:
             lib.ask_for_huge_pages(pointer(out), c_int64(out.nbytes))
     elif tuple(out.shape) != q.shape or out.dtype != dtype or out.device != q.codes.device or not out.is_contiguous():
         raise SettingError(f"out must be a contiguous {dtype} tensor of shape {q.shape} on {q.codes.device}")
@@ -230,11 +235,10 @@ def dequantize_reference(q: QuantizedTensor, out: Tensor) -> None:
         part.copy_(table[codes.int()].view(-1)[:n].mul_(absmax.repeat_interleave(q.block_size)[:n]))
 
 
-def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_absmax_reference(centred: Tensor) -> tuple[Tensor, Tensor]:
     """centred fp32 (blocks,) → uint8 (blocks,) indices into the dynamic map, nested absmax fp32 (ceil(blocks/256),)."""
     scaled, nested_absmax = _scale_to_unit(centred, NESTED_BLOCK_SIZE)
-    values = _dynamic_map(centred.device)
-    return torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8), nested_absmax
+    return torch.bucketize(scaled, _map_midpoints(centred.device), out_int32=True).to(torch.uint8), nested_absmax
 
 
 def _scale_to_unit(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +289,21 @@ def quantize_native(lib: CDLL, flat: Tensor, quant_type: str, block_size: int) -
     def work(first: int, last: int) -> None:
         lib.quantize_4bit(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, absmax.numel(), SMALLEST_SHARE // block_size)
+    in_threads(work, absmax.numel(), QUANTIZE_SHARE // block_size)
+    return codes, absmax
+
+
+def quantize_absmax_native(lib: CDLL, centred: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantize_absmax_reference``, the same bits, by the C kernel ``lib`` (CPU)."""
+    n = centred.numel()
+    codes = torch.empty(n, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    tail = (pointer(_map_midpoints(centred.device)), pointer(codes), pointer(absmax))
+
+    def work(first: int, last: int) -> None:
+        lib.quantize_absmax(pointer(centred), c_int64(n), c_int64(first), c_int64(last), *tail)
+
+    in_threads(work, absmax.numel(), ABSMAX_SHARE // NESTED_BLOCK_SIZE)
     return codes, absmax
 
 
@@ -300,7 +318,7 @@ def dequantize_native(lib: CDLL, q: QuantizedTensor, out: Tensor) -> None:
     def work(first: int, last: int) -> None:
         lib.dequantize_4bit(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, q.absmax.numel(), SMALLEST_SHARE // q.block_size)
+    in_threads(work, q.absmax.numel(), DEQUANTIZE_SHARE // q.block_size)
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -344,6 +362,13 @@ def _dynamic_map(device: torch.device) -> Tensor:
         centres = (edges[:-1] + edges[1:]) / 2
         values += (10 ** (decade - 6) * centres).tolist() + (-(10 ** (decade - 6)) * centres).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@cache
+def _map_midpoints(device: torch.device) -> Tensor:
+    """fp32 (255,) ascending: the limits between neighbouring values of the dynamic map."""
+    values = _dynamic_map(device)
+    return (values[:-1] + values[1:]) / 2
 
 
 # -------------------------------------------------------------------------------------------------- the linear layer

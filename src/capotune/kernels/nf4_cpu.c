@@ -41,13 +41,23 @@ static float largest_magnitude(const float *x, int64_t count) {
     return as_float(largest);
 }
 
-/* index[i] = how many of the 15 ascending midpoints lie below x[i]. */
-static void count_below(const float *x, const float *midpoints, int64_t count, uint8_t *index) {
+/* index[i] = how many of the ascending midpoints lie below x[i]: plain comparisons, which the compiler makes vectors of. */
+static inline void count_below(const float *x, int64_t count, const float *midpoints, int levels, uint8_t *index) {
     for (int64_t i = 0; i < count; i++) {
         int32_t below = 0;
-        for (int k = 0; k < 15; k++) below += x[i] > midpoints[k];
+        for (int k = 0; k < levels; k++) below += x[i] > midpoints[k];
         index[i] = (uint8_t)below;
     }
+}
+
+/* x /= its largest magnitude, which goes to *absmax. A short last block is divided and keeps the floor: see
+ * _scale_to_unit in nf4.py. */
+static void scale_to_unit(float *x, int64_t count, int is_short, float *absmax) {
+    float largest = largest_magnitude(x, count);
+    float scale = largest < SMALLEST_SCALE ? SMALLEST_SCALE : largest, inverse = 1.0f / scale;
+    if (is_short) for (int64_t i = 0; i < count; i++) x[i] /= scale;
+    else for (int64_t i = 0; i < count; i++) x[i] *= inverse;
+    *absmax = is_short ? scale : largest;
 }
 
 void quantize_4bit(const void *in, int dtype, int64_t n, int64_t block_size, int64_t first, int64_t last,
@@ -57,15 +67,23 @@ void quantize_4bit(const void *in, int dtype, int64_t n, int64_t block_size, int
     for (int64_t b = first; b < last; b++) {
         int64_t start = b * block_size, count = n - start < block_size ? n - start : block_size;
         to_float(in, dtype, start, count, x);
-        float largest = largest_magnitude(x, count);
-        float scale = largest < SMALLEST_SCALE ? SMALLEST_SCALE : largest, inverse = 1.0f / scale;
-        if (count == block_size) for (int64_t i = 0; i < count; i++) x[i] *= inverse;
-        else for (int64_t i = 0; i < count; i++) x[i] /= scale; /* a short last block is divided: see _scale_to_unit */
-        absmax[b] = count == block_size ? largest : scale;
+        scale_to_unit(x, count, count < block_size, absmax + b);
         if (count % 2) x[count++] = 0.0f; /* the unused half byte at the very end */
-        count_below(x, midpoints, count, index);
+        count_below(x, count, midpoints, 15, index);
         for (int64_t i = 0; i < count; i += 2)
             codes[(start + i) / 2] = (uint8_t)(order[index[i]] << 4 | order[index[i + 1]]);
+    }
+}
+
+/* The statistics of the above in 8 bits: centred[n] (absmax less its mean), blocks of 256. */
+void quantize_absmax(const float *centred, int64_t n, int64_t first, int64_t last, const float *midpoints,
+                     uint8_t *codes, float *absmax) {
+    float x[NESTED_BLOCK];
+    for (int64_t b = first; b < last; b++) {
+        int64_t start = b * NESTED_BLOCK, count = n - start < NESTED_BLOCK ? n - start : NESTED_BLOCK;
+        memcpy(x, centred + start, 4 * count);
+        scale_to_unit(x, count, count < NESTED_BLOCK, absmax + b);
+        count_below(x, count, midpoints, 255, codes + start);
     }
 }
 
@@ -141,8 +159,8 @@ void dequantize_4bit(const uint8_t *codes, int64_t n, int64_t block_size, int64_
     }
 }
 
-/* Ask for 2 MiB pages before a large new buffer is first written: a quarter of the time of a 180 MB dequantisation would
- * otherwise be left for the arithmetic, the rest goes to faulting in 4 KiB pages. A hint; nothing depends on it. */
+/* Ask for 2 MiB pages before a large new buffer is first written: most of the time of a 180 MB dequantisation went to
+ * faulting in 4 KiB pages. A hint; nothing depends on it. */
 void ask_for_huge_pages(void *buffer, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = 1 << 21;

@@ -63,7 +63,7 @@ class Method(ABC):
 
     @abstractmethod
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
-        """Swap the method's parts into ``model``; everything else stays frozen. ``SettingError`` when they don't fit."""
+        """Swap the method's parts into ``model``; all else stays frozen. ``SettingError`` when they don't fit."""
 
     @abstractmethod
     def detach(self) -> None:

@@ -1,4 +1,4 @@
-"""Feature extraction: early layers stay fixed, the last blocks or a head alone adapt (Howard & Ruder 2018; Peters et al. 2019).
+"""Feature extraction: early layers stay fixed, the last blocks or a head alone adapt (Peters et al. 2019).
 
 With ``trainable_layers=0`` nothing inside the backbone trains: the task's head reads every layer's pooled states, which
 are computed once. With k above 0 the last k blocks train on the states that enter them, computed once as well.

@@ -47,14 +47,16 @@ class LoraLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the frozen weight is."""
-        layer = self.base_layer
-        return layer.codes.device if isinstance(layer, Linear4bit) else layer.weight.device  # type: ignore[return-value, union-attr]
+        layer: Any = self.base_layer
+        device: torch.device = layer.codes.device if isinstance(layer, Linear4bit) else layer.weight.device
+        return device
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The frozen weight (out, in); a new tensor only when it is stored in 4 bits or another dtype."""
         if isinstance(self.base_layer, Linear4bit):
             return self.base_layer.dense_weight(dtype)
-        weight: torch.Tensor = self.base_layer.weight.to(dtype)  # type: ignore[operator, union-attr, assignment]
+        layer: Any = self.base_layer
+        weight: torch.Tensor = layer.weight.to(dtype)
         return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,10 +157,11 @@ class Lora(Method):
         """Replace every target by a plain linear layer with W + scale·BA."""
         for path, layer in self.layers.items():
             out_features, in_features = linear_shape(layer.base_layer)
-            plain = nn.Linear(in_features, out_features, bias=layer.base_layer.bias is not None, device="meta")
+            bias: Any = layer.base_layer.bias
+            plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-            if layer.base_layer.bias is not None:
-                plain.bias = nn.Parameter(layer.base_layer.bias.detach(), requires_grad=False)  # type: ignore[union-attr, operator]
+            if bias is not None:
+                plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
             swap(self.model, path, plain)
         return True
 
@@ -179,7 +182,7 @@ class Lora(Method):
         }
 
     def _short_targets(self) -> list[str]:
-        """Last names of the targets when they name exactly these layers (other programs expect such), else full paths."""
+        """Last names of the targets when they name just these layers (other programs expect such), else full paths."""
         names = sorted({path.rpartition(".")[2] for path in self.targets})
         named = [path for path in self.architecture.linears if path.rpartition(".")[2] in names]
         return names if len(named) == len(self.targets) else sorted(self.targets)

@@ -78,7 +78,8 @@ class PromptTuning(Method):
 
     def peft_config(self) -> dict[str, Any]:
         """A PEFT ``PromptTuningConfig`` as it stands in adapter_config.json."""
-        config = self.model.get_submodule(self.architecture.backbone).config
+        backbone: Any = self.model.get_submodule(self.architecture.backbone)
+        config = backbone.config
         return {
             "peft_type": "PROMPT_TUNING",
             "num_virtual_tokens": self.settings.num_virtual_tokens,
@@ -90,20 +91,22 @@ class PromptTuning(Method):
         }
 
     def nearest_tokens(self, count: int = 3) -> list[list[tuple[int, float]]]:
-        """For each virtual token the ``count`` vocabulary ids with the highest cosine similarity, and that similarity."""
-        vocabulary = nn.functional.normalize(self.embedding.base_layer.weight.float(), dim=1)  # type: ignore[operator, union-attr, arg-type]
+        """For each virtual token the ``count`` vocabulary ids of highest cosine similarity, and that similarity."""
+        base: Any = self.embedding.base_layer
+        vocabulary = nn.functional.normalize(base.weight.float(), dim=1)
         prompt = nn.functional.normalize(self.embedding.prompt.detach().float(), dim=1)
         values, ids = (prompt @ vocabulary.t()).topk(count, dim=1)
         return [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
 
-    def _initial_prompt(self, base: nn.Module, start: Start) -> torch.Tensor:
+    def _initial_prompt(self, base: Any, start: Start) -> torch.Tensor:
         """(virtual tokens, hidden): sampled words, or a text's tokens shared out evenly over the vectors."""
         count = self.settings.num_virtual_tokens
         assert start.token_ids, "the caller gives the tokens of the text, the labels, or the data"
         ids = torch.tensor(start.token_ids)
-        weight: torch.Tensor = base.weight.detach().float()  # type: ignore[operator, union-attr]
+        weight: torch.Tensor = base.weight.detach().float()
         if self.settings.init == "vocabulary":
             return weight[ids[torch.randint(len(ids), (count,), generator=start.generator)]].clone()
-        repeats = -(-count // len(ids))
-        shares = ids.repeat(repeats).tensor_split(count) if len(ids) > count else ids.repeat(repeats)[:count].split(1)
+        if len(ids) < count:
+            ids = ids.repeat(-(-count // len(ids)))[:count]
+        shares = ids.tensor_split(count)
         return torch.stack([weight[share].mean(0) for share in shares])

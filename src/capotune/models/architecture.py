@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,7 +42,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
 
     Raises ``ModelError`` when the blocks cannot be told apart.
     """
-    module = model.get_submodule(backbone)
+    module: Any = model.get_submodule(backbone)
     config = module.config
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
     blocks = _block_list(module, config.num_hidden_layers)
@@ -71,30 +70,13 @@ def swap(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def modules(model: nn.Module, paths: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) for each path."""
-    return ((path, model.get_submodule(path)) for path in paths)
-
-
-def freeze(module: nn.Module) -> None:
-    """No gradient for any parameter of ``module``."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-
-
 def parameter_count(module: nn.Module) -> int:
     """Weights of ``module``; a 4-bit layer counts the weights it stands for, not the bytes that hold them."""
     packed = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, Linear4bit))
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def hidden_states_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which the token embedding, and so every block, works."""
-    dtype: torch.dtype = module.get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
-    return dtype
-
-
-def _block_list(module: nn.Module, count: int) -> str:
+def _block_list(module: Any, count: int) -> str:
     """Path of the ``ModuleList`` that holds the ``count`` transformer blocks."""
     lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
@@ -104,4 +86,4 @@ def _block_list(module: nn.Module, count: int) -> str:
             f"cannot tell the transformer blocks of {type(module).__name__}: "
             f"lists of {count} modules found: {found}; exactly one is needed."
         )
-    return outermost[0]
+    return str(outermost[0])

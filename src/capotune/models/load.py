@@ -96,9 +96,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"--model {source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from None
 
 
-def load_backbone(
-    source: Source, *, quantization: Quantization | None = None, trust_remote_code: bool = False
-) -> nn.Module:
+def load_backbone(source: Source, *, quantization: Quantization | None = None, trust_remote_code: bool = False) -> Any:
     """The transformer without a head, frozen, in evaluation mode, fp32; with ``quantization`` its linears in 4 bits.
 
     Raises ``ModelError`` when weights are missing, damaged, or do not fit the configuration.
@@ -119,11 +117,12 @@ def load_backbone(
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"--model {source.name}: cannot be loaded: {_first_line(error)}") from None
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
-    for parameter in model.parameters():
+    backbone: Any = model
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
+    for parameter in backbone.parameters():
         parameter.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return backbone.eval()
 
 
 def max_length(tokenizer: Any, config: Any) -> int:
@@ -230,13 +229,13 @@ def _stream_quantized(source: Source, config: Any, quantization: Quantization) -
 
 
 def _model_key(key: str, wanted: set[str], prefix: str) -> str | None:
-    """The model's name for a checkpoint's tensor: as it is, without the head's prefix, or BERT's old LayerNorm names."""
+    """The model's name for a checkpoint's tensor: as it is, without the prefix, or from BERT's old LayerNorm names."""
     modern = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return next((name for name in (modern, modern.removeprefix(prefix + ".")) if name in wanted), None)
 
 
 def _pack(model: nn.Module, path: str, weight: torch.Tensor, quantization: Quantization) -> None:
-    old = model.get_submodule(path)
+    old: Any = model.get_submodule(path)
     packed = quantize_4bit(
         weight,
         quant_type=quantization.quant_type,

@@ -32,7 +32,7 @@ class SequenceClassifier(nn.Module):
     """Leading positions that are a soft prompt; attended to, but left out of the pooling."""
 
     def __init__(
-        self, backbone: nn.Module, pooling: Pooling, num_labels: int, feature_layers: tuple[int, ...] = (-1,)
+        self, backbone: Any, pooling: Pooling, num_labels: int, feature_layers: tuple[int, ...] = (-1,)
     ) -> None:
         super().__init__()
         self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
@@ -41,7 +41,8 @@ class SequenceClassifier(nn.Module):
         self.pooling = pooling
         self.feature_layers = feature_layers
         self.virtual_tokens = 0
-        self.classifier = nn.Linear(backbone.config.hidden_size * len(feature_layers), num_labels)  # type: ignore[union-attr, operator, arg-type]
+        self.hidden_size: int = backbone.config.hidden_size
+        self.classifier = nn.Linear(self.hidden_size * len(feature_layers), num_labels)
 
     @property
     def backbone(self) -> nn.Module:
@@ -122,14 +123,16 @@ class Classification:
 
     def token_lengths(self, texts: list[str]) -> list[int]:
         """Length of each text in tokens before cutting."""
-        return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        return [len(ids) for ids in self._ids(texts, truncation=False)]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, cut at ``max_length``."""
-        if not texts:
+        return self._ids(texts, truncation=True, max_length=self.max_length)
+
+    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
+        if not texts:  # the tokenizer takes no empty list
             return []
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        return [list(ids) for ids in encoded]
+        return [list(ids) for ids in self.tokenizer(texts, verbose=False, **options)["input_ids"]]
 
     def targets(self, labels: list[str]) -> torch.Tensor:
         """(rows,) int64 positions of label names."""
@@ -140,9 +143,9 @@ class Classification:
         """Mean cross-entropy of logits (rows, labels)."""
         return functional.cross_entropy(output, targets, label_smoothing=label_smoothing)
 
-    def head_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
         """Weight (labels, features) and bias (labels,) of the linear head."""
-        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}  # type: ignore[union-attr, operator]
+        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}
 
     def record(self) -> dict[str, Any]:
         """Labels, pooling and length, as stored beside an adapter."""

@@ -1,7 +1,7 @@
 """What frozen layers compute, computed once and kept on disk by content.
 
-The name of an entry is a hash of everything its values depend on (base, packing, tokens, pooling, layers, prompt), so an
-entry is never stale: other data or another base is another name. Two kinds:
+The name of an entry is a hash of everything its values depend on (base, packing, tokens, pooling, layers, prompt), so
+an entry is never stale: other data or another base is another name. Two kinds:
 
 - pooled features (rows, layers·hidden), for a head alone;
 - boundary states (tokens, hidden) entering the lowest trainable block, for everything above it. They are stored without
@@ -111,7 +111,7 @@ class ActivationCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(
-                f"the cache {self.folder} cannot be written ({error.strerror or error}; {values.nbytes:,} bytes needed). "
+                f"the cache {self.folder} cannot be written: {error.strerror or error} ({values.nbytes:,} bytes). "
                 "Free space, set CAPOTUNE_CACHE to another folder, or give --no-cache."
             ) from None
 
@@ -136,7 +136,7 @@ def compute_pooled(
 ) -> torch.Tensor:
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     device = next(model.parameters()).device
-    features = torch.empty(len(rows.sequences), len(layers) * model.config.hidden_size)
+    features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths)
     for done, chosen in enumerate(order):
         batch = rows.batch(chosen).to(device)
@@ -167,7 +167,7 @@ def compute_boundary(
             batch = rows.batch(chosen).to(device)
             try:
                 model.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            except _Reached:
+            except _BoundaryReachedError:
                 states = caught.pop().float().cpu()
             for number, row in enumerate(chosen):
                 values[starts[row] : starts[row + 1]] = states[number, : lengths[row]]
@@ -178,8 +178,8 @@ def compute_boundary(
 
 @contextmanager
 def resume_from(model: nn.Module, architecture: Architecture, block: int) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Inside, ``model`` starts at ``block``: the blocks below pass through, and its input is what the yielded function was
-    last given, (rows, tokens, hidden). The token ids still go in; attention mask and positions come from them."""
+    """Inside, ``model`` starts at ``block``: the blocks below pass through, and its input is what the yielded function
+    was last given, (rows, tokens, hidden). Token ids still go in; attention mask and positions come from them."""
     frozen = {path: model.get_submodule(path) for path in architecture.blocks[:block]}
     for path in frozen:
         swap(model, path, _PassThrough())
@@ -209,7 +209,7 @@ class _PassThrough(nn.Module):
         return hidden_states
 
 
-class _Reached(Exception):
+class _BoundaryReachedError(Exception):
     """The forward pass arrived at the boundary; nothing above it is needed."""
 
 
@@ -219,7 +219,7 @@ def _stop_at(model: nn.Module, path: str) -> Iterator[list[torch.Tensor]]:
 
     def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        raise _Reached
+        raise _BoundaryReachedError
 
     hook = model.get_submodule(path).register_forward_pre_hook(catch, with_kwargs=True)
     try:

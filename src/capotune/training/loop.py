@@ -1,8 +1,8 @@
 """One loop for every method: a plain function over explicit state.
 
-All that is needed to go on exactly is in ``TrainingState`` and the arguments: the order of the rows is a function of seed
-and epoch, the learning rate of step and settings. A run that was stopped anywhere and one that never was reach the same
-bits.
+All that is needed to go on exactly is in ``TrainingState`` and the arguments: the order of the rows is a function of
+seed and epoch, the learning rate of step and settings. A run that was stopped anywhere and one that never was reach the
+same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from capotune.training.optimizer import learning_rate_factor, make_optimizer, se
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows with their targets (rows,) and, when the layers below the lowest trainable block are cached, their states."""
+    """Rows with targets (rows,) and, when what is below the lowest trainable block is cached, what enters it."""
 
     rows: Rows
     targets: torch.Tensor

@@ -182,13 +182,13 @@ def _run(
     seconds = time.perf_counter() - started + cache.reused_seconds
     report({"kind": "stage", "text": "testing"})
     logits = _test_logits(assembled, prepared, cache)
-    scores = classification_scores(logits, prepared.test.targets)
+    scores = classification_scores(logits, prepared.test.targets) if len(logits) else None
     trained = {
-        "score": scores.accuracy,
-        "macro_f1": scores.macro_f1,
-        "test_loss": scores.loss,
+        "score": scores and scores.accuracy,
+        "macro_f1": scores and scores.macro_f1,
+        "test_loss": scores and scores.loss,
         "train_rows": len(prepared.data.train),
-        "test_rows": scores.rows,
+        "test_rows": len(logits),
         "train_seconds": seconds,
         "reused_seconds": cache.reused_seconds,
         "forward_rows": cache.forward_rows,

@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all that a fresh clone needs; `make help` lists the rest.
+# Needs Python 3.10 or later; with gcc the 4-bit kernels are fast, without it they are slow. Another Python: `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check style types floors bench format clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(INSTALLED) ## compare the four techniques on examples/support_tickets.csv, into demo-out/
+	rm -rf demo-out
+	$(BIN)/capo compare --data examples/support_tickets.csv --out demo-out
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+check: style types floors ## style, types (mypy strict) and the floors of the design (make -k check: all three, even if one fails)
+
+style: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+floors: $(INSTALLED)
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## run every script benchmarks/bench_*.py; results go to benchmarks/results/
+	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "no benchmarks/bench_*.py yet" >&2; exit 1; }
+	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+format: $(INSTALLED) ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what these targets made, the environment included
+	rm -rf .venv demo-out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. The stamp is written last and taken away first, so an install that was interrupted starts clean the
+# next time, and one that is complete is left alone until pyproject.toml or constraints.txt changes. torch goes first and
+# alone: see constraints.txt. The pinned setuptools comes with it, and then builds capotune without a build environment.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "capotune needs Python 3.10 or later, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing capotune and its pinned dependencies into .venv: about 3 minutes, once."
+	@if [ -f $@ ]; then rm -f $@; else $(PYTHON) -m venv --clear .venv; fi
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
+	@touch $@
