@@ -30,9 +30,8 @@ types: $(INSTALLED)
 floors: $(INSTALLED)
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## run every script benchmarks/bench_*.py; results go to benchmarks/results/
-	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "no benchmarks/bench_*.py yet" >&2; exit 1; }
-	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py); results go to benchmarks/results/
+	@for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 format: $(INSTALLED) ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .

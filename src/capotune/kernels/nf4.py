@@ -57,7 +57,7 @@ FP4_VALUES = tuple(sign * v / 12.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625
 SMALLEST_SCALE = 1e-38
 # How the C kernels call the dtypes, and how many numbers are worth a thread of their own: about a millisecond's work.
 C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-QUANTIZE_SHARE, ABSMAX_SHARE, DEQUANTIZE_SHARE = 2**18, 2**16, 2**21
+QUANTIZE_SHARE, ABSMAX_SHARE, DEQUANTIZE_SHARE = 2**18, 2**16, 2**22
 # glibc maps a request of this size anew each time, so that every page of it faults on first use.
 LARGE_BUFFER = 2**25
 # How many numbers the PyTorch path works on at once: its temporaries then stay far smaller than the tensor.

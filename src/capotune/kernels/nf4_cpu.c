@@ -41,7 +41,7 @@ static float largest_magnitude(const float *x, int64_t count) {
     return as_float(largest);
 }
 
-/* index[i] = how many of the ascending midpoints lie below x[i]: plain comparisons, which the compiler makes vectors of. */
+/* index[i] = how many of the ascending midpoints lie below x[i]; plain comparisons, which become vectors. */
 static inline void count_below(const float *x, int64_t count, const float *midpoints, int levels, uint8_t *index) {
     for (int64_t i = 0; i < count; i++) {
         int32_t below = 0;

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from capotune.config import nearest
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
-from capotune.models.architecture import swap
+from capotune.models.architecture import LINEAR_TYPES, swap
 
 Pooling = Literal["mean", "cls", "last", "max"]
 
@@ -211,7 +212,7 @@ def _stream_quantized(source: Source, config: Any, quantization: Quantization) -
     with _parameters_on_meta():
         model = AutoModel.from_config(config, dtype=torch.float32)
     missing = {name for name, _ in model.named_parameters()}
-    linears = {f"{path}.weight": path for path, part in model.named_modules() if isinstance(part, nn.Linear)}
+    linears = {f"{path}.weight": path for path, part in model.named_modules() if isinstance(part, LINEAR_TYPES)}
     for shard in source.weight_files:
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dictionary
@@ -236,6 +237,8 @@ def _model_key(key: str, wanted: set[str], prefix: str) -> str | None:
 
 def _pack(model: nn.Module, path: str, weight: torch.Tensor, quantization: Quantization) -> None:
     old: Any = model.get_submodule(path)
+    if isinstance(old, Conv1D):  # stored as (in, out); packed like any linear layer, (out, in)
+        weight = weight.t().contiguous()
     packed = quantize_4bit(
         weight,
         quant_type=quantization.quant_type,

@@ -1,0 +1,168 @@
+"""The linear head against scikit-learn, its own gradient, and awkward data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional
+
+from capotune.training import linear_head
+from capotune.training.linear_head import LinearHead, choose_regularization, solve
+
+EXACT = 1e-14
+"""A tolerance for double precision: weights then agree to about its root."""
+
+
+def problem(
+    rows: int, features: int, labels: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy clusters, correlated features of unequal scale; each label has a row."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % labels
+    centres = torch.randn(labels, features, generator=generator, dtype=torch.float64)
+    x = centres[targets] + 2 * torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    mix = torch.randn(features, features, generator=generator, dtype=torch.float64) / features**0.5
+    return (x @ mix * torch.logspace(-2, 2, features, dtype=torch.float64) + 3).to(dtype), targets
+
+
+def standardised(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(0)) / x.std(0, correction=0)
+
+
+def objective(head: LinearHead, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """F in the coordinates the penalty is meant in."""
+    penalty = (head.weight * x.std(0, correction=0)).square().sum()
+    return functional.cross_entropy(head.logits(x), targets) + head.regularization * penalty
+
+
+SHAPES = [(300, 20, 4), (60, 150, 5), (200, 12, 2), (9, 30, 9), (400, 60, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("small_sample", [False, True])
+@pytest.mark.parametrize("regularization", [1e-1, 1e-3])
+def test_the_optimum_is_that_of_scikit_learn(
+    shape: tuple[int, int, int], small_sample: bool, regularization: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, features, labels = shape
+    if small_sample:  # so that the span of the sample is not enough
+        monkeypatch.setattr(linear_head, "_SAMPLE", min(rows, features) // 4)
+    x, targets = problem(rows, features, labels)
+    head = solve(x, targets, labels, regularization, EXACT)
+    # scikit-learn's own model of two labels has one weight vector, w = w₁ − w₀, with ‖w₀‖² + ‖w₁‖² = ½‖w‖²
+    share = 2 if labels == 2 else 1
+    model = LogisticRegression(C=share / (2 * regularization * rows), tol=1e-10, max_iter=10_000, solver="newton-cg")
+    model.fit(standardised(x).numpy(), targets.numpy())
+    expected = torch.as_tensor(model.predict_log_proba(standardised(x).numpy()))
+    torch.testing.assert_close(head.logits(x).log_softmax(1), expected, rtol=1e-4, atol=1e-4)
+    weight = head.weight * x.std(0, correction=0)
+    if labels > 2:
+        torch.testing.assert_close(weight, torch.as_tensor(model.coef_), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sample", [1024, 8])
+def test_the_gradient_at_the_solution_vanishes(
+    shape: tuple[int, int, int], sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(*shape)
+    head = solve(x, targets, shape[2], 1e-2, EXACT)
+    weight, bias = head.weight.requires_grad_(), head.bias.requires_grad_()
+    objective(head, x, targets).backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert float((weight.grad / x.std(0, correction=0)).abs().max()) < 1e-6
+    assert float(bias.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("sample", [1024, 16])
+def test_the_default_tolerance_bounds_the_loss_in_single_precision(
+    sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(400, 60, 7)
+    best = float(objective(solve(x, targets, 7, 1e-3, EXACT), x, targets))
+    head = solve(x.float(), targets, 7, 1e-3)
+    assert head.weight.dtype == torch.float32
+    single = LinearHead(head.weight.double(), head.bias.double(), 1e-3)
+    assert best <= float(objective(single, x, targets)) <= best * (1 + 3e-4)
+
+
+def test_scale_and_shift_of_the_features_change_nothing() -> None:
+    x, targets = problem(200, 15, 3)
+    raw, plain = solve(x, targets, 3, 1e-2, EXACT), solve(standardised(x), targets, 3, 1e-2, EXACT)
+    torch.testing.assert_close(raw.logits(x), plain.logits(standardised(x)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_constant_feature_has_no_weight() -> None:
+    x, targets = problem(100, 6, 3, dtype=torch.float32)
+    x[:, 2] = 7.25
+    head = solve(x, targets, 3, 1e-3)
+    assert head.weight[:, 2].tolist() == [0.0, 0.0, 0.0]
+    assert head.weight[:, 3].abs().min() > 0
+
+
+@pytest.mark.parametrize("sample", [1024, 8])
+def test_duplicated_features_share_the_weight(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(150, 20, 3)
+    head = solve(torch.cat([x, x], 1), targets, 3, 1e-2, EXACT)
+    torch.testing.assert_close(head.weight[:, :20], head.weight[:, 20:], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("regularization", [1e-1, 1e-5])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(6, 4),
+        torch.arange(6.0)[:, None].expand(6, 50),
+        torch.arange(6.0)[:, None] * torch.logspace(-5, 8, 14),
+        torch.eye(6),
+    ],
+    ids=["constant", "one direction", "very different scales", "separable"],
+)
+def test_awkward_features_give_a_finite_head(x: torch.Tensor, regularization: float) -> None:
+    for targets, labels in ((torch.arange(6), 6), (torch.arange(6) % 2, 2), (torch.zeros(6, dtype=torch.long), 3)):
+        head = solve(x, targets, labels, regularization)
+        assert bool(head.weight.isfinite().all())
+        assert bool(head.bias.isfinite().all())
+        assert float(functional.cross_entropy(head.logits(x), targets)) <= torch.tensor(float(labels)).log() + 1e-5
+
+
+@pytest.mark.parametrize("shape", [(300, 20, 4), (90, 150, 3)])
+@pytest.mark.parametrize("sample", [1024, 16])
+def test_the_regularization_is_that_of_trying_every_one(
+    shape: tuple[int, int, int], sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(*shape, dtype=torch.float32)
+    third = len(x) // 3
+    fit, held = slice(third, None), slice(0, third)
+    losses = {
+        tried: float(
+            functional.cross_entropy(
+                solve(x[fit], targets[fit], shape[2], tried, 1e-6).logits(x[held]), targets[held]
+            )
+        )
+        for tried in linear_head._PATH
+    }
+    head, regularization = choose_regularization(x[fit], targets[fit], x[held], targets[held], shape[2])
+    assert regularization == min(losses, key=losses.__getitem__)
+    again = solve(x[fit], targets[fit], shape[2], regularization)
+    torch.testing.assert_close(head.logits(x[held]), again.logits(x[held]), rtol=0.05, atol=0.05)
+
+
+def test_the_same_problem_gives_the_same_head() -> None:
+    x, targets = problem(300, 40, 5, dtype=torch.float32)
+    first, second = solve(x, targets, 5, 1e-3), solve(x, targets, 5, 1e-3)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_head_of_the_cpu() -> None:
+    x, targets = problem(300, 40, 5, dtype=torch.float32)
+    here, there = solve(x, targets, 5, 1e-2, 1e-6), solve(x.cuda(), targets.cuda(), 5, 1e-2, 1e-6)
+    torch.testing.assert_close(here.logits(x), there.logits(x.cuda()).cpu(), rtol=1e-2, atol=1e-2)
