@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from ctypes import CDLL, c_int, c_int64
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -151,20 +151,17 @@ def quantize_4bit(
         codes, absmax = quantize_reference(flat, quant_type, block_size)
     else:
         codes, absmax = quantize_native(lib, flat, quant_type, block_size)
-    shape = tuple(tensor.shape)
-    if not bool(torch.isfinite(absmax).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ModelError(f"a weight of shape {shape} holds {bad} values that are NaN or infinite")
+    summary = absmax.mean() if double_quant else absmax.amax()  # NaN or infinity anywhere shows in either
+    if not isfinite(summary.item()):
+        raise _not_finite(tensor)
+    whole = quant_type, block_size, tuple(tensor.shape), tensor.dtype
     if not double_quant:
-        return QuantizedTensor(codes, absmax, quant_type, block_size, shape, tensor.dtype)
-    offset = absmax.mean()
-    if not bool(torch.isfinite(offset)):
-        raise ModelError(f"a weight of shape {shape} is too large for double quantisation; use double_quant=False")
+        return QuantizedTensor(codes, absmax, *whole)
     if lib is None:
-        absmax8, nested_absmax = quantize_absmax_reference(absmax - offset)
+        absmax8, nested_absmax = quantize_absmax_reference(absmax, offset=summary)
     else:
-        absmax8, nested_absmax = quantize_absmax_native(lib, absmax - offset)
-    return QuantizedTensor(codes, absmax8, quant_type, block_size, shape, tensor.dtype, nested_absmax, offset)
+        absmax8, nested_absmax = quantize_absmax_native(lib, absmax, offset=summary)
+    return QuantizedTensor(codes, absmax8, *whole, nested_absmax, summary)
 
 
 def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -206,6 +203,13 @@ def _check_weight(tensor: Tensor) -> None:
         raise ModelError(f"a weight of shape {tuple(tensor.shape)} has no values to quantise")
 
 
+def _not_finite(tensor: Tensor) -> ModelError:
+    shape, bad = tuple(tensor.shape), int((~torch.isfinite(tensor)).sum())
+    if bad:
+        return ModelError(f"a weight of shape {shape} holds {bad} values that are NaN or infinite")
+    return ModelError(f"a weight of shape {shape} is too large for double quantisation; use double_quant=False")
+
+
 # ------------------------------------------------------------------------------------- the reference, plain PyTorch
 
 
@@ -235,10 +239,10 @@ def dequantize_reference(q: QuantizedTensor, out: Tensor) -> None:
         part.copy_(table[codes.int()].view(-1)[:n].mul_(absmax.repeat_interleave(q.block_size)[:n]))
 
 
-def quantize_absmax_reference(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """centred fp32 (blocks,) → uint8 (blocks,) indices into the dynamic map, nested absmax fp32 (ceil(blocks/256),)."""
-    scaled, nested_absmax = _scale_to_unit(centred, NESTED_BLOCK_SIZE)
-    return torch.bucketize(scaled, _map_midpoints(centred.device), out_int32=True).to(torch.uint8), nested_absmax
+def quantize_absmax_reference(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """absmax fp32 (blocks,), offset fp32 () → uint8 (blocks,) codes, nested absmax fp32 (ceil(blocks/256),)."""
+    scaled, nested_absmax = _scale_to_unit(absmax - offset, NESTED_BLOCK_SIZE)
+    return torch.bucketize(scaled, _map_midpoints(absmax.device), out_int32=True).to(torch.uint8), nested_absmax
 
 
 def _scale_to_unit(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -293,18 +297,19 @@ def quantize_native(lib: CDLL, flat: Tensor, quant_type: str, block_size: int) -
     return codes, absmax
 
 
-def quantize_absmax_native(lib: CDLL, centred: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_absmax_native(lib: CDLL, absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """``quantize_absmax_reference``, the same bits, by the C kernel ``lib`` (CPU)."""
-    n = centred.numel()
+    n = absmax.numel()
     codes = torch.empty(n, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // NESTED_BLOCK_SIZE), dtype=torch.float32)
-    tail = (pointer(_map_midpoints(centred.device)), pointer(codes), pointer(absmax))
+    nested_absmax = torch.empty(-(-n // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    head = (pointer(absmax), pointer(offset), c_int64(n))
+    tail = (pointer(_map_midpoints(absmax.device)), pointer(codes), pointer(nested_absmax))
 
     def work(first: int, last: int) -> None:
-        lib.quantize_absmax(pointer(centred), c_int64(n), c_int64(first), c_int64(last), *tail)
+        lib.quantize_absmax(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, absmax.numel(), ABSMAX_SHARE // NESTED_BLOCK_SIZE)
-    return codes, absmax
+    in_threads(work, nested_absmax.numel(), ABSMAX_SHARE // NESTED_BLOCK_SIZE)
+    return codes, nested_absmax
 
 
 def dequantize_native(lib: CDLL, q: QuantizedTensor, out: Tensor) -> None:

@@ -75,14 +75,14 @@ void quantize_4bit(const void *in, int dtype, int64_t n, int64_t block_size, int
     }
 }
 
-/* The statistics of the above in 8 bits: centred[n] (absmax less its mean), blocks of 256. */
-void quantize_absmax(const float *centred, int64_t n, int64_t first, int64_t last, const float *midpoints,
-                     uint8_t *codes, float *absmax) {
+/* The statistics of the above, less their mean, in 8 bits: absmax[n], blocks of 256. */
+void quantize_absmax(const float *absmax, const float *offset, int64_t n, int64_t first, int64_t last,
+                     const float *midpoints, uint8_t *codes, float *nested_absmax) {
     float x[NESTED_BLOCK];
     for (int64_t b = first; b < last; b++) {
         int64_t start = b * NESTED_BLOCK, count = n - start < NESTED_BLOCK ? n - start : NESTED_BLOCK;
-        memcpy(x, centred + start, 4 * count);
-        scale_to_unit(x, count, count < NESTED_BLOCK, absmax + b);
+        for (int64_t i = 0; i < count; i++) x[i] = absmax[start + i] - *offset;
+        scale_to_unit(x, count, count < NESTED_BLOCK, nested_absmax + b);
         count_below(x, count, midpoints, 255, codes + start);
     }
 }

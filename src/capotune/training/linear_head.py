@@ -28,7 +28,7 @@ from torch.nn import functional
 _PATH = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blown up
 _SAMPLE = 1024  # rows whose span is searched first
-_ROUGH, _MIDDLE = 1e-2, 1e-3  # tolerances: on the path, and before the step to all columns
+_ROUGH = 5e-3  # tolerance on the path, and before the step to all columns
 _MAX_STEPS, _HISTORY = 500, 10
 
 
@@ -52,12 +52,13 @@ def choose_regularization(
     held_features: torch.Tensor,
     held_targets: torch.Tensor,
     labels: int,
-    tolerance: float = 3e-5,
+    tolerance: float = 1e-3,
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
 
     Shapes: features (rows, features), targets (rows,). The path ends when the held-out loss has risen twice in a row.
-    On the path the problem is solved roughly and within the sample's span; the λ chosen is then solved to the end.
+    On the path the problem is solved roughly and within the sample's span; the λ chosen is then solved to
+    ``tolerance``, looser than that of ``solve``: this head is to be judged or trained on, not the final one.
     """
     problem = _Problem.of(features, targets)
     held = problem.project(held_features)
@@ -65,7 +66,7 @@ def choose_regularization(
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
     for regularization in _PATH:
         head = problem.minimize_in_span(head, regularization, max(_ROUGH, tolerance))
-        loss = float(functional.cross_entropy(torch.addmm(head[:, -1], held, head[:, :-1].t()), held_targets))
+        loss = float(functional.cross_entropy(_logits(held, head), held_targets))
         if loss < best_loss:
             best, best_loss, worse, chosen = head, loss, 0, regularization
         else:
@@ -76,7 +77,7 @@ def choose_regularization(
 
 
 def solve(
-    features: torch.Tensor, targets: torch.Tensor, labels: int, regularization: float, tolerance: float = 3e-5
+    features: torch.Tensor, targets: torch.Tensor, labels: int, regularization: float, tolerance: float = 1e-4
 ) -> LinearHead:
     """The best head for one λ: F is within about ``tolerance``·F of its minimum."""
     problem = _Problem.of(features, targets)
@@ -137,7 +138,7 @@ class _Problem:
 
     def finish(self, head: torch.Tensor, regularization: float, tolerance: float) -> LinearHead:
         """The best of all heads, from one within the span, for features as they come."""
-        head = self.minimize_in_span(head, regularization, tolerance if self.exact else max(_MIDDLE, tolerance))
+        head = self.minimize_in_span(head, regularization, tolerance if self.exact else max(_ROUGH, tolerance))
         head = torch.cat([head[:, :-1] @ self.basis.t(), head[:, -1:]], 1)
         if not self.exact:
             columns, span = self.basis.shape
@@ -168,7 +169,7 @@ def _minimize(
     Along a line the logits are linear, so a step costs two products with x, however often the line search looks.
     """
     rows = torch.arange(len(x), device=x.device)
-    logits = torch.addmm(head[:, -1], x, head[:, :-1].t())
+    logits = _logits(x, head)
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # step s, change of gradient y, s·y
     before, before_p, step = head, head, head
     c = 0.0
@@ -198,7 +199,7 @@ def _minimize(
         for s, y, sy in pairs:
             direction = direction + (weights.pop() - _dot(y, direction) / sy) * s
         direction = -direction
-        along = torch.addmm(direction[:, -1], x, direction[:, :-1].t())
+        along = _logits(x, direction)
         length = _line_search(logits, along, targets, head, direction, regularization, float(_dot(gradient, direction)))
         if not length > 0:
             break  # rounding leaves nothing to gain
@@ -240,6 +241,11 @@ def _line_search(
         if not low < t < min(high, 10 * low + 10):
             t = (low + high) / 2 if high < float("inf") else 10 * low
     return t
+
+
+def _logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """(rows, labels); multiplied as (labels, columns)·(columns, rows), a quarter faster on a CPU than the other way."""
+    return torch.addmm(head[:, -1:], head[:, :-1], x.t()).t().contiguous()
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
