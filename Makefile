@@ -32,6 +32,7 @@ floors: $(INSTALLED)
 
 bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py); results go to benchmarks/results/
 	@for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/_summary.py
 
 format: $(INSTALLED) ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """Four-bit weights on the CPU against bitsandbytes: quantise, dequantise, and a linear layer forward and backward.
 
-    python benchmarks/nf4.py [--rounds 9] [--out benchmarks/results/nf4.json]
+    python benchmarks/nf4.py [--rounds 7] [--out benchmarks/results/nf4.json]
 
 Contenders alternate inside one process, so that whatever else the machine does hits all of them alike. Both store the
 same format with the same codes (tests/test_nf4.py); the layer's result is compared before it is timed.
@@ -126,7 +126,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nf4.json")
     options = parser.parse_args()
     record = {

@@ -463,6 +463,29 @@ def test_linear_keeps_no_dense_weight_for_backward() -> None:
     assert node.q.nbytes < 40 * 96
 
 
+@pytest.mark.usefixtures("path")
+def test_layers_of_all_sizes_share_scratch_memory_without_mixing() -> None:
+    """A narrow layer after a wide one, other dtypes between, backward in reverse: as with weights of their own."""
+    torch.manual_seed(0)
+    sizes = [(64, 512), (512, 96), (96, 160), (160, 32)]
+    dtypes = (None, torch.bfloat16, torch.float16, torch.float32)
+    layers = [Linear4bit.from_linear(nn.Linear(*s), compute_dtype=d) for s, d in zip(sizes, dtypes, strict=True)]
+    x = torch.randn(7, 64)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = mine, other
+    for layer in layers:
+        y = layer(y).tanh()
+        dtype = layer.compute_dtype or torch.float32
+        product = nn.functional.linear(expected.to(dtype), layer.dense_weight(dtype), layer.bias.to(dtype))
+        expected = product.float().tanh()
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(mine.grad, other.grad)
+    borrowed = layers[1].borrowed_weight(torch.float32)
+    assert torch.equal(borrowed, layers[1].dense_weight(torch.float32))
+
+
 def test_linear_is_frozen_and_small() -> None:
     _, packed = make_linear()
     assert all(not parameter.requires_grad for parameter in packed.parameters())

@@ -150,9 +150,7 @@ def compare_run(
     from capotune.files import output_folder
     from capotune.report import write
 
-    if not settings.methods:
-        raise SettingError("--methods: name at least one method.")
-    if settings.test_fraction == 0:
+    if settings.test_fraction == 0 and settings.test is None:
         raise SettingError("--test-fraction 0 leaves no rows to compare on; allowed are values between 0 and 1.")
     inspected: dict[str, Any] = {}
 
@@ -164,9 +162,8 @@ def compare_run(
 
     with output_folder(settings.out) as new:
         results = run_techniques(settings, new, listen)
+        results = {method: _name_final_folder(new, settings.out, method) for method in results}
         comparison = _comparison(settings, results)
-        for record in results.values():
-            _name_final_folder(new, settings.out, record)
         details = _details(
             settings, comparison, results, new, inspected, command or f"capo compare --data {settings.data}"
         )
@@ -257,7 +254,7 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
         classifier = load(adapter, model=model)
         facts["nearest_tokens"] = [
             [(classifier.tokenizer.convert_ids_to_tokens(token), round(similarity, 3)) for token, similarity in near]
-            for near in classifier.method.nearest_tokens()
+            for near in classifier.method.nearest_tokens(len(classifier.tokenizer))
         ]
     return facts
 
@@ -279,15 +276,20 @@ def render_comparison(comparison: Comparison) -> Any:
 
 
 def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
-    """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file."""
+    """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones."""
     from capotune.data.labelled import TEXT_NAMES
-    from capotune.data.records import read_records
+    from capotune.data.records import ENDINGS, describe_bad_lines, did_you_mean, read_records
 
-    if Path(source).suffix.lower() not in (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"):
+    path = Path(source).expanduser()
+    if not path.exists():
+        near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise DataError(f"{source}: no such file. {near}Give a file of texts.")
+    if path.is_file() and path.suffix.lower() not in ENDINGS:
         try:
-            return Path(source).read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{source}: cannot be read as UTF-8 text ({error}).") from None
+        return [line for line in lines if line.strip()]
     records = read_records(source)
     column = text_column or next((name for name in TEXT_NAMES if name in records.columns), None)
     if column is None and len(records.columns) == 1:
@@ -295,7 +297,15 @@ def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
     if column not in records.columns:
         given = f"'{column}' is no column" if column else "it is not clear which column holds the text"
         raise DataError(f"{source}: {given}. The columns are {', '.join(records.columns)}. Give --text-column.")
-    return [str(row.get(column, "")) for row in records.rows]
+    texts: list[Any] = [row.get(column) for row in records.rows]
+    bad = {
+        line: f"the column {column!r} holds {text!r}"
+        for line, text in zip(records.lines, texts, strict=True)
+        if not isinstance(text, str) or not text.strip()
+    }
+    if bad:
+        raise DataError(describe_bad_lines(source, "rows without a text", bad, "Fill these in or delete the lines."))
+    return texts
 
 
 def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], MethodSettings]:
@@ -376,10 +386,20 @@ def _details(
     )
 
 
-def _name_final_folder(folder: Path, final: Path, record: dict[str, Any]) -> None:
-    """The run was written under a temporary name; say the final one in its record and card."""
+def _name_final_folder(folder: Path, final: Path, method: str) -> dict[str, Any]:
+    """The run was written under a temporary name; say the final one in its record, which is returned, and its card."""
     from capotune.files import write_atomic
 
-    run = folder / record["method"]
+    run = folder / method
     for path in (run / "run.json", run / "adapter" / "capotune.json", run / "adapter" / "README.md"):
-        write_atomic(path, path.read_text(encoding="utf-8").replace(str(folder), str(final)))
+        text = path.read_text(encoding="utf-8").replace(str(folder), str(final))
+        write_atomic(path, text.replace(_in_json(folder), _in_json(final)))
+    record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["result"]["adapter_bytes"] = sum(path.stat().st_size for path in (run / "adapter").iterdir())
+    write_atomic(run / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return record
+
+
+def _in_json(path: Path) -> str:
+    """As the path stands inside a JSON string, where quotes and backslashes are escaped."""
+    return json.dumps(str(path), ensure_ascii=False)[1:-1]

@@ -6,6 +6,7 @@ A process of its own makes each technique's peak memory its own, and leaves the 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,12 @@ def run_techniques(settings: CompareSettings, folder: Path, report: Reporter) ->
     results: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(settings.methods):
         request = _request(settings, method, folder / method, base_score=number == 0)
-        failure = _run_one(request, lambda event, method=method: report(method, event))  # type: ignore[misc]
+        try:
+            failure = _run_one(request, lambda event, method=method: report(method, event))  # type: ignore[misc]
+        except CapotuneError as error:  # said by the technique, which knows its folder's temporary name alone
+            raise CapotuneError(str(error).replace(str(folder), str(settings.out))) from None
         if failure:
+            shutil.rmtree(folder / method, ignore_errors=True)  # what a killed process left half-written
             report(method, {"kind": "failed", "text": failure})
         else:
             results[method] = json.loads((folder / method / "run.json").read_text(encoding="utf-8"))

@@ -179,8 +179,8 @@ class TrainSettings(RunSettings):
 class CompareSettings(RunSettings):
     """Several methods on the same data, side by side."""
 
-    methods: tuple[MethodName, ...] = ("feature-extraction", "lora", "qlora", "prompt-tuning")
-    """Methods to run."""
+    methods: tuple[str, ...] = ("feature-extraction", "lora", "qlora", "prompt-tuning")
+    """Methods to run, in this order."""
     out: Path = Path("capo-compare")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
     feature_extraction: FeatureExtractionSettings = FeatureExtractionSettings()
@@ -191,6 +191,17 @@ class CompareSettings(RunSettings):
     """Settings of QLoRA."""
     prompt_tuning: PromptTuningSettings = PromptTuningSettings()
     """Settings of prompt tuning."""
+
+    @pydantic.field_validator("methods")
+    @classmethod
+    def _each_method_is_known_and_named_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for name in methods:
+            method_class(name)
+        if not methods or len(set(methods)) < len(methods):
+            given = ", ".join(methods) or "none"
+            allowed = ", ".join(METHODS)
+            raise SettingError(f"name at least one method, and each once; given: {given}. Allowed: {allowed}.")
+        return methods
 
     def for_method(self, method: str) -> MethodSettings:
         """The settings of one method by its name on the command line."""
@@ -242,7 +253,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingError(
             f"--config {path}: expected settings as 'name: value' lines, found a {type(values).__name__}."
         )
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    return _underscored(values)
+
+
+def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
+    """``num-virtual-tokens`` is as good as ``num_virtual_tokens``, at every depth."""
+    return {
+        str(name).replace("-", "_"): _underscored(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:

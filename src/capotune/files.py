@@ -10,13 +10,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capotune.errors import OutputError
 
-__all__ = ["human_bytes", "output_folder", "write_atomic"]
+__all__ = ["growing_folder", "human_bytes", "output_folder", "write_atomic"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _LOST = _DISK_FULL | {errno.EIO}
@@ -69,6 +69,26 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_if_empty(made)
+        raise
+
+
+@contextmanager
+def growing_folder(path: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
+    """Make ``path``, where it is missing, for a block that fills it in place and may be gone on with later.
+
+    When the block fails or is interrupted and ``keep()`` is false, the folder and the parents made for it are removed.
+    Raises ``OutputError`` if ``path`` cannot be made, or the disk fills up while the block runs.
+    """
+    made = [parent for parent in path.parents if not os.path.lexists(parent)]
+    try:
+        with _as_output_error(path, any_reason=True):
+            path.mkdir(parents=True, exist_ok=True)
+        with _as_output_error(path, any_reason=False):
+            yield
+    except BaseException:
+        if not keep():
+            shutil.rmtree(path, ignore_errors=True)
+            _remove_if_empty(made)
         raise
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from capotune import api
-from capotune.errors import DataError
+from capotune.errors import DataError, SettingError
+from capotune.files import output_folder, write_atomic
 
 __all__ = ["TextClassifier"]
 
@@ -42,18 +44,32 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> TextClassifier:
         """Train on texts (rows,) and labels (rows,) of any kind that numpy can sort."""
         texts = _checked(texts)
-        self.classes_ = np.unique(np.asarray(labels))
-        if len(texts) != len(labels):
-            raise DataError(f"{len(texts)} texts but {len(labels)} labels were given; they go in pairs.")
+        values = column_or_1d(labels)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise DataError(f"row {np.isnan(values).argmax()}: the label is NaN. Fill it in or leave the row out.")
+        check_classification_targets(values)
+        if len(texts) != len(values):
+            raise DataError(f"{len(texts)} texts but {len(values)} labels were given; they go in pairs.")
+        empty = next((at for at, text in enumerate(texts) if not text.strip()), None)
+        if empty is not None:
+            raise DataError(f"row {empty}: empty text. Fill it in or leave the row out.")
+        classes = np.unique(values)
+        names = [_name(one) for one in classes]
+        if "" in names or len(set(names)) < len(names):
+            raise DataError(f"labels must differ by more than space and not be empty, found {classes.tolist()}.")
+        own = sorted({"data", "test", "out", "resume", "report"} & set(self.settings or {}))
+        if own:
+            raise SettingError(f"settings {', '.join(own)}: fit decides these itself. Leave them out.")
         with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
             data = Path(folder) / "data.jsonl"
-            rows = zip(texts, labels, strict=True)
-            lines = [json.dumps({"text": text, "label": str(label)}) for text, label in rows]
+            rows = zip(texts, values, strict=True)
+            lines = [json.dumps({"text": text, "label": _name(label)}) for text, label in rows]
             data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            run = {"data": str(data), "out": Path(folder) / "run", "model": self.model, "seed": self.seed}
-            self.run_ = api.train(self.method, test_fraction=0, **{**run, **(self.settings or {})})
+            run = {"out": Path(folder) / "run", "model": self.model, "seed": self.seed, "test_fraction": 0}
+            record = api.train(self.method, data=str(data), **{**run, **(self.settings or {})})
             adapter = Path(folder) / "run" / "adapter"
-            self.files_ = {path.name: path.read_bytes() for path in adapter.iterdir()}
+            files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+        self.classes_, self.run_, self.files_ = classes, record, files  # all of one fit, or of the one before
         self._classifier: api.Classifier | None = None
         return self
 
@@ -66,21 +82,24 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 self._classifier = api.load(self.save(Path(folder) / "adapter"), model=self.model)
         classifier = self._classifier
         probabilities: np.ndarray = classifier.predict_proba(texts)
-        columns = [classifier.labels.index(str(one)) for one in self.classes_]
+        columns = [classifier.labels.index(_name(one)) for one in self.classes_]
         return probabilities[:, columns]
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """(rows,) the most probable class of each text."""
-        predicted: np.ndarray = self.classes_[self.predict_proba(texts).argmax(1)]
+        probabilities = self.predict_proba(texts)
+        predicted: np.ndarray = self.classes_[probabilities.argmax(1)]
         return predicted
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter folder, for ``capo predict`` and ``capotune.load``."""
         check_is_fitted(self)
         folder = Path(folder)
-        folder.mkdir(parents=True)
-        for name, content in self.files_.items():
-            (folder / name).write_bytes(content)
+        with output_folder(folder) as new:
+            for name, content in self.files_.items():
+                if name in ("README.md", "capotune.json"):  # they say how to load it, from the folder of the training
+                    content = content.replace(self.run_["result"]["adapter"].encode(), str(folder).encode())
+                write_atomic(new / name, content)
         return folder
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -91,7 +110,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return {**super().__getstate__(), "_classifier": None}
 
 
+def _name(label: object) -> str:
+    """A label as the adapter knows it."""
+    return str(label).strip()
+
+
 def _checked(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}. Put it in a list.")
     rows = list(texts)
     wrong = next((at for at, text in enumerate(rows) if not isinstance(text, str)), None)
     if wrong is not None:

@@ -12,7 +12,7 @@ from capotune.config import MethodSettings
 from capotune.errors import SettingError
 from capotune.methods import Method, Start, make
 from capotune.models.architecture import Architecture, describe, parameter_count
-from capotune.models.load import Pooling, Source, load_backbone, load_tokenizer, max_length
+from capotune.models.load import Pooling, Source, load_backbone, load_config, load_tokenizer, max_length
 from capotune.tasks.classification import Classification, SequenceClassifier
 
 _MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
@@ -45,14 +45,20 @@ def classification_task(
     source: Source, labels: tuple[str, ...], pooling: Pooling, longest: int | None, virtual: int, trust: bool = False
 ) -> Classification:
     """The task on this base; ``longest`` None is all that the base can take beside ``virtual`` prompt tokens."""
-    from transformers import AutoConfig
-
     tokenizer = load_tokenizer(source, trust)
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
-    limit = max_length(tokenizer, config)
+    limit = max_length(tokenizer, load_config(source, trust))
     room = limit - virtual
-    if longest is not None and not 1 <= longest <= limit:
-        raise SettingError(f"--max-length {longest}: this base takes at most {limit} tokens; allowed are 1 to {limit}.")
+    if virtual > limit // 2:
+        raise SettingError(
+            f"--num-virtual-tokens {virtual} leaves little room for text: the base takes {limit} tokens; "
+            f"allowed are 1 to {limit // 2}."
+        )
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if longest is not None and not least <= longest <= limit:
+        raise SettingError(
+            f"--max-length {longest}: this base takes at most {limit} tokens, and {least - 1} of them mark start and "
+            f"end of a text; allowed are {least} to {limit}."
+        )
     return Classification(labels, tokenizer, min(longest or room, room), pooling)
 
 

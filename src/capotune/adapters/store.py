@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -22,10 +23,10 @@ from safetensors.torch import load_file, save
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, peft_config
 from capotune.adapters.fingerprint import fingerprint
 from capotune.config import MethodSettings, build, method_class
-from capotune.errors import AdapterError, CapotuneError
+from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.files import human_bytes, output_folder, write_atomic
 from capotune.methods import Start
-from capotune.models.load import Source, find
+from capotune.models.load import Pooling, Source, find
 
 FORMAT = 1
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md"
@@ -55,6 +56,24 @@ class StoredAdapter:
     def nbytes(self) -> int:
         """Size of the folder's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+
+class _Base(pydantic.BaseModel):
+    name: str
+    fingerprint: str
+
+
+class _Record(pydantic.BaseModel):
+    """What must stand in ``capotune.json`` for the adapter to be put on a base."""
+
+    method: str
+    settings: dict[str, Any]
+    labels: list[str] = pydantic.Field(min_length=1)
+    pooling: Pooling
+    max_length: int = pydantic.Field(ge=1)
+    feature_layers: list[int]
+    base: _Base
+    trained: dict[str, Any]
 
 
 def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
@@ -87,17 +106,18 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     if record.get("format") != FORMAT:
         raise AdapterError(f"{folder / RECORD}: format {record.get('format')!r}; this version reads format {FORMAT}.")
     try:
+        _Record.model_validate(record)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise AdapterError(f"{folder / RECORD}: '{name}' is not as capotune writes it: {problem['msg']}.") from None
+    try:
         settings = build(method_class(record["method"]), record["settings"])
         tensors = load_file(folder / WEIGHTS)
-        for key in ("labels", "pooling", "max_length", "feature_layers"):
-            record[key]
-        record["base"]["fingerprint"], record["base"]["name"]
     except FileNotFoundError:
         raise AdapterError(f"{folder}: {WEIGHTS} is missing; the adapter is incomplete.") from None
     except SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS}: damaged or incomplete ({error}). Train or copy it again.") from None
-    except (KeyError, TypeError) as error:
-        raise AdapterError(f"{folder / RECORD}: {error} is missing or not as written by capotune.") from None
     except CapotuneError as error:
         raise AdapterError(f"{folder / RECORD}: {error}") from None
     return StoredAdapter(folder, settings, record, tensors)
@@ -131,7 +151,15 @@ def check_base(stored: StoredAdapter, source: Source) -> None:
 def _on_base(
     stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool, with_method: bool
 ) -> Assembled:
-    source = find(model or stored.base)
+    try:
+        source = find(model or stored.base)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise AdapterError(
+            f"{stored.folder}: its base '{stored.base}' cannot be used from here. {error} "
+            "If the base is in another place, name it with --model."
+        ) from None
     check_base(stored, source)
     record = stored.record
     task = classification_task(source, stored.labels, record["pooling"], record["max_length"], 0, trust_remote_code)
@@ -144,7 +172,10 @@ def _on_base(
         assembled.method.load(stored.tensors)
         with torch.no_grad():
             for path, weight in task.head_parameters(assembled.model).items():
-                weight.copy_(stored.tensors[assembled.method.key_prefix + path])
+                tensor = stored.tensors[assembled.method.key_prefix + path]
+                if tensor.shape != weight.shape:
+                    raise ValueError(f"{path} is {tuple(tensor.shape)}, expected {tuple(weight.shape)}")
+                weight.copy_(tensor)
     except KeyError as error:
         raise AdapterError(f"{stored.folder / WEIGHTS}: the tensor {error} is missing.") from None
     except (ValueError, RuntimeError) as error:
@@ -158,6 +189,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         foreign = (folder / CONFIG).is_file() and name == RECORD
         why = " It looks like an adapter of another program." if foreign else ""
+        inside = sorted(path.parent for path in (*folder.glob(f"adapter/{name}"), *folder.glob(f"*/adapter/{name}")))
+        if inside:
+            why = f" Did you mean {' or '.join(map(str, inside[:4]))}?"
         raise AdapterError(f"{folder}: {name} is missing; this is not a complete capotune adapter.{why}") from None
     except (ValueError, OSError) as error:
         raise AdapterError(f"{folder / name}: not readable JSON ({error}).") from None

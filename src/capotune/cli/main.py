@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from capotune.config import METHODS, CompareSettings, Settings, TrainSettings, build, method_class, nearest, read_yaml
-from capotune.errors import CapotuneError, SettingError
+from capotune.errors import CapotuneError, DataError, SettingError
 
 HELP = """usage: capo COMMAND …
 
@@ -93,8 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"capo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ncapo: stopped.", file=sys.stderr)
+        print("\ncapo: stopped.", file=sys.stderr, flush=True)
+        if arguments is None:  # a process of its own: unloading PyTorch in good order would take another second
+            os._exit(130)
         return 130
+    except SystemExit as stop:  # tyro has printed the help or what is wrong with the flags
+        return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -121,8 +125,8 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _compare(rest: list[str]) -> int:
-    flags, values = _take_config(rest)
-    settings = _parse(CompareSettings, flags, "capo compare", values)
+    flags, config = _take_config(rest)
+    settings = _parse(CompareSettings, flags, "capo compare", config)
     from capotune import api
     from capotune.cli.display import show_comparison, watch
 
@@ -133,14 +137,16 @@ def _compare(rest: list[str]) -> int:
 
 
 def _train(rest: list[str]) -> int:
-    if not rest or rest[0] in ("-h", "--help"):
+    if not rest:
+        raise SettingError(f"train which method? Give one of {', '.join(METHODS)}: capo train lora --data tickets.csv")
+    if rest[0] in ("-h", "--help"):
         print(f"usage: capo train METHOD --data FILE …\n\nMETHOD is one of: {', '.join(METHODS)}.")
         print("`capo train METHOD --help` lists its settings.")
         return 0
     own_class = method_class(rest[0])
-    flags, values = _take_config(rest[1:])
+    flags, config = _take_config(rest[1:])
     both: Any = type("Train", (Resumable, own_class), {"__doc__": f"{Resumable.__doc__} {own_class.__doc__}"})
-    parsed = _parse(both, flags, f"capo train {rest[0]}", values).model_dump()
+    parsed = _parse(both, flags, f"capo train {rest[0]}", config).model_dump()
     from capotune import api
     from capotune.cli.display import show_run, watch
 
@@ -177,9 +183,12 @@ def _predict(rest: list[str]) -> int:
         texts = list(settings.texts) or list(api.read_texts(str(settings.file), settings.text_column))
         _print_predictions(classifier.answer(texts), settings.as_json)
         return 0
-    for line in sys.stdin:  # answered as they come, so that it works inside a pipe
-        if line.strip():
-            _print_predictions(classifier.answer([line.rstrip("\n")]), settings.as_json)
+    try:
+        for line in sys.stdin:  # answered as they come, so that it works inside a pipe
+            if line.strip():
+                _print_predictions(classifier.answer([line.rstrip("\n")]), settings.as_json)
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text ({error}). Convert it first, say with iconv.") from None
     return 0
 
 
@@ -211,26 +220,28 @@ def _print_predictions(predictions: list[Any], as_json: bool) -> None:
             row = {"text": one.text, "label": one.label, "probability": round(one.probability, 6)}
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
-            print(f"{one.label}\t{one.probability:.3f}\t{one.text}", flush=True)
+            print(f"{one.label}\t{one.probability:.3f}\t{' '.join(one.text.split())}", flush=True)
 
 
-def _take_config(rest: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without ``--config FILE``, and that file's settings; flags beside it win over the file."""
+def _take_config(rest: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without ``--config FILE``, and that file."""
     for at, argument in enumerate(rest):
         name, equals, value = argument.partition("=")
         if name == "--config":
             if not equals and at + 1 == len(rest):
                 raise SettingError("--config needs a YAML file.")
             path = value if equals else rest[at + 1]
-            return rest[:at] + rest[at + (1 if equals else 2) :], read_yaml(Path(path))
-    return rest, {}
+            return rest[:at] + rest[at + (1 if equals else 2) :], Path(path)
+    return rest, None
 
 
-def _parse(cls: type[Any], flags: list[str], program: str, values: dict[str, Any] | None = None) -> Any:
-    """Settings of ``cls`` from flags over the YAML ``values``. A mistake ends the program with code 2."""
+def _parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:
+    """Settings of ``cls`` from the flags, which win over the YAML file ``config``; on a mistake ``SystemExit(2)``."""
+    values = read_yaml(config) if config else {}
+    cls = type(program, (cls,), {"__doc__": cls.__doc__})  # tyro's messages show the class's name
     if not values:
         return tyro.cli(cls, args=flags, prog=program)
     required = {name: "" for name, field in cls.model_fields.items() if field.is_required() and name not in values}
-    checked = build(cls, {**required, **values}, where="--config")
+    checked = build(cls, {**required, **values}, where=f"--config {config}")
     default = checked.model_copy(update=dict.fromkeys(required, tyro.MISSING))
     return tyro.cli(cls, args=flags, prog=program, default=default)

@@ -101,7 +101,7 @@ def is_hub_id(source: str) -> bool:
 def _read_file(path: Path, source: str) -> Records:
     ending = path.suffix.lower()
     if path.is_dir():
-        raise DataError(f"{source}: is a folder; one file is needed. {_data_files_in(path)}")
+        raise DataError(f"{source}: is a folder; one file is needed. {_data_files_in(path)} {ALLOWED}")
     if ending not in ENDINGS:
         raise DataError(f"{source}: files ending in {ending!r} are not read. {ALLOWED} {_how_to_convert(ending)}")
     try:
@@ -393,10 +393,14 @@ def _read_hub(source: str, split: str | None) -> Records:
 def _load_from_hub(source: str, name: str, split: str | None) -> dict[str, Any]:
     """The parts of a hub dataset by name. No code from the hub is run."""
     import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError  # of whichever library it speaks HTTP with
 
     try:
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().dataset_info(name, timeout=10)  # without a network load_dataset would try for half a minute
         loaded = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         path = Path(name)
         near = did_you_mean(path.name, _names_in(path.parent)) if path.parent.is_dir() else ""
         raise DataError(
@@ -453,7 +457,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _data_files_in(folder: Path) -> str:
     found = [name for name in _names_in(folder) if Path(name).suffix.lower() in ENDINGS]
-    return f"Data files there: {shorten(found)}." if found else f"It holds no data file. {ALLOWED}"
+    return f"Data files there: {shorten(found)}." if found else "No data file is there."
 
 
 def _how_to_convert(ending: str) -> str:

@@ -25,6 +25,7 @@ same everywhere: either side reads what the other wrote.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from ctypes import CDLL, c_int, c_int64
 from dataclasses import dataclass, replace
@@ -379,8 +380,26 @@ def _map_midpoints(device: torch.device) -> Tensor:
 # -------------------------------------------------------------------------------------------------- the linear layer
 
 
+_scratch = threading.local()
+
+
+def _borrow_dense(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """``dequantize_4bit(q, dtype)`` in memory that this thread's next call overwrites.
+
+    On the CPU a large new tensor costs more in page faults than the arithmetic that fills it, and one matrix is needed
+    at a time. Elsewhere PyTorch's allocator keeps the memory itself.
+    """
+    if q.codes.device.type != "cpu":
+        return dequantize_4bit(q, dtype)
+    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+    nbytes = q.numel * dtype.itemsize
+    if buffer is None or buffer.numel() < nbytes:
+        _scratch.buffer = buffer = torch.empty(nbytes, dtype=torch.uint8)
+    return dequantize_4bit(q, out=buffer[:nbytes].view(dtype).view(q.shape))
+
+
 class _Linear4bitFunction(torch.autograd.Function):
-    """y = x Wᵀ + b with W dequantised for the product and dropped: (…, in) → (…, out).
+    """y = x Wᵀ + b with W dequantised for the product only: (…, in) → (…, out).
 
     Only the reference to the packed weight is kept for backward, which dequantises again: dx = dy W. W has no gradient.
     """
@@ -388,13 +407,13 @@ class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
         ctx.q = q
-        return F.linear(x, dequantize_4bit(q, x.dtype), bias)
+        return F.linear(x, _borrow_dense(q, x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         needs_x, needs_bias, _ = ctx.needs_input_grad
-        grad_x = grad_y @ dequantize_4bit(ctx.q, grad_y.dtype) if needs_x else None
+        grad_x = grad_y @ _borrow_dense(ctx.q, grad_y.dtype) if needs_x else None
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if needs_bias else None
         return grad_x, grad_bias, None
 
@@ -466,6 +485,13 @@ class Linear4bit(nn.Module):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """A new dense copy of the weight: (out_features, in_features)."""
         return dequantize_4bit(self.quantized, dtype)
+
+    def borrowed_weight(self, dtype: torch.dtype) -> Tensor:
+        """``dense_weight`` without the cost of new memory: valid until this thread asks any layer for the next one.
+
+        For a product that runs at once and keeps no reference, as in a hand-written autograd function.
+        """
+        return _borrow_dense(self.quantized, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype

@@ -90,7 +90,7 @@ class Method(ABC):
         return dict.fromkeys(self.parameters(), float(self.settings.learning_rate))
 
     def train_mode(self, on: bool) -> None:  # noqa: B027 - most methods have nothing that differs
-        """Switch the method's own dropout; the base's stays off, since its weights do not train."""
+        """Switch the method's own dropout."""
 
     def merge(self) -> bool:
         """Write the change into plain layers in memory; False when the method has nothing that can be merged."""

@@ -118,6 +118,7 @@ class Lora(Method):
         for path in self.targets:
             self.layers[path] = LoraLinear(model.get_submodule(path), self.settings, start.generator)
             swap(model, path, self.layers[path])
+        self.train_mode(False)
 
     def detach(self) -> None:
         """Put the frozen layers back."""
@@ -204,6 +205,8 @@ def find_targets(
     ``all-linear`` is every linear layer of the backbone; an entry is a name or an ending of a path; a single entry with
     characters that no name has is a regular expression over whole paths. Every entry must match something.
     """
+    if not target_modules:
+        raise SettingError("--target-modules: name at least one layer, or give all-linear.")
     chosen: set[str] = set()
     for entry in target_modules:
         found = [path for path in architecture.linears if _matches(entry, path)]

@@ -90,10 +90,13 @@ class PromptTuning(Method):
             "prompt_tuning_init": "RANDOM",  # the stored vectors replace the start, which needs no tokenizer then
         }
 
-    def nearest_tokens(self, count: int = 3) -> list[list[tuple[int, float]]]:
-        """For each virtual token the ``count`` vocabulary ids of highest cosine similarity, and that similarity."""
+    def nearest_tokens(self, words: int | None = None, count: int = 3) -> list[list[tuple[int, float]]]:
+        """For each virtual token the ``count`` vocabulary ids of highest cosine similarity, and that similarity.
+
+        ``words``: ids from here on stand for no word; many models pad their embedding to a round size.
+        """
         base: Any = self.embedding.base_layer
-        vocabulary = nn.functional.normalize(base.weight.float(), dim=1)
+        vocabulary = nn.functional.normalize(base.weight[:words].float(), dim=1)
         prompt = nn.functional.normalize(self.embedding.prompt.detach().float(), dim=1)
         values, ids = (prompt @ vocabulary.t()).topk(count, dim=1)
         return [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]

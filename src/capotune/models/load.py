@@ -76,6 +76,10 @@ def find(name: str) -> Source:
     source = Source(name, folder) if folder.is_dir() else _from_hub(name)
     if not (source.folder / "config.json").is_file():
         raise ModelError(f"--model {name}: no config.json in {source.folder}. Give the folder of a Transformers model.")
+    try:
+        source.config()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {name}: {source.folder / 'config.json'} is not readable JSON ({error}).") from None
     if not source.weight_files:
         pickled = sorted(path.name for path in source.folder.glob("*.bin"))
         found = f" It holds {', '.join(pickled)}, which can run code and is not read." if pickled else ""
@@ -92,9 +96,25 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions for damaged files
         raise ModelError(f"--model {source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # Transformers makes an empty one without files
+        raise ModelError(
+            f"--model {source.name}: no tokenizer in {source.folder}. Save it there with "
+            "tokenizer.save_pretrained(folder) in Transformers."
+        )
+    return tokenizer
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> Any:
+    """The base's configuration as Transformers reads it. ``ModelError`` for one that it does not know."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"--model {source.name}: its config.json cannot be used: {_first_line(error)}") from None
 
 
 def load_backbone(source: Source, *, quantization: Quantization | None = None, trust_remote_code: bool = False) -> Any:
@@ -102,18 +122,24 @@ def load_backbone(source: Source, *, quantization: Quantization | None = None, t
 
     Raises ``ModelError`` when weights are missing, damaged, or do not fit the configuration.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
+    config = load_config(source, trust_remote_code)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
             if quantization is not None:
                 model = _stream_quantized(source, config, quantization)
             else:
                 model, info = AutoModel.from_pretrained(
-                    source.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+                    source.folder,
+                    dtype=torch.float32,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # refused below, with their names
                 )
                 _check_complete(source, info["missing_keys"])
+                for name, found, expected in sorted(info["mismatched_keys"]):
+                    raise _wrong_shape(source, name, found, expected)
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -201,6 +227,13 @@ def _check_complete(source: Source, missing: Any) -> None:
         raise ModelError(f"--model {source.name}: the weights in {source.folder} lack {shown}.")
 
 
+def _wrong_shape(source: Source, name: str, found: Any, expected: Any) -> ModelError:
+    return ModelError(
+        f"--model {source.name}: the tensor {name} in {source.folder} is {tuple(found)}, where config.json asks for "
+        f"{tuple(expected)}. Download or save the model again."
+    )
+
+
 def _stream_quantized(source: Source, config: Any, quantization: Quantization) -> nn.Module:
     """Build the model empty, then read tensor by tensor; a linear's weight is packed before the next is read.
 
@@ -221,10 +254,14 @@ def _stream_quantized(source: Source, config: Any, quantization: Quantization) -
                     continue
                 missing.discard(name)
                 tensor = file.get_tensor(key).float()
+                expected = model.get_parameter(name).shape
+                if tensor.shape != expected:
+                    raise _wrong_shape(source, name, tensor.shape, expected)
                 if name in linears:
                     _pack(model, linears[name], tensor, quantization)
                 else:
                     _assign(model, name, tensor)
+                del tensor  # before the next one is read
     _check_complete(source, missing)
     return model  # type: ignore[no-any-return]
 
@@ -250,10 +287,7 @@ def _pack(model: nn.Module, path: str, weight: torch.Tensor, quantization: Quant
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if owner.get_parameter(leaf).shape != tensor.shape:
-        raise ModelError(f"tensor {name} is {tuple(tensor.shape)}, expected {tuple(owner.get_parameter(leaf).shape)}")
-    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 @contextmanager

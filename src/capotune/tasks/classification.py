@@ -49,6 +49,11 @@ class SequenceClassifier(nn.Module):
         """The pretrained transformer."""
         return self.get_submodule(self.backbone_name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the head is; PEFT asks for it."""
+        return self.classifier.weight.device
+
     def features(
         self,
         input_ids: torch.Tensor | None = None,

@@ -15,14 +15,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -59,13 +59,7 @@ class ActivationCache:
     ) -> torch.Tensor:
         """Features (rows, len(layers)·hidden) fp32 on the CPU, from disk or by one forward pass."""
         name = self._name("pooled", rows, pooling=model.pooling, layers=layers)
-        found = self._read(name)
-        if found is None:
-            started = time.perf_counter()
-            found = compute_pooled(model, layers, rows, progress)
-            self.forward_rows += len(rows.sequences)
-            self._write(name, found, time.perf_counter() - started)
-        return found
+        return self._once(name, rows, lambda: compute_pooled(model, layers, rows, progress))
 
     def boundary(
         self,
@@ -77,28 +71,36 @@ class ActivationCache:
     ) -> BoundaryStates:
         """States that enter ``block``, for every row."""
         name = self._name("boundary", rows, block=block)
-        found = self._read(name)
-        if found is None:
-            started = time.perf_counter()
-            found = compute_boundary(model, architecture, block, rows, progress)
-            self.forward_rows += len(rows.sequences)
-            self._write(name, found, time.perf_counter() - started)
-            found = self._read(name) if self.folder else found  # mapped from disk from now on
-            assert found is not None
-        return BoundaryStates(found, np.concatenate([[0], np.cumsum(rows.lengths)]))
+        values = self._once(name, rows, lambda: compute_boundary(model, architecture, block, rows, progress))
+        if kept := self._read(name):  # mapped from disk from now on
+            values = kept[0]
+        return BoundaryStates(values, np.concatenate([[0], np.cumsum(rows.lengths)]))
+
+    def _once(self, name: str, rows: Rows, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if found := self._read(name):
+            values, seconds = found
+            self.reused_seconds += seconds
+            return values
+        started = time.perf_counter()
+        values = compute()
+        self.forward_rows += len(rows.sequences)
+        self._write(name, values, time.perf_counter() - started)
+        return values
 
     def _name(self, kind: str, rows: Rows, **parts: Any) -> str:
         text = json.dumps([_FORMAT, kind, self.identity, parts, rows.digest()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _read(self, name: str) -> torch.Tensor | None:
+    def _read(self, name: str) -> tuple[torch.Tensor, float] | None:
+        """An entry's values and the seconds they cost; None when there is no whole one."""
         path = self.folder / f"{name}.safetensors" if self.folder else None
         if path is None or not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            self.reused_seconds += float(file.metadata()["seconds"])
-            values: torch.Tensor = file.get_tensor("values")
-            return values
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("values"), float(file.metadata()["seconds"])
+        except SafetensorError:
+            return None
 
     def _write(self, name: str, values: torch.Tensor, seconds: float) -> None:
         if self.folder is None:
@@ -107,11 +109,14 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({"values": values.contiguous()}, temporary, metadata={"seconds": f"{seconds:.3f}"})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(self.folder / f"{name}.safetensors")
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise OutputError(
-                f"the cache {self.folder} cannot be written: {error.strerror or error} ({values.nbytes:,} bytes). "
+                f"the cache {self.folder} cannot be written: {error} ({values.nbytes:,} bytes). "
                 "Free space, set CAPOTUNE_CACHE to another folder, or give --no-cache."
             ) from None
 

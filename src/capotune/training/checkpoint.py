@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from capotune.errors import OutputError
 from capotune.files import output_folder, write_atomic
 from capotune.training.loop import TrainingState
 
-_NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "loss_sum")
+_NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum")
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
@@ -37,11 +38,12 @@ def load_checkpoint(folder: Path) -> TrainingState:
     try:
         numbers: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(found[-1] / "state.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OutputError(
             f"--resume: the checkpoint {found[-1]} is damaged ({error}). Start without --resume."
         ) from None
-    numbers["best_score"] = tuple(numbers["best_score"])
+    for name in ("best_score", "trained_score"):
+        numbers[name] = tuple(numbers[name])
     return _state(numbers, tensors)
 
 

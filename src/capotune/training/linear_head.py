@@ -27,8 +27,8 @@ from torch.nn import functional
 
 _PATH = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blown up
-_SAMPLE = 1024  # rows whose span is searched first
-_ROUGH = 5e-3  # tolerance on the path, and before the step to all columns
+_SAMPLE = 768  # rows whose span is searched first
+_ROUGH, _ROUGH_EXACT = 5e-3, 1e-3  # tolerances on the path, within a sample's span and where that is all there is
 _MAX_STEPS, _HISTORY = 500, 10
 
 
@@ -52,7 +52,7 @@ def choose_regularization(
     held_features: torch.Tensor,
     held_targets: torch.Tensor,
     labels: int,
-    tolerance: float = 1e-3,
+    tolerance: float = 2e-3,
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
 
@@ -65,7 +65,7 @@ def choose_regularization(
     head = best = problem.zeros(labels)
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
     for regularization in _PATH:
-        head = problem.minimize_in_span(head, regularization, max(_ROUGH, tolerance))
+        head = problem.minimize_in_span(head, regularization, problem.rough)
         loss = float(functional.cross_entropy(_logits(held, head), held_targets))
         if loss < best_loss:
             best, best_loss, worse, chosen = head, loss, 0, regularization
@@ -84,7 +84,7 @@ def solve(
     head = problem.zeros(labels)
     for stronger in _PATH:
         if stronger > 2 * regularization:
-            head = problem.minimize_in_span(head, stronger, max(_ROUGH, tolerance))
+            head = problem.minimize_in_span(head, stronger, problem.rough)
     return problem.finish(head, regularization, tolerance)
 
 
@@ -120,6 +120,11 @@ class _Problem:
         exact = count == rows or basis.shape[1] == columns
         return _Problem(mean, scale, x, targets, basis @ axes, variance.clamp_min(0), z @ axes, exact)
 
+    @property
+    def rough(self) -> float:
+        """The tolerance on the path."""
+        return _ROUGH_EXACT if self.exact else _ROUGH
+
     def zeros(self, labels: int) -> torch.Tensor:
         return self.z.new_zeros(labels, self.z.shape[1] + 1)
 
@@ -138,7 +143,7 @@ class _Problem:
 
     def finish(self, head: torch.Tensor, regularization: float, tolerance: float) -> LinearHead:
         """The best of all heads, from one within the span, for features as they come."""
-        head = self.minimize_in_span(head, regularization, tolerance if self.exact else max(_ROUGH, tolerance))
+        head = self.minimize_in_span(head, regularization, tolerance if self.exact else max(self.rough, tolerance))
         head = torch.cat([head[:, :-1] @ self.basis.t(), head[:, -1:]], 1)
         if not self.exact:
             columns, span = self.basis.shape

@@ -53,6 +53,10 @@ class TrainingState:
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     """Held-out (accuracy, −loss) of the best weights."""
     best_epoch: int = 0
+    trained_score: tuple[float, float] = (-math.inf, -math.inf)
+    """The best held-out score of an epoch, the solved start left out: the first epochs often stand below it."""
+    waited: int = 0
+    """Epochs in a row that did not raise ``trained_score``."""
     loss_sum: float = 0.0
     """Of the current epoch's batches, for its mean."""
 
@@ -88,19 +92,21 @@ def train(
     total = settings.epochs * per_epoch
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state.rng)
-        while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
+        while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
-            assembled.method.train_mode(True)
+            _set_dropout(assembled, True)
             for chosen in order[state.batch :]:
                 set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
                 loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
                 state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
                 if on_step and on_step(state, total, loss):
                     return _capture(state, weights, optimizer)
-            assembled.method.train_mode(False)
+            _set_dropout(assembled, False)
             score = held_out_score(assembled, held_examples)
             mean_loss = state.loss_sum / per_epoch
             state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+            state.waited = 0 if score > state.trained_score else state.waited + 1
+            state.trained_score = max(score, state.trained_score)
             _keep_if_better(state, weights, score, epoch=state.epoch)
             if on_epoch:
                 on_epoch(_capture(state, weights, optimizer), mean_loss, score[0])
@@ -108,6 +114,11 @@ def train(
         for key, weight in weights.items():
             weight.copy_(state.best_weights[key])
     return state
+
+
+def finished(state: TrainingState, settings: TrainingSettings) -> bool:
+    """Whether the epochs or the patience are used up."""
+    return state.epoch >= settings.epochs or state.waited >= settings.patience
 
 
 @torch.no_grad()
@@ -125,6 +136,15 @@ def held_out_score(assembled: Assembled, examples: Examples) -> tuple[float, flo
     logits = predict_logits(assembled, examples.rows, examples.boundary)
     accuracy = float((logits.argmax(1) == examples.targets).float().mean())
     return accuracy, -float(functional.cross_entropy(logits, examples.targets))
+
+
+def _set_dropout(assembled: Assembled, on: bool) -> None:
+    """The base's own hidden dropout and the method's. Dropout of attention weights stays off: with it PyTorch would
+    leave its fast attention for one that keeps the (tokens, tokens) weights of every head."""
+    for module in assembled.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train(on)
+    assembled.method.train_mode(on)
 
 
 def _step(

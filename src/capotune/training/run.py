@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -28,19 +29,20 @@ from capotune.data.batches import Rows
 from capotune.data.labelled import LabelledData, hold_out, load_labelled, normalised
 from capotune.data.report import inspect_data
 from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
-from capotune.errors import CapotuneError, OutputError, SettingError
+from capotune.errors import CapotuneError, ModelError, OutputError, SettingError
 from capotune.evaluation.metrics import classification_scores, nearest_mean_logits
-from capotune.files import write_atomic
+from capotune.files import growing_folder, write_atomic
 from capotune.methods import Start
 from capotune.models.load import Source, find, pooling
 from capotune.tasks.classification import Classification
 from capotune.training.activation_cache import ActivationCache, default_folder
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
 from capotune.training.linear_head import LinearHead, choose_regularization, solve
-from capotune.training.loop import Examples, TrainingState, predict_logits, train
+from capotune.training.loop import Examples, TrainingState, finished, predict_logits, train
 
 MOST_HELD_OUT = 500
 _CHECKPOINT_SECONDS = 300.0
+_EASY_START = 10.0  # times the best λ: a head that has learned the rows by heart leaves the method nothing to learn
 
 Event = dict[str, Any]
 """``kind`` and its values: stage(text), data(report), start(trainable, total), step(step, total, loss),
@@ -107,13 +109,8 @@ def run(
         _same_settings(out, record)
     report({"kind": "stage", "text": "reading data"})
     prepared = prepare(settings, method, report)
-    try:
-        out.mkdir(parents=True, exist_ok=resume)
+    with growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))):
         result = _run(settings, method, prepared, record, report, state, base_score)
-    except BaseException:
-        if not list((out / "checkpoints").glob("step-*")):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     report({"kind": "result", **result["result"]})
     return result
@@ -175,10 +172,14 @@ def _run(
         report({"kind": "stage", "text": "scoring the base"})
         record["base_score"] = _base_score(assembled, prepared, cache)
     cache.reused_seconds, started = 0.0, time.perf_counter()
+    # before the method is on: what it leaves equal must be equal to the bit, whoever filled the cache
+    features = _features(prepared, assembled, cache, report) if assembled.method.identity_at_start else None
     prepared = _attach(settings, prepared, assembled, cache)
+    if features is None:
+        features = _features(prepared, assembled, cache, report)
     trainable = assembled.expected_trainable()
     report({"kind": "start", "trainable": trainable, "total": assembled.base_parameters})
-    fitted = _fit(settings, prepared, assembled, cache, report, state)
+    fitted = _fit(settings, prepared, assembled, features, cache, report, state)
     seconds = time.perf_counter() - started + cache.reused_seconds
     report({"kind": "stage", "text": "testing"})
     logits = _test_logits(assembled, prepared, cache)
@@ -196,6 +197,7 @@ def _run(
         "data_sha256": _data_hash(prepared.data),
         "adapter": str(settings.out / "adapter"),
     }
+    shutil.rmtree(settings.out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
     save_adapter(settings.out / "adapter", assembled, trained)
     _write_predictions(settings.out / "predictions.jsonl", prepared, logits)
     record["result"] = trained | {
@@ -233,17 +235,25 @@ def _attach(settings: TrainSettings, prepared: Prepared, assembled: Assembled, c
     )
 
 
+def _features(prepared: Prepared, assembled: Assembled, cache: ActivationCache, report: Reporter) -> torch.Tensor:
+    """The training rows' features, for solving the head."""
+    report({"kind": "stage", "text": "computing features"})
+    features = _pooled(assembled, prepared.train.rows, cache, _progress(report))
+    if not features.isfinite().all():
+        raise ModelError(f"--model {prepared.source.name}: it computes infinite values or NaN. Are its weights whole?")
+    return features
+
+
 def _fit(
     settings: TrainSettings,
     prepared: Prepared,
     assembled: Assembled,
+    features: torch.Tensor,
     cache: ActivationCache,
     report: Reporter,
     state: TrainingState | None,
 ) -> Fitted:
     """Solve the head on what the start model computes; then train in steps when the method has weights of its own."""
-    report({"kind": "stage", "text": "computing features"})
-    features = _pooled(assembled, prepared.train.rows, cache, _progress(report))
     report({"kind": "stage", "text": "solving the head"})
     fit, held, targets = prepared.fit_rows, prepared.held_rows, prepared.train.targets
     labels = len(prepared.task.labels)
@@ -252,7 +262,7 @@ def _fit(
         held_score = float((head.logits(features[held]).argmax(1) == targets[held]).float().mean())
         _set_head(assembled, solve(features, targets, labels, regularization))
         return Fitted(1.0, 1, regularization, held_score)
-    _set_head(assembled, head)
+    _set_head(assembled, solve(features[fit], targets[fit], labels, _EASY_START * regularization))
     del features
     state = _train(settings, prepared, assembled, cache, report, state)
     return Fitted(float(state.epoch), state.best_epoch, regularization, state.best_score[0])
@@ -271,16 +281,19 @@ def _train(
         _with_boundary(prepared.subset(rows), assembled, cache) for rows in (prepared.fit_rows, prepared.held_rows)
     )
     checkpoints, saved = settings.out / "checkpoints", time.monotonic()
-    log = (settings.out / "metrics.jsonl").open("a", encoding="utf-8")
+    log = _open_log(settings.out / "metrics.jsonl", state)
 
     def on_step(state: TrainingState, total: int, loss: float) -> bool:
         report({"kind": "step", "step": state.step, "total": total, "loss": loss})
         log.write(json.dumps({"step": state.step, "loss": loss}) + "\n")
+        if not math.isfinite(loss):
+            raise SettingError(f"the loss is {loss} at step {state.step}: training diverged. Lower --learning-rate.")
         return time.monotonic() - saved > _CHECKPOINT_SECONDS
 
     def on_epoch(state: TrainingState, loss: float, score: float) -> None:
         report({"kind": "epoch", "epoch": state.epoch, "loss": loss, "score": score})
         log.write(json.dumps({"epoch": state.epoch, "loss": loss, "held_out_score": score}) + "\n")
+        log.flush()  # the log is never behind the checkpoint
         save_checkpoint(checkpoints, state)
 
     method = assembled.method.settings
@@ -289,10 +302,23 @@ def _train(
             state = train(
                 assembled, fit, held, method, seed=settings.seed, state=state, on_step=on_step, on_epoch=on_epoch
             )
-            if state.epoch == method.epochs or state.epoch - state.best_epoch >= method.patience:
+            if finished(state, method):
                 return state
+            log.flush()
             save_checkpoint(checkpoints, state)  # the loop stopped in the middle of an epoch to be saved
             saved = time.monotonic()
+
+
+def _open_log(path: Path, state: TrainingState | None) -> TextIO:
+    """The log to add to; of a run that was stopped, only what the checkpoint has seen stays in it."""
+    kept: list[str] = []
+    if state and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line).get("step", 0) > state.step:
+                break
+            kept.append(line)
+    write_atomic(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
 
 
 def _with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCache) -> Examples:

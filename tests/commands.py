@@ -1,0 +1,70 @@
+"""Run ``capo`` inside the test's process, or as the process that a user starts, and look at what it left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from capotune.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """Everything printed, as one line: a table or a box may break a sentence anywhere."""
+        return " ".join((self.out + " " + self.err).split())
+
+
+def capo(*arguments: object) -> Result:
+    """Run one command in this process. An exception that the command line lets through fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder below, hidden ones too, with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    """``capo`` as a process of its own."""
+    command = [
+        sys.executable,
+        "-W",
+        "error::ResourceWarning",
+        "-c",
+        "import sys; from capotune.cli import main; sys.exit(main())",
+    ]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Return once ``happened``; fail when the process ends before, or nothing comes."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, f"it ended before: {process.communicate()}"
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.002)

@@ -1,0 +1,117 @@
+"""Shared by the contract tests: a base with a method on it, made-up examples, logits, and content hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
+from capotune.config import MethodSettings
+from capotune.data.batches import Rows
+from capotune.methods import Start
+from capotune.models.load import Pooling, find, pooling
+from capotune.training.loop import Examples, TrainingState, predict_logits, train
+
+LABELS = ("late", "broken", "money")
+CPU = torch.device("cpu")
+TRAINED = {"score": None, "held_out_score": 0.5, "test_rows": 0, "train_rows": 48, "adapter": "lora"}
+"""What an adapter's record says of its training when nobody asks."""
+WORDS = range(4, 28)
+"""Ids of the real words of the small models' tokenizer."""
+
+
+def on_base(
+    base: Path,
+    settings: MethodSettings,
+    *,
+    seed: int = 0,
+    attached: bool = True,
+    pool: Pooling | None = None,
+    tokens: list[int] | None = None,
+) -> Assembled:
+    """A fresh copy of ``base`` with the method on it and a head drawn from ``seed``."""
+    source = find(str(base))
+    virtual = getattr(settings, "num_virtual_tokens", 0)
+    task = classification_task(source, LABELS, pool or pooling(source), None, virtual)
+    assembled = assemble(source, settings, task, device=CPU)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in assembled.model.classifier.parameters():
+            weight.normal_(0, 0.02, generator=generator)
+    if attached:
+        attach(assembled, Start(generator, tokens or [9, 10, 14, 15]))
+    return assembled
+
+
+def sequences(count: int, seed: int = 0, shortest: int = 3, longest: int = 14) -> list[list[int]]:
+    """Random words between [CLS] and [SEP], of many lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(shortest - 2, longest - 1, (count,), generator=generator).tolist()
+    words = [torch.randint(WORDS.start, WORDS.stop, (size,), generator=generator).tolist() for size in sizes]
+    return [[2, *body, 3] for body in words]
+
+
+def examples(assembled: Assembled, count: int = 48, seed: int = 0) -> Examples:
+    """Rows whose target a word decides: each row gets the word 4 + target, twice."""
+    targets = torch.arange(count) % len(LABELS)
+    bodies = sequences(count, seed)
+    words = [[2, 4 + target, 4 + target, *row[1:]] for target, row in zip(targets.tolist(), bodies, strict=True)]
+    return Examples(Rows(words, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
+
+
+def fit(assembled: Assembled, *, seed: int = 0, **options: Any) -> tuple[TrainingState, list[float]]:
+    """Train with the method's own settings on ``examples``; the state at the end and the loss of every step."""
+    losses: list[float] = []
+    also: Callable[..., bool] = options.pop("on_step", lambda *_: False)
+
+    def on_step(state: TrainingState, total: int, loss: float) -> bool:
+        losses.append(loss)
+        return also(state, total, loss)
+
+    given = options.pop("train_examples", None) or examples(assembled)
+    held = options.pop("held_examples", None) or examples(assembled, 12, seed=1)
+    settings = assembled.method.settings
+    return train(assembled, given, held, settings, seed=seed, on_step=on_step, **options), losses
+
+
+def shake(assembled: Assembled, seed: int = 7) -> None:
+    """Move every trained weight from its start, so that nothing is tested at B = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in assembled.trainable().values():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+
+
+def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.Tensor:
+    """Logits of rows (some random ones when left out) in padded batches."""
+    prefix = assembled.method.virtual_token_ids if assembled.model.virtual_tokens else range(0)
+    return predict_logits(assembled, Rows(rows or sequences(11, seed=3), assembled.task.pad_id, prefix))
+
+
+def weights(assembled: Assembled) -> dict[str, torch.Tensor]:
+    """A copy of every trained weight."""
+    return {key: weight.detach().clone() for key, weight in assembled.trainable().items()}
+
+
+def contents(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of a module, packed codes included."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal names and equal bits."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+def folder_digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,376 @@
+"""What is computed once: the same values as without a cache, found again by content alone, complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, assert_same_bits, examples, fit, on_base, sequences, shake, weights
+from safetensors import SafetensorError
+from torch import nn
+
+import capotune
+from capotune.adapters import assemble as assemble_module
+from capotune.adapters.assemble import Assembled
+from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings
+from capotune.data.batches import Rows, sorted_order
+from capotune.errors import OutputError
+from capotune.models.load import Quantization, find, load_backbone
+from capotune.training import activation_cache
+from capotune.training.activation_cache import ActivationCache, resume_from
+from capotune.training.loop import predict_logits
+
+BASES = ("bert", "llama", "gpt2")
+QUICK: dict[str, Any] = {"epochs": 2, "patience": 2, "batch_size": 8, "learning_rate": 5e-3, "head_learning_rate": 2e-2}
+
+
+@pytest.fixture
+def models(bert: Path, llama: Path, gpt2: Path) -> dict[str, Path]:
+    return {"bert": bert, "llama": llama, "gpt2": gpt2}
+
+
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Every base loaded from now on raises when it is called."""
+    real, loaded = assemble_module.load_backbone, []
+
+    def load(*args: Any, **options: Any) -> Any:
+        backbone = real(*args, **options)
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise AssertionError("a forward pass")
+
+        backbone.register_forward_pre_hook(refuse, with_kwargs=True)
+        loaded.append(backbone)
+        return backbone
+
+    monkeypatch.setattr(assemble_module, "load_backbone", load)
+    return loaded
+
+
+def features(base: Path) -> Assembled:
+    return on_base(base, FeatureExtractionSettings())
+
+
+def rows_of(assembled: Assembled, count: int = 12, seed: int = 0) -> Rows:
+    return Rows(sequences(count, seed), assembled.task.pad_id, assembled.method.virtual_token_ids)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------ pooled features
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_cached_features_are_the_computed_ones(base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    assembled = features(models[base])
+    rows, layers = rows_of(assembled), assembled.model.feature_layers
+    cold, warm, none = (ActivationCache(folder, {}) for folder in (tmp_path, tmp_path, None))
+    computed, found, uncached = (cache.pooled(assembled.model, layers, rows) for cache in (cold, warm, none))
+    assert torch.equal(found, computed)
+    assert torch.equal(found, uncached)
+    assert [cache.forward_rows for cache in (cold, warm, none)] == [12, 0, 12]
+    assert (cold.reused_seconds, none.reused_seconds) == (0, 0)
+    assert warm.reused_seconds >= 0
+    for row in (0, 7):  # in the order of the rows, all layers side by side
+        batch = rows.batch(torch.tensor([row]).numpy())
+        with torch.no_grad():
+            states = assembled.model.backbone(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+            ).hidden_states
+        last = [state[0].mean(0) if assembled.task.pooling == "mean" else state[0, -1] for state in states]
+        torch.testing.assert_close(found[row], torch.cat(last), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_second_run_does_no_forward_pass(
+    base: str, models: dict[str, Path], tickets: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    first = capotune.train("feature-extraction", data=str(tickets), model=str(models[base]), out=tmp_path / "one")
+    assert first["result"]["forward_rows"] == 96
+    forbidden = request.getfixturevalue("forbidden")
+    second = capotune.train("feature-extraction", data=str(tickets), model=str(models[base]), out=tmp_path / "two")
+    assert len(forbidden) == 1
+    assert second["result"]["forward_rows"] == 0
+    assert json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))["result"]["forward_rows"] == 0
+    assert second["result"]["reused_seconds"] > 0
+    assert second["result"]["score"] == first["result"]["score"]
+    with pytest.raises(AssertionError, match="a forward pass"):  # and without the cache it would be one
+        capotune.train(
+            "feature-extraction", data=str(tickets), model=str(models[base]), out=tmp_path / "three", cache=False
+        )
+
+
+def test_another_seed_or_head_setting_still_finds_them(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    capotune.train("lora", data=str(tickets), model=str(bert), out=tmp_path / "one", rank=2, epochs=1)
+    record = capotune.train(
+        "feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "two", seed=3, batch_size=5
+    )
+    assert record["result"]["forward_rows"] == 24  # the test rows; LoRA had computed those of the training rows
+
+
+def test_everything_that_matters_makes_another_entry(bert: Path, tmp_path: Path) -> None:
+    assembled = features(bert)
+    rows = rows_of(assembled)
+    longer = Rows([*rows.sequences[:-1], [*rows.sequences[-1], 3]], rows.pad_id)
+    cut = Rows([sequence[:6] for sequence in rows.sequences], rows.pad_id)
+    moved = Rows([[2, 9, 3, 2], [9, 3], *rows.sequences], 0), Rows([[2, 9, 3], [2, 9, 3], *rows.sequences], 0)
+    plain = {"base": "x", "packing": None}
+    seen: list[tuple[Any, ...]] = [
+        (assembled, plain, (-1,), rows),
+        (assembled, {**plain, "base": "y"}, (-1,), rows),
+        (assembled, {**plain, "packing": {"quant_type": "nf4"}}, (-1,), rows),
+        (assembled, {**plain, "packing": {"quant_type": "fp4"}}, (-1,), rows),
+        (assembled, plain, (0, 1), rows),
+        (assembled, plain, (-1,), longer),
+        (assembled, plain, (-1,), cut),
+        (assembled, plain, (-1,), moved[0]),
+        (assembled, plain, (-1,), moved[1]),
+        (on_base(bert, FeatureExtractionSettings(), pool="max"), plain, (-1,), rows),
+    ]
+    for number, (model, identity, layers, given) in enumerate(seen):
+        cache = ActivationCache(tmp_path, identity)
+        cache.pooled(model.model, layers, given)
+        assert cache.forward_rows == len(given.sequences), number
+    assert len(entries(tmp_path)) == len(seen)
+    for block in (1, 2):
+        ActivationCache(tmp_path, plain).boundary(assembled.model, assembled.architecture, block, rows)
+    assert len(entries(tmp_path)) == len(seen) + 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 7}, {"model": "other"}, {"data": "other"}, {"model": "pooled"}, {"method": "qlora"}]
+)
+def test_another_run_finds_nothing_of_another_kind(
+    change: dict[str, Any], bert: Path, gpt2: Path, tickets: Path, tmp_path: Path
+) -> None:
+    """The same file, but a longest length, a base's bits, a text, a pooling, or a packing that differs."""
+    method = change.pop("method", "feature-extraction")
+    capotune.train("feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "one")
+    if "data" in change:
+        change["data"] = str(tmp_path / "other.csv")
+        Path(change["data"]).write_text(tickets.read_text(encoding="utf-8").replace("parcel", "card"), encoding="utf-8")
+    if change.get("model") == "other":
+        change["model"] = str(gpt2)
+    if change.get("model") == "pooled":
+        folder = tmp_path / "pooled"
+        (folder / "1_Pooling").mkdir(parents=True)
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}', encoding="utf-8")
+        for path in bert.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        change["model"] = str(folder)
+    options = {"data": str(tickets), "model": str(bert), "out": tmp_path / "two"} | change
+    options |= {"epochs": 1} if method == "qlora" else {}
+    record = capotune.train(method, **options)
+    assert record["result"]["forward_rows"] == (72 if method == "qlora" else 96)
+
+
+def test_a_base_moved_elsewhere_is_found_again(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    capotune.train("feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "one")
+    copied = tmp_path / "copy of the base"
+    copied.mkdir()
+    for path in bert.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    record = capotune.train("feature-extraction", data=str(tickets), model=str(copied), out=tmp_path / "two")
+    assert record["result"]["forward_rows"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ boundary states
+
+
+@pytest.mark.parametrize("packing", [None, Quantization("nf4", 64, True)], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("base", BASES)
+def test_starting_at_a_block_is_the_whole_forward_pass(
+    base: str, packing: Quantization | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every row, in padded batches of other rows than those the states were computed in."""
+    settings = FeatureExtractionSettings(trainable_layers=1) if packing is None else QloraSettings(rank=2, layers=(1,))
+    assembled = on_base(models[base], settings)
+    shake(assembled)
+    rows = rows_of(assembled, 15)
+    whole = predict_logits(assembled, rows)
+    blocks = len(assembled.architecture.blocks)
+    for block in range(1, blocks if packing is None else 2):
+        states = ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, block, rows)
+        assert states.values.shape == (sum(rows.lengths), 32)
+        found = torch.empty_like(whole)
+        with torch.no_grad(), resume_from(assembled.model, assembled.architecture, block) as give:
+            for chosen in torch.arange(15).flip(0).split(4):
+                batch = rows.batch(chosen.numpy())
+                give(states.batch(chosen.numpy()))
+                found[chosen] = assembled.model(batch.input_ids, batch.attention_mask).logits
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    assert torch.equal(predict_logits(assembled, rows), whole)  # the blocks are back, the hook is gone
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_blocks_below_do_not_run(base: str, models: dict[str, Path]) -> None:
+    assembled = on_base(models[base], FeatureExtractionSettings(trainable_layers=1))
+    rows = rows_of(assembled)
+    block = assembled.method.first_trainable_block()
+    states = ActivationCache(None, {}).boundary(assembled.model, assembled.architecture, block, rows)
+    called: list[str] = []
+    for path in assembled.architecture.blocks:
+        assembled.model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.append(path))
+    predict_logits(assembled, rows, states)
+    assert set(called) == {assembled.architecture.blocks[-1]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FeatureExtractionSettings(trainable_layers=1, **QUICK),
+        LoraSettings(rank=2, layers=(1,), **QUICK),
+        LoraSettings(rank=2, layers=(1,), dropout=0.2, **QUICK),
+        QloraSettings(rank=2, layers=(1,), **QUICK),
+    ],
+    ids=["features-k1", "lora-layers", "lora-dropout", "qlora-layers"],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_training_from_cached_states_is_training_without(
+    settings: Any, base: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    outcomes = []
+    for cached in (False, True):
+        assembled = on_base(models[base], settings)
+        given, held = examples(assembled), examples(assembled, 12, seed=1)
+        if cached:
+            cache = ActivationCache(tmp_path, {})
+            block = assembled.method.first_trainable_block()
+            assert block >= 1
+            given, held = (
+                replace(part, boundary=cache.boundary(assembled.model, assembled.architecture, block, part.rows))
+                for part in (given, held)
+            )
+        _, losses = fit(assembled, train_examples=given, held_examples=held)
+        outcomes.append((losses, weights(assembled)))
+    assert outcomes[1][0] == pytest.approx(outcomes[0][0], rel=1e-4)
+    assert outcomes[0][0][0] > 1.2 * outcomes[0][0][-1]
+
+
+def test_boundary_read_back_is_the_same_training(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    """Computed just now, found on disk, and never kept: the same adapter; the second run computes nothing again."""
+    results = []
+    for name, cache in (("cold", True), ("warm", True), ("none", False)):
+        record = capotune.train(
+            "feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / name, trainable_layers=1,
+            epochs=2, cache=cache,
+        )  # fmt: skip
+        results.append(record["result"])
+    cold, warm, none = (
+        (tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("cold", "warm", "none")
+    )
+    assert cold == warm == none
+    assert [result["forward_rows"] for result in results] == [144, 0, 144]  # 72 for the head, 72 up to the boundary
+    assert [result["reused_seconds"] > 0 for result in results] == [False, True, False]
+
+
+# -------------------------------------------------------------------------------------------------- complete or absent
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_disk_full(error: Exception, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"the half that still fitted")
+        raise error
+
+    monkeypatch.setattr(activation_cache, "save_file", full)
+    assembled = features(bert)
+    with pytest.raises(OutputError, match=r"cannot be written: .*No space left.*CAPOTUNE_CACHE.*--no-cache"):
+        ActivationCache(tmp_path, {}).pooled(assembled.model, (-1,), rows_of(assembled))
+    assert entries(tmp_path) == []
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The system refuses files above 4 kB: what a real full disk looks like to safetensors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_the_system_refuses_to_write(bert: Path, tmp_path: Path) -> None:
+    assembled = features(bert)
+    with pytest.raises(OutputError, match="cannot be written"):
+        ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, 1, rows_of(assembled, 60))
+    assert entries(tmp_path) == []
+
+
+def test_disk_full_leaves_no_run_behind(
+    bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activation_cache, "save_file", full)
+        with pytest.raises(OutputError):
+            capotune.train("lora", data=str(tickets), model=str(bert), out=tmp_path / "run", rank=2)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_damaged_entry_is_computed_again(keep: int, bert: Path, tmp_path: Path) -> None:
+    assembled = features(bert)
+    rows = rows_of(assembled)
+    before = ActivationCache(tmp_path, {}).pooled(assembled.model, (-1,), rows)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:keep])
+    again = ActivationCache(tmp_path, {})
+    assert torch.equal(again.pooled(assembled.model, (-1,), rows), before)
+    assert again.forward_rows == 12
+    final = ActivationCache(tmp_path, {})
+    final.pooled(assembled.model, (-1,), rows)
+    assert final.forward_rows == 0
+
+
+def test_states_are_kept_without_padding_and_mapped(bert: Path, tmp_path: Path) -> None:
+    assembled = on_base(bert, FeatureExtractionSettings(trainable_layers=1))
+    rows = rows_of(assembled, 40)
+    states = ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, 2, rows)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size < sum(rows.lengths) * 32 * 4 + 400
+    batch = states.batch([3, 8])
+    assert batch.shape == (2, max(rows.lengths[3], rows.lengths[8]), 32)
+    shorter = min((3, 8), key=lambda row: rows.lengths[row])
+    assert not batch[(3, 8).index(shorter), rows.lengths[shorter] :].any()
+
+
+def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembled = features(bert)
+    rows = rows_of(assembled)
+    whole = activation_cache.compute_pooled(assembled.model, (0, -1), rows)
+    monkeypatch.setattr(activation_cache, "sorted_order", lambda lengths: sorted_order(lengths, token_budget=20))
+    torch.testing.assert_close(
+        activation_cache.compute_pooled(assembled.model, (0, -1), rows), whole, rtol=0, atol=1e-6
+    )
+
+
+def test_the_model_is_whole_again_afterwards(bert: Path) -> None:
+    """After stopping at a boundary nothing stays on the model: with the method off, it is the base."""
+    backbone = load_backbone(find(str(bert)))
+    assembled = on_base(bert, FeatureExtractionSettings(trainable_layers=2))
+    rows = rows_of(assembled, 4)
+    ActivationCache(None, {}).boundary(assembled.model, assembled.architecture, 1, rows)
+    assembled.method.detach()
+    batch = rows.batch(torch.arange(4).numpy()).to(CPU)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        here, there = (model(**inputs).last_hidden_state for model in (assembled.model.backbone, backbone))
+    assert_same_bits({"states": here}, {"states": there})

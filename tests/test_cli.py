@@ -1,0 +1,339 @@
+"""The command line from end to end, on a small real model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Result, capo, tree
+
+COMMANDS = ("compare", "train", "evaluate", "predict", "info")
+METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
+
+
+@pytest.fixture(scope="module")
+def adapters(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An adapter folder of every method, each made by ``capo train``."""
+    folder = tmp_path_factory.mktemp("trained")
+    for method in METHODS:
+        epochs = () if method == "feature-extraction" else ("--epochs", 1)
+        made = capo(
+            "train", method, "--data", tickets, "--model", bert, "--out", folder / method, "--no-cache", *epochs
+        )
+        assert made.code == 0, made.err
+    return {method: folder / method / "adapter" for method in METHODS}
+
+
+# Help, version, what is unknown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    shown = capo(*arguments)
+    assert shown.code == 0
+    assert all(f"capo {command}" in shown.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"train {method}" for method in METHODS)])
+def test_every_command_has_help(command: str) -> None:
+    shown = capo(*command.split(), "--help")
+    assert shown.code == 0
+    assert shown.out.startswith(f"usage: capo {command}")
+    assert not shown.err
+
+
+def test_settings_of_one_method_are_not_offered_to_another() -> None:
+    assert "--rank" in capo("train", "lora", "--help").out
+    for method in ("prompt-tuning", "feature-extraction"):
+        assert "--rank" not in capo("train", method, "--help").out
+
+
+def test_train_help_names_the_methods() -> None:
+    shown = capo("train", "--help").out
+    assert all(method in shown for method in METHODS)
+
+
+def test_version() -> None:
+    import capotune
+
+    assert capo("--version") == Result(0, f"capotune {capotune.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["compare", "--help"], ["tran"]])
+def test_what_needs_no_model_imports_no_framework(arguments: list[str]) -> None:
+    program = (
+        "import sys; from capotune.cli import main; code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'matplotlib', 'pyarrow'} & set(sys.modules)\n"
+        "print(code, sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] in ("0 []", "2 []")
+
+
+def test_import_time_lists_no_framework() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import capotune.cli"], capture_output=True, text=True, check=True
+    )
+    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert "capotune.cli.main" in imported
+    assert not {"torch", "transformers", "numpy", "rich.progress", "yaml"} & set(imported)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["unknown command 'trian'", "Did you mean 'train'?", *COMMANDS]),
+        (["train", "lroa", "--data", "x.csv"], ["unknown method 'lroa'", "Did you mean 'lora'?", *METHODS]),
+        (["train"], ["which method", *METHODS]),
+        (["train", "lora", "--data", "x.csv", "--rnak", "8"], ["--rnak", "--rank"]),
+        (["compare", "--data", "x.csv", "--lora.rnk", "8"], ["--lora.rnk", "--lora.rank"]),
+        (["compare", "--data", "x.csv", "--methods", "lroa"], ["unknown method 'lroa'", "mean 'lora'?", *METHODS]),
+        (["train", "prompt-tuning", "--data", "x.csv", "--rank", "8"], ["--rank", "capo train prompt-tuning --help"]),
+        (["train", "lora"], ["--data", "required"]),
+        (["predict"], ["Adapter folder", "required"]),
+        (["compare", "--config"], ["--config needs a YAML file"]),
+    ],
+)  # fmt: skip
+def test_what_is_unknown_or_missing_is_named_with_the_nearest(arguments: list[str], words: list[str]) -> None:
+    refused = capo(*arguments)
+    assert refused.code == 2
+    assert not refused.out
+    for word in words:
+        assert word in refused.said
+
+
+# Train, evaluate, predict, info
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluate_predict_info(adapters: dict[str, Path], tickets: Path, method: str) -> None:
+    adapter = adapters[method]
+    record = json.loads((adapter.parent / "run.json").read_text())
+    scores = json.loads(capo("evaluate", adapter, "--data", tickets, "--json").out)
+    assert scores["rows"] == record["result"]["test_rows"] == 24
+    assert scores["accuracy"] == record["result"]["score"]
+    assert scores["interval"][0] <= scores["accuracy"] <= scores["interval"][1]
+    facts = json.loads(capo("info", adapter, "--json").out)
+    assert facts["method"] == method
+    assert facts["labels"] == ["broken", "late", "money"]
+    assert facts["trained_weights"] == record["result"]["trainable_parameters"]
+    assert ("nearest_tokens" in facts) == (method == "prompt-tuning")
+    answered = capo("predict", adapter, "the lamp is broken", "please refund twice paid")
+    assert answered.code == 0
+    rows = [line.split("\t") for line in answered.out.splitlines()]
+    assert [text for _, _, text in rows] == ["the lamp is broken", "please refund twice paid"]
+    assert all(label in facts["labels"] and 0 < float(probability) <= 1 for label, probability, _ in rows)
+
+
+def test_tables_say_the_same_as_json(adapters: dict[str, Path], tickets: Path) -> None:
+    scores = json.loads(capo("evaluate", adapters["lora"], "--data", tickets, "--json").out)
+    assert f"{scores['accuracy']:.2%} on 24 rows" in capo("evaluate", adapters["lora"], "--data", tickets).said
+    shown = capo("info", adapters["lora"]).said
+    assert all(word in shown for word in ("lora", "broken, late, money", "rank 16", "mean pooling"))
+
+
+def test_info_shows_the_nearest_real_tokens_of_a_prompt(adapters: dict[str, Path]) -> None:
+    facts = json.loads(capo("info", adapters["prompt-tuning"], "--json").out)
+    assert len(facts["nearest_tokens"]) == facts["settings"]["num_virtual_tokens"] == 20
+    tokens = [token for near in facts["nearest_tokens"] for token, _ in near]
+    assert all(isinstance(token, str) for token in tokens)
+    shown = capo("info", adapters["prompt-tuning"]).said
+    first, similarity = facts["nearest_tokens"][0][0]
+    assert f"vector 0 near {first} {similarity:.2f}" in shown
+    assert "vector 19 near" in shown
+
+
+def test_predict_answers_the_same_from_arguments_files_and_standard_input(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the lamp is broken", "my order was late", "paid twice"]
+    (tmp_path / "lines.txt").write_text("\ufeff" + "\r\n\r\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "column.csv").write_text("id,message\n" + "".join(f"{at},{text}\n" for at, text in enumerate(texts)))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in texts))
+    adapter = adapters["lora"]
+    expected = capo("predict", adapter, *texts, "--json").out
+    assert [json.loads(line)["text"] for line in expected.splitlines()] == texts
+    for file in ("lines.txt", "column.csv", "rows.jsonl"):
+        assert capo("predict", adapter, "--file", tmp_path / file, "--json").out == expected
+    named = capo("predict", adapter, "--file", tmp_path / "column.csv", "--text-column", "message", "--json")
+    assert named.out == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n\n"))
+    assert capo("predict", adapter, "--json").out == expected
+
+
+def test_a_prediction_is_one_line_whatever_its_text_holds(adapters: dict[str, Path]) -> None:
+    odd = "two\nlines\tand a tab \u2028 é 🎸"
+    assert len(capo("predict", adapters["lora"], odd).out.splitlines()) == 1
+    (line,) = capo("predict", adapters["lora"], odd, "--json").out.split("\n")[:-1]
+    assert json.loads(line)["text"] == odd
+
+
+def test_standard_input_is_answered_line_by_line_and_head_may_go_away(adapters: dict[str, Path]) -> None:
+    program = "import sys; from capotune.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "predict", str(adapters["lora"])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        for text in ("the lamp is broken", "paid twice"):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(f"\t{text}\n")  # before the input has ended
+        process.stdout.close()
+        process.stdin.write("one more\n" * 3)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == ""
+
+
+# Compare
+
+
+@pytest.fixture(scope="module")
+def compared(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Prompt tuning and LoRA side by side, the settings from a YAML file and from flags."""
+    folder = tmp_path_factory.mktemp("compare")
+    config = folder / "settings.yaml"
+    config.write_text(
+        f"data: {tickets}\nmodel: {bert}\nseed: 5\nmethods: [lora, qlora]\n"
+        "lora: {rank: 3, epochs: 1, target_modules: [query, value]}\n"
+        "prompt-tuning:\n  num-virtual-tokens: 4\n  epochs: 1\n",
+        encoding="utf-8",
+    )
+    out = folder / 'größe "1"' / "out dir"
+    flags = ["--methods", "prompt-tuning", "lora", "--lora.rank", "2", "--seed", "7"]
+    return out, capo("compare", "--config", config, "--out", out, *flags)
+
+
+def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], bert: Path) -> None:
+    out, shown = compared
+    assert shown.code == 0, shown.err
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    kinds: dict[str, Any] = {
+        "model": str, "task": str, "metric": str, "higher_is_better": bool, "train_rows": int, "test_rows": int,
+        "base_score": float, "rows": list, "recommended": str, "why": str, "details": dict,
+    }  # fmt: skip
+    of_rows: dict[str, Any] = {
+        "method": str, "score": float, "trainable_parameters": int, "total_parameters": int, "adapter_bytes": int,
+        "train_seconds": float, "peak_memory_bytes": int, "epochs": float, "adapter": str,
+    }  # fmt: skip
+    assert {name: type(value) for name, value in found.items()} == kinds
+    for row in found["rows"]:
+        assert {name: type(value) for name, value in row.items()} == of_rows
+        adapter = out / row["adapter"]
+        assert row["adapter_bytes"] == sum(path.stat().st_size for path in adapter.iterdir())
+        assert row["peak_memory_bytes"] > 10_000_000
+    assert (found["model"], found["task"], found["metric"]) == (str(bert), "classification", "accuracy")
+    assert (found["train_rows"], found["test_rows"]) == (72, 24)
+    assert found["recommended"] in ("lora", "prompt-tuning")
+    assert found["recommended"] in found["why"]
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(compared: tuple[Path, Result]) -> None:
+    out, _ = compared
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in found["rows"]] == ["prompt-tuning", "lora"]
+    settings = found["details"]["settings"]
+    assert settings["lora"]["rank"] == 2
+    assert settings["lora"]["epochs"] == settings["prompt-tuning"]["epochs"] == 1
+    assert settings["lora"]["target_modules"] == ["query", "value"]
+    assert settings["prompt-tuning"]["num_virtual_tokens"] == 4
+    assert settings["lora"]["seed"] == 7
+    assert settings["lora"]["alpha"] == 32.0
+
+
+def test_compare_leaves_picture_page_and_adapters_and_nothing_else(compared: tuple[Path, Result]) -> None:
+    out, shown = compared
+    run = ("run.json", "metrics.jsonl", "predictions.jsonl", "adapter")
+    files = ("adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md")
+    expected = {"compare.json", "compare.png", "compare.html"}
+    for method in ("lora", "prompt-tuning"):
+        expected |= {method, *(f"{method}/{name}" for name in run), *(f"{method}/adapter/{name}" for name in files)}
+    assert set(tree(out)) == expected
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG\r\n")
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert page.lstrip().startswith("<!doctype html>") or page.lstrip().startswith("<!DOCTYPE html>")
+    assert [path.name for path in out.parent.iterdir()] == ["out dir"]
+    assert "compare.html" in shown.out
+    assert "prompt-tuning" in shown.out
+
+
+def test_no_written_file_knows_a_temporary_name(compared: tuple[Path, Result]) -> None:
+    out, shown = compared
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert b".partial" not in path.read_bytes(), path
+    assert ".partial" not in shown.said
+    record = json.loads((out / "lora" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["out"] == str(out / "lora")
+    assert record["result"]["adapter"] == str(out / "lora" / "adapter")
+    assert str(out / "lora" / "adapter") in (out / "lora" / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_compared_adapters_answer(compared: tuple[Path, Result]) -> None:
+    out, _ = compared
+    for method in ("lora", "prompt-tuning"):
+        answered = capo("predict", out / method / "adapter", "the lamp is broken")
+        assert answered.code == 0
+        assert answered.out.endswith("\tthe lamp is broken\n")
+
+
+def test_the_same_seed_gives_the_same_scores_and_bytes(compared: tuple[Path, Result], tmp_path: Path) -> None:
+    """Training alone, with the settings that ``compare`` recorded, makes the same adapter."""
+    out, _ = compared
+    record = json.loads((out / "lora" / "run.json").read_text(encoding="utf-8"))
+    flags = ["--rank", 2, "--epochs", 1, "--target-modules", "query", "value", "--seed", 7]
+    shared = ["--data", record["settings"]["data"], "--model", record["settings"]["model"], "--out", tmp_path / "again"]
+    assert capo("train", "lora", *shared, *flags).code == 0
+    again = json.loads((tmp_path / "again" / "run.json").read_text())
+    for name in ("score", "macro_f1", "test_loss", "held_out_score", "data_sha256"):
+        assert again["result"][name] == record["result"][name], name
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (out / "lora" / weights).read_bytes()
+
+
+def test_another_seed_gives_another_adapter(
+    adapters: dict[str, Path], bert: Path, tickets: Path, tmp_path: Path
+) -> None:
+    made = capo(
+        "train", "lora", "--data", tickets, "--model", bert, "--out", tmp_path / "run", "--epochs", 1, "--seed", 1
+    )  # fmt: skip
+    assert made.code == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / "adapter" / weights).read_bytes() != (adapters["lora"] / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("methds: [lora]\n", ["unknown setting 'methds'", "Did you mean 'methods'?"]),
+        ("lora:\n  rnk: 3\n", ["lora: unknown setting 'rnk'", "Did you mean 'rank'?"]),
+        ("prompt-tuning:\n  num-virtul-tokens: 3\n", ["num_virtul_tokens", "Did you mean 'num_virtual_tokens'?"]),
+        ("lora: {rank: 0}\n", ["setting 'rank'", "greater than or equal to 1", "0 was given"]),
+        ("lora: 3\n", ["setting 'lora'", "3 was given"]),
+        ("methods: [lora, lora]\n", ["each once", "lora, lora"]),
+        ("- lora\n", ["'name: value'", "found a list"]),
+        ("lora: {rank: [\n", ["not valid YAML", "line 2"]),
+    ],
+)
+def test_a_bad_yaml_file_is_named_with_what_is_wrong(yaml: str, words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml, encoding="utf-8")
+    refused = capo("compare", "--data", "x.csv", "--config", config)
+    assert refused.code == 2
+    assert f"--config {config}: " in refused.err
+    for word in words:
+        assert word in refused.said
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("# nothing\n", encoding="utf-8")
+    assert "no-such.csv: no such file" in capo("train", "lora", "--data", "no-such.csv", "--config", config).err

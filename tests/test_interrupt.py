@@ -1,0 +1,181 @@
+"""Stopped anywhere: at once, cleanly, and what can be gone on with reaches the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from commands import start, tree, wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on Unix")
+
+SOON = 3.0
+"""Seconds in which a stopped process must be gone on a busy machine; on an idle one it takes a tenth of one."""
+SETTINGS = ("--learning-rate", "1e-4", "--dropout", "0.1", "--rank", "2", "--batch-size", "4")
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go, to see that none stays."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped: 12 epochs of 17 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    with start(*training(bert, tickets, 12), cwd=folder) as process:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+    return folder / "run"
+
+
+def training(bert: Path, tickets: Path, epochs: int) -> list[object]:
+    data = ["--data", tickets, "--model", bert, "--out", "run", "--no-cache"]
+    return ["train", "lora", *data, *SETTINGS, "--epochs", epochs, "--patience", epochs]
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, float]:
+    """Send the signal; the exit code, what was said, and the seconds it took."""
+    sent = time.monotonic()
+    process.send_signal(number)
+    process.wait(timeout=60)
+    seconds = time.monotonic() - sent
+    _, said = process.communicate()
+    print(f"{number.name}: {seconds:.3f} s", file=sys.stderr)
+    return process.returncode, said, seconds
+
+
+def assert_one_line(said: str) -> None:
+    assert "Traceback" not in said
+    assert said.count("capo:") == 1
+    assert said.endswith("\ncapo: stopped.\n")
+
+
+def family(number: int) -> list[int]:
+    """The processes that ``number`` started, and theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):  # it ended while we looked
+            continue
+        if parent == number:
+            found += [int(path.parent.name), *family(int(path.parent.name))]
+    return found
+
+
+def is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for child processes in /proc")
+def test_a_stopped_comparison_leaves_nothing(
+    number: signal.Signals, bert: Path, tickets: Path, tmp_path: Path, temporary: Path
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    flags = ["--methods", "lora", "--lora.epochs", 100_000, "--lora.patience", 100_000]
+    with start("compare", "--data", tickets, "--model", bert, "--out", "new/out", *flags, cwd=folder) as process:
+        wait_until(lambda: bool(list(folder.glob("new/.*/lora/checkpoints/step-*"))), process)
+        children = family(process.pid)
+        assert children
+        code, said, seconds = stop(process, number)
+    assert code == 130
+    assert_one_line(said)
+    assert seconds < SOON
+    assert tree(folder) == {}
+    assert not [child for child in children if is_alive(child)]
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_before_its_first_checkpoint_leaves_nothing(
+    number: signal.Signals, bert: Path, tickets: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    with start(*training(bert, tickets, 12), cwd=folder) as process:
+        wait_until(lambda: (folder / "run" / "run.json").exists(), process)
+        code, said, seconds = stop(process, number)
+    assert code == 130
+    assert_one_line(said)
+    assert seconds < SOON
+    if not (folder / "run" / "checkpoints").exists():  # it may have come so far on a fast machine
+        assert tree(folder) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_resumes_to_the_same_bytes(
+    number: signal.Signals, whole: Path, bert: Path, tickets: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    checkpoints = folder / "run" / "checkpoints"
+    with start(*training(bert, tickets, 12), cwd=folder) as process:
+        wait_until(lambda: any(int(path.name[5:]) >= 51 for path in checkpoints.glob("step-*")), process)
+        code, said, seconds = stop(process, number)
+    if number != signal.SIGKILL:
+        assert code == 130
+        assert_one_line(said)
+        assert seconds < SOON
+        assert not [name for name in tree(folder) if ".partial" in name]
+    assert not (folder / "run" / "adapter").exists()
+    assert (folder / "run" / "run.json").exists()
+    with start(*training(bert, tickets, 12), "--resume", cwd=folder) as process:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+    assert "epoch 1:" not in said  # it did go on, and did not begin again
+    assert "epoch 12:" in said
+    assert (folder / "run" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (folder / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert set(tree(folder / "run")) == set(tree(whole))
+
+
+def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    """Kill -9 in the middle of the adapter's files: the adapter's place stays empty, and --resume fills it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    program = (
+        "import os, signal, sys\nimport capotune.adapters.store as store\nwrite = store.write_atomic\n"
+        "def die(path, content):\n    write(path, content)\n    if path.name == store.WEIGHTS:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.write_atomic = die\nfrom capotune.cli import main\nmain()"
+    )
+    flags = [str(one) for one in training(bert, tickets, 2)]
+    died = subprocess.run([sys.executable, "-c", program, *flags], cwd=folder, capture_output=True)
+    assert died.returncode == -signal.SIGKILL
+    assert not (folder / "run" / "adapter").exists()
+    with start(*flags, "--resume", cwd=folder) as process:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+    assert (folder / "run" / WEIGHTS).exists()
+
+
+def test_resume_with_other_settings_is_refused(bert: Path, tickets: Path, whole: Path, tmp_path: Path) -> None:
+    from capotune.cli import main
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoints").mkdir()
+    before = tree(folder)
+    flags = ["train", "lora", "--data", str(tickets), "--model", str(bert), "--out", str(folder), "--resume"]
+    assert main(flags) == 2  # no checkpoint: the run has ended
+    assert tree(folder) == before

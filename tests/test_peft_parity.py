@@ -1,0 +1,196 @@
+"""Against the installed PEFT: its keys, its reading of our adapters, its logits, and its losses step by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers import TRAINED, assert_same_bits, examples, logits, on_base, sequences, shake
+from safetensors.torch import load_file
+from torch import nn
+
+import capotune
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import save_adapter
+from capotune.config import LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
+from capotune.data.batches import collate
+from capotune.kernels.nf4 import Linear4bit
+from capotune.models.architecture import swap
+from capotune.training.loop import train
+
+LORA: dict[str, Any] = {"rank": 4, "alpha": 12}
+VARIANTS: dict[str, MethodSettings] = {
+    "lora": LoraSettings(**LORA),
+    "rslora": LoraSettings(rslora=True, **LORA),
+    "dora": LoraSettings(dora=True, **LORA),
+    "layers": LoraSettings(layers=(1,), **LORA),
+    "dropout": LoraSettings(dropout=0.3, **LORA),
+    "qlora": QloraSettings(**LORA),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+}
+BASES = ("bert", "llama", "gpt2")
+
+
+@pytest.fixture
+def models(bert: Path, llama: Path, gpt2: Path) -> dict[str, Path]:
+    return {"bert": bert, "llama": llama, "gpt2": gpt2}
+
+
+def stored(folder: Path, assembled: Assembled) -> Path:
+    save_adapter(folder, assembled, TRAINED)
+    return folder
+
+
+def made_by_peft(folder: Path) -> Any:
+    """A trainable model that PEFT makes on the same base from the adapter's configuration, with its own weights."""
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode, config.base_model_name_or_path = False, None
+    return peft.get_peft_model(with_plain_linears(capotune.load_base(folder)), config)
+
+
+def padded_batches(rows: list[list[int]]) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+    for start in range(0, len(rows), 4):
+        part = rows[start : start + 4]
+        batch = collate(part, torch.arange(len(part)).numpy(), 0)
+        yield slice(start, start + 4), {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+@torch.no_grad()
+def peft_logits(model: nn.Module, rows: list[list[int]]) -> torch.Tensor:
+    return torch.cat([model(**batch).logits for _, batch in padded_batches(rows)])
+
+
+def with_plain_linears(model: nn.Module) -> nn.Module:
+    """PEFT wraps no foreign 4-bit layer: give it the dense weights that the codes stand for."""
+    for path, layer in [*model.named_modules()]:
+        if isinstance(layer, Linear4bit):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight = nn.Parameter(layer.dense_weight(torch.float32))
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.detach())
+            swap(model, path, plain)
+    return model
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peft_loads_it_and_agrees(variant: str, base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    assembled = on_base(models[base], VARIANTS[variant])
+    shake(assembled)
+    folder = stored(tmp_path / "adapter", assembled)
+    model = with_plain_linears(capotune.load_base(folder))
+    loaded = peft.PeftModel.from_pretrained(model, folder).eval()
+    rows = sequences(10, seed=5)
+    torch.testing.assert_close(peft_logits(loaded, rows), logits(assembled, rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_peft_does_not_wrap_4_bit_layers(base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """What ``with_plain_linears`` is for. When this fails PEFT has learned it, and the helper can go."""
+    folder = stored(tmp_path / "adapter", on_base(models[base], VARIANTS["qlora"]))
+    with pytest.raises(ValueError, match="not supported"):
+        peft.PeftModel.from_pretrained(capotune.load_base(folder), folder)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_are_pefts_own(variant: str, base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """A model that PEFT makes from the same config has the same keys and shapes, and no others."""
+    folder = stored(tmp_path / "adapter", on_base(models[base], VARIANTS[variant]))
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    assert config.to_dict().keys() >= json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).keys()
+    assert config.task_type == "SEQ_CLS"
+    made = made_by_peft(folder)
+    theirs = peft.get_peft_model_state_dict(made)
+    ours = load_file(folder / "adapter_model.safetensors")
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
+    trainable = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    assert trainable == sum(tensor.numel() for tensor in ours.values())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_peft_saves_what_it_read(base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Written again by PEFT, the adapter's tensors are the same bits under the same names."""
+    assembled = on_base(models[base], VARIANTS["lora"])
+    shake(assembled)
+    folder = stored(tmp_path / "ours", assembled)
+    peft.PeftModel.from_pretrained(capotune.load_base(folder), folder).save_pretrained(tmp_path / "theirs")
+    assert_same_bits(
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
+    )
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_only_the_head_ends_in_classifier(base: str, models: dict[str, Path]) -> None:
+    """PEFT matches ``modules_to_save`` by suffix: any module whose name ends so would be trained and saved as well."""
+    model = on_base(models[base], VARIANTS["lora"], attached=False).model
+    assert [path for path, _ in model.named_modules() if path.endswith("classifier")] == ["classifier"]
+
+
+def test_targets_named_like_others_are_written_as_full_paths(bert: Path) -> None:
+    """``target_modules`` is matched by suffix too: short names only where they name just the targets."""
+    short = on_base(bert, LoraSettings(target_modules=("query", "value"))).method.peft_config()["target_modules"]
+    assert short == ["query", "value"]
+    inner = LoraSettings(target_modules=("attention.output.dense",))
+    full = on_base(bert, inner).method.peft_config()["target_modules"]
+    assert full == [f"bert.encoder.layer.{number}.attention.output.dense" for number in range(3)]
+
+
+# --------------------------------------------------------------------------------------------------------- step by step
+
+STEPS: dict[str, Any] = {
+    "epochs": 4, "patience": 4, "batch_size": 10, "warmup": 0.0, "schedule": "constant",
+    "learning_rate": 5e-3, "head_learning_rate": 5e-3, "max_grad_norm": 1e9,
+}  # fmt: skip
+TRAINING: dict[str, MethodSettings] = {
+    "lora": LoraSettings(**LORA, **STEPS),
+    "rslora": LoraSettings(rslora=True, **LORA, **STEPS),
+    "dora": LoraSettings(dora=True, **LORA, **STEPS),
+    "qlora": QloraSettings(**LORA, **STEPS),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **STEPS),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", TRAINING)
+def test_twenty_steps_have_pefts_losses(variant: str, base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    settings = TRAINING[variant]
+    assembled = on_base(models[base], settings)
+    folder = stored(tmp_path / "adapter", assembled)
+    theirs = made_by_peft(folder).eval()  # no dropout, as here
+    peft.set_peft_model_state_dict(theirs, load_file(folder / "adapter_model.safetensors"))
+    given = examples(assembled, 50)
+    batches: list[torch.Tensor] = []
+    ours: list[float] = []
+
+    class Noted(type(given.rows)):  # type: ignore[misc]
+        def batch(self, rows: Any) -> Any:
+            batches.append(torch.as_tensor(rows))
+            return super().batch(rows)
+
+    noted = Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix)
+    train(
+        assembled, type(given)(noted, given.targets), examples(assembled, 6, seed=1), settings, seed=0,
+        on_step=lambda _state, _total, loss: bool(ours.append(loss)),
+    )  # fmt: skip
+
+    parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=settings.weight_decay)
+    losses = []
+    for rows in batches:
+        batch = collate(given.rows.sequences, rows.numpy(), given.rows.pad_id)
+        loss = theirs(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=given.targets[rows]
+        ).loss  # fmt: skip
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert len(ours) == len(losses) == 20
+    assert ours[-1] < 0.8 * ours[0]
+    assert ours == pytest.approx(losses, rel=1e-4)
