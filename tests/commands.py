@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import time
@@ -57,7 +56,7 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     ]
     return subprocess.Popen(
         [*command, *map(str, arguments)], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

@@ -193,6 +193,31 @@ def test_standard_input_is_answered_line_by_line_and_head_may_go_away(adapters: 
         assert process.stderr.read() == ""
 
 
+def test_what_is_not_utf8_is_refused(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = capo("predict", adapters["lora"], "caf\udce9")  # as Python gives an argument that is no UTF-8
+    assert refused.code == 2
+    assert "text 0 is not UTF-8: 'caf\\udce9'" in refused.said
+    for errors in ("strict", "surrogateescape"):  # the second is what Python uses in the C locale
+        lines = io.TextIOWrapper(io.BytesIO(b"the lamp\ncaf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", lines)
+        refused = capo("predict", adapters["lora"])
+        assert refused.code == 2
+        assert "not UTF-8" in refused.said
+        assert "Traceback" not in refused.said
+
+
+def test_a_text_may_begin_with_a_dash(adapters: dict[str, Path]) -> None:
+    assert capo("predict", adapters["lora"], "--", "--late").out.endswith("\t--late\n")
+
+
+@pytest.mark.parametrize("texts", ["one string", [None], [3]])
+def test_texts_from_python_must_be_a_list_of_strings(adapters: dict[str, Path], texts: Any) -> None:
+    import capotune
+
+    with pytest.raises(capotune.CapotuneError, match=r"a list of texts|a string is needed"):
+        capotune.predict(adapters["lora"], texts)
+
+
 # Compare
 
 

@@ -37,9 +37,11 @@ from capotune.config import (
 )
 from capotune.errors import AdapterError, OutputError
 from capotune.methods import Start
+from capotune.training import loop as loop_module
 from capotune.training import run as run_module
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
 from capotune.training.loop import TrainingState
+from capotune.training.optimizer import set_learning_rate
 
 QUICK: dict[str, Any] = {"epochs": 4, "patience": 4, "batch_size": 8, "head_learning_rate": 2e-2}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 5e-3, **QUICK}
@@ -263,6 +265,54 @@ def test_interrupted_is_uninterrupted(
     assert_same_bits(weights(assembled), whole.weights)
     for name in ("epoch", "step", "best_epoch", "best_score"):
         assert getattr(state, name) == getattr(whole.state, name), name
+
+
+@pytest.mark.parametrize("variant", ["features-k1", "lora", "lora-dropout", "lora-layers", "prompt-labels"])
+def test_dropout_is_on_for_steps_alone(variant: str, bert: Path) -> None:
+    """From the lowest trainable block on while training, nowhere while scoring and afterwards."""
+    assembled = on_base(bert, VARIANTS[variant])
+    lowest = assembled.method.first_trainable_block()
+
+    def active() -> set[int | None]:
+        found = {path for path, module in assembled.model.named_modules() if module.training}
+        return {assembled.architecture.block_of(path) for path in found if "ropout" in path or "lora" in path}
+
+    seen: list[set[int | None]] = []
+
+    def on_epoch(*_: Any) -> None:
+        assert active() == set()
+
+    assert active() == set()
+    fit(assembled, on_step=lambda *_: bool(seen.append(active())), on_epoch=on_epoch)
+    expected: set[int | None] = {*range(lowest, 3)} | ({None} if lowest == 0 else set())
+    assert all(blocks == expected for blocks in seen)
+    assert active() == set()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("constant", [1 / 3, 2 / 3] + 8 * [1]),
+        ("cosine", [1 / 3, 2 / 3] + [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]),
+    ],
+)
+def test_learning_rate_rises_and_falls(
+    schedule: str, factors: list[float], bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps, two of them warm-up: what every group of the optimiser has at each."""
+    settings = LoraSettings(
+        **LORA | {"epochs": 2, "patience": 2, "batch_size": 10, "warmup": 0.2, "schedule": schedule}
+    )
+    seen: list[set[float]] = []
+
+    def note(optimizer: torch.optim.Optimizer, factor: float) -> None:
+        set_learning_rate(optimizer, factor)
+        seen.append({round(group["lr"], 9) for group in optimizer.param_groups})
+
+    monkeypatch.setattr(loop_module, "set_learning_rate", note)
+    fit(on_base(bert, settings))
+    assert seen == [{round(5e-3 * factor, 9), round(2e-2 * factor, 9)} for factor in factors]
 
 
 def test_lora_plus_gives_b_its_own_rate(bert: Path) -> None:

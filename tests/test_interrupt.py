@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import start, tree, wait_until
+from commands import capo, start, tree, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on Unix")
 
-SOON = 3.0
-"""Seconds in which a stopped process must be gone on a busy machine; on an idle one it takes a tenth of one."""
+SOON = 1.0
+"""Seconds in which a stopped process must be gone; on an idle machine it takes a tenth of one."""
 SETTINGS = ("--learning-rate", "1e-4", "--dropout", "0.1", "--rank", "2", "--batch-size", "4")
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -36,9 +35,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def whole(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped: 12 epochs of 17 steps."""
     folder = tmp_path_factory.mktemp("whole")
-    with start(*training(bert, tickets, 12), cwd=folder) as process:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 0, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        made = capo(*training(bert, tickets, 12))
+    assert made.code == 0, made.err
     return folder / "run"
 
 
@@ -124,7 +124,7 @@ def test_a_run_stopped_before_its_first_checkpoint_leaves_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_was_stopped_resumes_to_the_same_bytes(
-    number: signal.Signals, whole: Path, bert: Path, tickets: Path, tmp_path: Path
+    number: signal.Signals, whole: Path, bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
@@ -139,17 +139,19 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(
         assert not [name for name in tree(folder) if ".partial" in name]
     assert not (folder / "run" / "adapter").exists()
     assert (folder / "run" / "run.json").exists()
-    with start(*training(bert, tickets, 12), "--resume", cwd=folder) as process:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 0, said
-    assert "epoch 1:" not in said  # it did go on, and did not begin again
-    assert "epoch 12:" in said
+    monkeypatch.chdir(folder)
+    resumed = capo(*training(bert, tickets, 12), "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "epoch 1:" not in resumed.err  # it did go on, and did not begin again
+    assert "epoch 12:" in resumed.err
     assert (folder / "run" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert (folder / "run" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert set(tree(folder / "run")) == set(tree(whole))
 
 
-def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(bert: Path, tickets: Path, tmp_path: Path) -> None:
+def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(
+    bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kill -9 in the middle of the adapter's files: the adapter's place stays empty, and --resume fills it."""
     folder = tmp_path / "work"
     folder.mkdir()
@@ -163,19 +165,32 @@ def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(bert: Path, ti
     died = subprocess.run([sys.executable, "-c", program, *flags], cwd=folder, capture_output=True)
     assert died.returncode == -signal.SIGKILL
     assert not (folder / "run" / "adapter").exists()
-    with start(*flags, "--resume", cwd=folder) as process:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 0, said
-    assert (folder / "run" / WEIGHTS).exists()
+    monkeypatch.chdir(folder)
+    resumed = capo(*flags, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert sorted(path.name for path in (folder / "run").iterdir()) == [
+        "adapter", "metrics.jsonl", "predictions.jsonl", "run.json"
+    ]  # fmt: skip
 
 
-def test_resume_with_other_settings_is_refused(bert: Path, tickets: Path, whole: Path, tmp_path: Path) -> None:
-    from capotune.cli import main
+def test_resume_wants_the_same_settings_and_something_to_go_on_with(
+    bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import capotune.training.run as run
 
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    (folder / "checkpoints").mkdir()
-    before = tree(folder)
-    flags = ["train", "lora", "--data", str(tickets), "--model", str(bert), "--out", str(folder), "--resume"]
-    assert main(flags) == 2  # no checkpoint: the run has ended
-    assert tree(folder) == before
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", fail)
+        assert capo(*training(bert, tickets, 1)).code == 130
+    before = tree(tmp_path)
+    other = capo(*training(bert, tickets, 1), "--resume", "--alpha", 3)
+    assert other.code == 2
+    assert "the settings differ from those in run/run.json ('lora')" in other.said
+    assert tree(tmp_path) == before
+    assert capo(*training(bert, tickets, 1), "--resume").code == 0
+    ended = capo(*training(bert, tickets, 1), "--resume")
+    assert ended.code == 2
+    assert "no checkpoint in run/checkpoints" in ended.said

@@ -82,6 +82,7 @@ class Classifier:
         from capotune.data.batches import Rows
         from capotune.training.loop import predict_logits
 
+        _check_texts(texts)
         if not len(texts):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
         task = self._assembled.task
@@ -306,6 +307,19 @@ def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
     if bad:
         raise DataError(describe_bad_lines(source, "rows without a text", bad, "Fill these in or delete the lines."))
     return texts
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    """``DataError`` for what no tokenizer takes."""
+    if isinstance(texts, str):
+        raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}. Put it in a list.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {number}: a string is needed, found {type(text).__name__} {text!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # what the shell or a pipe gave was not UTF-8
+            raise DataError(f"text {number} is not UTF-8: {text[:40]!r}. Convert it first, say with iconv.") from None
 
 
 def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], MethodSettings]:

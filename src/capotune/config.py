@@ -72,7 +72,7 @@ class TrainingSettings(Settings):
     """Peak learning rate of the method's weights (AdamW)."""
     head_learning_rate: Positive = 1e-3
     """Peak learning rate of the classification head."""
-    epochs: Count = 6
+    epochs: Count = 4
     """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
     patience: Count = 2
     """Passes without a better held-out score after which training stops."""
@@ -151,6 +151,8 @@ class PromptTuningSettings(TrainingSettings):
     """Words whose embeddings start the prompt (with init text)."""
     learning_rate: Positive = 1e-2
     """Peak learning rate of the prompt vectors."""
+    epochs: Count = 3
+    """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
 
     @pydantic.model_validator(mode="after")
     def _text_is_given_when_it_is_needed(self) -> PromptTuningSettings:

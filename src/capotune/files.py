@@ -83,6 +83,8 @@ def growing_folder(path: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
     try:
         with _as_output_error(path, any_reason=True):
             path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob(".*.partial"):  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         with _as_output_error(path, any_reason=False):
             yield
     except BaseException:

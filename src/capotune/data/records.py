@@ -101,7 +101,7 @@ def is_hub_id(source: str) -> bool:
 def _read_file(path: Path, source: str) -> Records:
     ending = path.suffix.lower()
     if path.is_dir():
-        raise DataError(f"{source}: is a folder; one file is needed. {_data_files_in(path)} {ALLOWED}")
+        raise DataError(f"{source}: is a folder; one file is needed. {_data_files_in(path)}")
     if ending not in ENDINGS:
         raise DataError(f"{source}: files ending in {ending!r} are not read. {ALLOWED} {_how_to_convert(ending)}")
     try:
@@ -457,7 +457,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _data_files_in(folder: Path) -> str:
     found = [name for name in _names_in(folder) if Path(name).suffix.lower() in ENDINGS]
-    return f"Data files there: {shorten(found)}." if found else "No data file is there."
+    return f"Data files there: {shorten(found)}." if found else "The folder holds no data file."
 
 
 def _how_to_convert(ending: str) -> str:

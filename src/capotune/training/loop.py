@@ -78,16 +78,15 @@ def train(
 ) -> TrainingState:
     """Train until the epochs or the patience are used up, then leave the best weights in the model.
 
-    ``on_epoch`` is called with (state, mean training loss, held-out score). A given ``state`` goes on where it stands.
+    A given ``state`` goes on where it stands; one that ``start`` made has no weights yet and begins with the model's.
+
+    ``on_epoch`` is called with (state, mean training loss, held-out score).
     """
     weights = assembled.trainable()
     rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
     optimizer = make_optimizer(weights, rates, settings.weight_decay)
-    if state is None:
-        state = TrainingState(rng=torch.Generator().manual_seed(seed).get_state())
-        _keep_if_better(state, weights, held_out_score(assembled, held_examples), epoch=0)
-    else:
-        _restore(state, weights, optimizer)
+    state = state or start(assembled, held_examples, seed)
+    _restore(state, weights, optimizer)
     per_epoch = math.ceil(len(train_examples.targets) / settings.batch_size)
     total = settings.epochs * per_epoch
     with torch.random.fork_rng(devices=[]):
@@ -116,6 +115,13 @@ def train(
     return state
 
 
+def start(assembled: Assembled, held_examples: Examples, seed: int) -> TrainingState:
+    """The state before the first step, with the model as it is now as the best so far."""
+    state = TrainingState(rng=torch.Generator().manual_seed(seed).get_state())
+    _keep_if_better(state, assembled.trainable(), held_out_score(assembled, held_examples), epoch=0)
+    return state
+
+
 def finished(state: TrainingState, settings: TrainingSettings) -> bool:
     """Whether the epochs or the patience are used up."""
     return state.epoch >= settings.epochs or state.waited >= settings.patience
@@ -140,9 +146,12 @@ def held_out_score(assembled: Assembled, examples: Examples) -> tuple[float, flo
 
 def _set_dropout(assembled: Assembled, on: bool) -> None:
     """The base's own hidden dropout and the method's. Dropout of attention weights stays off: with it PyTorch would
-    leave its fast attention for one that keeps the (tokens, tokens) weights of every head."""
-    for module in assembled.model.modules():
-        if isinstance(module, nn.Dropout):
+    leave its fast attention for one that keeps the (tokens, tokens) weights of every head. So does dropout below the
+    lowest trainable block: what is computed once is the same with and without being kept."""
+    lowest = assembled.method.first_trainable_block()
+    for path, module in assembled.model.named_modules():
+        block = assembled.architecture.block_of(path)
+        if isinstance(module, nn.Dropout) and (lowest == 0 or (block is not None and block >= lowest)):
             module.train(on)
     assembled.method.train_mode(on)
 
@@ -211,6 +220,8 @@ def _capture(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: 
 
 
 def _restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    if not state.weights:
+        return
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(state.weights[key])

@@ -38,11 +38,11 @@ from capotune.tasks.classification import Classification
 from capotune.training.activation_cache import ActivationCache, default_folder
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
 from capotune.training.linear_head import LinearHead, choose_regularization, solve
-from capotune.training.loop import Examples, TrainingState, finished, predict_logits, train
+from capotune.training.loop import Examples, TrainingState, finished, predict_logits, start, train
 
 MOST_HELD_OUT = 500
 _CHECKPOINT_SECONDS = 300.0
-_EASY_START = 10.0  # times the best λ: a head that has learned the rows by heart leaves the method nothing to learn
+_EASY_START = 30.0  # times the best λ: a head that knows the rows by heart leaves the method nothing to learn
 
 Event = dict[str, Any]
 """``kind`` and its values: stage(text), data(report), start(trainable, total), step(step, total, loss),
@@ -262,9 +262,10 @@ def _fit(
         held_score = float((head.logits(features[held]).argmax(1) == targets[held]).float().mean())
         _set_head(assembled, solve(features, targets, labels, regularization))
         return Fitted(1.0, 1, regularization, held_score)
-    _set_head(assembled, solve(features[fit], targets[fit], labels, _EASY_START * regularization))
+    _set_head(assembled, head)
+    unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization)
     del features
-    state = _train(settings, prepared, assembled, cache, report, state)
+    state = _train(settings, prepared, assembled, unfinished, cache, report, state)
     return Fitted(float(state.epoch), state.best_epoch, regularization, state.best_score[0])
 
 
@@ -272,14 +273,19 @@ def _train(
     settings: TrainSettings,
     prepared: Prepared,
     assembled: Assembled,
+    unfinished: LinearHead,
     cache: ActivationCache,
     report: Reporter,
     state: TrainingState | None,
 ) -> TrainingState:
+    """Train in steps from the ``unfinished`` head; the solved one, in the model now, is the best so far."""
     report({"kind": "stage", "text": "training"})
     fit, held = (
         _with_boundary(prepared.subset(rows), assembled, cache) for rows in (prepared.fit_rows, prepared.held_rows)
     )
+    if state is None:
+        state = start(assembled, held, settings.seed)
+        _set_head(assembled, unfinished)
     checkpoints, saved = settings.out / "checkpoints", time.monotonic()
     log = _open_log(settings.out / "metrics.jsonl", state)
 
