@@ -1,4 +1,4 @@
-"""Write ``benchmarks/README.md``, and the tables of the project's README, from ``results/*.json``. Run after a benchmark."""
+"""Write ``benchmarks/README.md`` and the tables of the project's README from ``results/*.json``."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def main() -> None:
         block = comparison(json.loads(path.read_text(encoding="utf-8")), title)
         text = re.sub(f"(<!-- {marker} -->).*?(<!-- /{marker} -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
         sections += ["", f"## {title}", "", block, "", f"`python benchmarks/compare.py`, `results/{name}.json`."]
-    for path in sorted(RESULTS.glob("*.json")):
-        if not path.name.startswith("compare-"):
-            sections += ["", f"## {path.stem}", "", *rows(json.loads(path.read_text(encoding="utf-8")))]
-            sections += ["", f"`results/{path.name}`"]
+    for name, (title, table) in {"nf4": ("4-bit weights", four_bit), "linear_head": ("The head", head)}.items():
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        source = f"`python benchmarks/{name}.py`, `results/{name}.json`."
+        sections += ["", f"## {title}", "", *table(content), "", source]
     readme.write_text(text, encoding="utf-8")
     (HERE / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
 
 
 def comparison(content: dict[str, Any], title: str) -> str:
     """A comparison as a Markdown table, with its machine and its recommendation."""
+    base = f"The base alone (nearest class mean): {content['base_score']:.2%}."
     lines = [
-        f"{title}; {content['test_rows']:,} test rows. The base alone (nearest class mean): {content['base_score']:.2%}.",
+        f"{title}; {content['test_rows']:,} test rows. {base}",
         "",
         "| technique | accuracy | trained weights | adapter | seconds | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -49,22 +50,41 @@ def comparison(content: dict[str, Any], title: str) -> str:
         share = row["trainable_parameters"] / row["total_parameters"]
         lines.append(
             f"| {row['method']} | {row['score']:.2%} | {row['trainable_parameters']:,} ({share:.1%}) "
-            f"| {human_bytes(row['adapter_bytes'])} | {row['train_seconds']:.0f} | {human_bytes(row['peak_memory_bytes'])} |"
+            f"| {human_bytes(row['adapter_bytes'])} | {row['train_seconds']:.0f} "
+            f"| {human_bytes(row['peak_memory_bytes'])} |"
         )
     machine = content["environment"]
-    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
-    lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}", "", f"On {machine['cpu']}; {versions}."]
+    lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}"]
+    lines += ["", f"On {machine['cpu']}; torch {machine['torch']}, transformers {machine['transformers']}."]
     return "\n".join(lines)
 
 
-def rows(content: dict[str, Any]) -> list[str]:
-    """The summary that a benchmark wrote for itself: a list of equal dictionaries under ``summary``."""
-    table = content.get("summary")
-    if not table:
-        return ["See the file."]
-    head = list(table[0])
-    body = ["| " + " | ".join(str(row[name]) for name in head) + " |" for row in table]
-    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *body]
+def four_bit(content: dict[str, Any]) -> list[str]:
+    """Median milliseconds beside bitsandbytes; above 1 is faster than it."""
+    lines = ["| work | shape | capotune, ms | bitsandbytes, ms | times as fast |", "| --- | --- | --- | --- | --- |"]
+    for row in content["rows"]:
+        ours, theirs = (row["milliseconds"][name]["median"] for name in ("capotune", "bitsandbytes"))
+        shape = " × ".join(map(str, row["shape"]))
+        lines.append(f"| {row['what']} | {shape} | {ours:.1f} | {theirs:.1f} | {row['speed_against_bitsandbytes']} |")
+    rounds = content["rounds"]
+    return [
+        *lines,
+        "",
+        f"Medians of {rounds} alternating rounds, on a machine with other load: trust large ratios only.",
+    ]
+
+
+def head(content: dict[str, Any]) -> list[str]:
+    """CPU seconds to choose λ and to solve, of each solver, on one problem."""
+    size = f"{content['rows']:,} rows, {content['features']:,} features, {content['labels']} labels"
+    lines = [
+        f"{size}, {content['threads']} thread.",
+        "",
+        "| solver | CPU seconds | evaluations |",
+        "| --- | --- | --- |",
+    ]
+    solvers = {name: value for name, value in content.items() if isinstance(value, dict)}
+    return lines + [f"| {name} | {one['cpu_seconds']} | {one['evaluations'] or '–'} |" for name, one in solvers.items()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small real models, made here: no network, no downloads. Weights are random but the architectures are Transformers' own."""
+"""Small real models, made here: no network, no downloads. Random weights in Transformers' own architectures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+FILLER = ["the", "a", "my", "parcel", "order", "please", "help", "was", "not"]
+WORDS = {"late": ["late", "when", "here"], "broken": ["broken", "lamp", "is"], "money": ["paid", "twice", "refund"]}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -24,7 +27,7 @@ def _save(folder: Path, config: object) -> Path:
 
     torch.manual_seed(0)
     AutoModel.from_config(config).save_pretrained(folder)
-    words = "the a my parcel card lamp is was late broken lost paid twice not here please help refund order where when".split()
+    words = [*FILLER, *(word for chosen in WORDS.values() for word in chosen), "card", "lost", "where"]
     vocabulary = {token: at for at, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,7 +70,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 with 2 blocks of width 32: Conv1D layers, whose weights are stored (in, out)."""
     from transformers import GPT2Config
 
-    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, architectures=["GPT2LMHeadModel"])
+    config = GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, architectures=["GPT2LMHeadModel"]
+    )
     return _save(tmp_path_factory.mktemp("models") / "gpt2", config)
 
 
@@ -77,12 +82,10 @@ def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import random
 
     chooser = random.Random(0)
-    words = {"late": ["late", "when", "here"], "broken": ["broken", "lamp", "is"], "money": ["paid", "twice", "refund"]}
     rows = ["text,label,split"]
     for number in range(96):
-        label = list(words)[number % 3]
-        filler = chooser.choices(["the", "a", "my", "parcel", "order", "please", "help", "was", "not"], k=chooser.randint(2, 9))
-        text = filler + chooser.sample(words[label], 2)
+        label = list(WORDS)[number % 3]
+        text = chooser.choices(FILLER, k=chooser.randint(2, 9)) + chooser.sample(WORDS[label], 2)
         chooser.shuffle(text)
         rows.append(f"{' '.join(text)} {number},{label},{'test' if number % 4 == 3 else 'train'}")
     path = tmp_path_factory.mktemp("data") / "tickets.csv"

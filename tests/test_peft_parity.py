@@ -20,7 +20,6 @@ from capotune.adapters.store import save_adapter
 from capotune.config import LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
 from capotune.data.batches import collate
 from capotune.kernels.nf4 import Linear4bit
-from capotune.models.architecture import swap
 from capotune.training.loop import train
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 12}
@@ -50,7 +49,7 @@ def made_by_peft(folder: Path) -> Any:
     """A trainable model that PEFT makes on the same base from the adapter's configuration, with its own weights."""
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode, config.base_model_name_or_path = False, None
-    return peft.get_peft_model(with_plain_linears(capotune.load_base(folder)), config)
+    return peft.get_peft_model(capotune.load_base(folder), config)
 
 
 def padded_batches(rows: list[list[int]]) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
@@ -65,36 +64,28 @@ def peft_logits(model: nn.Module, rows: list[list[int]]) -> torch.Tensor:
     return torch.cat([model(**batch).logits for _, batch in padded_batches(rows)])
 
 
-def with_plain_linears(model: nn.Module) -> nn.Module:
-    """PEFT wraps no foreign 4-bit layer: give it the dense weights that the codes stand for."""
-    for path, layer in [*model.named_modules()]:
-        if isinstance(layer, Linear4bit):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            plain.weight = nn.Parameter(layer.dense_weight(torch.float32))
-            if layer.bias is not None:
-                plain.bias = nn.Parameter(layer.bias.detach())
-            swap(model, path, plain)
-    return model
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_loads_it_and_agrees(variant: str, base: str, models: dict[str, Path], tmp_path: Path) -> None:
     assembled = on_base(models[base], VARIANTS[variant])
     shake(assembled)
     folder = stored(tmp_path / "adapter", assembled)
-    model = with_plain_linears(capotune.load_base(folder))
+    model = capotune.load_base(folder)
     loaded = peft.PeftModel.from_pretrained(model, folder).eval()
     rows = sequences(10, seed=5)
     torch.testing.assert_close(peft_logits(loaded, rows), logits(assembled, rows), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_peft_does_not_wrap_4_bit_layers(base: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """What ``with_plain_linears`` is for. When this fails PEFT has learned it, and the helper can go."""
-    folder = stored(tmp_path / "adapter", on_base(models[base], VARIANTS["qlora"]))
-    with pytest.raises(ValueError, match="not supported"):
-        peft.PeftModel.from_pretrained(capotune.load_base(folder), folder)
+def test_a_4_bit_base_is_given_to_peft_in_plain_layers(base: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT wraps no foreign 4-bit layer, so ``load_base`` unpacks them: the values are those of the codes."""
+    assembled = on_base(models[base], VARIANTS["qlora"])
+    folder = stored(tmp_path / "adapter", assembled)
+    given = capotune.load_base(folder)
+    assert not any(isinstance(layer, Linear4bit) for layer in given.modules())
+    for path in assembled.architecture.linears:
+        packed = assembled.model.get_submodule(path).base_layer
+        assert torch.equal(given.get_submodule(path).weight, packed.dense_weight(torch.float32))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -187,6 +187,8 @@ def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bo
 def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
     """The frozen base with pooling and a blank head, on which PEFT can load the adapter.
 
+    For QLoRA it holds the 4-bit weights' values in plain layers, since PEFT does not know this package's.
+
     >>> base = capotune.load_base("compared/lora/adapter")                     # doctest: +SKIP
     >>> peft.PeftModel.from_pretrained(base, "compared/lora/adapter").eval()   # doctest: +SKIP
     """

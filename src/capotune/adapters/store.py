@@ -25,7 +25,9 @@ from capotune.adapters.fingerprint import fingerprint
 from capotune.config import MethodSettings, build, method_class
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.files import human_bytes, output_folder, write_atomic
+from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import Start
+from capotune.models.architecture import plain_linear, swap
 from capotune.models.load import Pooling, Source, find
 
 FORMAT = 1
@@ -134,8 +136,16 @@ def load_adapter(
 
 
 def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.device | None = None) -> Assembled:
-    """The frozen base with pooling and a blank head, as the adapter expects it, for other programs such as PEFT."""
-    return _on_base(stored, model, device or torch.device("cpu"), False, with_method=False)
+    """The frozen base with pooling and a blank head, as the adapter expects it, for other programs such as PEFT.
+
+    4-bit layers become plain ones of the same values: other programs do not know this package's.
+    """
+    assembled = _on_base(stored, model, device or torch.device("cpu"), False, with_method=False)
+    for path in assembled.architecture.linears:
+        layer = assembled.model.get_submodule(path)
+        if isinstance(layer, Linear4bit):
+            swap(assembled.model, path, plain_linear(layer.dense_weight(torch.float32), layer.bias))
+    return assembled
 
 
 def check_base(stored: StoredAdapter, source: Source) -> None:

@@ -24,7 +24,7 @@ from capotune.errors import SettingError
 from capotune.kernels.lora_linear import lora_linear, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
-from capotune.models.architecture import Architecture, linear_shape, swap
+from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
 
 
 class LoraLinear(nn.Module):
@@ -157,13 +157,8 @@ class Lora(Method):
     def merge(self) -> bool:
         """Replace every target by a plain linear layer with W + scale·BA."""
         for path, layer in self.layers.items():
-            out_features, in_features = linear_shape(layer.base_layer)
             bias: Any = layer.base_layer.bias
-            plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-            plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-            if bias is not None:
-                plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-            swap(self.model, path, plain)
+            swap(self.model, path, plain_linear(layer.merged_weight(), bias))
         return True
 
     def peft_config(self) -> dict[str, Any]:

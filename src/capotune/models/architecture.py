@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import ModelError
@@ -62,6 +62,15 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.weight.shape[1], layer.weight.shape[0]
     assert isinstance(layer, nn.Linear | Linear4bit)
     return layer.out_features, layer.in_features
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen ``nn.Linear`` around a dense weight (out, in) and a bias (out,)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
 
 
 def swap(model: nn.Module, path: str, new: nn.Module) -> None:
