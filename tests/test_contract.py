@@ -37,6 +37,7 @@ from capotune.config import (
 )
 from capotune.errors import AdapterError, OutputError
 from capotune.methods import Start
+from capotune.training import fit as fit_module
 from capotune.training import loop as loop_module
 from capotune.training import run as run_module
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
@@ -396,7 +397,7 @@ def test_whole_run_resumes(
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         if mid_epoch:
-            patch.setattr(run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
+            patch.setattr(fit_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             whole_run(variant, tickets, bert, out, report=crash)
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}"]
@@ -417,7 +418,7 @@ def test_a_crash_after_training_resumes_too(
 ) -> None:
     """Killed while testing, or between the finished adapter and the end."""
     whole_run("lora", tickets, bert, tmp_path / "whole")
-    name = "_test_logits" if moment == "result" else "_write_predictions"
+    name = "test_logits" if moment == "result" else "_write_predictions"
 
     def crash(*_: Any) -> None:
         raise StoppedError

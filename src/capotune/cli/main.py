@@ -133,7 +133,7 @@ def _compare(rest: list[str]) -> int:
     with watch(settings.methods) as report:
         comparison = api.compare_run(settings, report=report, command=shlex.join(["capo", "compare", *rest]))
     show_comparison(comparison, settings.out)
-    return 0
+    return 0 if len(comparison.rows) == len(settings.methods) else 1  # a technique that crashed was reported above
 
 
 def _train(rest: list[str]) -> int:

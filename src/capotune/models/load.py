@@ -73,7 +73,8 @@ def find(name: str) -> Source:
     if name in EMBEDDED:
         return _embedded(name)
     folder = Path(name).expanduser()
-    source = Source(name, folder) if folder.is_dir() else _from_hub(name)
+    # a folder is known by its whole path, so that an adapter finds its base from any working directory
+    source = Source(str(folder.resolve()), folder.resolve()) if folder.is_dir() else _from_hub(name)
     if not (source.folder / "config.json").is_file():
         raise ModelError(f"--model {name}: no config.json in {source.folder}. Give the folder of a Transformers model.")
     try:
