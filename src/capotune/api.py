@@ -156,7 +156,7 @@ def compare_run(
     inspected: dict[str, Any] = {}
 
     def listen(method: str, event: dict[str, Any]) -> None:
-        if event["kind"] == "data":
+        if event["kind"] == "data" and not inspected:  # once: a soft prompt only shortens the room for text
             inspected.update(event["report"])
         if report:
             report(method, event)

@@ -151,6 +151,8 @@ class PromptTuningSettings(TrainingSettings):
     """Words whose embeddings start the prompt (with init text)."""
     learning_rate: Positive = 1e-2
     """Peak learning rate of the prompt vectors."""
+    head_learning_rate: Positive = 1e-2
+    """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
     epochs: Count = 3
     """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
 

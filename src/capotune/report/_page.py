@@ -211,9 +211,9 @@ def _snippets(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _peft_snippet(row: ComparisonRow) -> str:
     return (
-        "from capotune.adapters.store import bare_base, read_adapter\n"
+        "import capotune\n"
         "from peft import PeftModel\n\n"
-        f"base = bare_base(read_adapter({_quoted(row)})).model  # the frozen base with its pooling and a blank head\n"
+        f"base = capotune.load_base({_quoted(row)})  # the frozen base with its pooling and a blank head\n"
         f"model = PeftModel.from_pretrained(base, {_quoted(row)})"
     )
 

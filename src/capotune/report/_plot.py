@@ -156,13 +156,25 @@ def _draw_base(axes: Any, comparison: Comparison) -> list[Any]:
     height = _height(comparison.base_score, comparison)
     axes.axhline(height, color=_MUTED, linewidth=1.3, linestyle=(0, (5, 4)), zorder=1)
     name = f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
+    at_left = _crossed_on_the_right(axes, comparison, height)
     text = axes.annotate(
-        name, (0.995, height), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
-        ha="right", va="bottom", fontsize=9.5, color=_MUTED,
+        name, (0.005 if at_left else 0.995, height), xycoords=("axes fraction", "data"), xytext=(0, 4),
+        textcoords="offset points", ha="left" if at_left else "right", va="bottom", fontsize=9.5, color=_MUTED,
     )  # fmt: skip
     left, right = axes.get_window_extent().intervalx
     level = axes.transData.transform((1, height))[1]
     return [text.get_window_extent(), Bbox([[left, level - 3], [right, level + 3]])]
+
+
+def _crossed_on_the_right(axes: Any, comparison: Comparison, height: float) -> bool:
+    """Whether a point or its bar meets the line at ``height`` in the right half of the plot, and none in the left."""
+    middle = math.sqrt(math.prod(axes.get_xlim()))  # the axis is logarithmic
+    met = []
+    for row in scored(comparison):
+        low, high = interval(row.score, comparison.test_rows, comparison.metric)
+        if _height(low, comparison) <= height <= _height(high, comparison):
+            met.append(_log_seconds(row) > middle)
+    return bool(met) and all(met)
 
 
 def _label(axes: Any, comparison: Comparison, taken: list[Any]) -> None:

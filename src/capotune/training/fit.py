@@ -149,7 +149,9 @@ def _pooled(
     hidden = assembled.architecture.hidden_size
     layers = readable_layers(len(assembled.architecture.blocks), hidden)
     features = cache.pooled(assembled.model, layers, rows, progress)
-    return features if len(assembled.model.feature_layers) == len(layers) else features[:, -hidden:]
+    if len(assembled.model.feature_layers) == len(layers):
+        return features
+    return features[:, -hidden:].clone()  # a copy, so that the other layers' memory is free again
 
 
 def score_of_base(assembled: Assembled, prepared: Prepared, cache: ActivationCache) -> float:
