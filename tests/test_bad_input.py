@@ -358,12 +358,12 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "another base": (
         lambda place: place.base(model_safetensors=one_bit),
         "predict adapter hello --model other",
-        ("adapter: this adapter belongs to another base", "'base'", "'other'", "--model"),
+        ("adapter: this adapter belongs to another base", "/base'", "'other'", "--model"),
     ),
     "the base is gone": (
         lambda place: (place.folder / "base").rename(place.folder / "moved"),
         "predict adapter hello",
-        ("its base 'base'", "in another place", "--model"),
+        ("/base' cannot be used from here", "in another place", "--model"),
     ),
     "adapter without record": (
         lambda place: place.adapter(capotune_json=None),

@@ -295,7 +295,13 @@ def test_nothing_can_be_held_out(write: Write) -> None:
     assert "--test" in message
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, math.nan])
+def test_a_fraction_of_0_holds_nothing_out(tickets: str) -> None:
+    data = load_labelled(tickets, test_fraction=0)
+    assert len(data.test) == 0
+    assert data.train == read_labelled(tickets)
+
+
+@pytest.mark.parametrize("fraction", [1, -0.1, 1.5, math.nan])
 def test_a_fraction_out_of_range(tickets: str, fraction: float) -> None:
     with pytest.raises(SettingError, match="Allowed: more than 0 and less than 1"):
         load_labelled(tickets, test_fraction=fraction)

@@ -102,7 +102,7 @@ def peft_config(assembled: Assembled) -> dict[str, Any]:
     return {
         **assembled.method.peft_config(),
         "task_type": "SEQ_CLS",
-        "base_model_name_or_path": assembled.source.name,
+        "base_model_name_or_path": assembled.source.lasting_name,
         "inference_mode": True,
         **({"modules_to_save": ["classifier"]} if assembled.method.name in ("lora", "qlora") else {}),
     }

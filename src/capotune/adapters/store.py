@@ -86,7 +86,7 @@ def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) ->
         "settings": assembled.method.settings.model_dump(mode="json"),
         **assembled.task.record(),
         "feature_layers": list(assembled.model.feature_layers),
-        "base": {"name": assembled.source.name, "fingerprint": fingerprint(assembled.source)},
+        "base": {"name": assembled.source.lasting_name, "fingerprint": fingerprint(assembled.source)},
         "trained": trained,
     }
     tensors = {key: weight.detach().cpu().contiguous() for key, weight in assembled.trainable().items()}

@@ -46,6 +46,11 @@ class Source:
     folder: Path
 
     @property
+    def lasting_name(self) -> str:
+        """The name that works from any working directory: a folder's whole path, else the name as given."""
+        return str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+
+    @property
     def weight_files(self) -> list[Path]:
         """The safetensors shards, in order."""
         return sorted(self.folder.glob("*.safetensors"))
@@ -73,8 +78,7 @@ def find(name: str) -> Source:
     if name in EMBEDDED:
         return _embedded(name)
     folder = Path(name).expanduser()
-    # a folder is known by its whole path, so that an adapter finds its base from any working directory
-    source = Source(str(folder.resolve()), folder.resolve()) if folder.is_dir() else _from_hub(name)
+    source = Source(name, folder) if folder.is_dir() else _from_hub(name)
     if not (source.folder / "config.json").is_file():
         raise ModelError(f"--model {name}: no config.json in {source.folder}. Give the folder of a Transformers model.")
     try:
