@@ -48,7 +48,7 @@ class Source:
     @property
     def lasting_name(self) -> str:
         """The name that works from any working directory: a folder's whole path, else the name as given."""
-        return str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+        return str(self.folder.absolute()) if Path(self.name).expanduser().is_dir() else self.name
 
     @property
     def weight_files(self) -> list[Path]:
