@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -361,9 +362,9 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
         ("adapter: this adapter belongs to another base", "/base'", "'other'", "--model"),
     ),
     "the base is gone": (
-        lambda place: (place.folder / "base").rename(place.folder / "moved"),
-        "predict adapter hello",
-        ("/base' cannot be used from here", "in another place", "--model"),
+        lambda place: place.adapter(capotune_json=lambda old: re.sub(rb'"name": "[^"]+"', b'"name": "/gone/base"', old)),
+        "predict mine hello",
+        ("mine: its base '/gone/base' cannot be used from here", "in another place", "--model"),
     ),
     "adapter without record": (
         lambda place: place.adapter(capotune_json=None),
