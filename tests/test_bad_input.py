@@ -128,6 +128,11 @@ def one_bit(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
+def base_gone(record: bytes) -> bytes:
+    """``capotune.json`` of an adapter whose base was in a folder that is no more."""
+    return re.sub(rb'"name": "[^"]+"', b'"name": "/gone/base"', record)
+
+
 def misshapen(content: bytes) -> bytes:
     import torch
     from safetensors.torch import load, save
@@ -362,7 +367,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
         ("adapter: this adapter belongs to another base", "/base'", "'other'", "--model"),
     ),
     "the base is gone": (
-        lambda place: place.adapter(capotune_json=lambda old: re.sub(rb'"name": "[^"]+"', b'"name": "/gone/base"', old)),
+        lambda place: place.adapter(capotune_json=base_gone),
         "predict mine hello",
         ("mine: its base '/gone/base' cannot be used from here", "in another place", "--model"),
     ),
