@@ -105,7 +105,6 @@ def test_virtual_ids_are_outside_the_vocabulary(bert: Path) -> None:
     batch = Rows([[2, 9, 3], [2, 3]], 0, assembled.method.virtual_token_ids).batch(np.array([1, 0]))
     assert batch.input_ids.tolist() == [[*range(40, 46), 2, 3, 0], [*range(40, 46), 2, 9, 3]]
     assert batch.attention_mask.tolist() == [[1] * 8 + [0], [1] * 9]
-    assert batch.index.tolist() == [1, 0]
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

@@ -18,15 +18,14 @@ _POOL = 50  # batches whose rows are sorted by length together: near-uniform len
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences. Shapes: ids and mask (rows, longest); index (rows,) positions in the data set."""
+    """Right-padded sequences: ids and mask, both (rows, longest)."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    index: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.index.to(device))
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -63,7 +62,7 @@ def collate(sequences: Sequence[Sequence[int]], rows: np.ndarray, pad_id: int, p
     for number, sequence in enumerate(chosen):
         ids[number, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[number, : len(sequence)] = 1
-    return Batch(ids, mask, torch.as_tensor(rows, dtype=torch.long))
+    return Batch(ids, mask)
 
 
 @dataclass(frozen=True)

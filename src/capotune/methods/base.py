@@ -31,8 +31,6 @@ class Start:
 class Method(ABC):
     """One way to adapt a frozen model. Call ``attach`` once; the other members need it, ``quantization`` does not."""
 
-    peft: ClassVar[bool] = True
-    """Whether its adapter is one that PEFT knows."""
     identity_at_start: ClassVar[bool] = True
     """Whether the model computes the same before and right after ``attach``."""
     key_prefix: ClassVar[str] = "base_model.model."

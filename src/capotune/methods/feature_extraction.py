@@ -21,7 +21,6 @@ class FeatureExtraction(Method):
     """The last k blocks become trainable copies; the frozen originals are kept aside."""
 
     settings: FeatureExtractionSettings
-    peft = False
 
     @property
     def feature_layers(self) -> tuple[int, ...] | None:

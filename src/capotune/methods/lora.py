@@ -68,7 +68,9 @@ class LoraLinear(nn.Module):
             dropped = functional.dropout(x, self.dropout)
             change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B)
             return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
-        return lora_linear(x, self.dense_weight, bias, self.lora_A, self.lora_B, self.scale)
+        layer = self.base_layer
+        weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
