@@ -13,7 +13,7 @@ help: ## list these targets
 
 demo: $(INSTALLED) ## compare the four techniques on examples/support_tickets.csv, into demo-out/
 	rm -rf demo-out
-	$(BIN)/capo compare --data examples/support_tickets.csv --out demo-out
+	$(BIN)/capo compare --data examples/support_tickets.csv --out demo-out --qlora.epochs 3 --prompt-tuning.epochs 2
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
