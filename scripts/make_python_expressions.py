@@ -1,4 +1,4 @@
-"""Write examples/python_expressions.jsonl: a request in English, and the one Python expression that answers it.
+"""Write src/capotune/examples/python_expressions.jsonl: a request in English, and the one Python expression that answers it.
 
     python scripts/make_python_expressions.py
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 SEED = 0
 TRAIN_ROWS, TEST_ROWS = 2000, 300
-DESTINATION = Path(__file__).parents[1] / "examples" / "python_expressions.jsonl"
+DESTINATION = Path(__file__).parents[1] / "src" / "capotune" / "examples" / "python_expressions.jsonl"
 
 # "-" a thing, "!" something to do, "?" a statement that holds or not, "~" something to know, "=" a whole request.
 FRAMES = """

@@ -127,6 +127,9 @@ def test_of_several_templates_the_default_is_taken(llama_writer: Path, tmp_path:
     template: Any = {"default": CHATML, "tool_use": "{{ 'another' }}"}
     folder = with_tokenizer(llama_writer, tmp_path / "base", chat_template=template)
     assert make_task(folder).chat_template == CHATML
+    folder = with_tokenizer(llama_writer, tmp_path / "no-default", chat_template={"rag": CHATML, "tool_use": CHATML})
+    assert make_task(folder).chat_template is None
+    assert make_task(folder, chat=True).chat_template == PLAIN_TEMPLATE
 
 
 def test_what_follows_the_last_answer_is_read_or_left_and_never_learned(make: Callable[..., Generation]) -> None:

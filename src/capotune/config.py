@@ -195,8 +195,8 @@ class PromptTuningSettings(TrainingSettings):
     hard: bool = False
     """Keep the best of the `candidates` (or `init_text`) as it is and train nothing."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the prompt vectors. Left out: 1e-2 for labels; for text the standard deviation of the base's
-    token embeddings, since that is the scale on which vectors differ."""
+    """Peak learning rate of the prompt vectors. Left out: 1e-2 for labels; for text the standard deviation of the
+    base's token embeddings, since that is the scale on which vectors differ."""
     head_learning_rate: Positive = 1e-2
     """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
     epochs: Count | None = None

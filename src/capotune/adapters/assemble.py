@@ -98,8 +98,8 @@ def generation_task(
         )
     room = _room(source, tokenizer, longest, virtual, 2, trust)
     template, origin = tokenizer.chat_template, "the model's own chat template"
-    if not isinstance(template, str):  # none, or several by name, of which Transformers picks the default
-        template = tokenizer.get_chat_template() if template else None
+    if not isinstance(template, str):  # none, or several by name
+        template = (template or {}).get("default")
     if template is None:
         origin = "no chat template, which plain text does without"
         if chat:

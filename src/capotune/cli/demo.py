@@ -7,9 +7,10 @@ import shlex
 import sys
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 import capotune
-from capotune.config import CompareSettings
+from capotune.config import CompareSettings, FeatureExtractionSettings, LoraSettings, QloraSettings
 
 EXPRESSIONS = Path(capotune.__file__).parent / "examples" / "python_expressions.jsonl"
 
@@ -18,7 +19,15 @@ def demo(out: Path, show_page: bool) -> int:
     """Run it; returns the exit code."""
     from capotune.cli.main import compare
 
-    settings = CompareSettings(data=str(EXPRESSIONS), model="capo-tiny", out=out)
+    epochs: Any = {"epochs": 8, "patience": 8, "learning_rate": 5e-3}
+    settings = CompareSettings(
+        data=str(EXPRESSIONS),
+        model="capo-tiny",
+        out=out,
+        feature_extraction=FeatureExtractionSettings(**epochs),
+        lora=LoraSettings(**epochs),
+        qlora=QloraSettings(**epochs),
+    )
     code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out)]))
     page = (out / "compare.html").resolve()
     if show_page and has_desktop() and webbrowser.open(page.as_uri()):
