@@ -1,4 +1,4 @@
-"""Write src/capotune/examples/python_expressions.jsonl: a request in English, and the one Python expression that answers it.
+"""Write src/capotune/examples/python_expressions.jsonl: requests in English, each with its one Python expression.
 
     python scripts/make_python_expressions.py
 

@@ -207,7 +207,7 @@ class Corpus:
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """Four layers of 256, 4.0 M parameters: an hour shows them thirty million tokens, a minute fine-tunes them."""
+    """Four layers of 256, 4.0 M parameters: an hour shows them twenty to thirty million tokens."""
     torch.manual_seed(SEED)
     end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
     config = LlamaConfig(

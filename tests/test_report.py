@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +19,8 @@ from matplotlib import image as matplotlib_image
 from rich.console import Console
 
 from capotune import report
+from capotune.data.generation_report import GenerationReport, LengthBin, Piece, SampleRow
+from capotune.data.report import Lengths, Lines
 from capotune.evaluation.metrics import wilson_interval
 from capotune.report import Answers, Comparison, ComparisonRow, Mistake, PageDetails, recommend
 from capotune.report._plot import _draw
@@ -550,6 +552,19 @@ def test_picture_draws_each_rows_own_interval(monkeypatch: pytest.MonkeyPatch) -
     assert bars == [pytest.approx(one.interval) for one in generation().rows]
 
 
+@pytest.mark.parametrize("seconds", [(4.7, 5.2, 6.6, 7.3), (5.2, 40.0, 66.0, 73.0), (4.0, 5.0, 6.0, 90.0)])
+def test_the_bases_name_keeps_clear_of_points_and_intervals(
+    seconds: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(map(row, METHODS, (0.0, 1 / 30, 1 / 30, 0.0), seconds))
+    made = comparison(rows=rows, base_score=0.0, test_rows=30)
+    axes = _drawn(made, monkeypatch, (4.4, 4.4)).axes[0]
+    (name,) = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("base")]
+    bars = [line.get_window_extent() for line in axes.lines if line.get_linestyle() == "-"]
+    assert len(bars) == 4
+    assert not [bar for bar in bars if name.overlaps(bar)]
+
+
 @pytest.mark.parametrize(("base", "arrow"), [(812.0, "↑"), (-200.0, "↓"), (41.2, None)])
 def test_a_far_base_does_not_press_the_techniques_together(
     base: float, arrow: str | None, monkeypatch: pytest.MonkeyPatch
@@ -708,7 +723,7 @@ def test_page_of_generation_tells_what_was_asked_of_it(tmp_path: Path) -> None:
 
 def test_page_has_every_metric_of_the_base_and_the_techniques(tmp_path: Path) -> None:
     html = seen(generation("exact_match"), generation_details(), tmp_path)
-    table = text_of(html[html.index("Every metric, on") : html.index('aria-labelledby="plot"')])
+    table = text_of(html[html.index("<caption>Every metric") : html.index('aria-labelledby="plot"')])
     for line in (
         "technique exact match loss perplexity ROUGE-L",
         "lora 73.3 % 2.51 12.3 85.2 %",
@@ -763,6 +778,59 @@ def test_long_answers_are_cut_but_compared_whole(tmp_path: Path) -> None:
     assert [("✓" in cell) for cell in answered(html)[0]] == [False, False, True, False]
 
 
+def data_report(**changes: Any) -> dict[str, Any]:
+    """A data report of generation as JSON."""
+    nothing = Lines(0, [])
+    made = GenerationReport(
+        source="a.jsonl", test_source="b.jsonl", test_from="given", described="prompt, completion", template_from=None,
+        learned_part="the completions", train_rows=1200, test_rows=300, train_sequences=1234, max_length=512,
+        train_tokens=Lengths(8, 31, 90, 600), test_tokens=None, kept_tokens=40_000, learned_tokens=12_400,
+        learned_share=0.31, train_unlearned=Lines(2, [4, 12]), test_unlearned=nothing, train_answers_cut=nothing,
+        test_answers_cut=nothing, train_ends_cut=nothing, unanswered=nothing, duplicates=nothing, leaked=nothing,
+        bins=[LengthBin(0, 49, 1000), LengthBin(50, 99, 0), LengthBin(100, 600, 200)],
+        samples=[SampleRow(7, 1300, 3, [Piece("what is\n\ta tuple? ", False), Piece("(1, 2)", True)])],
+    )  # fmt: skip
+    return asdict(made) | changes
+
+
+def test_page_shows_what_is_learned(tmp_path: Path) -> None:
+    html = seen(generation(), replace(generation_details(), data=data_report()), tmp_path)
+    section = html[html.index('id="data"') : html.index('id="how"')]
+    text = text_of(section)
+    for expected in (
+        "test rows from given",
+        "read as prompt, completion",
+        "chat template from none",
+        "what is learned the completions",
+        "min 8, median 31, 95 % at most 90, max 600",
+        "tokens to train on 40,000 of them learned 12,400 share that is learned 31 %",
+        "nothing to learn in train 2 (lines 4, 12)",
+        "tokens rows 0 to 49 1,000 50 to 99 0 100 to 600 200",
+        "rows as the model gets them (1)",
+        "Line 7, 1,300 tokens, the first of 3 windows",
+    ):
+        assert expected in text, expected
+    assert re.findall(r"width:([\d.]+)%", section) == ["100.0", "20.0"]  # no bar for no rows
+    assert '<blockquote dir="auto">what is\n\ta tuple? <mark>(1, 2)</mark></blockquote>' in section
+    assert "_" not in text
+    assert Tags(html).open == []
+
+
+def test_page_names_every_fact_of_the_data(tmp_path: Path) -> None:
+    section = seen(generation(), replace(generation_details(), data=data_report()), tmp_path).partition('id="data"')[2]
+    names = re.findall(r"<dt>(.*?)</dt>", section.partition('id="how"')[0])
+    assert len(names) == len(set(names)) == len(fields(GenerationReport)) - 2  # the lengths and the rows are drawn
+
+
+def test_page_escapes_hostile_training_rows(tmp_path: Path) -> None:
+    pieces = [{"text": HOSTILE, "is_learned": True}, {"text": HOSTILE, "is_learned": False}]
+    data = data_report(samples=[{"line": 1, "tokens": 9, "windows": 1, "pieces": pieces}], bins=[])
+    tags = Tags(html := rendered(generation(), replace(generation_details(), data=data), tmp_path))
+    assert not {tag for tag, _ in tags.seen} & {"script", "img"}
+    assert html.count("{{ 7*7 }}") == 2
+    assert "Lengths of the training rows" not in html
+
+
 def test_page_escapes_hostile_answers(tmp_path: Path) -> None:
     hostile = [Answers(HOSTILE, HOSTILE, {"base": HOSTILE, HOSTILE: HOSTILE, "lora": "\ud800"})]
     changes: dict[str, Any] = {"base_scores": {HOSTILE: 1.0}, "model": HOSTILE}
@@ -788,6 +856,17 @@ def test_peft_puts_an_adapter_on_the_base_itself(tmp_path: Path) -> None:
     assert "load_base" not in snippet
 
 
+def test_peft_gets_an_embedded_base_from_capotune(tmp_path: Path) -> None:
+    snippet = peft_snippet(generation(model="capo-tiny"), tmp_path)
+    assert "import capotune\nfrom peft import PeftModel\n" in snippet
+    assert 'base = capotune.load_base("lora/adapter")  # the frozen base\n' in snippet
+
+
+def test_peft_gets_a_classifiers_base_with_its_head(tmp_path: Path) -> None:
+    snippet = peft_snippet(comparison(model="models/minilm"), tmp_path)
+    assert 'base = capotune.load_base("lora/adapter")  # the frozen base with its pooling and a blank head' in snippet
+
+
 def test_peft_gets_the_values_of_a_4_bit_base(tmp_path: Path) -> None:
     snippet = peft_snippet(generation(rows=generation().rows[2:3]), tmp_path)
     assert 'base = capotune.load_base("qlora/adapter")' in snippet
@@ -804,6 +883,12 @@ def test_a_base_in_a_folder_is_named_from_the_root(tmp_path: Path, monkeypatch: 
 def test_page_does_not_say_take_when_fine_tuning_hurts(tmp_path: Path) -> None:
     html = rendered(comparison(base_score=0.99), details(), tmp_path)
     assert "<h1>No technique reaches the base without fine-tuning</h1>" in html
+
+
+def test_page_does_not_say_take_when_the_base_is_better_by_being_lower(tmp_path: Path) -> None:
+    html = rendered(generation(base_score=11.6), generation_details(), tmp_path)
+    assert "<h1>No technique reaches the base without fine-tuning</h1>" in html
+    assert "Take <em>feature-extraction</em>" in rendered(generation(), generation_details(), tmp_path)
 
 
 def test_page_survives_broken_unicode_and_long_text(tmp_path: Path) -> None:

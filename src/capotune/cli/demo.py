@@ -19,14 +19,14 @@ def demo(out: Path, show_page: bool) -> int:
     """Run it; returns the exit code."""
     from capotune.cli.main import compare
 
-    epochs: Any = {"epochs": 8, "patience": 8, "learning_rate": 5e-3}
+    longer: Any = {"epochs": 7, "patience": 7, "batch_size": 16, "learning_rate": 4e-3}  # few rows, so more passes
     settings = CompareSettings(
         data=str(EXPRESSIONS),
         model="capo-tiny",
         out=out,
-        feature_extraction=FeatureExtractionSettings(**epochs),
-        lora=LoraSettings(**epochs),
-        qlora=QloraSettings(**epochs),
+        feature_extraction=FeatureExtractionSettings(**longer),
+        lora=LoraSettings(**longer),
+        qlora=QloraSettings(**longer),
     )
     code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out)]))
     page = (out / "compare.html").resolve()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from capotune.evaluation.metrics import wilson_interval
 from capotune.files import write_atomic
 from capotune.report._page import page
 from capotune.report._plot import plot
@@ -23,7 +22,6 @@ __all__ = [
     "plot",
     "recommend",
     "table",
-    "wilson_interval",
     "write",
 ]
 

@@ -11,6 +11,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from capotune.evaluation.metrics import exact_match
 from capotune.files import human_bytes, write_atomic
 from capotune.report._plot import footnote, svg, unit
 from capotune.report._records import Answers, Comparison, ComparisonRow, PageDetails
@@ -36,14 +37,29 @@ _DATA_NAMES = {
     "duplicates": "repeated in train",
     "conflicts": "in train with two labels",
     "leaked": "in both train and test",
+    "described": "read as",
+    "template_from": "chat template from",
+    "learned_part": "what is learned",
+    "train_sequences": "sequences to train on",
+    "max_length": "tokens read at once",
+    "kept_tokens": "tokens to train on",
+    "learned_tokens": "of them learned",
+    "learned_share": "share that is learned",
+    "train_unlearned": "nothing to learn in train",
+    "test_unlearned": "nothing to score in test",
+    "train_answers_cut": "answers cut in train",
+    "test_answers_cut": "answers cut in test",
+    "train_ends_cut": "end of text cut in train",
+    "unanswered": "open at the end in train",
 }
+_DRAWN = {"bins", "samples"}  # parts of the data report that the page does not show as facts
 _METRICS = {
     "accuracy": "the share of test rows whose label is the right one",
     "macro_f1": "the mean of every label's F1, each label counting alike",
-    "exact_match": "the share of test rows whose answer is the expected one to the letter, blanks around it aside",
+    "exact_match": "the share of answers that are the expected one to the letter, blanks around it aside",
     "rouge_l": "how many words, in their order, an answer shares with the expected one: "
-    "F1 of the longest common subsequence (Lin 2004), the mean of the test rows",
-    "loss": "mean cross-entropy of what the test rows hold to learn, in nats a token",
+    "F1 of the longest common subsequence (Lin 2004), the mean of all answers",
+    "loss": "mean cross-entropy of what all test rows hold to predict, in nats",
     "perplexity": "the exponential of the mean loss: as if the model wavered between so many tokens at each step",
 }
 _PEFT_METHODS = {"lora", "qlora", "prompt-tuning"}
@@ -124,7 +140,10 @@ def _view(comparison: Comparison, details: PageDetails) -> dict[str, Any]:
         "answers": [_answered(answers, comparison) for answers in details.answers],
         "any_expected": any(answers.expected is not None for answers in details.answers),
         "mistakes": [(_shortened(mistake.text), mistake) for mistake in details.mistakes],
-        "facts": [_fact(_data_name(name), value) for name, value in details.data.items()],
+        "facts": [_fact(_data_name(name), value) for name, value in _facts(details.data).items()],
+        "bins": details.data.get("bins", []),
+        "most_in_bin": max((one["rows"] for one in details.data.get("bins", [])), default=0) or 1,
+        "samples": details.data.get("samples", []),
         "seeds": sorted({str(values["seed"]) for values in details.settings.values() if "seed" in values}),
         "split": details.data.get("test_from"),
         "snippets": _snippets(comparison),
@@ -168,8 +187,6 @@ def _shortened(text: str) -> str:
 
 def _answered(answers: Answers, comparison: Comparison) -> dict[str, Any]:
     """A prompt and the answers to it as the page shows them: the expected one, the base's, the techniques'."""
-    from capotune.evaluation.metrics import exact_match
-
     wanted = answers.expected
     given = [
         _Answer(name, _shortened(text), wanted is not None and exact_match(text, wanted))
@@ -211,6 +228,12 @@ def _label_scores(details: PageDetails) -> list[tuple[str, float, float, float, 
         if rows:
             scores.append((label, 2 * right / (rows + predicted), right / (predicted or 1), right / rows, rows))
     return sorted(scores, key=lambda line: line[1])
+
+
+def _facts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data report without what the page draws; shares as percentages."""
+    facts = {name: value for name, value in data.items() if name not in _DRAWN}
+    return {name: f"{100 * value:.0f} %" if name.endswith("_share") else value for name, value in facts.items()}
 
 
 def _fact(name: str, value: Any) -> tuple[str, str, Any]:
@@ -258,24 +281,21 @@ def _snippets(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _peft_snippet(row: ComparisonRow, comparison: Comparison) -> str:
-    """The adapter on its base without Capotune, where the base can be had without it too."""
+    """The adapter on its base; without Capotune where others can load the base: not with a head, nor in 4 bits."""
     adapter = json.dumps(row.adapter)
-    if comparison.task == "generation" and row.method != "qlora":
-        model = comparison.model if not Path(comparison.model).is_dir() else str(Path(comparison.model).resolve())
-        return (
-            "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(model)})\n"
-            f"model = PeftModel.from_pretrained(base, {adapter})"
-        )
-    what = (
-        "with its pooling and a blank head"
-        if comparison.task == "classification"
-        else "with the values that its 4 bits hold"
-    )
-    return (
-        "import capotune\n"
-        "from peft import PeftModel\n\n"
-        f"base = capotune.load_base({adapter})  # the frozen base {what}\n"
-        f"model = PeftModel.from_pretrained(base, {adapter})"
-    )
+    if comparison.task == "generation" and row.method != "qlora" and (model := _known_to_others(comparison.model)):
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
+        base = f"AutoModelForCausalLM.from_pretrained({json.dumps(model)})"
+    else:
+        imports = "import capotune\nfrom peft import PeftModel"
+        what = " with its pooling and a blank head" if comparison.task == "classification" else ""
+        base = f"capotune.load_base({adapter})  # the frozen base{what}"
+    return f"{imports}\n\nbase = {base}\nmodel = PeftModel.from_pretrained(base, {adapter})"
+
+
+def _known_to_others(model: str) -> str:
+    """A folder's whole path or a hub id; empty for a bare name, which may be that of an embedded model."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder.absolute())
+    return model if "/" in model else ""

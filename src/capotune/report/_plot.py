@@ -60,7 +60,8 @@ def _draw(comparison: Comparison, kind: str, inches: tuple[float, float], titled
         axes = _axes_inches(figure, left + 0.45, 0.3, bottom, top)
         figure.text(left / inches[0], 1 - (top - 0.15) / inches[1], unit(comparison), color=_INK, fontsize=10.5)
         _draw_axes(axes, comparison)
-        _label(axes, comparison, _draw_points(axes, comparison) + _draw_base(axes, comparison))
+        points = _draw_points(axes, comparison)
+        _label(axes, comparison, points + _draw_base(axes, comparison, points))
         buffer = BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, metadata=metadata, transparent=kind == "svg")
@@ -155,23 +156,33 @@ def _draw_points(axes: Any, comparison: Comparison) -> list[Any]:
     return boxes
 
 
-def _draw_base(axes: Any, comparison: Comparison) -> list[Any]:
-    """The base as a dashed line with its name at the emptier end; returns the boxes that they take."""
+def _draw_base(axes: Any, comparison: Comparison, taken: list[Any]) -> list[Any]:
+    """The base as a dashed line with its name where it covers least; returns the boxes that they take."""
     from matplotlib.transforms import Bbox
 
     if not _base_in_view(comparison):
         return _point_to_base(axes, comparison)
     height = _height(comparison.base_score, comparison)
     axes.axhline(height, color=_MUTED, linewidth=1.3, linestyle=(0, (5, 4)), zorder=1)
-    at_left = _crossed_on_the_right(axes, comparison, height)
     text = axes.annotate(
-        _base_name(comparison), (0.005 if at_left else 0.995, height), xycoords=("axes fraction", "data"),
-        xytext=(0, 4), textcoords="offset points", ha="left" if at_left else "right", va="bottom", fontsize=9.5,
-        color=_MUTED,
+        _base_name(comparison), (0, height), (0, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+        fontsize=9.5, color=_MUTED,
     )  # fmt: skip
-    left, right = axes.get_window_extent().intervalx
+    frame = axes.get_window_extent()
+
+    def hidden(place: tuple[float, int]) -> float:
+        return _covered(_beside_line(text, height, *place), taken, frame)
+
+    _beside_line(text, height, *min(((1, 4), (0, 4), (1, -4), (0, -4)), key=hidden))
     level = axes.transData.transform((1, height))[1]
-    return [text.get_window_extent(), Bbox([[left, level - 3], [right, level + 3]])]
+    return [text.get_window_extent(), Bbox([[frame.x0, level - 3], [frame.x1, level + 3]])]
+
+
+def _beside_line(text: Any, height: float, end: float, offset: int) -> Any:
+    """Put the base's name at the left (0) or right (1) end of its line, above or below; returns the box it takes."""
+    text.xy = 0.005 + 0.99 * end, height
+    text.set(position=(0, offset), ha="right" if end else "left", va="bottom" if offset > 0 else "top")
+    return text.get_window_extent()
 
 
 def _point_to_base(axes: Any, comparison: Comparison) -> list[Any]:
@@ -188,17 +199,6 @@ def _point_to_base(axes: Any, comparison: Comparison) -> list[Any]:
 
 def _base_name(comparison: Comparison) -> str:
     return f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
-
-
-def _crossed_on_the_right(axes: Any, comparison: Comparison, height: float) -> bool:
-    """Whether a point or its bar meets the line at ``height`` in the right half of the plot, and none in the left."""
-    middle = math.sqrt(math.prod(axes.get_xlim()))  # the axis is logarithmic
-    met = []
-    for row in scored(comparison):
-        low, high = interval(row, comparison.test_rows, comparison.metric)
-        if _height(low, comparison) <= height <= _height(high, comparison):
-            met.append(_log_seconds(row) > middle)
-    return bool(met) and all(met)
 
 
 def _label(axes: Any, comparison: Comparison, taken: list[Any]) -> None:

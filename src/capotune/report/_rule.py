@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from capotune.evaluation.metrics import wilson_interval
 from capotune.report._records import Comparison, ComparisonRow
 from capotune.report._words import PROPORTIONS, listed, score_text, score_with_name
 
@@ -55,11 +56,7 @@ def interval(row: ComparisonRow, rows: int, metric: str) -> tuple[float, float]:
     if row.interval is not None and all(map(math.isfinite, row.interval)):
         low, high = row.interval
         return min(low, row.score), max(high, row.score)
-    if metric not in PROPORTIONS:
-        return row.score, row.score
-    from capotune.evaluation.metrics import wilson_interval  # here, for it imports torch
-
-    return wilson_interval(row.score, rows)
+    return wilson_interval(row.score, rows) if metric in PROPORTIONS else (row.score, row.score)
 
 
 def has_interval(comparison: Comparison) -> bool:
