@@ -69,6 +69,9 @@ class LoraLinear(nn.Module):
             change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B)
             return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
         layer = self.base_layer
+        if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_packed(x):
+            change = functional.linear(functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            return layer(x) + self.scale * change  # type: ignore[no-any-return]
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
 
