@@ -13,6 +13,7 @@ from torch import nn
 
 from capotune.config import FeatureExtractionSettings
 from capotune.errors import SettingError
+from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, swap
 
@@ -33,6 +34,11 @@ class FeatureExtraction(Method):
         if trainable > count:
             raise SettingError(
                 f"--trainable-layers {trainable}: this model has {count} blocks; allowed are 0 to {count}."
+            )
+        if trainable and any(isinstance(model.get_submodule(path), Linear4bit) for path in architecture.linears):
+            raise SettingError(
+                f"--trainable-layers {trainable}: this base is stored in 4 bits, and such weights cannot train. Give "
+                "the model in full precision, or --trainable-layers 0, or train lora or qlora on it."
             )
         self.model, self.architecture = model, architecture
         self.originals = {path: model.get_submodule(path) for path in architecture.blocks[count - trainable :]}
