@@ -89,9 +89,9 @@ class WatchedShards(Shards):
     alive: ClassVar[list[weakref.ref[torch.Tensor]]]
     most: ClassVar[int]
 
-    def read(self, key: str) -> torch.Tensor:
+    def read(self, key: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
         living = sum(one() is not None for one in self.alive)
-        tensor = super().read(key)
+        tensor = super().read(key, buffer)
         if any(key.endswith(name) for name in self.linears):
             WatchedShards.most = max(self.most, living + 1)
             self.alive.append(weakref.ref(tensor))

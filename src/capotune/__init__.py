@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capotune.api import Classifier, Prediction, compare, evaluate, info, load, load_base, predict, train
+    from capotune.api import Classifier, Prediction, compare, evaluate, info, load, load_base, predict, quantize, train
     from capotune.errors import CapotuneError
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "load_base",
     "predict",
+    "quantize",
     "train",
 ]
 __version__ = "0.1.0"

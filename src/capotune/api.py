@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from capotune.config import (
     CompareSettings,
     MethodSettings,
+    QuantizeSettings,
     RunSettings,
     TrainSettings,
     build,
@@ -260,6 +261,19 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
             for near in classifier.method.nearest_tokens(len(classifier.tokenizer))
         ]
     return facts
+
+
+def quantize(model: str, *, out: str | Path, progress: Reporter | None = None, **settings: Any) -> dict[str, Any]:
+    """Write a model with its linear weights in 4 bits into the new folder ``out``; returns sizes and errors.
+
+    The folder loads in Transformers with bitsandbytes and trains with qlora. ``settings`` are those of ``capo quantize
+    --help`` by name (``quant_type="fp4"``, ``report=True``, ``text="mine.txt"``). ``progress`` is called with events.
+    Raises as ``train``.
+    """
+    from capotune import conversion
+
+    built = build(QuantizeSettings, {"model": model, "out": out, **settings})
+    return conversion.quantize(built, progress or (lambda _: None))
 
 
 def render_data_report(report: dict[str, Any]) -> Any:

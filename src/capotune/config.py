@@ -165,6 +165,28 @@ class PromptTuningSettings(TrainingSettings):
         return self
 
 
+class QuantizeSettings(Settings):
+    """A model in 4 bits."""
+
+    model: str
+    """Model to pack: `minilm` (embedded), a folder, or a model id on the hub."""
+    out: Path
+    """Folder for the packed model. Must not exist."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale."""
+    double_quant: bool = True
+    """Quantise the scales as well, to 8 bits."""
+    report: bool = False
+    """Show the worst layers and write report.json: each layer's error, and with --text how the answers change."""
+    text: str | None = None
+    """A text file of your own: the model's answers on it are compared with those at full precision, which needs memory
+    for the whole model."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
 MethodSettings = FeatureExtractionSettings | LoraSettings | QloraSettings | PromptTuningSettings
 
 METHODS: dict[str, type[MethodSettings]] = {

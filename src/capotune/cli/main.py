@@ -25,6 +25,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo evaluate ADAPTER --data more.csv    score an adapter
   capo predict ADAPTER "some text"         label and probability
   capo info ADAPTER                        what an adapter is
+  capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 `capo COMMAND --help` lists a command's settings. `--config FILE.yaml` gives compare and train settings from a file."""
 
@@ -205,12 +206,19 @@ def _info(rest: list[str]) -> int:
     return 0
 
 
+def _quantize(rest: list[str]) -> int:
+    from capotune.cli.convert import quantize
+
+    return quantize(rest)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
     "info": _info,
+    "quantize": _quantize,
 }
 
 

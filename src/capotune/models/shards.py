@@ -8,7 +8,7 @@ memory for as long as the file is open; a model larger than memory is read here 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,12 +70,19 @@ class Shards:
         """Bytes of all tensors."""
         return sum(stored.nbytes for stored in self)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in new memory. ``ModelError`` for a dtype that PyTorch or this reader has not."""
+    def buffer_for(self, names: Iterable[str]) -> Tensor:
+        """Bytes that any one of the tensors ``names`` fits into, for ``read``."""
+        return torch.empty(max((self._stored[name].nbytes for name in names), default=0), dtype=torch.uint8)
+
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """The tensor, in new memory, or in ``buffer`` until that is used again.
+
+        ``ModelError`` for a dtype that PyTorch or this reader has not.
+        """
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
             raise ModelError(f"{stored.path}: the tensor {name} has the dtype {stored.dtype}, which is not read here.")
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        data = torch.empty(stored.nbytes, dtype=torch.uint8) if buffer is None else buffer[: stored.nbytes]
         with stored.path.open("rb") as file:
             file.seek(stored.begin)
             if stored.nbytes and file.readinto(data.numpy().data) != stored.nbytes:

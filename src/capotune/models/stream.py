@@ -58,9 +58,9 @@ def stream_packed(
 
 
 def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The model without storage for its weights."""
+    """The model of one of Transformers' classes, ``Auto…`` or another, without storage for its weights."""
     with _parameters_on_meta():
-        return auto_class.from_config(config, dtype=dtype)
+        return auto_class.from_config(config, dtype=dtype) if hasattr(auto_class, "from_config") else auto_class(config)
 
 
 def packable(model: Any) -> dict[str, str]:
@@ -84,6 +84,8 @@ class _Filling:
         self.to_pack = packable(model) if quantization else {}
         self.packed = packed_weights(shards)
         self.missing = {name for name, _ in model.named_parameters()}
+        keys = (stored.name for stored in shards if not part_of(stored.name))
+        self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_pack)
         if source.is_packed and not self.packed:
             raise ModelError(
                 f"--model {source.name}: quantization_config in {source.folder / 'config.json'} says that weights are "
@@ -92,7 +94,7 @@ class _Filling:
 
     def take(self, key: str) -> None:
         """Read the tensor that is stored as ``key`` into its place, if it has one."""
-        name = None if part_of(key) else model_key(key, self.missing, self.model.base_model_prefix)
+        name = None if part_of(key) else self._name(key)
         if name is None:
             return
         self.missing.discard(name)
@@ -101,12 +103,15 @@ class _Filling:
         elif name in self.to_pack:
             self._pack(key, name)
         else:
-            tensor = self._read(key, name).to(self.dtype)
+            tensor = self._read(key, name, None).to(self.dtype)
             path, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
-    def _read(self, key: str, name: str) -> torch.Tensor:
-        tensor = self.shards.read(key)
+    def _name(self, key: str) -> str | None:
+        return model_key(key, self.missing, self.model.base_model_prefix)
+
+    def _read(self, key: str, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
+        tensor = self.shards.read(key, buffer)
         expected = self.model.get_parameter(name).shape
         if tensor.shape != expected:
             raise wrong_shape(self.source, name, tensor.shape, expected)
@@ -114,7 +119,7 @@ class _Filling:
 
     def _pack(self, key: str, name: str) -> None:
         assert self.quantization is not None
-        weight, layer = self._read(key, name), self.model.get_submodule(self.to_pack[name])
+        weight, layer = self._read(key, name, self.buffer), self.model.get_submodule(self.to_pack[name])
         what = f"{self.shards[key].path}: the tensor {key}"
         packed = pack(weight, isinstance(layer, Conv1D), self.quantization, what)
         swap(self.model, self.to_pack[name], Linear4bit.from_quantized(packed, bias=layer.bias))
