@@ -91,3 +91,112 @@ def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "tickets.csv"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+def _save_writer(folder: Path, config: object, **tokenizer: object) -> Path:
+    """A language model with random weights and a byte-level tokenizer. Biases and norms are not as they are made, so
+    that a test sees when they are lost."""
+    import torch
+    from generation_helpers import make_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    make_tokenizer(**tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _llama_config(tied: bool) -> object:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=360, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=96, initializer_range=0.1, tie_word_embeddings=tied,
+        bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 blocks whose output layer is its embedding; a chat template, an end and a padding token."""
+    from generation_helpers import CHATML
+
+    return _save_writer(tmp_path_factory.mktemp("models") / "llama-writer", _llama_config(True), chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def untied_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with an output layer of its own; its tokenizer has neither chat template nor padding token."""
+    return _save_writer(tmp_path_factory.mktemp("models") / "untied-writer", _llama_config(False), pad=None)
+
+
+@pytest.fixture(scope="session")
+def gpt2_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of 3 blocks: Conv1D layers, learned positions, tied output layer, dropout; no chat template, no padding
+    token."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=360, n_embd=32, n_layer=3, n_head=4, n_positions=96, initializer_range=0.1, bos_token_id=None,
+        eos_token_id=0,
+    )  # fmt: skip
+    return _save_writer(tmp_path_factory.mktemp("models") / "gpt2-writer", config, pad=None)
+
+
+@pytest.fixture(scope="session")
+def qwen2_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of 3 blocks: biases in queries, keys and values; its turns end with <|im_end|>, its texts also."""
+    from generation_helpers import CHATML, TURN_END
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=360, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=96, initializer_range=0.1, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=[4, 0], pad_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "qwen2-writer"
+    return _save_writer(folder, config, eos=TURN_END, chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def writers(llama_writer: Path, gpt2_writer: Path, qwen2_writer: Path) -> dict[str, Path]:
+    """The language models of three families, by name."""
+    return {"llama": llama_writer, "gpt2": gpt2_writer, "qwen2": qwen2_writer}
+
+
+@pytest.fixture(scope="session")
+def colour_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 prompts with completions, 8 of them marked as test rows."""
+    from generation_helpers import pairs, write_jsonl
+
+    rows = [
+        {
+            "prompt": f"{number}: {pair.prompt}",
+            "completion": pair.completion,
+            "split": "test" if number % 6 == 5 else "train",
+        }
+        for number, pair in enumerate(pairs(48))
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def colour_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 conversations of one and two turns."""
+    from generation_helpers import conversation, write_jsonl
+
+    rows = [{"messages": conversation(number, 1 + number % 2).messages} for number in range(40)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text of some thousand tokens."""
+    from generation_helpers import document
+
+    return document(tmp_path_factory.mktemp("data") / "story.txt")

@@ -19,7 +19,7 @@ from capotune.training.loop import Examples, TrainingState, predict_logits, trai
 
 LABELS = ("late", "broken", "money")
 CPU = torch.device("cpu")
-TRAINED = {"score": None, "held_out_score": 0.5, "test_rows": 0, "train_rows": 48, "adapter": "lora"}
+TRAINED: dict[str, Any] = {"score": None, "held_out_score": 0.5, "test_rows": 0, "train_rows": 48, "adapter": "lora"}
 """What an adapter's record says of its training when nobody asks."""
 WORDS = range(4, 28)
 """Ids of the real words of the small models' tokenizer."""
@@ -36,7 +36,7 @@ def on_base(
 ) -> Assembled:
     """A fresh copy of ``base`` with the method on it and a head drawn from ``seed``."""
     source = find(str(base))
-    virtual = getattr(settings, "num_virtual_tokens", 0)
+    virtual = getattr(settings, "num_virtual_tokens", None) or 0
     task = classification_task(source, LABELS, pool or pooling(source), None, virtual)
     assembled = assemble(source, settings, task, device=CPU)
     generator = torch.Generator().manual_seed(seed)

@@ -432,7 +432,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "predict from lines that are not UTF-8": (
         lambda place: place.write("latin.txt", "café\n".encode("latin-1")),
         "predict adapter --file latin.txt",
-        ("latin.txt: cannot be read as UTF-8",),
+        ("latin.txt:1: the byte 0xe9 is not UTF-8", "iconv -f WINDOWS-1252"),
     ),
 }  # fmt: skip
 
@@ -489,7 +489,7 @@ def test_a_disk_that_fills_up_while_files_are_made_durable(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_disk_that_fills_up_while_the_log_grows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    import capotune.training.fit as fit
+    import capotune.training.task_run as fit
 
     monkeypatch.setattr(fit, "_open_log", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115
     refuse(place, ROW_TRAIN, "no space left on the disk while writing new/run")
@@ -587,7 +587,7 @@ def test_texts_of_five_thousand_words_are_cut_and_reported(place: Place) -> None
     place.write("odd.csv", "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     said = train("--epochs", 1, method="prompt-tuning")["said"]
     assert "longer than 44 tokens, the end is lost" in said  # 64 positions, 20 of them the prompt's
-    assert "5,002 to 5,002 a text" in said
+    assert "5,002 a text" in said
 
 
 def test_emoji_and_other_scripts(place: Place) -> None:

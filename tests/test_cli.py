@@ -243,11 +243,12 @@ def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], 
     found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     kinds: dict[str, Any] = {
         "model": str, "task": str, "metric": str, "higher_is_better": bool, "train_rows": int, "test_rows": int,
-        "base_score": float, "rows": list, "recommended": str, "why": str, "details": dict,
+        "base_score": float, "base_scores": dict, "rows": list, "recommended": str, "why": str, "details": dict,
     }  # fmt: skip
     of_rows: dict[str, Any] = {
         "method": str, "score": float, "trainable_parameters": int, "total_parameters": int, "adapter_bytes": int,
-        "train_seconds": float, "peak_memory_bytes": int, "epochs": float, "adapter": str,
+        "train_seconds": float, "peak_memory_bytes": int, "epochs": float, "adapter": str, "interval": list,
+        "scores": dict,
     }  # fmt: skip
     assert {name: type(value) for name, value in found.items()} == kinds
     for row in found["rows"]:
@@ -318,7 +319,7 @@ def test_the_same_seed_gives_the_same_scores_and_bytes(compared: tuple[Path, Res
     shared = ["--data", record["settings"]["data"], "--model", record["settings"]["model"], "--out", tmp_path / "again"]
     assert capo("train", "lora", *shared, *flags).code == 0
     again = json.loads((tmp_path / "again" / "run.json").read_text())
-    for name in ("score", "macro_f1", "test_loss", "held_out_score", "data_sha256"):
+    for name in ("score", "scores", "held_out_score", "data_sha256"):
         assert again["result"][name] == record["result"][name], name
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (out / "lora" / weights).read_bytes()

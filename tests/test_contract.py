@@ -37,10 +37,11 @@ from capotune.config import (
 )
 from capotune.errors import AdapterError, OutputError
 from capotune.methods import Start
-from capotune.training import fit as fit_module
 from capotune.training import loop as loop_module
 from capotune.training import run as run_module
+from capotune.training import task_run as task_run_module
 from capotune.training.checkpoint import load_checkpoint, save_checkpoint
+from capotune.training.classification import ClassificationRun
 from capotune.training.loop import TrainingState
 from capotune.training.optimizer import set_learning_rate
 
@@ -87,6 +88,8 @@ BLOCK_EXTRA = {
     "gpt2": (96 + 32 + 128 + 32) + 4 * 32,
 }
 """Weights of one block that are not in a linear layer's matrix."""
+NORM_ABOVE = {"bert": 0, "llama": 32, "gpt2": 2 * 32}
+"""Weights of the norm above the last block, which trains with it."""
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def trainable_by_hand(variant: str, base: str) -> int:
         return 5 * 32
     if isinstance(settings, FeatureExtractionSettings):
         block = sum(into * out for into, out in SHAPES[base][:per_block]) + BLOCK_EXTRA[base]
-        return settings.trainable_layers * block
+        return (settings.trainable_layers or 0) * block + (NORM_ABOVE[base] if settings.trainable_layers else 0)
     targets = SHAPES[base] if settings.layers is None else SHAPES[base][:per_block]
     return sum(4 * into + out * 4 + (out if settings.dora else 0) for into, out in targets)
 
@@ -397,7 +400,7 @@ def test_whole_run_resumes(
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         if mid_epoch:
-            patch.setattr(fit_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
+            patch.setattr(task_run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             whole_run(variant, tickets, bert, out, report=crash)
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}"]
@@ -418,13 +421,13 @@ def test_a_crash_after_training_resumes_too(
 ) -> None:
     """Killed while testing, or between the finished adapter and the end."""
     whole_run("lora", tickets, bert, tmp_path / "whole")
-    name = "test_logits" if moment == "result" else "_write_predictions"
+    where, name = (ClassificationRun, "test") if moment == "result" else (run_module, "_write_predictions")
 
     def crash(*_: Any) -> None:
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, name, crash)
+        patch.setattr(where, name, crash)
         with pytest.raises(StoppedError):
             whole_run("lora", tickets, bert, tmp_path / "stopped")
     assert (tmp_path / "stopped" / "adapter").exists() == (moment == "adapter")

@@ -26,7 +26,7 @@ from capotune.models.architecture import LINEAR_TYPES, parameter_count
 from capotune.models.load import EMBEDDED, Quantization, find, load_backbone, load_tokenizer, pooling
 from capotune.models.shards import Shards
 
-PACKAGE, SHA256 = EMBEDDED["minilm"]
+PACKAGE, SHA256 = EMBEDDED["minilm"].package, EMBEDDED["minilm"].sha256
 MINILM_IS_THERE = importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
 needs_minilm = pytest.mark.skipif(not MINILM_IS_THERE, reason=f"the extra 'demo' ({PACKAGE}) is not installed")
 NF4 = Quantization("nf4", 64, True)

@@ -8,18 +8,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capotune.api import Classifier, Prediction, compare, evaluate, info, load, load_base, predict, quantize, train
+    from capotune.api import (
+        Classifier,
+        Generator,
+        Prediction,
+        compare,
+        evaluate,
+        generate,
+        info,
+        load,
+        load_base,
+        load_model,
+        predict,
+        quantize,
+        train,
+    )
     from capotune.errors import CapotuneError
 
 __all__ = [
     "CapotuneError",
     "Classifier",
+    "Generator",
     "Prediction",
     "compare",
     "evaluate",
+    "generate",
     "info",
     "load",
     "load_base",
+    "load_model",
     "predict",
     "quantize",
     "train",

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from capotune.errors import SettingError
 
 MethodName = Literal["feature-extraction", "lora", "qlora", "prompt-tuning"]
+TaskName = Literal["classification", "generation"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+AnyTraining = TypeVar("AnyTraining", bound="TrainingSettings")
 
 
 class Settings(BaseModel):
@@ -34,16 +36,25 @@ class Settings(BaseModel):
 
 
 class DataSettings(Settings):
-    """Which labelled text, and how to read it."""
+    """Which data, and how to read it."""
 
     data: str
-    """Labelled text: a csv, tsv, jsonl or parquet file, or a dataset id on the hub."""
+    """Labelled text, or text to write (conversations, prompts and completions, plain text): a csv, tsv, jsonl, parquet
+    or text file, or a dataset id on the hub."""
+    task: Literal["auto", "classification", "generation"] = "auto"
+    """Whether a label is learned or text; auto: as the first record shows."""
     test: str | None = None
     """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
     """Column that holds the text. Found by name when left out."""
     label_column: str | None = None
     """Column that holds the label. Found by name when left out."""
+    prompt_template: str | None = None
+    """Generation: the prompt made from other columns, as in `Question: {question} Answer:`."""
+    completion_column: str | None = None
+    """Generation: with a prompt template, the column that holds the text to write. Found by name when left out."""
+    learn: Literal["all", "last"] = "all"
+    """Generation: the assistant's turns that are learned in a conversation, all or the last."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Part of the rows kept for the test when no test rows are given. 0: train on all rows, without a test."""
     max_length: Count | None = None
@@ -53,27 +64,32 @@ class DataSettings(Settings):
 class RunSettings(DataSettings):
     """What every run needs, whatever the method."""
 
-    model: str = "minilm"
-    """Base model: `minilm` (embedded), a folder, or a model id on the hub."""
+    model: str | None = None
+    """Base model: `minilm` or `capo-tiny` (embedded), a folder, or a model id on the hub. Left out: minilm for labels,
+    capo-tiny for text."""
     seed: int = Field(default=0, ge=0)
     """Decides the split, the order of the rows, and every random number."""
     validation_fraction: Fraction = 0.1
     """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most)."""
     cache: bool = True
     """Keep what the frozen layers compute on disk, so that a second run on the same data does no forward pass."""
+    answers: int = Field(default=200, ge=0)
+    """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
 
 
 class TrainingSettings(Settings):
-    """How weights are fitted. Each method below sets its own defaults."""
+    """How weights are fitted. Each method has its own defaults; where None, ``completed`` chooses by task and model."""
 
-    learning_rate: Positive = 1e-3
-    """Peak learning rate of the method's weights (AdamW)."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the method's weights (AdamW). Left out: 1e-3 for labels; for text by the model's width,
+    5e-4·(2000/hidden)^0.775."""
     head_learning_rate: Positive = 1e-3
     """Peak learning rate of the classification head."""
-    epochs: Count = 4
-    """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
+    epochs: Count | None = None
+    """Most passes over the training rows; training stops earlier when the held-out score no longer rises. Left out: 4
+    for labels, 3 for text."""
     patience: Count = 2
     """Passes without a better held-out score after which training stops."""
     batch_size: Count = 32
@@ -88,16 +104,39 @@ class TrainingSettings(Settings):
     """Part of the target's probability spread over all labels."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    micro_batch_tokens: Count = 4096
+    """Tokens that go through the model at a time. A step's rows are shared out over as many passes as that takes: less
+    memory, the same gradient."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again on the way back: less memory, a third more work."""
+
+    def completed(self: AnyTraining, task: TaskName, hidden_size: int) -> AnyTraining:
+        """These settings with what was left out chosen for the task and the model's width."""
+        chosen = self._chosen(task, hidden_size)
+        left_out = {name: value for name, value in chosen.items() if getattr(self, name) is None}
+        return self.model_copy(update=left_out)
+
+    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
+        if task == "classification":
+            return {"learning_rate": 1e-3, "epochs": 4}
+        return {"learning_rate": round(5e-4 * (2000 / hidden_size) ** 0.775, 6), "epochs": 3}
 
 
 class FeatureExtractionSettings(TrainingSettings):
     """Frozen layers, computed once; a head, or the last blocks and a head, adapt."""
 
     method: ClassVar[MethodName] = "feature-extraction"
-    trainable_layers: int = Field(default=0, ge=0)
-    """Last blocks that train with the head. 0: the head alone, which is solved to convergence, not trained in steps."""
-    learning_rate: Positive = 1e-4
-    """Peak learning rate of the last blocks (with trainable_layers above 0)."""
+    trainable_layers: int | None = Field(default=None, ge=0)
+    """Last blocks that train, with the norm above them. Left out: 0 for labels (the head alone, which is solved to
+    convergence, not trained in steps), 2 for text."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the last blocks. Left out: 1e-4 for labels; for text a third of LoRA's."""
+
+    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
+        chosen = super()._chosen(task, hidden_size)
+        if task == "classification":
+            return {**chosen, "learning_rate": 1e-4, "trainable_layers": 0}
+        return {**chosen, "learning_rate": round(chosen["learning_rate"] / 3, 6), "trainable_layers": 2}
 
 
 class LoraSettings(TrainingSettings):
@@ -143,26 +182,48 @@ class PromptTuningSettings(TrainingSettings):
     """Prompt tuning (Lester et al. 2021): trained vectors before the input embeddings; no weight changes."""
 
     method: ClassVar[MethodName] = "prompt-tuning"
-    num_virtual_tokens: Count = 20
-    """Vectors put before every text."""
-    init: Literal["labels", "text", "vocabulary"] = "labels"
-    """Where the vectors start: the embeddings of the label names, of `init_text`, or of sampled words."""
+    num_virtual_tokens: Count | None = None
+    """Vectors put before every text. Left out: 20, or with `candidates` or `hard` as many as the words have tokens."""
+    init: Literal["labels", "text", "vocabulary"] | None = None
+    """Where the vectors start: the embeddings of the label names, of `init_text`, or of sampled words. Left out: the
+    label names, or for text sampled words."""
     init_text: str | None = None
     """Words whose embeddings start the prompt (with init text)."""
-    learning_rate: Positive = 1e-2
-    """Peak learning rate of the prompt vectors."""
+    candidates: str | None = None
+    """Generation: a file with one prompt a line, written by people. Each is tried on held-out rows; the vectors start
+    from the best."""
+    hard: bool = False
+    """Keep the best of the `candidates` (or `init_text`) as it is and train nothing."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the prompt vectors. Left out: 1e-2."""
     head_learning_rate: Positive = 1e-2
     """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
-    epochs: Count = 3
-    """Most passes over the training rows; training stops earlier when the held-out score no longer rises."""
+    epochs: Count | None = None
+    """Most passes over the training rows; training stops earlier when the held-out score no longer rises. Left out: 3.
+    """
 
     @pydantic.model_validator(mode="after")
-    def _text_is_given_when_it_is_needed(self) -> PromptTuningSettings:
+    def _what_belongs_together_is_given_together(self) -> PromptTuningSettings:
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError(
                 "settings 'init' and 'init_text': init text needs init_text, and init_text needs init text."
             )
+        if self.hard and self.candidates is None and self.init_text is None:
+            raise ValueError(
+                "setting 'hard': it keeps the best of some candidates; give candidates, a file with one prompt a line."
+            )
+        if self.candidates is not None and (self.init is not None or self.num_virtual_tokens is not None):
+            raise ValueError(
+                "setting 'candidates': the best of them decides where the vectors start and how many there are; leave "
+                "init and num_virtual_tokens out."
+            )
         return self
+
+    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
+        chosen = {**super()._chosen(task, hidden_size), "learning_rate": 1e-2, "epochs": 3}
+        if self.candidates is not None or self.hard:  # the words themselves give the number once they are known
+            return chosen
+        return {**chosen, "num_virtual_tokens": 20, "init": "labels" if task == "classification" else "vocabulary"}
 
 
 class QuantizeSettings(Settings):
@@ -233,6 +294,23 @@ class CompareSettings(RunSettings):
         """The settings of one method by its name on the command line."""
         settings: MethodSettings = getattr(self, method.replace("-", "_"))
         return settings
+
+
+class DecodingSettings(Settings):
+    """How text is written."""
+
+    max_tokens: Count = 256
+    """Most tokens to write."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0: always the most probable token. Above: draw, the more freely the higher."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw among the fewest tokens that hold this much probability (with a temperature above 0)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are left out of it."""
+    num_beams: Count = 1
+    """Answers followed side by side, the best of which is kept. 1: no beam search."""
+    seed: int = Field(default=0, ge=0)
+    """Decides what is drawn."""
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -18,6 +18,14 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What a language model computes in: bf16 on a GPU that has it, else fp32."""
+    import torch
+
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def reset_peak_memory() -> None:
     """Start a new peak for ``peak_memory_bytes`` where the machine can (a GPU); a process has one peak on a CPU."""
     import torch

@@ -79,7 +79,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         texts = _checked(texts)
         if self._classifier is None:
             with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
-                self._classifier = api.load(self.save(Path(folder) / "adapter"), model=self.model)
+                self._classifier = api.load_classifier(self.save(Path(folder) / "adapter"), model=self.model)
         classifier = self._classifier
         probabilities: np.ndarray = classifier.predict_proba(texts)
         columns = [classifier.labels.index(_name(one)) for one in self.classes_]

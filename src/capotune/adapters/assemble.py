@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from capotune.config import MethodSettings
-from capotune.errors import SettingError
-from capotune.methods import Method, Start, make
+from capotune.errors import ModelError, SettingError
+from capotune.methods import Method, Start, Untouched, make
 from capotune.models.architecture import Architecture, describe, parameter_count
-from capotune.models.load import Pooling, Source, load_backbone, load_config, load_tokenizer, max_length
+from capotune.models.load import (
+    Pooling,
+    Source,
+    end_tokens,
+    load_backbone,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    max_length,
+)
+from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
+from capotune.tasks.generation import PLAIN_TEMPLATE, Generation
 
 _MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
 
@@ -23,9 +34,10 @@ class Assembled:
     """Everything that belongs together once a base is loaded."""
 
     source: Source
-    model: SequenceClassifier
+    model: Any
+    """A ``SequenceClassifier``, or for text Transformers' own causal language model."""
     architecture: Architecture
-    task: Classification
+    task: Task
     method: Method
     base_parameters: int
     """Weights of the backbone alone."""
@@ -36,9 +48,20 @@ class Assembled:
         return {**self.method.parameters(), **{self.method.key_prefix + path: weight for path, weight in head.items()}}
 
     def expected_trainable(self) -> int:
-        """The trainable count by formula: the method's own, and (features + 1)·labels for the head."""
-        features = len(self.model.feature_layers) * self.architecture.hidden_size
-        return self.method.expected_parameters() + (features + 1) * len(self.task.labels)
+        """The trainable count by formula: the method's own and the task's head."""
+        return self.method.expected_parameters() + self.task.expected_head(self.model)
+
+    @property
+    def classification(self) -> Classification:
+        """The task, where it is known to be classification."""
+        assert isinstance(self.task, Classification)
+        return self.task
+
+    @property
+    def generation(self) -> Generation:
+        """The task, where it is known to be generation."""
+        assert isinstance(self.task, Generation)
+        return self.task
 
 
 def classification_task(
@@ -46,45 +69,112 @@ def classification_task(
 ) -> Classification:
     """The task on this base; ``longest`` None is all that the base can take beside ``virtual`` prompt tokens."""
     tokenizer = load_tokenizer(source, trust)
+    least = tokenizer.num_special_tokens_to_add() + 1
+    return Classification(labels, tokenizer, _room(source, tokenizer, longest, virtual, least, trust), pooling)
+
+
+def generation_task(
+    source: Source,
+    longest: int | None,
+    virtual: int,
+    *,
+    learn: Literal["all", "last"] = "all",
+    separator: str = "",
+    chat: bool = False,
+    trust: bool = False,
+) -> Generation:
+    """The task on this base with the model's own chat template; where ``chat`` needs one and it has none, a plain form.
+
+    Raises ``ModelError`` when the tokenizer names no end-of-text token.
+    """
+    tokenizer = load_tokenizer(source, trust)
+    ends = end_tokens(source, tokenizer)
+    if not ends:
+        raise ModelError(
+            f"--model {source.name}: its tokenizer names no end-of-text token, so the model could never learn to stop. "
+            f"Set 'eos_token' in {source.folder / 'tokenizer_config.json'}."
+        )
+    room = _room(source, tokenizer, longest, virtual, 2, trust)
+    template, origin = tokenizer.chat_template, "the model's own chat template"
+    if not isinstance(template, str):  # none, or several by name, of which Transformers picks the default
+        template = tokenizer.get_chat_template() if template else None
+    if template is None:
+        origin = "no chat template, which plain text does without"
+        if chat:
+            template, origin = PLAIN_TEMPLATE, "a plain form 'User: … Assistant: …', as the model has no chat template"
+    return Generation(tokenizer, room, ends, template, origin, learn, separator, chat)
+
+
+def _room(source: Source, tokenizer: Any, longest: int | None, virtual: int, least: int, trust: bool) -> int:
+    """Tokens for text: all that the base takes beside ``virtual`` prompt tokens, or ``longest``, which must fit."""
     limit = max_length(tokenizer, load_config(source, trust))
-    room = limit - virtual
     if virtual > limit // 2:
         raise SettingError(
             f"--num-virtual-tokens {virtual} leaves little room for text: the base takes {limit} tokens; "
             f"allowed are 1 to {limit // 2}."
         )
-    least = tokenizer.num_special_tokens_to_add() + 1
     if longest is not None and not least <= longest <= limit:
         raise SettingError(
             f"--max-length {longest}: this base takes at most {limit} tokens, and {least - 1} of them mark start and "
             f"end of a text; allowed are {least} to {limit}."
         )
-    return Classification(labels, tokenizer, min(longest or room, room), pooling)
+    return min(longest or limit - virtual, limit - virtual)
 
 
 def assemble(
     source: Source,
-    settings: MethodSettings,
-    task: Classification,
+    settings: MethodSettings | None,
+    task: Task,
     *,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Assembled:
-    """Load the base as the method wants it and put the head on top. The method is not attached yet.
+    """Load the base as the method wants it, with the task's head on top. The method is not attached yet.
+
+    Without ``settings`` the base stays as it is. ``dtype`` is what a language model computes in.
 
     Raises ``ModelError`` when the base cannot be loaded or its parts cannot be told apart.
     """
-    method = make(settings)
-    backbone = load_backbone(source, quantization=method.quantization, trust_remote_code=trust_remote_code)
-    layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, backbone.config.hidden_size)
-    model = SequenceClassifier(backbone, task.pooling, len(task.labels), layers).to(device).eval()
-    return Assembled(source, model, describe(model, model.backbone_name), task, method, parameter_count(backbone))
+    width = hidden_size(source, trust_remote_code)
+    method = Untouched() if settings is None else make(settings.completed(task.name, width))
+    how: Any = {"quantization": method.quantization, "trust_remote_code": trust_remote_code}
+    if isinstance(task, Classification):
+        backbone = load_backbone(source, **how)
+        layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, width)
+        model: Any = SequenceClassifier(backbone, task.pooling, len(task.labels), layers).to(device).eval()
+        return Assembled(source, model, describe(model, model.backbone_name), task, method, parameter_count(backbone))
+    assert isinstance(task, Generation)
+    model = load_causal_lm(source, dtype=dtype, **how).to(device)
+    architecture = describe(model, model.base_model_prefix)
+    task = replace(task, plain_head=_head_is_plain(model))
+    return Assembled(source, model, architecture, task, method, parameter_count(model))
+
+
+def hidden_size(source: Source, trust_remote_code: bool = False) -> int:
+    """Width of the base's hidden states."""
+    return int(load_config(source, trust_remote_code).hidden_size)
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any) -> bool:
+    """Whether the logits of two tokens are the output layer's product with the backbone's last states, and no more.
+
+    Some families scale or cap them (Gemma 2, Cohere, Granite); their loss is then taken from the model's own logits.
+    """
+    caught: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda _module, _given, output: caught.append(output))
+    logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits
+    hook.remove()
+    states = getattr(caught[0], "last_hidden_state", None) if caught else None
+    return states is not None and torch.equal(model.get_output_embeddings()(states), logits)
 
 
 def attach(assembled: Assembled, start: Start) -> None:
     """Attach the method and count: the trainable weights must be as many as the formula says."""
     assembled.method.attach(assembled.model, assembled.architecture, start)
-    assembled.model.virtual_tokens = len(assembled.method.virtual_token_ids)
+    if isinstance(assembled.model, SequenceClassifier):
+        assembled.model.virtual_tokens = len(assembled.method.virtual_token_ids)
     found = sum(weight.numel() for weight in assembled.trainable().values())
     assert found == assembled.expected_trainable(), (found, assembled.expected_trainable())
 
@@ -99,10 +189,11 @@ def readable_layers(num_blocks: int, hidden_size: int) -> tuple[int, ...]:
 
 def peft_config(assembled: Assembled) -> dict[str, Any]:
     """The whole ``adapter_config.json``."""
+    classifies = isinstance(assembled.task, Classification)
     return {
         **assembled.method.peft_config(),
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM",
         "base_model_name_or_path": assembled.source.lasting_name,
         "inference_mode": True,
-        **({"modules_to_save": ["classifier"]} if assembled.method.name in ("lora", "qlora") else {}),
+        **({"modules_to_save": ["classifier"]} if classifies and assembled.method.name in ("lora", "qlora") else {}),
     }

@@ -2,7 +2,7 @@
 
     adapter_config.json          PEFT's configuration
     adapter_model.safetensors    the trained weights under PEFT's keys
-    capotune.json                task, labels, tokenisation, pooling, base fingerprint, settings, how it was trained
+    capotune.json                task (labels, pooling; chat template), base fingerprint, settings, how it was trained
     README.md                    a model card made from the same record
 
 Only safetensors and JSON are read.
@@ -11,22 +11,29 @@ Only safetensors and JSON are read.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, peft_config
+from capotune.adapters.assemble import (
+    Assembled,
+    assemble,
+    attach,
+    classification_task,
+    generation_task,
+    peft_config,
+)
 from capotune.adapters.fingerprint import fingerprint
 from capotune.config import MethodSettings, build, method_class
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.files import human_bytes, output_folder, write_atomic
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods import Start
+from capotune.methods import Start, Untouched, make
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.load import Pooling, Source, find
 
@@ -50,9 +57,9 @@ class StoredAdapter:
         return str(self.record["base"]["name"])
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Label names in the order of the head's outputs."""
-        return tuple(self.record["labels"])
+    def task(self) -> str:
+        """``classification`` or ``generation``."""
+        return str(self.record["task"])
 
     @property
     def nbytes(self) -> int:
@@ -70,12 +77,25 @@ class _Record(pydantic.BaseModel):
 
     method: str
     settings: dict[str, Any]
-    labels: list[str] = pydantic.Field(min_length=1)
-    pooling: Pooling
     max_length: int = pydantic.Field(ge=1)
-    feature_layers: list[int]
     base: _Base
     trained: dict[str, Any]
+
+
+class _ClassificationRecord(_Record):
+    task: Literal["classification"]
+    labels: list[str] = pydantic.Field(min_length=1)
+    pooling: Pooling
+    feature_layers: list[int]
+
+
+class _GenerationRecord(_Record):
+    task: Literal["generation"]
+    chat_template: str | None
+    template_from: str
+    learn: Literal["all", "last"]
+    separator: str
+    chat: bool
 
 
 def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
@@ -84,8 +104,7 @@ def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) ->
         "format": FORMAT,
         "method": assembled.method.name,
         "settings": assembled.method.settings.model_dump(mode="json"),
-        **assembled.task.record(),
-        "feature_layers": list(assembled.model.feature_layers),
+        **assembled.task.record(assembled.model),
         "base": {"name": assembled.source.lasting_name, "fingerprint": fingerprint(assembled.source)},
         "trained": trained,
     }
@@ -107,8 +126,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     record = _read_json(folder, RECORD)
     if record.get("format") != FORMAT:
         raise AdapterError(f"{folder / RECORD}: format {record.get('format')!r}; this version reads format {FORMAT}.")
+    kinds: dict[Any, type[_Record]] = {"classification": _ClassificationRecord, "generation": _GenerationRecord}
+    if record.get("task") not in kinds:
+        raise AdapterError(
+            f"{folder / RECORD}: 'task' is {record.get('task')!r}, and not as capotune writes it: {', '.join(kinds)}."
+        )
     try:
-        _Record.model_validate(record)
+        kinds[record["task"]].model_validate(record)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
@@ -133,6 +157,41 @@ def load_adapter(
     Raises ``AdapterError`` when the base is another one by content, or the weights do not fit.
     """
     return _on_base(stored, model, device, trust_remote_code, with_method=True)
+
+
+def load_plain(
+    source: Source, *, device: torch.device, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Assembled:
+    """A language model without an adapter."""
+    task = generation_task(source, None, 0, trust=trust_remote_code)
+    return assemble(source, None, task, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
+    """Take the adapter off a language model in place and put another one on; None leaves the base alone.
+
+    Raises ``AdapterError`` when the other one is for another task, base or packing. The model is then as it was.
+    """
+    if stored is None:
+        assembled.method.detach()
+        task = generation_task(assembled.source, None, 0)
+        task = replace(task, plain_head=assembled.generation.plain_head)
+        return replace(assembled, task=task, method=Untouched(assembled.method.quantization))
+    if stored.task != "generation":
+        raise AdapterError(f"{stored.folder}: this adapter labels texts and writes none. Use it with `capo predict`.")
+    check_base(stored, assembled.source)
+    method = make(stored.settings.completed("generation", assembled.architecture.hidden_size))
+    if method.quantization != assembled.method.quantization:
+        packed = "a base in 4 bits" if method.quantization else "a base in full precision"
+        raise AdapterError(
+            f"{stored.folder}: this adapter was trained over {packed}, and another one is loaded. "
+            f"Start again with: capo chat {stored.folder}"
+        )
+    assembled.method.detach()
+    task = replace(_task_of(stored, assembled.source, False), plain_head=assembled.generation.plain_head)
+    switched = replace(assembled, task=task, method=method)
+    _fill(stored, switched)
+    return switched
 
 
 def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.device | None = None) -> Assembled:
@@ -171,17 +230,33 @@ def _on_base(
             "If the base is in another place, name it with --model."
         ) from None
     check_base(stored, source)
+    task = _task_of(stored, source, trust_remote_code)
+    dtype = getattr(torch, stored.record["trained"].get("dtype", "float32"))
+    assembled = assemble(source, stored.settings, task, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if with_method:
+        _fill(stored, assembled)
+    elif stored.task == "classification":
+        assembled.model.virtual_tokens = int(stored.record["settings"].get("num_virtual_tokens", 0))
+    return assembled
+
+
+def _task_of(stored: StoredAdapter, source: Source, trust: bool) -> Any:
     record = stored.record
-    task = classification_task(source, stored.labels, record["pooling"], record["max_length"], 0, trust_remote_code)
-    assembled = assemble(source, stored.settings, task, device=device, trust_remote_code=trust_remote_code)
-    if not with_method:
-        assembled.model.virtual_tokens = int(record["settings"].get("num_virtual_tokens", 0))
-        return assembled
+    if stored.task == "classification":
+        labels = tuple(record["labels"])
+        return classification_task(source, labels, record["pooling"], record["max_length"], 0, trust)
+    task = generation_task(source, record["max_length"], 0, learn=record["learn"], chat=record["chat"], trust=trust)
+    also = {name: record[name] for name in ("chat_template", "template_from", "separator")}
+    return replace(task, **also)
+
+
+def _fill(stored: StoredAdapter, assembled: Assembled) -> None:
+    """Attach the method and put the stored weights in place."""
     attach(assembled, Start(torch.Generator().manual_seed(0), token_ids=[0]))
     try:
         assembled.method.load(stored.tensors)
         with torch.no_grad():
-            for path, weight in task.head_parameters(assembled.model).items():
+            for path, weight in assembled.task.head_parameters(assembled.model).items():
                 tensor = stored.tensors[assembled.method.key_prefix + path]
                 if tensor.shape != weight.shape:
                     raise ValueError(f"{path} is {tuple(tensor.shape)}, expected {tuple(weight.shape)}")
@@ -190,7 +265,6 @@ def _on_base(
         raise AdapterError(f"{stored.folder / WEIGHTS}: the tensor {error} is missing.") from None
     except (ValueError, RuntimeError) as error:
         raise AdapterError(f"{stored.folder / WEIGHTS}: {error}") from None
-    return assembled
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -212,11 +286,11 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _card(record: dict[str, Any], parameters: int) -> str:
     """README.md of the adapter: what it is, how it scored, how to use it."""
-    trained, labels = record["trained"], record["labels"]
+    trained = record["trained"]
     settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
-    tested = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows" if trained["test_rows"] else ""
-    score = tested or f"No test rows; accuracy on the held-out part {trained['held_out_score']:.2%}"
-    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    what, score, shell, python = (
+        _classifier_card(record) if record["task"] == "classification" else _writer_card(record)
+    )
     return f"""---
 base_model: {record["base"]["name"]}
 library_name: capotune
@@ -224,24 +298,51 @@ tags: [capotune, {record["method"]}]
 ---
 # {record["method"]} adapter for {record["base"]["name"]}
 
-Classifies a text into {len(labels)} labels: {shown}.
+{what}
 
 {score}, trained on {trained["train_rows"]:,} rows.
 {parameters:,} trained weights ({human_bytes(parameters * 4)}); the base itself is unchanged
 (fingerprint `{record["base"]["fingerprint"]}`).
 
 ```
-capo predict {trained["adapter"]} "your text"
+{shell}
 ```
 
 ```python
 import capotune
 
-classifier = capotune.load({trained["adapter"]!r})
-classifier.predict(["your text"])
+{python}
 ```
 
 | setting | value |
 | --- | --- |
 {settings}
 """
+
+
+def _classifier_card(record: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What it is, how it scored, and how to use it, in the shell and in Python."""
+    trained, labels = record["trained"], record["labels"]
+    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    tested = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows" if trained["test_rows"] else ""
+    return (
+        f"Classifies a text into {len(labels)} labels: {shown}.",
+        tested or f"No test rows; accuracy on the held-out part {trained['held_out_score']:.2%}",
+        f'capo predict {trained["adapter"]} "your text"',
+        f'classifier = capotune.load({trained["adapter"]!r})\nclassifier.predict(["your text"])',
+    )
+
+
+def _writer_card(record: dict[str, Any]) -> tuple[str, str, str, str]:
+    """As ``_classifier_card``."""
+    trained = record["trained"]
+    scores = {name: value for name, value in (trained.get("scores") or {}).items() if value is not None}
+    named = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+    tested = f"On {trained['test_rows']:,} test rows: {named}" if trained["test_rows"] else ""
+    verb, what = ("capo chat", "answers in a conversation") if record["chat"] else ("capo generate", "text")
+    return (
+        f"Writes {what}. Chat template: {record['template_from']}.",
+        tested or f"No test rows; perplexity on the held-out part {trained['held_out_score']:.4g}",
+        f"{verb} {trained['adapter']}" + ("" if record["chat"] else ' "your prompt"'),
+        f'model = capotune.load({trained["adapter"]!r})\nmodel.generate(["your prompt"])',
+    )

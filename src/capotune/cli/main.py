@@ -9,11 +9,22 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 
-from capotune.config import METHODS, CompareSettings, Settings, TrainSettings, build, method_class, nearest, read_yaml
+from capotune.cli.flags import Json, parse, take_config
+from capotune.config import (
+    METHODS,
+    CompareSettings,
+    DataSettings,
+    Settings,
+    TrainSettings,
+    build,
+    method_class,
+    nearest,
+)
 from capotune.errors import CapotuneError, DataError, SettingError
 
 HELP = """usage: capo COMMAND …
@@ -24,25 +35,35 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo train lora --data tickets.csv       one technique
   capo evaluate ADAPTER --data more.csv    score an adapter
   capo predict ADAPTER "some text"         label and probability
+  capo generate ADAPTER "some text"        what the model writes after it
+  capo chat ADAPTER                        a conversation; /adapter switches
   capo info ADAPTER                        what an adapter is
+  capo data tickets.csv                    what a data file holds, and what is wrong with it
+  capo demo generation                     a comparison on data that is already here
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
-`capo COMMAND --help` lists a command's settings. `--config FILE.yaml` gives compare and train settings from a file."""
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
+Data is labelled text, or text to write: conversations, prompts with completions, plain text. generate, chat and
+evaluate also take a model alone. `capo COMMAND --help` lists a command's settings; `--config FILE.yaml` gives compare
+and train settings from a file."""
 
 
 class Evaluate(Settings):
-    """Score an adapter on labelled text."""
+    """Score an adapter, or a language model alone, on data."""
 
-    adapter: tyro.conf.Positional[Path]
-    """Adapter folder."""
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder; or a language model alone: an embedded one by name, a folder, or a model id on the hub."""
     data: str
-    """Labelled text; when a `split` column marks test rows, those alone are scored."""
+    """Labelled text, or text to write; when a `split` column marks test rows, those alone are scored."""
     text_column: str | None = None
-    """Column that holds the text. Found by name when left out."""
+    """Labels: column that holds the text. Found by name when left out."""
     label_column: str | None = None
-    """Column that holds the label. Found by name when left out."""
+    """Labels: column that holds the label. Found by name when left out."""
+    prompt_template: str | None = None
+    """Text to write: the prompt made from columns, as in `Question: {question} Answer:`."""
+    completion_column: str | None = None
+    """Text to write: with a prompt template, the column that holds the text to write. Found by name when left out."""
+    answers: Annotated[int, Field(ge=0)] = 200
+    """Text to write: rows that the model answers, for exact match and ROUGE-L (0: none)."""
     model: str | None = None
     """Where the base is, when not where it was trained."""
     as_json: Json = False
@@ -77,8 +98,32 @@ class Info(Settings):
     """Print one JSON object."""
 
 
+class Data(DataSettings):
+    """Say what a data file holds, how it would be read, and what is wrong with it. Nothing is trained."""
+
+    data: tyro.conf.Positional[str]
+    """Labelled text, or text to write: a file, or a dataset id on the hub."""
+    model: str | None = None
+    """The model whose tokens are counted. Left out: minilm for labels, capo-tiny for text."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which rows are held out for the test."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+class Demo(Settings):
+    """Compare the techniques on data that comes with the package, and show the page."""
+
+    task: tyro.conf.Positional[Literal["generation"]]
+    """What is learned: generation writes Python expressions for descriptions."""
+    out: Path = Path("capo-demo")
+    """Folder for the table, the picture, the page and the adapters. Must not exist."""
+    open: bool = True
+    """Open the page in a browser, where there is a desktop."""
+
+
 class Resumable(TrainSettings):
-    """Train one technique on labelled text."""
+    """Train one technique on data."""
 
     resume: bool = False
     """Go on from the last checkpoint of a run that was stopped; give the same settings."""
@@ -126,13 +171,17 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _compare(rest: list[str]) -> int:
-    flags, config = _take_config(rest)
-    settings = _parse(CompareSettings, flags, "capo compare", config)
+    flags, config = take_config(rest)
+    return compare(parse(CompareSettings, flags, "capo compare", config), shlex.join(["capo", "compare", *rest]))
+
+
+def compare(settings: CompareSettings, command: str) -> int:
+    """Compare and show the result; ``command`` is what the page names as the way to repeat it."""
     from capotune import api
     from capotune.cli.display import show_comparison, watch
 
     with watch(settings.methods) as report:
-        comparison = api.compare_run(settings, report=report, command=shlex.join(["capo", "compare", *rest]))
+        comparison = api.compare_run(settings, report=report, command=command)
     show_comparison(comparison, settings.out)
     return 0 if len(comparison.rows) == len(settings.methods) else 1  # a technique that crashed was reported above
 
@@ -145,9 +194,9 @@ def _train(rest: list[str]) -> int:
         print("`capo train METHOD --help` lists its settings.")
         return 0
     own_class = method_class(rest[0])
-    flags, config = _take_config(rest[1:])
+    flags, config = take_config(rest[1:])
     both: Any = type("Train", (Resumable, own_class), {"__doc__": f"{Resumable.__doc__} {own_class.__doc__}"})
-    parsed = _parse(both, flags, f"capo train {rest[0]}", config).model_dump()
+    parsed = parse(both, flags, f"capo train {rest[0]}", config).model_dump()
     from capotune import api
     from capotune.cli.display import show_run, watch
 
@@ -160,12 +209,13 @@ def _train(rest: list[str]) -> int:
 
 
 def _evaluate(rest: list[str]) -> int:
-    settings = _parse(Evaluate, rest, "capo evaluate")
+    settings = parse(Evaluate, rest, "capo evaluate")
     from capotune import api
-    from capotune.cli.display import show_scores
+    from capotune.cli.display import counting, show_scores
 
-    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
-    scores = api.evaluate(settings.adapter, data=settings.data, model=settings.model, **columns)
+    given = {name: value for name, value in settings.model_dump().items() if name not in ("adapter", "as_json")}
+    with counting("answered") as progress:
+        scores = api.evaluate(settings.adapter, progress=progress, **given)
     if settings.as_json:
         print(json.dumps(scores))
     else:
@@ -174,12 +224,12 @@ def _evaluate(rest: list[str]) -> int:
 
 
 def _predict(rest: list[str]) -> int:
-    settings = _parse(Predict, rest, "capo predict")
+    settings = parse(Predict, rest, "capo predict")
     from capotune import api
 
     if settings.texts and settings.file:
         raise SettingError("give texts or --file, not both.")
-    classifier = api.load(settings.adapter, model=settings.model)
+    classifier = api.load_classifier(settings.adapter, model=settings.model)
     if settings.texts or settings.file:
         texts = list(settings.texts) or list(api.read_texts(str(settings.file), settings.text_column))
         _print_predictions(classifier.answer(texts), settings.as_json)
@@ -194,7 +244,7 @@ def _predict(rest: list[str]) -> int:
 
 
 def _info(rest: list[str]) -> int:
-    settings = _parse(Info, rest, "capo info")
+    settings = parse(Info, rest, "capo info")
     from capotune import api
     from capotune.cli.display import show_info
 
@@ -204,6 +254,38 @@ def _info(rest: list[str]) -> int:
     else:
         show_info(facts)
     return 0
+
+
+def _data(rest: list[str]) -> int:
+    settings = parse(Data, rest, "capo data")
+    from capotune import api
+    from capotune.cli.display import show_data
+
+    found = api.inspect(**{name: value for name, value in settings.model_dump().items() if name != "as_json"})
+    if settings.as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        show_data(found)
+    return 0
+
+
+def _demo(rest: list[str]) -> int:
+    settings = parse(Demo, rest, "capo demo")
+    from capotune.cli.demo import demo
+
+    return demo(settings.out, settings.open)
+
+
+def _generate(rest: list[str]) -> int:
+    from capotune.cli.generate import generate
+
+    return generate(rest)
+
+
+def _chat(rest: list[str]) -> int:
+    from capotune.cli.chat import chat
+
+    return chat(rest)
 
 
 def _quantize(rest: list[str]) -> int:
@@ -217,7 +299,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "generate": _generate,
+    "chat": _chat,
     "info": _info,
+    "data": _data,
+    "demo": _demo,
     "quantize": _quantize,
 }
 
@@ -229,27 +315,3 @@ def _print_predictions(predictions: list[Any], as_json: bool) -> None:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
             print(f"{one.label}\t{one.probability:.3f}\t{' '.join(one.text.split())}", flush=True)
-
-
-def _take_config(rest: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments without ``--config FILE``, and that file."""
-    for at, argument in enumerate(rest):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            if not equals and at + 1 == len(rest):
-                raise SettingError("--config needs a YAML file.")
-            path = value if equals else rest[at + 1]
-            return rest[:at] + rest[at + (1 if equals else 2) :], Path(path)
-    return rest, None
-
-
-def _parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:
-    """Settings of ``cls`` from the flags, which win over the YAML file ``config``; on a mistake ``SystemExit(2)``."""
-    values = read_yaml(config) if config else {}
-    cls = type(program, (cls,), {"__doc__": cls.__doc__})  # tyro's messages show the class's name
-    if not values:
-        return tyro.cli(cls, args=flags, prog=program)
-    required = {name: "" for name, field in cls.model_fields.items() if field.is_required() and name not in values}
-    checked = build(cls, {**required, **values}, where=f"--config {config}")
-    default = checked.model_copy(update=dict.fromkeys(required, tyro.MISSING))
-    return tyro.cli(cls, args=flags, prog=program, default=default)

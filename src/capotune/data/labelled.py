@@ -21,7 +21,22 @@ from capotune.errors import DataError, SettingError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LabelledData", "LabelledText", "hold_out", "load_labelled", "normalised", "read_labelled", "read_to_score"]
+__all__ = [
+    "LabelledData",
+    "LabelledText",
+    "find_column",
+    "given_column",
+    "has_label_column",
+    "hold_out",
+    "load_labelled",
+    "normalised",
+    "read_labelled",
+    "read_parts",
+    "read_to_score",
+    "refuse_same_source",
+    "rows_of_part",
+    "value_as_text",
+]
 
 # In order of preference: of two columns with a known name the one that stands first here is taken.
 TEXT_NAMES: Final = (
@@ -105,7 +120,7 @@ def load_labelled(
         SettingError: ``test_fraction`` is out of range.
     """
     if test is not None:
-        _refuse_same_source(data, test)
+        refuse_same_source(data, test)
     rows, parts = _read(data, text_column, label_column)
     if test is not None:
         test_rows, test_parts = _read(test, rows.text_column, rows.label_column, named_by=data)
@@ -150,17 +165,26 @@ def _read(
     records = read_records(source)
     text, label = _find_columns(records, text_column, label_column, named_by)
     split = next((name for name in records.columns if name.lower() == "split" and name not in (text, label)), None)
-    return _check_rows(records, text, label), _read_parts(records, split) if split is not None else []
+    return _check_rows(records, text, label), read_parts(records, split) if split is not None else []
 
 
 # Columns
 
 
+def has_label_column(records: Records) -> bool:
+    """Whether ``load_labelled`` would find a text and a label in these rows by itself."""
+    try:
+        _find_columns(records, None, None, None)
+    except DataError:
+        return False
+    return True
+
+
 def _find_columns(
     records: Records, text_column: str | None, label_column: str | None, named_by: str | None
 ) -> tuple[str, str]:
-    text = None if text_column is None else _given(records, text_column, named_by or "--text-column")
-    label = None if label_column is None else _given(records, label_column, named_by or "--label-column")
+    text = None if text_column is None else given_column(records, text_column, named_by or "--text-column")
+    label = None if label_column is None else given_column(records, label_column, named_by or "--label-column")
     label = label or _by_name(records, LABEL_NAMES, but=text)
     text = text or _by_name(records, TEXT_NAMES, but=label)
     if text is None or label is None:
@@ -170,7 +194,12 @@ def _find_columns(
     return text, label
 
 
-def _given(records: Records, name: str, named_by: str) -> str:
+def given_column(records: Records, name: str, named_by: str) -> str:
+    """The column of that name, as it is written or in another case; ``named_by`` is the flag or file that names it.
+
+    Raises:
+        DataError: there is no such column.
+    """
     if name in records.columns:
         return name
     same = [column for column in records.columns if column.lower() == name.strip().lower()]
@@ -184,7 +213,11 @@ def _given(records: Records, name: str, named_by: str) -> str:
 
 
 def _by_name(records: Records, names: Sequence[str], but: str | None) -> str | None:
-    columns = [column for column in records.columns if column != but]
+    return find_column([column for column in records.columns if column != but], names)
+
+
+def find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column that has one of ``names``, the first of them first; one in another case comes after those."""
     exact = [name for name in names if name in columns]
     in_any_case = [column for name in names for column in columns if column.lower() == name]
     return next(iter(exact + in_any_case), None)
@@ -198,7 +231,7 @@ def _by_content(records: Records, text: str | None, label: str | None) -> tuple[
     labels = [label] if label else [column for column in free if _looks_like_labels(sample[column])]
     if len(texts) != 1 or len(labels) != 1:
         raise DataError(_cannot_tell(records, texts, labels))
-    if _looks_like_a_row(texts[0]) or labels[0] in map(_label_name, sample[labels[0]]):
+    if _looks_like_a_row(texts[0]) or labels[0] in map(value_as_text, sample[labels[0]]):
         raise DataError(
             f"{records.source}:1: the first line looks like data, not like column names: {shorten(records.columns)}. "
             "Write the line text,label above it; if these are names, give --text-column and --label-column."
@@ -217,7 +250,7 @@ def _looks_like_text(values: list[Any]) -> bool:
 
 def _looks_like_labels(values: list[Any]) -> bool:
     """At least two, short, and each one twice on average."""
-    names = [name for name in map(_label_name, values) if name]
+    names = [name for name in map(value_as_text, values) if name]
     return 2 <= len(set(names)) <= len(names) / 2 and max(map(len, names)) <= 60
 
 
@@ -249,7 +282,7 @@ def _either(names: Sequence[str]) -> str:
 
 def _check_rows(records: Records, text_column: str, label_column: str) -> LabelledText:
     texts: list[Any] = [row.get(text_column) for row in records.rows]
-    labels = [_label_name(row.get(label_column)) for row in records.rows]
+    labels = [value_as_text(row.get(label_column)) for row in records.rows]
     bad = {
         line: problem
         for line, text, label in zip(records.lines, texts, labels, strict=True)
@@ -279,8 +312,8 @@ def _problem(text: object, label: str | None, text_column: str, label_column: st
     return " and ".join(problems) or None
 
 
-def _label_name(value: object) -> str | None:
-    """A label as text, ``""`` when it is missing, None when it is something that cannot be a label."""
+def value_as_text(value: object) -> str | None:
+    """A label or another short value as text, ``""`` when it is missing, None when it is neither text nor a number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
@@ -290,7 +323,12 @@ def _label_name(value: object) -> str | None:
     return str(value).strip() if isinstance(value, str | int) else None
 
 
-def _read_parts(records: Records, column: str) -> list[str]:
+def read_parts(records: Records, column: str) -> list[str]:
+    """For each row ``train`` or ``test``, as a column ``split`` says; validation counts as train.
+
+    Raises:
+        DataError: the column holds something else; names the lines.
+    """
     parts = [PARTS.get(str(row.get(column)).strip().lower(), "") for row in records.rows]
     bad = {
         line: f"{column} is {row.get(column)!r}"
@@ -309,15 +347,23 @@ def _read_parts(records: Records, column: str) -> list[str]:
 
 
 def _part(rows: LabelledText, parts: list[str], wanted: str) -> LabelledText:
-    if not parts:
-        return rows
+    return rows.take(rows_of_part(rows.source, parts, wanted)) if parts else rows
+
+
+def rows_of_part(source: str, parts: Sequence[str], wanted: str) -> list[int]:
+    """The rows whose part is ``wanted``.
+
+    Raises:
+        DataError: there is none.
+    """
     chosen = [index for index, part in enumerate(parts) if part == wanted]
     if not chosen:
-        raise DataError(f"{rows.source}: the column 'split' marks no row as {wanted}. Mark some, or remove the column.")
-    return rows.take(chosen)
+        raise DataError(f"{source}: the column 'split' marks no row as {wanted}. Mark some, or remove the column.")
+    return chosen
 
 
-def _refuse_same_source(data: str, test: str) -> None:
+def refuse_same_source(data: str, test: str) -> None:
+    """Raise a ``DataError`` when both are one file, under whatever name."""
     paths = os.path.expanduser(data), os.path.expanduser(test)  # noqa: PTH111
     if data == test or (all(map(os.path.exists, paths)) and os.path.samefile(*paths)):  # noqa: PTH121
         raise DataError(

@@ -16,20 +16,39 @@ import re
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from capotune.errors import DataError
 
-__all__ = ["Records", "describe_bad_lines", "did_you_mean", "is_hub_id", "read_records", "shorten"]
+__all__ = [
+    "Records",
+    "describe_bad_lines",
+    "did_you_mean",
+    "is_hub_id",
+    "is_plain_text",
+    "read_records",
+    "read_text",
+    "shorten",
+]
 
 DELIMITERS: Final = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # None: read it off the header line
 JSON_ENDINGS: Final = (".jsonl", ".ndjson", ".json")
 ENDINGS: Final = (*DELIMITERS, *JSON_ENDINGS, ".parquet")
-ALLOWED: Final = "Allowed: a .csv, .tsv, .jsonl, .ndjson, .json or .parquet file, or a hub dataset (owner/name)."
+TEXT_ENDINGS: Final = (".txt", ".md")  # usual for plain text, which may have any other ending as well
+ALLOWED: Final = (
+    "Allowed: a .csv, .tsv, .jsonl, .ndjson, .json or .parquet file, or a hub dataset (owner/name); for a model that "
+    "writes also a text file."
+)
 SHOWN: Final = 5  # how many bad lines one message names
+OTHER_ENDINGS: Final = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as 'CSV UTF-8'."),
+    **dict.fromkeys((".gz", ".zip", ".zst", ".bz2", ".xz"), "Unpack it first."),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".odt"), "Save its text as a .txt file in UTF-8."),
+}
+HEAD: Final = 2**20  # bytes of a large file that are read for its first rows
 
 _HUB_ID: Final = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<split>\w[\w.-]*))?")
 _NOT_SPACE: Final = re.compile(r"[^ \t\r\n]")
@@ -61,7 +80,7 @@ class _Broken:
     why: str
 
 
-def read_records(source: str | os.PathLike[str], split: str | None = None) -> Records:
+def read_records(source: str | os.PathLike[str], split: str | None = None, *, limit: int | None = None) -> Records:
     """Read every row of a csv, tsv, jsonl/ndjson, json or parquet file, or of a dataset on the hub.
 
     Text is UTF-8, or UTF-16 with a byte-order mark. A csv file may be separated by commas, semicolons, tabs or bars,
@@ -72,6 +91,8 @@ def read_records(source: str | os.PathLike[str], split: str | None = None) -> Re
         source: a path, ``owner/name`` or ``owner/name:split``. What stands on disk wins over the hub.
         split: the part of a hub dataset; without it all parts are read and, where there are several, a column
             ``split`` says which one a row is from.
+        limit: stop after so many rows (of each split). Lines further down are not checked, and of a large text file
+            only the start is read.
 
     Raises:
         DataError: the source does not exist or cannot be read, holds no rows, or has lines that do not fit.
@@ -81,11 +102,11 @@ def read_records(source: str | os.PathLike[str], split: str | None = None) -> Re
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on a name that is too long
         if not is_hub_id(source):
             raise DataError(_no_such_file(source, path))
-        records = _read_hub(source, split)
+        records = _read_hub(source, split, limit)
     elif split is not None:
         raise DataError(f"{source}: is a file, and split={split!r} chooses a part of a hub dataset. Leave it out.")
     else:
-        records = _read_file(path, source)
+        records = _read_file(path, source, limit)
     if not records.rows:
         held = f"only the header {shorten(records.columns)}" if records.columns else "nothing but brackets"
         raise DataError(f"{source}: holds no rows, {held}. Add rows, or give another file.")
@@ -95,34 +116,88 @@ def read_records(source: str | os.PathLike[str], split: str | None = None) -> Re
 def is_hub_id(source: str) -> bool:
     """Whether ``source`` is written like a hub dataset (``owner/name`` or ``owner/name:split``), not like a file."""
     match = _HUB_ID.fullmatch(source)
-    return match is not None and Path(match["name"]).suffix.lower() not in ENDINGS
+    return match is not None and Path(match["name"]).suffix.lower() not in (*ENDINGS, *TEXT_ENDINGS)
 
 
-def _read_file(path: Path, source: str) -> Records:
+def is_plain_text(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` is a file that holds no rows, by its ending."""
+    path = Path(source).expanduser()
+    return os.path.isfile(path) and path.suffix.lower() not in ENDINGS  # noqa: PTH113 - as in read_records
+
+
+def read_text(source: str | os.PathLike[str]) -> str:
+    """The whole text of a file, in one of the encodings of ``read_records``; every line ends in a line feed.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or is no text.
+    """
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if advice := OTHER_ENDINGS.get(path.suffix.lower()):
+        raise DataError(f"{source}: is not a text file. {advice}")
+    text = _decode(_read_bytes(path, source), path, source)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_file(path: Path, source: str, limit: int | None) -> Records:
     ending = path.suffix.lower()
     if path.is_dir():
         raise DataError(f"{source}: is a folder; one file is needed. {_data_files_in(path)}")
     if ending not in ENDINGS:
-        raise DataError(f"{source}: files ending in {ending!r} are not read. {ALLOWED} {_how_to_convert(ending)}")
+        advice = OTHER_ENDINGS.get(ending, "Rename or convert it.")
+        raise DataError(f"{source}: files ending in {ending!r} are not read. {ALLOWED} {advice}")
+    if limit is not None and ending != ".parquet" and path.stat().st_size > HEAD:
+        # where these rows do not end in its first lines, or are broken, the whole file tells which
+        with suppress(DataError):
+            head = _parse(_read_bytes(path, source, HEAD), path, source, limit)
+            if len(head.rows) == limit:
+                return head
+    return _parse(_read_bytes(path, source), path, source, limit)
+
+
+def _read_bytes(path: Path, source: str, at_most: int | None = None) -> bytes:
+    """The bytes of a file, or of its first lines in ``at_most`` bytes."""
     try:
-        raw = path.read_bytes()
+        if at_most is None:
+            raw = path.read_bytes()
+        else:
+            with path.open("rb") as file:
+                raw = file.read(at_most)
+            raw = raw[: raw.rfind(b"\n") + 1] or raw
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}. Check it with: ls -l {_quote(path)}") from error
     if not raw.strip():
-        raise DataError(f"{source}: is empty. Give a file with column names and rows.")
+        raise DataError(_is_empty(path, source))
+    return raw
+
+
+def _parse(raw: bytes, path: Path, source: str, limit: int | None) -> Records:
+    ending = path.suffix.lower()
     if ending == ".parquet":
-        return _read_parquet(raw, source)
+        return _read_parquet(raw, source, limit)
     text = _decode(raw, path, source)
-    if not text.strip():
-        raise DataError(f"{source}: is empty. Give a file with column names and rows.")
-    return _read_json(text, source) if ending in JSON_ENDINGS else _read_csv(text, source, DELIMITERS[ending])
+    if ending in JSON_ENDINGS:
+        return _read_json(text, source, limit)
+    return _read_csv(text, source, DELIMITERS[ending], limit)
+
+
+def _is_empty(path: Path, source: str) -> str:
+    needed = "column names and rows" if path.suffix.lower() in ENDINGS else "text"
+    return f"{source}: is empty. Give a file with {needed}."
 
 
 # Text
 
 
 def _decode(raw: bytes, path: Path, source: str) -> str:
-    """UTF-8 with or without a byte-order mark, or UTF-16 with one; anything else is refused."""
+    """UTF-8 with or without a byte-order mark, or UTF-16 with one; anything else, and blank text, is refused."""
+    text = _decode_bytes(raw, path, source)
+    if not text.strip():
+        raise DataError(_is_empty(path, source))
+    return text
+
+
+def _decode_bytes(raw: bytes, path: Path, source: str) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _decode_utf16(raw, source)
     if b"\0" in raw:
@@ -165,7 +240,7 @@ def _iconv(encoding: str, path: Path) -> str:
 # Csv and tsv
 
 
-def _read_csv(text: str, source: str, delimiter: str | None) -> Records:
+def _read_csv(text: str, source: str, delimiter: str | None, limit: int | None) -> Records:
     columns: list[str] = []
     rows: list[dict[str, Any]] = []
     starts: list[int] = []
@@ -186,7 +261,7 @@ def _read_csv(text: str, source: str, delimiter: str | None) -> Records:
             else:
                 rows.append(dict(zip(columns, fields, strict=True)))
                 starts.append(line)
-            if len(bad) == SHOWN or (bad and not columns):
+            if len(bad) == SHOWN or (bad and not columns) or len(rows) == limit:
                 break
     if bad:
         summary = f"{_at_least(bad)} cannot be read as fields separated by {delimiter!r}"
@@ -257,7 +332,7 @@ def _refuse_duplicates(names: Sequence[str], where: str) -> None:
 # Json, as an array or one object a line
 
 
-def _read_json(text: str, source: str) -> Records:
+def _read_json(text: str, source: str, limit: int | None) -> Records:
     values = _array_values(text) if text.lstrip().startswith("[") else _line_values(text)
     has_surrogates = re.search(r"\\u[dD]", text) is not None
     columns: dict[str, None] = {}
@@ -271,8 +346,8 @@ def _read_json(text: str, source: str) -> Records:
             starts.append(line)
         else:
             bad[line] = f"{_json_problem(value)}: {_excerpt(text.split(chr(10), line)[line - 1])}"
-            if len(bad) == SHOWN:
-                break
+        if len(bad) == SHOWN or len(rows) == limit:
+            break
     if bad:
         summary = f"{_at_least(bad)} cannot be read as JSON objects"
         advice = (
@@ -354,7 +429,7 @@ def _has_half_a_character(value: dict[str, Any]) -> bool:
 # Parquet and the hub
 
 
-def _read_parquet(raw: bytes, source: str) -> Records:
+def _read_parquet(raw: bytes, source: str, limit: int | None) -> Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -362,7 +437,7 @@ def _read_parquet(raw: bytes, source: str) -> Records:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
         columns = [str(name) for name in table.column_names]
         _refuse_duplicates(columns, source)
-        rows = table.to_pylist()
+        rows = table.slice(0, limit).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source}: is not whole parquet ({_first_line(error)}). Write it again.") from error
     written_by_datasets = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -370,7 +445,7 @@ def _read_parquet(raw: bytes, source: str) -> Records:
     return Records(columns, rows, list(range(1, len(rows) + 1)), source)
 
 
-def _read_hub(source: str, split: str | None) -> Records:
+def _read_hub(source: str, split: str | None, limit: int | None) -> Records:
     match = _HUB_ID.fullmatch(source)
     assert match is not None
     if split is not None and match["split"] not in (None, split):
@@ -379,7 +454,7 @@ def _read_hub(source: str, split: str | None) -> Records:
     rows: list[dict[str, Any]] = []
     columns: dict[str, None] = {}
     for name, part in parts.items():
-        part_rows = part.to_list()
+        part_rows = (part if limit is None else part.select(range(min(limit, len(part))))).to_list()
         _name_classes(part_rows, part.features.to_dict())
         columns.update(dict.fromkeys(part.column_names))
         rows += part_rows if len(parts) == 1 else [{"split": name, **row} for row in part_rows]
@@ -458,12 +533,6 @@ def _names_in(folder: Path) -> list[str]:
 def _data_files_in(folder: Path) -> str:
     found = [name for name in _names_in(folder) if Path(name).suffix.lower() in ENDINGS]
     return f"Data files there: {shorten(found)}." if found else "The folder holds no data file."
-
-
-def _how_to_convert(ending: str) -> str:
-    if ending in (".xlsx", ".xls", ".ods"):
-        return "Save the sheet as 'CSV UTF-8'."
-    return "Unpack it first." if ending in (".gz", ".zip", ".zst", ".bz2", ".xz") else "Rename or convert it."
 
 
 def _at_least(bad: dict[int, str]) -> str:

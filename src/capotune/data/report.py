@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["DataReport", "LabelCount", "Lengths", "Lines", "inspect_data", "render"]
+__all__ = [
+    "DataReport",
+    "LabelCount",
+    "Lengths",
+    "Lines",
+    "facts_table",
+    "findings",
+    "inspect_data",
+    "lengths_in_words",
+    "lengths_of",
+    "lines_where",
+    "render",
+]
 
 SHOWN_LINES: Final = 5
 SHOWN_LABELS: Final = 5  # biggest, and as many smallest
@@ -125,15 +137,15 @@ def inspect_data(
         labels=labels,
         imbalance=labels[0].train / min(label.train for label in labels if label.train),
         max_length=max_length,
-        train_tokens=_lengths(token_lengths_train),
-        test_tokens=_lengths(token_lengths_test) if token_lengths_test else None,
-        train_truncated=_lines(train, (length > max_length for length in token_lengths_train)),
-        test_truncated=_lines(test, (length > max_length for length in token_lengths_test)),
+        train_tokens=lengths_of(token_lengths_train),
+        test_tokens=lengths_of(token_lengths_test) if token_lengths_test else None,
+        train_truncated=lines_where(train.lines, (length > max_length for length in token_lengths_train)),
+        test_truncated=lines_where(test.lines, (length > max_length for length in token_lengths_test)),
         train_empty=_empty(train, token_lengths_train),
         test_empty=_empty(test, token_lengths_test),
-        duplicates=_lines(train, _repeats(train)),
-        conflicts=_lines(train, (len(labels_of[normalised(text)]) > 1 for text in train.texts)),
-        leaked=_lines(test, (normalised(text) in labels_of for text in test.texts)),
+        duplicates=lines_where(train.lines, _repeats(train)),
+        conflicts=lines_where(train.lines, (len(labels_of[normalised(text)]) > 1 for text in train.texts)),
+        leaked=lines_where(test.lines, (normalised(text) in labels_of for text in test.texts)),
         similar_labels=_similar([label.name for label in labels]),
     )
 
@@ -144,18 +156,22 @@ def _count_labels(train: LabelledText, test: LabelledText) -> list[LabelCount]:
     return [LabelCount(name, in_train[name], in_test[name]) for name in names]
 
 
-def _lengths(tokens: Sequence[int]) -> Lengths:
+def lengths_of(tokens: Sequence[int]) -> Lengths:
+    """How lengths spread. Each of the four is a length that occurs."""
     low, median, p95, high = np.percentile(tokens, [0, 50, 95, 100], method="inverted_cdf")
     return Lengths(int(low), int(median), int(p95), int(high))
 
 
-def _lines(rows: LabelledText, chosen: Iterable[bool]) -> Lines:
-    lines = [line for line, is_chosen in zip(rows.lines, chosen, strict=True) if is_chosen]
-    return Lines(len(lines), lines[:SHOWN_LINES])
+def lines_where(lines: Sequence[int], chosen: Iterable[bool]) -> Lines:
+    """Of rows on ``lines``, those that are ``chosen``."""
+    found = [line for line, is_chosen in zip(lines, chosen, strict=True) if is_chosen]
+    return Lines(len(found), found[:SHOWN_LINES])
 
 
 def _empty(rows: LabelledText, tokens: Sequence[int]) -> Lines:
-    return _lines(rows, (length == 0 or not text.strip() for text, length in zip(rows.texts, tokens, strict=True)))
+    return lines_where(
+        rows.lines, (length == 0 or not text.strip() for text, length in zip(rows.texts, tokens, strict=True))
+    )
 
 
 def _repeats(rows: LabelledText) -> Iterable[bool]:
@@ -180,17 +196,18 @@ def render(report: DataReport) -> RenderableType:
     """A compact table for the terminal, to be given to a rich ``Console``; what needs a look is yellow."""
     from rich.console import Group
 
-    return Group(_facts(report), "", _label_table(report))
+    return Group(facts_table(_facts_in_words(report)), "", _label_table(report))
 
 
-def _facts(report: DataReport) -> Table:
+def facts_table(facts: Iterable[tuple[str, str, bool]]) -> Table:
+    """Facts as name, value, and whether it deserves a look; such a one is yellow."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value, is_warning in _facts_in_words(report):
+    for name, value, is_warning in facts:
         table.add_row(Text(name), Text(value, style="yellow" if is_warning else ""))
     return table
 
@@ -199,7 +216,7 @@ def _facts_in_words(report: DataReport) -> Iterable[tuple[str, str, bool]]:
     """Name, value, and whether it deserves a look. What was looked for and not found is said in one line."""
     yield "Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}", False
     yield "Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})", False
-    yield "Tokens", f"{_in_words(report.train_tokens)}; the model reads {report.max_length:,}", False
+    yield "Tokens", f"{lengths_in_words(report.train_tokens)}; the model reads {report.max_length:,}", False
     biggest, rarest = report.labels[0].train, min(label.train for label in report.labels if label.train)
     balance = f"{len(report.labels):,}, with {rarest:,} to {biggest:,} training rows each"
     yield "Labels", balance, report.imbalance >= IMBALANCE_WORTH_A_WORD
@@ -212,16 +229,24 @@ def _facts_in_words(report: DataReport) -> Iterable[tuple[str, str, bool]]:
         ("Conflict", report.conflicts, "in train: the same text stands under another label too"),
         ("Leak", report.leaked, "in test: the text is in train too, so the score will be too good"),
     ]
-    for name, lines, what in found:
-        if lines.count:
-            yield name, f"{lines.count:,} {what} ({_first_lines(lines)})", True
+    yield from findings(found)
     for group in report.similar_labels:
         yield "Labels", f"{' and '.join(map(repr, group))} count as different labels", True
     if not any(lines.count for _, lines, _ in found) and not report.similar_labels:
         yield "Checked", "no text is cut, empty, repeated, labelled twice, or in both train and test", False
 
 
-def _in_words(lengths: Lengths) -> str:
+def findings(found: Iterable[tuple[str, Lines, str]]) -> Iterable[tuple[str, str, bool]]:
+    """Facts about rows that deserve a look, of those kinds that were found at all."""
+    for name, lines, what in found:
+        if lines.count:
+            yield name, f"{lines.count:,} {what} ({_first_lines(lines)})", True
+
+
+def lengths_in_words(lengths: Lengths) -> str:
+    """How lengths spread, in a sentence."""
+    if lengths.min == lengths.max:
+        return f"{lengths.max:,} a text"
     return f"{lengths.min:,} to {lengths.max:,} a text, half at most {lengths.median:,}, 95 % at most {lengths.p95:,}"
 
 

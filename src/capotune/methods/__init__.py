@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from capotune.config import MethodSettings
-from capotune.methods.base import Method, Start
+from capotune.methods.base import Method, Start, Untouched
 from capotune.methods.feature_extraction import FeatureExtraction
 from capotune.methods.lora import Lora
 from capotune.methods.prompt_tuning import PromptTuning
 from capotune.methods.qlora import Qlora
 
-__all__ = ["METHODS", "Method", "Start", "make"]
+__all__ = ["METHODS", "Method", "Start", "Untouched", "make"]
 
 METHODS: dict[str, type[Method]] = {
     "feature-extraction": FeatureExtraction,

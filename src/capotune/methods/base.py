@@ -36,8 +36,9 @@ class Method(ABC):
     key_prefix: ClassVar[str] = "base_model.model."
     """What PEFT puts before a module's path in an adapter's keys."""
 
-    def __init__(self, settings: MethodSettings) -> None:
+    def __init__(self, settings: MethodSettings | None) -> None:
         self.settings: Any = settings
+        """Complete: nothing in them is left out (``TrainingSettings.completed``)."""
 
     @property
     def name(self) -> str:
@@ -101,3 +102,43 @@ class Method(ABC):
                 if tensors[key].shape != parameter.shape:
                     raise ValueError(f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}")
                 parameter.copy_(tensors[key])
+
+
+class Untouched(Method):
+    """The base as it is: nothing is swapped, nothing trains."""
+
+    def __init__(self, quantization: Quantization | None = None) -> None:
+        super().__init__(None)
+        self._quantization = quantization
+
+    @property
+    def name(self) -> str:
+        """What stands where a method's name would."""
+        return "base"
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is packed; None for full precision."""
+        return self._quantization
+
+    def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
+        """Nothing to do."""
+
+    def detach(self) -> None:
+        """Nothing to do."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """None."""
+        return {}
+
+    def expected_parameters(self) -> int:
+        """0."""
+        return 0
+
+    def first_trainable_block(self) -> int:
+        """No block trains."""
+        raise NotImplementedError("the base alone does not train")
+
+    def peft_config(self) -> dict[str, Any]:
+        """There is none."""
+        raise NotImplementedError("the base alone is no adapter")

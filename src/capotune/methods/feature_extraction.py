@@ -1,7 +1,8 @@
 """Feature extraction: early layers stay fixed, the last blocks or a head alone adapt (Peters et al. 2019).
 
 With ``trainable_layers=0`` nothing inside the backbone trains: the task's head reads every layer's pooled states, which
-are computed once. With k above 0 the last k blocks train on the states that enter them, computed once as well.
+are computed once. With k above 0 the last k blocks and the norm above them train, in fp32, on the states that enter
+them, computed once as well.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
-from capotune.config import FeatureExtractionSettings
 from capotune.errors import SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
@@ -19,9 +20,7 @@ from capotune.models.architecture import Architecture, swap
 
 
 class FeatureExtraction(Method):
-    """The last k blocks become trainable copies; the frozen originals are kept aside."""
-
-    settings: FeatureExtractionSettings
+    """The last k blocks and the norm become trainable copies; the frozen originals are kept aside."""
 
     @property
     def feature_layers(self) -> tuple[int, ...] | None:
@@ -29,7 +28,7 @@ class FeatureExtraction(Method):
         return (-1,) if self.settings.trainable_layers else None
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:  # noqa: ARG002 - no random numbers
-        """Copy the last k blocks. ``SettingError`` when the model has fewer."""
+        """Copy the last k blocks and the norm. ``SettingError`` when the model has fewer blocks."""
         count, trainable = len(architecture.blocks), self.settings.trainable_layers
         if trainable > count:
             raise SettingError(
@@ -41,28 +40,39 @@ class FeatureExtraction(Method):
                 "the model in full precision, or --trainable-layers 0, or train lora or qlora on it."
             )
         self.model, self.architecture = model, architecture
-        self.originals = {path: model.get_submodule(path) for path in architecture.blocks[count - trainable :]}
-        self.copies = {path: copy.deepcopy(block) for path, block in self.originals.items()}
-        for path, block in self.copies.items():
-            block.requires_grad_(True)
-            swap(model, path, block)
+        paths = [*architecture.blocks[count - trainable :]] if trainable else []
+        if paths and architecture.norm is not None:
+            paths.append(architecture.norm)
+        self.originals = {path: model.get_submodule(path) for path in paths}
+        self.copies = {path: copy.deepcopy(part).float().requires_grad_(True) for path, part in self.originals.items()}
+        for path, part in self.copies.items():
+            swap(model, path, part)
+        if paths:
+            self._bridge_dtypes(paths[0], paths[-1])
+
+    def _bridge_dtypes(self, first: str, last: str) -> None:
+        """Where the base computes in less than fp32, raise what enters the copies and lower what leaves them."""
+        dtype = next(self.originals[first].parameters()).dtype
+        if dtype != torch.float32:
+            self.copies[first].register_forward_pre_hook(_raise_states, with_kwargs=True)
+            self.copies[last].register_forward_hook(lambda _module, _given, states: states.to(dtype))
 
     def detach(self) -> None:
-        """Put the frozen blocks back."""
-        for path, block in self.originals.items():
-            swap(self.model, path, block)
+        """Put the frozen parts back."""
+        for path, part in self.originals.items():
+            swap(self.model, path, part)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every weight of the last k blocks."""
+        """Every weight of the last k blocks and of the norm."""
         return {
             f"{self.key_prefix}{path}.{name}": parameter
-            for path, block in self.copies.items()
-            for name, parameter in block.named_parameters()
+            for path, part in self.copies.items()
+            for name, parameter in part.named_parameters()
         }
 
     def expected_parameters(self) -> int:
-        """The weights of the k frozen originals."""
-        return sum(parameter.numel() for block in self.originals.values() for parameter in block.parameters())
+        """The weights of the frozen originals."""
+        return sum(parameter.numel() for part in self.originals.values() for parameter in part.parameters())
 
     def first_trainable_block(self) -> int:
         """L − k; with k = 0 no block at all, so L."""
@@ -71,3 +81,9 @@ class FeatureExtraction(Method):
     def peft_config(self) -> dict[str, Any]:
         """Not a PEFT type; the file says so plainly."""
         return {"peft_type": None, "trainable_layers": self.settings.trainable_layers}
+
+
+def _raise_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].float()}
+    return (args[0].float(), *args[1:]), kwargs

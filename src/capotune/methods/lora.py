@@ -66,7 +66,7 @@ class LoraLinear(nn.Module):
             return self._dora(x, bias)
         if self.dropout and self.training:
             dropped = functional.dropout(x, self.dropout)
-            change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B)
+            change = functional.linear(functional.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
         layer = self.base_layer
         if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_packed(x):
@@ -86,11 +86,13 @@ class LoraLinear(nn.Module):
         assert self.lora_magnitude_vector is not None
         factor = self.lora_magnitude_vector / self._row_norms()
         dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        factor = factor.to(x.dtype)
         if dropped is x:
             return factor * lora_reference(x, self.dense_weight, None, self.lora_A, self.lora_B, self.scale) + _or0(
                 bias
             )
-        change = functional.linear(functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
+        low = functional.linear(dropped, self.lora_A.to(x.dtype))
+        change = functional.linear(low, self.lora_B.to(x.dtype)) * self.scale
         frozen = functional.linear(x, self.dense_weight(x.dtype))
         # as PEFT: dropout acts on the change and on the rescaling, the frozen path itself stays whole
         rescaled = functional.linear(dropped, self.dense_weight(x.dtype))
@@ -147,7 +149,8 @@ class Lora(Method):
 
     def learning_rates(self) -> dict[str, float]:
         """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns ``lora_plus_ratio`` times as fast as A."""
-        rate, ratio = self.settings.learning_rate, self.settings.lora_plus_ratio
+        rate: Any = self.settings.learning_rate
+        ratio = self.settings.lora_plus_ratio
         return {key: rate * (ratio if ".lora_B." in key else 1) for key in self.parameters()}
 
     def first_trainable_block(self) -> int:

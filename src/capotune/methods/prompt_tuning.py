@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from capotune.config import PromptTuningSettings
 from capotune.errors import SettingError
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, swap
@@ -38,7 +37,6 @@ class PromptEmbedding(nn.Module):
 class PromptTuning(Method):
     """The token embedding becomes a ``PromptEmbedding``."""
 
-    settings: PromptTuningSettings
     identity_at_start = False
     key_prefix = "base_model."  # PEFT wraps a prompt-tuned model once less than a LoRA one
 
@@ -106,10 +104,10 @@ class PromptTuning(Method):
         count = self.settings.num_virtual_tokens
         assert start.token_ids, "the caller gives the tokens of the text, the labels, or the data"
         ids = torch.tensor(start.token_ids)
-        weight: torch.Tensor = base.weight.detach().float()
         if self.settings.init == "vocabulary":
-            return weight[ids[torch.randint(len(ids), (count,), generator=start.generator)]].clone()
-        if len(ids) < count:
+            ids = ids[torch.randint(len(ids), (count,), generator=start.generator)]
+        elif len(ids) < count:
             ids = ids.repeat(-(-count // len(ids)))[:count]
-        shares = ids.tensor_split(count)
-        return torch.stack([weight[share].mean(0) for share in shares])
+        # through the layer, not from its weight: some families scale what they look up
+        vectors: torch.Tensor = base(ids.to(base.weight.device)).detach().float()
+        return torch.stack([share.mean(0) for share in vectors.tensor_split(count)])

@@ -24,6 +24,8 @@ class Architecture:
     """Its token embedding."""
     blocks: tuple[str, ...]
     """Its transformer blocks, in order."""
+    norm: str | None
+    """The norm above the last block, where the family has one (decoders do, BERT does not)."""
     linears: tuple[str, ...]
     """Every linear layer inside the backbone, in order of definition."""
     hidden_size: int
@@ -50,6 +52,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
         backbone=backbone,
         embedding=f"{backbone}.{embedding}",
         blocks=tuple(f"{backbone}.{blocks}.{number}" for number in range(config.num_hidden_layers)),
+        norm=_norm_above(module, backbone, blocks),
         linears=tuple(f"{backbone}.{name}" for name, part in module.named_modules() if isinstance(part, LINEAR_TYPES)),
         hidden_size=config.hidden_size,
         vocab_size=module.get_input_embeddings().num_embeddings,
@@ -83,6 +86,18 @@ def parameter_count(module: nn.Module) -> int:
     """Weights of ``module``; a 4-bit layer counts the weights it stands for, not the bytes that hold them."""
     packed = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, Linear4bit))
     return packed + sum(parameter.numel() for parameter in module.parameters())
+
+
+def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
+    """Path of the first module defined after the blocks, beside them, whose weights are vectors of the hidden size."""
+    parent, _, name = blocks.rpartition(".")
+    children = dict(module.get_submodule(parent).named_children())
+    after = list(children)[list(children).index(name) + 1 :]
+    for child in after:
+        shapes = {tuple(parameter.shape) for parameter in children[child].parameters()}
+        if shapes == {(module.config.hidden_size,)}:
+            return ".".join(part for part in (backbone, parent, child) if part)
+    return None
 
 
 def _block_list(module: Any, count: int) -> str:

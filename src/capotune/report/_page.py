@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 from capotune.files import human_bytes, write_atomic
-from capotune.report._plot import footnote, svg
-from capotune.report._records import Comparison, ComparisonRow, PageDetails
-from capotune.report._rule import finding, hurts, interval, recommended_row, scored
+from capotune.report._plot import footnote, svg, unit
+from capotune.report._records import Answers, Comparison, ComparisonRow, PageDetails
+from capotune.report._rule import finding, has_interval, hurts, interval, interval_name, recommended_row, scored
 from capotune.report._words import (
     PERCENTAGES,
-    PROPORTIONS,
     base_label,
     change_text,
     memory_text,
@@ -36,11 +37,29 @@ _DATA_NAMES = {
     "conflicts": "in train with two labels",
     "leaked": "in both train and test",
 }
+_METRICS = {
+    "accuracy": "the share of test rows whose label is the right one",
+    "macro_f1": "the mean of every label's F1, each label counting alike",
+    "exact_match": "the share of test rows whose answer is the expected one to the letter, blanks around it aside",
+    "rouge_l": "how many words, in their order, an answer shares with the expected one: "
+    "F1 of the longest common subsequence (Lin 2004), the mean of the test rows",
+    "loss": "mean cross-entropy of what the test rows hold to learn, in nats a token",
+    "perplexity": "the exponential of the mean loss: as if the model wavered between so many tokens at each step",
+}
 _PEFT_METHODS = {"lora", "qlora", "prompt-tuning"}
-
 
 _MATRIX_LABELS = 25
 _LONGEST_TEXT = 600
+_MOST_LINES = 16
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer as the page shows it; ``exact``: it is the expected one."""
+
+    by: str
+    text: str
+    exact: bool
 
 
 def page(comparison: Comparison, details: PageDetails, path: str | Path) -> None:
@@ -76,6 +95,7 @@ def _view(comparison: Comparison, details: PageDetails) -> dict[str, Any]:
     from markupsafe import Markup
 
     metric = comparison.metric
+    metrics = [metric, *comparison.further_metrics]
     chosen = recommended_row(comparison)
     return {
         "comparison": comparison,
@@ -87,8 +107,12 @@ def _view(comparison: Comparison, details: PageDetails) -> dict[str, Any]:
         "score": lambda value: _keep_together(score_text(value, metric)),
         "change": lambda value: change_text(value, comparison.base_score, metric).replace("-", "−"),
         "interval": lambda row: _interval_text(row, comparison),
+        "metrics": metrics,
+        "row_scores": [(row, _score_texts(metrics, row.scores | {metric: row.score})) for row in comparison.rows],
+        "base_scores": _score_texts(metrics, comparison.base_scores | {metric: comparison.base_score}),
         "is_percentage": metric in PERCENTAGES,
-        "has_interval": metric in PROPORTIONS,
+        "has_interval": has_interval(comparison),
+        "interval_name": interval_name(comparison),
         "wide_picture": Markup(svg(comparison, "wide", (8.0, 4.4))),  # matplotlib escapes its text
         "narrow_picture": Markup(svg(comparison, "narrow", (4.4, 4.4))),
         "footnote": footnote(comparison),
@@ -96,12 +120,19 @@ def _view(comparison: Comparison, details: PageDetails) -> dict[str, Any]:
         "matrix": _matrix(details) if 0 < len(details.labels) <= _MATRIX_LABELS else [],
         "pairs": _confused_pairs(details)[:15],
         "label_scores": _label_scores(details)[:10],
+        "definitions": [(name, _METRICS[name]) for name in metrics if name in _METRICS],
+        "answers": [_answered(answers, comparison) for answers in details.answers],
+        "any_expected": any(answers.expected is not None for answers in details.answers),
         "mistakes": [(_shortened(mistake.text), mistake) for mistake in details.mistakes],
         "facts": [_fact(_data_name(name), value) for name, value in details.data.items()],
         "seeds": sorted({str(values["seed"]) for values in details.settings.values() if "seed" in values}),
         "split": details.data.get("test_from"),
         "snippets": _snippets(comparison),
     }
+
+
+def _score_texts(names: list[str], scores: Mapping[str, float]) -> list[str]:
+    return [_keep_together(score_text(scores.get(name, math.nan), name)) for name in names]
 
 
 def _keep_together(text: str) -> str:
@@ -117,8 +148,8 @@ def _breakable(label: str) -> str:
 
 
 def _interval_text(row: ComparisonRow, comparison: Comparison) -> str:
-    low, high = interval(row.score, comparison.test_rows, comparison.metric)
-    return f"{100 * low:.1f} to {100 * high:.1f}\u00a0%"
+    low, high = (score_text(end, comparison.metric) for end in interval(row, comparison.test_rows, comparison.metric))
+    return _keep_together(f"{low.removesuffix(' %')} to {high}")
 
 
 def _picture_text(comparison: Comparison) -> str:
@@ -126,11 +157,28 @@ def _picture_text(comparison: Comparison) -> str:
     parts = [f"{row.method} {score_text(row.score, comparison.metric)} after {seconds_text(row.train_seconds)}"
              for row in scored(comparison)]  # fmt: skip
     base = f"{base_label(comparison.task)} {score_text(comparison.base_score, comparison.metric)}"
-    return f"{comparison.metric} against training time: {'; '.join([*parts, base])}."
+    return f"{unit(comparison)} against training time: {'; '.join([*parts, base])}."
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT].rstrip() + " …"
+    """The text's start: what would fill a screen shows nothing more."""
+    start = "\n".join(text.split("\n", _MOST_LINES)[:_MOST_LINES])[:_LONGEST_TEXT]
+    return text if start == text else start.rstrip() + " …"
+
+
+def _answered(answers: Answers, comparison: Comparison) -> dict[str, Any]:
+    """A prompt and the answers to it as the page shows them: the expected one, the base's, the techniques'."""
+    from capotune.evaluation.metrics import exact_match
+
+    wanted = answers.expected
+    given = [
+        _Answer(name, _shortened(text), wanted is not None and exact_match(text, wanted))
+        for name, text in answers.by.items()
+    ]
+    order = ["base", *(row.method for row in comparison.rows)]
+    given.sort(key=lambda answer: order.index(answer.by) if answer.by in order else len(order))
+    expected = [] if wanted is None else [_Answer("expected", _shortened(wanted), False)]
+    return {"prompt": _shortened(answers.prompt), "answers": expected + given}
 
 
 def _matrix(details: PageDetails) -> list[tuple[str, list[tuple[int, str, float]]]]:
@@ -200,23 +248,34 @@ def _snippets(comparison: Comparison) -> list[tuple[str, str]]:
     chosen = recommended_row(comparison)
     if chosen is None:
         return []
-    verb = "predict" if comparison.task == "classification" else "generate"
+    verb, text = ("predict", "your text") if comparison.task == "classification" else ("generate", "your prompt")
     snippets = [
-        ("Command line", f'capo {verb} {shlex.quote(chosen.adapter)} "your text"'),
-        ("Python", f'import capotune\n\nmodel = capotune.load({_quoted(chosen)})\nmodel.{verb}(["your text"])'),
+        ("Command line", f'capo {verb} {shlex.quote(chosen.adapter)} "{text}"'),
+        ("Python", f'import capotune\n\nmodel = capotune.load({json.dumps(chosen.adapter)})\nmodel.{verb}(["{text}"])'),
     ]
     in_peft = [row for row in (chosen, *scored(comparison)) if row.method in _PEFT_METHODS]
-    return snippets + [(f"PEFT, for {row.method}", _peft_snippet(row)) for row in in_peft[:1]]
+    return snippets + [(f"PEFT, for {row.method}", _peft_snippet(row, comparison)) for row in in_peft[:1]]
 
 
-def _peft_snippet(row: ComparisonRow) -> str:
+def _peft_snippet(row: ComparisonRow, comparison: Comparison) -> str:
+    """The adapter on its base without Capotune, where the base can be had without it too."""
+    adapter = json.dumps(row.adapter)
+    if comparison.task == "generation" and row.method != "qlora":
+        model = comparison.model if not Path(comparison.model).is_dir() else str(Path(comparison.model).resolve())
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(model)})\n"
+            f"model = PeftModel.from_pretrained(base, {adapter})"
+        )
+    what = (
+        "with its pooling and a blank head"
+        if comparison.task == "classification"
+        else "with the values that its 4 bits hold"
+    )
     return (
         "import capotune\n"
         "from peft import PeftModel\n\n"
-        f"base = capotune.load_base({_quoted(row)})  # the frozen base with its pooling and a blank head\n"
-        f"model = PeftModel.from_pretrained(base, {_quoted(row)})"
+        f"base = capotune.load_base({adapter})  # the frozen base {what}\n"
+        f"model = PeftModel.from_pretrained(base, {adapter})"
     )
-
-
-def _quoted(row: ComparisonRow) -> str:
-    return json.dumps(row.adapter)

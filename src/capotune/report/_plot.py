@@ -12,17 +12,18 @@ from typing import Any
 
 from capotune.files import write_atomic
 from capotune.report._records import Comparison, ComparisonRow
-from capotune.report._rule import finding, interval, scored
-from capotune.report._words import PERCENTAGES, PROPORTIONS, base_label, score_text, words
+from capotune.report._rule import finding, has_interval, interval, interval_name, scored
+from capotune.report._words import PERCENTAGES, base_label, score_text, words
 
 _PAPER, _INK, _MUTED, _RULE, _ACCENT = "#ffffff", "#22262b", "#667079", "#d9dde1", "#a8480f"
+_FARTHEST_BASE = 5  # times the techniques' own spread
 _CSS_NAMES = {_PAPER: "paper", _INK: "ink", _MUTED: "muted", _RULE: "rule", _ACCENT: "accent"}
 
 
 def plot(comparison: Comparison, path: str | Path) -> None:
     """Draw score against training time as a PNG of 1600 pixels' width.
 
-    A point per technique with its 95 % Wilson interval; the point's area grows with peak memory, the recommended one
+    A point per technique with its 95 % interval; the point's area grows with peak memory, the recommended one
     has the one colour, and names stand beside the points, so nothing depends on telling colours apart.
     """
     write_atomic(path, _draw(comparison, "png", inches=(8.0, 4.8), titled=True))
@@ -56,8 +57,8 @@ def _draw(comparison: Comparison, kind: str, inches: tuple[float, float], titled
         figure = Figure(figsize=inches, dpi=200)
         FigureCanvasAgg(figure)
         left, bottom, top = (0.1, 1.0, _draw_title(figure, comparison)) if titled else (0.0, 0.6, 0.35)
-        axes = _axes_inches(figure, left + 0.45, 0.2, bottom, top)
-        figure.text(left / inches[0], 1 - (top - 0.15) / inches[1], _unit(comparison), color=_INK, fontsize=10.5)
+        axes = _axes_inches(figure, left + 0.45, 0.3, bottom, top)
+        figure.text(left / inches[0], 1 - (top - 0.15) / inches[1], unit(comparison), color=_INK, fontsize=10.5)
         _draw_axes(axes, comparison)
         _label(axes, comparison, _draw_points(axes, comparison) + _draw_base(axes, comparison))
         buffer = BytesIO()
@@ -104,18 +105,25 @@ def _draw_axes(axes: Any, comparison: Comparison) -> None:
     axes.set_xlabel("training time (seconds, log scale)", color=_INK, fontsize=10.5)
 
 
-def _unit(comparison: Comparison) -> str:
-    name = words(comparison.metric)
-    return f"{name} (%)" if comparison.metric in PERCENTAGES else name
-
-
 def _heights(comparison: Comparison) -> tuple[float, float]:
-    """The score axis: every interval and the base, and a margin."""
-    ends = [end for row in scored(comparison) for end in interval(row.score, comparison.test_rows, comparison.metric)]
-    ends += [comparison.base_score] if not math.isnan(comparison.base_score) else []
+    """The score axis: every interval and the base, if it is in view, and a margin."""
+    ends = _interval_ends(comparison) + ([comparison.base_score] if _base_in_view(comparison) else [])
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
     return _height(low - margin, comparison), _height(high + margin, comparison)
+
+
+def _interval_ends(comparison: Comparison) -> list[float]:
+    return [end for row in scored(comparison) for end in interval(row, comparison.test_rows, comparison.metric)]
+
+
+def _base_in_view(comparison: Comparison) -> bool:
+    """Not where a far-off base would leave the techniques, which are what is compared, a sixth of the picture."""
+    if len(scored(comparison)) < 2 or not math.isfinite(comparison.base_score):
+        return math.isfinite(comparison.base_score)
+    ends = _interval_ends(comparison)
+    low, high = min(ends), max(ends)
+    return max(low - comparison.base_score, comparison.base_score - high) <= _FARTHEST_BASE * (high - low)
 
 
 def _height(score: float, comparison: Comparison) -> float:
@@ -137,7 +145,7 @@ def _draw_points(axes: Any, comparison: Comparison) -> list[Any]:
         x, y = _log_seconds(row), _height(row.score, comparison)
         area = 40 + 140 * row.peak_memory_bytes / most
         axes.scatter([x], [y], s=area, color=colour, zorder=layer, linewidths=0)
-        ends = interval(row.score, comparison.test_rows, comparison.metric)
+        ends = interval(row, comparison.test_rows, comparison.metric)
         low, high = (_height(end, comparison) for end in ends)
         axes.plot([x, x], [low, high], color=colour, linewidth=1.6, zorder=layer - 1, solid_capstyle="butt")
         (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
@@ -148,22 +156,38 @@ def _draw_points(axes: Any, comparison: Comparison) -> list[Any]:
 
 
 def _draw_base(axes: Any, comparison: Comparison) -> list[Any]:
-    """The base as a dashed line with its name at the emptier end."""
-    if math.isnan(comparison.base_score):
-        return []
+    """The base as a dashed line with its name at the emptier end; returns the boxes that they take."""
     from matplotlib.transforms import Bbox
 
+    if not _base_in_view(comparison):
+        return _point_to_base(axes, comparison)
     height = _height(comparison.base_score, comparison)
     axes.axhline(height, color=_MUTED, linewidth=1.3, linestyle=(0, (5, 4)), zorder=1)
-    name = f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
     at_left = _crossed_on_the_right(axes, comparison, height)
     text = axes.annotate(
-        name, (0.005 if at_left else 0.995, height), xycoords=("axes fraction", "data"), xytext=(0, 4),
-        textcoords="offset points", ha="left" if at_left else "right", va="bottom", fontsize=9.5, color=_MUTED,
+        _base_name(comparison), (0.005 if at_left else 0.995, height), xycoords=("axes fraction", "data"),
+        xytext=(0, 4), textcoords="offset points", ha="left" if at_left else "right", va="bottom", fontsize=9.5,
+        color=_MUTED,
     )  # fmt: skip
     left, right = axes.get_window_extent().intervalx
     level = axes.transData.transform((1, height))[1]
     return [text.get_window_extent(), Bbox([[left, level - 3], [right, level + 3]])]
+
+
+def _point_to_base(axes: Any, comparison: Comparison) -> list[Any]:
+    """The name of a base that is out of view, at the edge behind which it lies."""
+    if not math.isfinite(comparison.base_score):
+        return []
+    above = _height(comparison.base_score, comparison) > axes.get_ylim()[1]
+    text = axes.text(
+        0.995, 0.99 if above else 0.01, f"{'↑' if above else '↓'} {_base_name(comparison)}, outside this picture",
+        transform=axes.transAxes, ha="right", va="top" if above else "bottom", fontsize=9.5, color=_MUTED,
+    )  # fmt: skip
+    return [text.get_window_extent()]
+
+
+def _base_name(comparison: Comparison) -> str:
+    return f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
 
 
 def _crossed_on_the_right(axes: Any, comparison: Comparison, height: float) -> bool:
@@ -171,7 +195,7 @@ def _crossed_on_the_right(axes: Any, comparison: Comparison, height: float) -> b
     middle = math.sqrt(math.prod(axes.get_xlim()))  # the axis is logarithmic
     met = []
     for row in scored(comparison):
-        low, high = interval(row.score, comparison.test_rows, comparison.metric)
+        low, high = interval(row, comparison.test_rows, comparison.metric)
         if _height(low, comparison) <= height <= _height(high, comparison):
             met.append(_log_seconds(row) > middle)
     return bool(met) and all(met)
@@ -201,7 +225,7 @@ def _places(axes: Any, comparison: Comparison, row: ComparisonRow) -> Iterator[t
 
     The first four touch the point or the ends of its interval, the others need a line that leads to it.
     """
-    ends = interval(row.score, comparison.test_rows, comparison.metric)
+    ends = interval(row, comparison.test_rows, comparison.metric)
     levels = [(1.0, _height(score, comparison)) for score in (*ends, row.score)]
     bottom, top, middle = axes.transData.transform(levels)[:, 1] * 72 / axes.figure.dpi
     yield 12, 0, "left", "center"
@@ -233,12 +257,19 @@ def _covered(box: Any, taken: list[Any], frame: Any) -> float:
     return sum(shared(other) for other in taken) + 10 * (float(box.width * box.height) - shared(frame))
 
 
+def unit(comparison: Comparison) -> str:
+    """What the picture's height means."""
+    percent = " (%)" if comparison.metric in PERCENTAGES else ""
+    better = "" if comparison.higher_is_better else ", lower is better"
+    return f"{words(comparison.metric)}{percent}{better}"
+
+
 def footnote(comparison: Comparison) -> str:
     """How to read the picture."""
     model = comparison.model if len(comparison.model) <= 40 else f"…{comparison.model[-39:]}"
     parts = [f"{model}, {comparison.test_rows:,} test rows."]
-    if comparison.metric in PROPORTIONS:
-        parts.append("Bars: 95 % Wilson interval.")
+    if has_interval(comparison):
+        parts.append(f"Bars: 95 % {interval_name(comparison)}.")
     if any(row.peak_memory_bytes for row in comparison.rows):
         parts.append("Area of a point: peak memory.")
     return " ".join(parts)

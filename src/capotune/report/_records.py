@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 
@@ -30,6 +31,30 @@ class ComparisonRow:
     """Passes over the training rows before training stopped."""
     adapter: str
     """The adapter folder, relative to the folder of ``compare.json``."""
+    interval: tuple[float, float] | None = None
+    """The 95 % confidence interval of ``score`` on the test rows; None: Wilson's for a proportion, else unknown."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Further metrics on the test rows by name: ``loss``, ``perplexity``, ``rouge_l``, ``macro_f1`` and the like."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of ``compare.json``; a number that JSON does not know (NaN, infinity) as ``None``."""
+        bounded = self.interval is not None and all(map(math.isfinite, self.interval))
+        return asdict(self) | {
+            "score": _finite(self.score),
+            "interval": self.interval if bounded else None,
+            "scores": _finite_values(self.scores),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ComparisonRow:
+        """Read back what ``to_dict`` gave; further keys are ignored."""
+        values = _known_fields(cls, content)
+        interval = values.get("interval")
+        return cls(**values | {
+            "score": _number(values["score"]),
+            "interval": interval and tuple(interval),
+            "scores": _numbers(values.get("scores", {})),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,22 +81,33 @@ class Comparison:
     """The method to take, or an empty string when none finished."""
     why: str
     """The rule's outcome as a sentence with its numbers."""
+    base_scores: dict[str, float] = field(default_factory=dict)
+    """The base's further metrics, as ``ComparisonRow.scores``."""
+
+    @property
+    def further_metrics(self) -> list[str]:
+        """The metrics that some technique or the base has beside the score, in the order in which they come."""
+        every = (row.scores for row in self.rows)
+        return [name for name in dict.fromkeys(chain(*every, self.base_scores)) if name != self.metric]
 
     def to_dict(self, details: PageDetails | None = None) -> dict[str, Any]:
         """The schema of ``compare.json``, NaN as ``None``; ``details``, if given, as one more key of that name."""
-        content = asdict(self)
-        content["base_score"] = _none_if_nan(self.base_score)
-        content["rows"] = [asdict(row) | {"score": _none_if_nan(row.score)} for row in self.rows]
+        content = asdict(self) | {
+            "base_score": _finite(self.base_score),
+            "rows": [row.to_dict() for row in self.rows],
+            "base_scores": _finite_values(self.base_scores),
+        }
         return content if details is None else content | {"details": asdict(details)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Comparison:
         """Read back what ``to_dict`` gave; further keys are ignored."""
         values = _known_fields(cls, content)
-        rows = [_known_fields(ComparisonRow, row) for row in content["rows"]]
-        values["rows"] = tuple(ComparisonRow(**row | {"score": _nan_if_none(row["score"])}) for row in rows)
-        values["base_score"] = _nan_if_none(content["base_score"])
-        return cls(**values)
+        return cls(**values | {
+            "base_score": _number(values["base_score"]),
+            "rows": tuple(map(ComparisonRow.from_dict, values["rows"])),
+            "base_scores": _numbers(values.get("base_scores", {})),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +122,18 @@ class Mistake:
     """The label that the technique gave."""
     probability: float
     """The technique's probability of ``predicted``, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt of the test rows and what was written in answer to it."""
+
+    prompt: str
+    """What the model was asked."""
+    expected: str | None
+    """The answer in the data; None when the data has none, as in plain text."""
+    by: dict[str, str]
+    """Who answered what: ``base`` and the techniques by their names."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +156,34 @@ class PageDetails:
     """Versions and machine, by name."""
     command: str
     """The command line that repeats the comparison."""
+    answers: list[Answers] = field(default_factory=list)
+    """In generation some test prompts with everyone's answers; empty in classification."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PageDetails:
         """Read back the ``details`` of a ``compare.json``."""
         values = _known_fields(cls, content)
-        return cls(**values | {"mistakes": [Mistake(**mistake) for mistake in content["mistakes"]]})
+        return cls(**values | {
+            "mistakes": [Mistake(**mistake) for mistake in values["mistakes"]],
+            "answers": [Answers(**answers) for answers in values.get("answers", [])],
+        })  # fmt: skip
 
 
 def _known_fields(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: content[field.name] for field in fields(cls)}
+    return {field.name: content[field.name] for field in fields(cls) if field.name in content}
 
 
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _nan_if_none(value: float | None) -> float:
+def _finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in values.items()}
+
+
+def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: _number(value) for name, value in values.items()}

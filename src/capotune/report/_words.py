@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from capotune.files import human_bytes
 
 PROPORTIONS = {"accuracy", "exact_match"}
-PERCENTAGES = PROPORTIONS | {"f1", "macro_f1", "micro_f1", "weighted_f1"}
+PERCENTAGES = PROPORTIONS | {"f1", "macro_f1", "micro_f1", "weighted_f1", "rouge_l"}
+_NAMES = {"rouge_l": "ROUGE-L", "macro_f1": "macro F1"}
 
 
 def base_label(task: str) -> str:
@@ -17,17 +18,33 @@ def base_label(task: str) -> str:
 
 
 def score_text(value: float, metric: str, digits: int = 1) -> str:
-    """A percentage where the metric is one, else four significant digits; a dash for NaN."""
+    """A percentage with ``digits`` decimals where the metric is one, else ``digits`` + 2 significant digits.
+
+    A dash for NaN.
+    """
     if math.isnan(value):
         return "-"
-    return f"{100 * value:.{digits}f} %" if metric in PERCENTAGES else f"{value:.4g}"
+    return f"{100 * value:.{digits}f} %" if metric in PERCENTAGES else f"{value:,.{_decimals(value, digits + 2)}f}"
+
+
+def score_with_name(value: float, metric: str) -> str:
+    """A score that says what it is, since a bare number could be anything: ``94.1 %``, ``perplexity 12.3``."""
+    return score_text(value, metric) if metric in PERCENTAGES else f"{words(metric)} {score_text(value, metric)}"
 
 
 def change_text(value: float, base: float, metric: str) -> str:
     """The change against the base, in percentage points where the metric is a percentage."""
-    if math.isnan(value - base):
+    if not math.isfinite(value - base):
         return "-"
-    return f"{100 * (value - base):+.1f}" if metric in PERCENTAGES else f"{value - base:+.4g}"
+    if metric in PERCENTAGES:
+        return f"{100 * (value - base):+.1f}"
+    return f"{value - base:+,.{_decimals(max(value, base, key=abs))}f}"
+
+
+def _decimals(value: float, significant: int = 3) -> int:
+    """How many decimals show this many significant digits; none are cut before the point."""
+    before = math.floor(math.log10(abs(value))) + 1 if math.isfinite(value) and value else 1
+    return max(0, significant - before)
 
 
 def share_text(part: int, whole: int) -> str:
@@ -46,9 +63,9 @@ def seconds_text(value: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def count_text(n: int) -> str:
-    """All digits up to ten million, so that seven columns fit beside them."""
-    return f"{n:,}" if n < 10_000_000 else f"{n / 1e6:,.1f} M"
+def count_text(n: int, all_digits_below: int = 10_000_000) -> str:
+    """All digits of small numbers, millions beyond."""
+    return f"{n:,}" if n < all_digits_below else f"{n / 1e6:,.1f} M"
 
 
 def memory_text(n: int) -> str:
@@ -63,4 +80,4 @@ def listed(names: Sequence[str]) -> str:
 
 def words(name: str) -> str:
     """A field's name as people write it."""
-    return name.replace("_", " ")
+    return _NAMES.get(name, name.replace("_", " "))

@@ -11,7 +11,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from capotune.config import TaskName
+from capotune.data.batches import Batch, Targets
 from capotune.models.load import Pooling
+from capotune.tasks.base import Score, Task
 
 
 class SequenceClassifier(nn.Module):
@@ -108,7 +111,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip: int =
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """The task: its labels, tokenizer and lengths."""
 
     labels: tuple[str, ...]
@@ -117,14 +120,8 @@ class Classification:
     max_length: int
     pooling: Pooling
 
-    name: ClassVar[str] = "classification"
+    name: ClassVar[TaskName] = "classification"
     metric: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills short rows; never attended to, so any valid id does where the tokenizer names none."""
-        return int(self.tokenizer.pad_token_id or 0)
 
     def token_lengths(self, texts: list[str]) -> list[int]:
         """Length of each text in tokens before cutting."""
@@ -144,19 +141,45 @@ class Classification:
         number = {label: at for at, label in enumerate(self.labels)}
         return torch.tensor([number[label] for label in labels], dtype=torch.long)
 
-    def loss(self, output: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """Mean cross-entropy of logits (rows, labels)."""
-        return functional.cross_entropy(output, targets, label_smoothing=label_smoothing)
+    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Sum of the rows' cross-entropies."""
+        assert batch.targets is not None
+        logits = self.outputs(model, batch)
+        return functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
+
+    def units(self, targets: Targets, rows: list[int]) -> int:  # noqa: ARG002 - a row is a unit, whatever its label
+        """The rows."""
+        return len(rows)
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Logits (rows, labels)."""
+        logits: torch.Tensor = model(batch.input_ids, batch.attention_mask).logits
+        return logits
+
+    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:
+        """(accuracy, −cross-entropy)."""
+        assert isinstance(targets, torch.Tensor)
+        accuracy = float((outputs.argmax(1) == targets).float().mean())
+        return accuracy, -float(functional.cross_entropy(outputs, targets))
+
+    def shown(self, score: Score) -> float:
+        """The accuracy."""
+        return score[0]
+
+    def expected_head(self, model: Any) -> int:
+        """(features + 1)·labels."""
+        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
 
     def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
         """Weight (labels, features) and bias (labels,) of the linear head."""
         return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}
 
-    def record(self) -> dict[str, Any]:
-        """Labels, pooling and length, as stored beside an adapter."""
+    def record(self, model: Any) -> dict[str, Any]:
+        """Labels, pooling, layers and length, as stored beside an adapter."""
         return {
             "task": self.name,
             "labels": list(self.labels),
             "pooling": self.pooling,
             "max_length": self.max_length,
+            "feature_layers": list(model.feature_layers),
         }

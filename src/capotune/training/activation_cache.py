@@ -63,7 +63,7 @@ class ActivationCache:
 
     def boundary(
         self,
-        model: SequenceClassifier,
+        model: nn.Module,
         architecture: Architecture,
         block: int,
         rows: Rows,
@@ -155,7 +155,7 @@ def compute_pooled(
 
 @torch.no_grad()
 def compute_boundary(
-    model: SequenceClassifier,
+    model: nn.Module,
     architecture: Architecture,
     block: int,
     rows: Rows,
@@ -165,15 +165,16 @@ def compute_boundary(
     device = next(model.parameters()).device
     lengths = rows.lengths
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    values = torch.empty(int(starts[-1]), architecture.hidden_size)
+    backbone = model.get_submodule(architecture.backbone)
+    values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
     order = sorted_order(lengths)
     with _stop_at(model, architecture.blocks[block]) as caught:
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen).to(device)
             try:
-                model.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             except _BoundaryReachedError:
-                states = caught.pop().float().cpu()
+                states = caught.pop().cpu()
             for number, row in enumerate(chosen):
                 values[starts[row] : starts[row + 1]] = states[number, : lengths[row]]
             if progress:

@@ -8,29 +8,43 @@ same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
-from capotune.data.batches import Rows, epoch_order, sorted_order
-from capotune.training.activation_cache import BoundaryStates, resume_from
+from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
+from capotune.errors import SettingError
+from capotune.tasks.base import Score
+from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows with targets (rows,) and, when what is below the lowest trainable block is cached, what enters it."""
+    """Rows with their targets and, when what is below the lowest trainable block is cached, what enters it."""
 
     rows: Rows
-    targets: torch.Tensor
+    targets: Targets
     boundary: BoundaryStates | None = None
+
+    def take(self, rows: torch.Tensor) -> Examples:
+        """Some of the rows, without what was cached of them."""
+        chosen = rows.tolist()
+        tokens = Rows([self.rows.sequences[row] for row in chosen], self.rows.pad_id, self.rows.prefix)
+        targets = (
+            self.targets[rows] if isinstance(self.targets, torch.Tensor) else [self.targets[row] for row in chosen]
+        )
+        return Examples(tokens, targets)
+
+    def after(self, prefix: Sequence[int]) -> Examples:
+        """The same rows with other tokens before each."""
+        return Examples(Rows(self.rows.sequences, self.rows.pad_id, prefix), self.targets)
 
 
 @dataclass
@@ -50,10 +64,10 @@ class TrainingState:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """The trained weights as they are now."""
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    best_score: tuple[float, float] = (-math.inf, -math.inf)
-    """Held-out (accuracy, −loss) of the best weights."""
+    best_score: Score = (-math.inf,)
+    """The task's held-out score of the best weights."""
     best_epoch: int = 0
-    trained_score: tuple[float, float] = (-math.inf, -math.inf)
+    trained_score: Score = (-math.inf,)
     """The best held-out score of an epoch, the solved start left out: the first epochs often stand below it."""
     waited: int = 0
     """Epochs in a row that did not raise ``trained_score``."""
@@ -80,16 +94,17 @@ def train(
 
     A given ``state`` goes on where it stands; one that ``start`` made has no weights yet and begins with the model's.
 
-    ``on_epoch`` is called with (state, mean training loss, held-out score).
+    ``on_epoch`` is called with (state, mean training loss, held-out score as people read it).
     """
+    assert settings.epochs is not None
     weights = assembled.trainable()
     rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
     optimizer = make_optimizer(weights, rates, settings.weight_decay)
     state = state or start(assembled, held_examples, seed)
     _restore(state, weights, optimizer)
-    per_epoch = math.ceil(len(train_examples.targets) / settings.batch_size)
+    per_epoch = math.ceil(len(train_examples.rows.sequences) / settings.batch_size)
     total = settings.epochs * per_epoch
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _checkpointing(assembled, settings.gradient_checkpointing):
         torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
@@ -108,7 +123,7 @@ def train(
             state.trained_score = max(score, state.trained_score)
             _keep_if_better(state, weights, score, epoch=state.epoch)
             if on_epoch:
-                on_epoch(_capture(state, weights, optimizer), mean_loss, score[0])
+                on_epoch(_capture(state, weights, optimizer), mean_loss, assembled.task.shown(score))
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(state.best_weights[key])
@@ -124,24 +139,34 @@ def start(assembled: Assembled, held_examples: Examples, seed: int) -> TrainingS
 
 def finished(state: TrainingState, settings: TrainingSettings) -> bool:
     """Whether the epochs or the patience are used up."""
+    assert settings.epochs is not None
     return state.epoch >= settings.epochs or state.waited >= settings.patience
 
 
-@torch.no_grad()
 def predict_logits(assembled: Assembled, rows: Rows, boundary: BoundaryStates | None = None) -> torch.Tensor:
-    """Logits (rows, labels) on the CPU, in the order of the rows."""
-    logits = torch.empty(len(rows.sequences), assembled.model.classifier.out_features)
-    with _starting_at(assembled, boundary) as give:
-        for chosen in sorted_order(rows.lengths):
-            logits[torch.as_tensor(chosen)] = _forward(assembled, rows, boundary, chosen, give).float().cpu()
-    return logits
+    """A classifier's logits (rows, labels) on the CPU, in the order of the rows."""
+    unknown = torch.zeros(len(rows.sequences), dtype=torch.long)
+    return outputs(assembled, Examples(rows, unknown, boundary))
 
 
-def held_out_score(assembled: Assembled, examples: Examples) -> tuple[float, float]:
-    """(accuracy, −cross-entropy): higher is better, the loss decides between equal accuracies."""
-    logits = predict_logits(assembled, examples.rows, examples.boundary)
-    accuracy = float((logits.argmax(1) == examples.targets).float().mean())
-    return accuracy, -float(functional.cross_entropy(logits, examples.targets))
+@torch.no_grad()
+def outputs(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> torch.Tensor:
+    """What the task keeps of each row, (rows, numbers) fp32 on the CPU, in the order of the rows."""
+    order = sorted_order(examples.rows.lengths)
+    found = []
+    with _starting_at(assembled, examples.boundary) as give:
+        for done, chosen in enumerate(order):
+            batch = _batch(assembled, examples, chosen, give)
+            found.append(assembled.task.outputs(assembled.model, batch).float().cpu())
+            if progress:
+                progress(done + 1, len(order))
+    at = torch.as_tensor(np.concatenate(order))
+    return torch.cat(found)[at.argsort()]
+
+
+def held_out_score(assembled: Assembled, examples: Examples) -> Score:
+    """The task's score: higher is better, later numbers decide between equal earlier ones."""
+    return assembled.task.score(outputs(assembled, examples), examples.targets)
 
 
 def _set_dropout(assembled: Assembled, on: bool) -> None:
@@ -164,31 +189,59 @@ def _step(
     optimizer: torch.optim.Optimizer,
     settings: TrainingSettings,
 ) -> float:
-    """Forward, backward, clip, update on one batch of rows; its loss."""
-    with _starting_at(assembled, examples.boundary) as give:
-        logits = _forward(assembled, examples.rows, examples.boundary, chosen, give)
-    targets = examples.targets[torch.as_tensor(chosen)].to(logits.device)
-    loss = assembled.task.loss(logits, targets, settings.label_smoothing)
-    loss.backward()  # type: ignore[no-untyped-call]
+    """Forward and backward on the rows of one step, part by part, then clip and update; the step's loss."""
+    total = accumulate(assembled, examples, chosen, settings)
     nn.utils.clip_grad_norm_(weights.values(), settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    return total
 
 
-def _forward(
-    assembled: Assembled,
-    rows: Rows,
-    boundary: BoundaryStates | None,
-    chosen: np.ndarray,
-    give: Callable[[torch.Tensor], None] | None,
-) -> torch.Tensor:
-    device = assembled.model.classifier.weight.device
-    batch = rows.batch(chosen).to(device)
-    if boundary is not None and give is not None:
-        give(boundary.batch(chosen).to(device))
-    logits: torch.Tensor = assembled.model(batch.input_ids, batch.attention_mask).logits
-    return logits
+def accumulate(assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings) -> float:
+    """Add the gradient of the mean loss of all that the ``chosen`` rows learn; returns that loss.
+
+    Every part's sum is divided by the units of the whole step, not by its own: the gradient is the one that a single
+    pass over all rows gives, however the rows are shared out.
+    """
+    task, total = assembled.task, 0.0
+    units = task.units(examples.targets, chosen.tolist())
+    for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
+        with _starting_at(assembled, examples.boundary) as give:
+            loss = task.loss(assembled.model, _batch(assembled, examples, part, give), settings.label_smoothing) / units
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def _batch(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, give: Callable[[torch.Tensor], None] | None
+) -> Batch:
+    """The rows on the model's device; with cached states, those are handed to the model too."""
+    device = assembled.model.device
+    if examples.boundary is not None and give is not None:
+        give(examples.boundary.batch(chosen).to(device))
+    return examples.rows.batch(chosen, examples.targets).to(device)
+
+
+@contextmanager
+def _checkpointing(assembled: Assembled, on: bool) -> Iterator[None]:
+    """Inside, each block keeps its input only. Transformers' blocks look at their own ``training`` flag for it."""
+    if not on:
+        yield
+        return
+    blocks = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks]
+    backbone = assembled.model.get_submodule(assembled.architecture.backbone)
+    if not backbone.supports_gradient_checkpointing:
+        raise SettingError(f"--gradient-checkpointing: {type(backbone).__name__} does not support it. Leave it out.")
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in blocks:
+        block.training = True  # the flag alone: dropout below it is switched by _set_dropout
+    try:
+        yield
+    finally:
+        backbone.gradient_checkpointing_disable()
+        for block in blocks:
+            block.training = False
 
 
 def _starting_at(
@@ -200,9 +253,7 @@ def _starting_at(
     return resume_from(assembled.model, assembled.architecture, assembled.method.first_trainable_block())
 
 
-def _keep_if_better(
-    state: TrainingState, weights: dict[str, nn.Parameter], score: tuple[float, float], epoch: int
-) -> None:
+def _keep_if_better(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
         state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}

@@ -1,6 +1,6 @@
 """One technique from settings to a run folder.
 
-    data → base → method attached → head solved → training → test score → adapter, run.json
+    data → base → method attached → training → test score → adapter, run.json
 
 ``python -m capotune.training.run`` does the same in a process of its own, for ``compare``: each technique's peak memory
 is then its own. It reads one JSON object of settings and writes one JSON object per event.
@@ -19,21 +19,26 @@ from typing import Any
 
 import torch
 
-from capotune.adapters.assemble import Assembled, assemble, attach
+from capotune.adapters.assemble import Assembled, assemble, attach, hidden_size
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
-from capotune.config import MethodSettings, TrainSettings, build, method_class
-from capotune.data.batches import Rows
-from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
+from capotune.config import MethodSettings, TaskName, TrainSettings, build, method_class
+from capotune.data.conversations import looks_like_generation
+from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.errors import CapotuneError, OutputError, SettingError
-from capotune.evaluation.metrics import classification_scores
 from capotune.files import growing_folder, write_atomic
 from capotune.methods import Start
+from capotune.models.load import find
 from capotune.training.activation_cache import ActivationCache, default_folder
 from capotune.training.checkpoint import load_checkpoint
-from capotune.training.fit import fit_method, score_of_base, start_features, test_logits
-from capotune.training.loop import Examples, TrainingState
-from capotune.training.prepare import Event, Prepared, Reporter, data_hash, prepare, start_tokens
+from capotune.training.classification import ClassificationRun
+from capotune.training.generation import GenerationRun
+from capotune.training.loop import TrainingState
+from capotune.training.task_run import Event, Reporter, TaskRun, Tested
+
+TASKS: dict[TaskName, type[TaskRun]] = {"classification": ClassificationRun, "generation": GenerationRun}
+MODELS: dict[TaskName, str] = {"classification": "minilm", "generation": "capo-tiny"}
+"""The embedded base of each task."""
 
 
 def run(
@@ -46,8 +51,8 @@ def run(
 ) -> dict[str, Any]:
     """Train one technique and write its run folder ``settings.out``; returns what ``run.json`` holds.
 
-    ``base_score`` also measures the base without fine-tuning: nearest class mean on frozen features. On a user's error
-    or an interruption before the first checkpoint nothing is left behind.
+    ``base_score`` also measures the base without fine-tuning. On a user's error or an interruption before the first
+    checkpoint nothing is left behind.
 
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
@@ -55,6 +60,8 @@ def run(
     if out.exists() and not resume:
         raise OutputError(f"the output folder {out} exists already: choose another --out, or remove it first.")
     state = load_checkpoint(out / "checkpoints") if resume else None
+    report({"kind": "stage", "text": "reading data"})
+    settings, method, task_run = prepare(settings, method, report)
     record = {
         "settings": settings.model_dump(mode="json"),
         "method": method.method,
@@ -62,67 +69,78 @@ def run(
     }
     if resume:
         _same_settings(out, record)
-    report({"kind": "stage", "text": "reading data"})
-    prepared = prepare(settings, method, report)
     with growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))):
-        result = _run(settings, method, prepared, record, report, state, base_score)
+        result = _run(settings, method, task_run, record, report, state, base_score)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     report({"kind": "result", **result["result"]})
     return result
 
 
+def prepare(
+    settings: TrainSettings, method: MethodSettings, report: Reporter
+) -> tuple[TrainSettings, MethodSettings, TaskRun]:
+    """The settings with task, model and all that was left out filled in; the data read, checked and tokenised."""
+    task = settings.task
+    if task == "auto":
+        task = "generation" if looks_like_generation(settings.data, settings.prompt_template) else "classification"
+    settings = settings.model_copy(update={"task": task, "model": settings.model or MODELS[task]})
+    assert settings.model is not None
+    method = method.completed(task, hidden_size(find(settings.model), settings.trust_remote_code))
+    return settings, method, TASKS[task](settings, method, report)
+
+
 def _run(
     settings: TrainSettings,
     method: MethodSettings,
-    prepared: Prepared,
+    task_run: TaskRun,
     record: dict[str, Any],
     report: Reporter,
     state: TrainingState | None,
     base_score: bool,
 ) -> dict[str, Any]:
-    report({"kind": "stage", "text": "loading base"})
     reset_peak_memory()
     record |= {
         "environment": environment(),
-        "base": {"name": prepared.source.name, "fingerprint": fingerprint(prepared.source)},
+        "base": {"name": task_run.source.name, "fingerprint": fingerprint(task_run.source)},
     }
     write_atomic(settings.out / "run.json", _json(record))
-    assembled = assemble(
-        prepared.source, method, prepared.task, device=pick_device(), trust_remote_code=settings.trust_remote_code
-    )
-    cache = ActivationCache(default_folder() / "activations" if settings.cache else None, _identity(record, assembled))
+    assembled, dtype = _load(settings, method, task_run, report)
+    identity = _identity(record, assembled, dtype)
+    cache = ActivationCache(default_folder() / "activations" if settings.cache else None, identity)
     if base_score:
         report({"kind": "stage", "text": "scoring the base"})
-        record["base_score"] = score_of_base(assembled, prepared, cache)
+        base = task_run.score_base(assembled, cache, report)
+        record |= {"base_score": base.score, "base_scores": base.scores, "base_answers": base.predictions}
     cache.reused_seconds, started = 0.0, time.perf_counter()
-    # before the method is on: what it leaves equal must be equal to the bit, whoever filled the cache
-    features = start_features(prepared, assembled, cache, report) if assembled.method.identity_at_start else None
-    prepared = _attach(settings, prepared, assembled, cache)
-    if features is None:
-        features = start_features(prepared, assembled, cache, report)
+    assembled = task_run.settle(assembled, report)
+    task_run.before_attach(assembled, cache, report)
+    _attach(settings, task_run, assembled, cache)
     trainable = assembled.expected_trainable()
     report({"kind": "start", "trainable": trainable, "total": assembled.base_parameters})
-    fitted = fit_method(settings, prepared, assembled, features, cache, report, state)
+    fitted = task_run.fit(settings, assembled, cache, report, state)
     seconds = time.perf_counter() - started + cache.reused_seconds
     report({"kind": "stage", "text": "testing"})
-    logits = test_logits(assembled, prepared, cache)
-    scores = classification_scores(logits, prepared.test.targets) if len(logits) else None
+    tested = task_run.test(assembled, cache, report)
+    epochs = {"epochs": fitted.epochs, "best_epoch": fitted.best_epoch, "held_out_score": fitted.held_out_score}
     trained = {
-        "score": scores and scores.accuracy,
-        "macro_f1": scores and scores.macro_f1,
-        "test_loss": scores and scores.loss,
-        "train_rows": len(prepared.data.train),
-        "test_rows": len(logits),
+        "metric": tested.metric,
+        "score": tested.score,
+        "interval": tested.interval,
+        "scores": tested.scores,
+        "train_rows": task_run.train_rows,
+        "test_rows": tested.rows,
         "train_seconds": seconds,
         "reused_seconds": cache.reused_seconds,
         "forward_rows": cache.forward_rows,
-        **asdict(fitted),
-        "data_sha256": data_hash(prepared.data),
+        **epochs,
+        **fitted.also,
+        "dtype": str(dtype).removeprefix("torch."),
+        "data_sha256": task_run.data_sha256,
         "adapter": str(settings.out / "adapter"),
     }
     shutil.rmtree(settings.out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
     save_adapter(settings.out / "adapter", assembled, trained)
-    _write_predictions(settings.out / "predictions.jsonl", prepared, logits)
+    _write_predictions(settings.out / "predictions.jsonl", tested)
     record["result"] = trained | {
         "trainable_parameters": trainable,
         "total_parameters": assembled.base_parameters,
@@ -133,35 +151,37 @@ def _run(
     return record
 
 
-def _attach(settings: TrainSettings, prepared: Prepared, assembled: Assembled, cache: ActivationCache) -> Prepared:
-    """Attach the method; its virtual tokens, if any, go before every row, and make the cache's identity their own."""
+def _load(
+    settings: TrainSettings, method: MethodSettings, task_run: TaskRun, report: Reporter
+) -> tuple[Assembled, torch.dtype]:
+    """The base on the device, in the dtype it computes in."""
+    device = pick_device()
+    dtype = compute_dtype(device) if task_run.task.name == "generation" else torch.float32
+    report({"kind": "stage", "text": f"loading base, to compute in {str(dtype).removeprefix('torch.')} on {device}"})
+    trust = settings.trust_remote_code
+    assembled = assemble(task_run.source, method, task_run.task, device=device, dtype=dtype, trust_remote_code=trust)
+    return assembled, dtype
+
+
+def _attach(settings: TrainSettings, task_run: TaskRun, assembled: Assembled, cache: ActivationCache) -> None:
+    """Attach the method; where it changes what the base computes, make the cache's identity its own."""
     generator = torch.Generator().manual_seed(settings.seed)
-    attach(assembled, Start(generator, start_tokens(assembled.method.settings, prepared)))
-    virtual = assembled.method.virtual_token_ids
+    attach(assembled, Start(generator, task_run.start_tokens(assembled.method.settings)))
     if not assembled.method.identity_at_start:
         start = hashlib.sha256()
         for weight in assembled.method.parameters().values():
             start.update(weight.detach().cpu().numpy().tobytes())
         cache.identity = {**cache.identity, "start": start.hexdigest()}
 
-    def prefixed(examples: Examples) -> Examples:
-        return Examples(Rows(examples.rows.sequences, examples.rows.pad_id, virtual), examples.targets)
 
-    return Prepared(
-        prepared.data,
-        prepared.source,
-        prepared.task,
-        prefixed(prepared.train),
-        prefixed(prepared.test),
-        prepared.fit_rows,
-        prepared.held_rows,
-    )
-
-
-def _identity(record: dict[str, Any], assembled: Assembled) -> dict[str, Any]:
+def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) -> dict[str, Any]:
     packing = assembled.method.quantization
-    device = assembled.model.classifier.weight.device.type
-    return {"base": record["base"]["fingerprint"], "packing": asdict(packing) if packing else None, "device": device}
+    return {
+        "base": record["base"]["fingerprint"],
+        "packing": asdict(packing) if packing else None,
+        "device": assembled.model.device.type,
+        "dtype": str(dtype),
+    }
 
 
 def _same_settings(out: Path, record: dict[str, Any]) -> None:
@@ -176,18 +196,9 @@ def _same_settings(out: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _write_predictions(path: Path, prepared: Prepared, logits: torch.Tensor) -> None:
-    """One line per test row: text, label, predicted, probability."""
-    probabilities, predicted = logits.softmax(1).max(1)
-    labels, test = prepared.task.labels, prepared.data.test
-    rows = zip(test.texts, test.labels, predicted.tolist(), probabilities.tolist(), strict=True)
-    lines = [
-        json.dumps(
-            {"text": text, "label": label, "predicted": labels[number], "probability": round(p, 6)}, ensure_ascii=False
-        )
-        for text, label, number, p in rows
-    ]
-    write_atomic(path, "\n".join(lines) + "\n")
+def _write_predictions(path: Path, tested: Tested) -> None:
+    """One line per test row."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tested.predictions))
 
 
 def _json(values: dict[str, Any]) -> str:

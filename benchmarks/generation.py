@@ -1,0 +1,144 @@
+"""Real runs of generation: a small language model on three data sets, by every technique and by full fine-tuning.
+
+The base is ``../shared/models/stories260K``, a Llama of 260,032 weights trained on children's stories; the data are
+Shakespeare's plays (the last 10 % held out), WikiSQL and GSM8K. A model this small is a test of mechanics: it shows
+that every technique learns, and how far each gets from the same start; it cannot show what a large model would answer.
+
+Full fine-tuning is a method of this script alone: every weight of the base trains, which is what the four techniques
+avoid. It stands here as the yardstick.
+
+    python benchmarks/generation.py              every run, into results/generation.json
+    python benchmarks/generation.py wikisql      one data set again; the others' rows stay as they are
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from capotune import config
+from capotune.config import (
+    FeatureExtractionSettings,
+    LoraSettings,
+    MethodSettings,
+    PromptTuningSettings,
+    QloraSettings,
+    TrainSettings,
+)
+from capotune.methods import METHODS
+from capotune.methods.feature_extraction import FeatureExtraction
+from capotune.training.run import run
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[1] / "shared"
+RESULTS = HERE / "results" / "generation.json"
+
+
+class FullSettings(FeatureExtractionSettings):
+    """Every weight trains."""
+
+    method = "full-fine-tuning"
+
+
+class FullFineTuning(FeatureExtraction):
+    """No copies: the base itself, in memory, is what trains."""
+
+    def attach(self, model: nn.Module, architecture: Any, start: Any) -> None:  # noqa: ARG002
+        self.model, self.architecture = model, architecture
+        model.requires_grad_(True)
+
+    def detach(self) -> None:
+        raise NotImplementedError("the base is gone")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {self.key_prefix + name: weight for name, weight in self.model.named_parameters()}
+
+    def expected_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    def first_trainable_block(self) -> int:
+        return 0
+
+
+EPOCHS = 3
+RUNS: dict[str, MethodSettings] = {
+    "feature extraction, last 2 blocks": FeatureExtractionSettings(epochs=EPOCHS),
+    "LoRA": LoraSettings(epochs=EPOCHS),
+    "QLoRA, NF4": QloraSettings(epochs=EPOCHS),
+    "QLoRA, FP4": QloraSettings(epochs=EPOCHS, quant_type="fp4"),
+    "QLoRA, NF4 without double quantisation": QloraSettings(epochs=EPOCHS, double_quant=False),
+    "prompt tuning": PromptTuningSettings(epochs=EPOCHS),
+    "full fine-tuning": FullSettings(epochs=EPOCHS, trainable_layers=5, learning_rate=2e-3),
+}
+
+
+def data_sets(folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings of each data set, by name; the rows that are used are written into ``folder``."""
+    gsm8k = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:1000]
+    (folder / "gsm8k.jsonl").write_text("\n".join(gsm8k) + "\n", encoding="utf-8")
+    test = (SHARED / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    (folder / "gsm8k-test.jsonl").write_text("\n".join(test) + "\n", encoding="utf-8")
+    for part in ("train", "test"):  # the question and the query, which stand in one field
+        rows = (SHARED / "data" / "wikisql" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(row)["text"].partition("\nA: ") for row in rows]
+        lines = [json.dumps({"prompt": f"{before}\nA:\n", "completion": after}) for before, _, after in pairs]
+        (folder / f"wikisql-{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "tinyshakespeare": {
+            "data": str(SHARED / "data" / "tinyshakespeare" / "input.txt"), "test_fraction": 0.1, "max_length": 256,
+        },
+        "wikisql": {"data": str(folder / "wikisql-train.jsonl"), "test": str(folder / "wikisql-test.jsonl")},
+        "gsm8k": {"data": str(folder / "gsm8k.jsonl"), "test": str(folder / "gsm8k-test.jsonl")},
+    }  # fmt: skip
+
+
+def one_run(name: str, shared: dict[str, Any], method: MethodSettings, out: Path, is_first: bool) -> dict[str, Any]:
+    """One technique on one data set: its ``run.json``."""
+    settings = TrainSettings(model=str(SHARED / "models" / "stories260K"), out=out, answers=50, cache=False, **shared)
+    record = run(settings, method, base_score=is_first)
+    print(f"  {name}: {record['result']['scores']}, {record['result']['train_seconds']:.0f} s", flush=True)
+    return record
+
+
+def row(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    kept = ("scores", "interval", "trainable_parameters", "adapter_bytes", "train_seconds", "epochs", "best_epoch")
+    method = record["method"]
+    return {"technique": name, **{key: record["result"][key] for key in kept}, "settings": record[method]}
+
+
+def main() -> None:
+    """The data sets named on the command line, or all."""
+    METHODS["full-fine-tuning"], config.METHODS["full-fine-tuning"] = FullFineTuning, FullSettings
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shared in data_sets(Path(folder)).items():
+            if sys.argv[1:] and name not in sys.argv[1:]:
+                continue
+            print(name, flush=True)
+            records = {
+                label: one_run(label, shared, method, Path(folder) / f"{name}-{number}", number == 0)
+                for number, (label, method) in enumerate(RUNS.items())
+            }
+            first = next(iter(records.values()))
+            before[name] = {
+                "settings": {**first["settings"], "data": name, "test": None, "out": None},
+                "environment": first["environment"],
+                "train_rows": first["result"]["train_rows"],
+                "test_rows": first["result"]["test_rows"],
+                "base_scores": first["base_scores"],
+                "rows": [row(label, record) for label, record in records.items()],
+            }
+            RESULTS.write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if SHARED.is_dir():
+        main()
+    else:
+        print(f"{SHARED} is not there: nothing is run", file=sys.stderr)

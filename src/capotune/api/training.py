@@ -1,0 +1,258 @@
+"""Train one technique, or several side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capotune.config import CompareSettings, MethodSettings, RunSettings, TrainSettings, build, method_class, nearest
+from capotune.errors import SettingError
+
+if TYPE_CHECKING:
+    from capotune.report import Comparison
+
+Reporter = Callable[[dict[str, Any]], None]
+CompareReporter = Callable[[str, dict[str, Any]], None]
+
+SHOWN_ANSWERS = 5
+"""Prompts whose answers stand side by side on the page."""
+
+
+def train(
+    method: str, *, data: str, out: str | Path = "capo-train", resume: bool = False, report: Reporter | None = None,
+    **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one technique on labelled text and write its run folder; returns what ``run.json`` holds.
+
+    ``method`` is ``feature-extraction``, ``lora``, ``qlora`` or ``prompt-tuning``; ``settings`` are those of
+    ``capo train METHOD --help`` by name (``rank=8``, ``test="test.csv"``). ``report`` is called with progress events.
+
+    Raises ``CapotuneError`` subclasses, all ``ValueError``s, for unusable settings, data, models and folders.
+    """
+    shared, own = _separate(method, settings)
+    return train_run(build(TrainSettings, {"data": str(data), "out": out, **shared}), own, resume=resume, report=report)
+
+
+def train_run(
+    settings: TrainSettings, method: MethodSettings, *, resume: bool = False, report: Reporter | None = None
+) -> dict[str, Any]:
+    """``train`` with settings already validated."""
+    from capotune.training.run import run
+
+    return run(settings, method, report or (lambda _: None), resume=resume)
+
+
+def compare(
+    *, data: str, out: str | Path = "capo-compare", report: CompareReporter | None = None, **settings: Any
+) -> Comparison:
+    """Run the techniques side by side; writes ``compare.json``, ``.png``, ``.html`` and an adapter each into ``out``.
+
+    ``settings`` are those of ``capo compare --help`` by name: ``test``, ``model``, ``methods``, ``seed``, and one
+    dictionary per method (``lora={"rank": 8}``). Raises as ``train``.
+    """
+    return compare_run(build(CompareSettings, {"data": str(data), "out": out, **settings}), report=report)
+
+
+def compare_run(
+    settings: CompareSettings, *, report: CompareReporter | None = None, command: str | None = None
+) -> Comparison:
+    """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it."""
+    from capotune.comparison import run_techniques
+    from capotune.files import output_folder
+    from capotune.report import write
+
+    if settings.test_fraction == 0 and settings.test is None:
+        raise SettingError("--test-fraction 0 leaves no rows to compare on; allowed are values between 0 and 1.")
+    inspected: dict[str, Any] = {}
+
+    def listen(method: str, event: dict[str, Any]) -> None:
+        if event["kind"] == "data" and not inspected:  # once: a soft prompt only shortens the room for text
+            inspected.update(event["report"])
+        if report:
+            report(method, event)
+
+    with output_folder(settings.out) as new:
+        results = run_techniques(settings, new, listen)
+        results = {method: _name_final_folder(new, settings.out, method) for method in results}
+        comparison = _comparison(results)
+        details = _details(
+            settings, comparison, results, new, inspected, command or f"capo compare --data {settings.data}"
+        )
+        write(comparison, details, new)
+    return comparison
+
+
+def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
+    """What a data file holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
+
+    ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
+    """
+    from capotune.training.run import prepare
+
+    shared, method = _separate("lora", settings)
+    found: dict[str, Any] = {}
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["kind"] == "data":
+            found.update(task=event["task"], report=event["report"])
+
+    chosen, _, _ = prepare(build(TrainSettings, {"data": str(data), **shared}), method, listen)
+    return {"task": found["task"], "model": chosen.model, "report": found["report"]}
+
+
+def render_data_report(report: dict[str, Any], task: str) -> Any:
+    """What a ``data`` event says, for a rich console."""
+    import pydantic
+
+    from capotune.data import generation_report
+    from capotune.data import report as label_report
+
+    if task == "generation":
+        written = pydantic.TypeAdapter(generation_report.GenerationReport).validate_python(report)
+        return generation_report.render(written)
+    return label_report.render(pydantic.TypeAdapter(label_report.DataReport).validate_python(report))
+
+
+def render_comparison(comparison: Comparison) -> Any:
+    """The table of a comparison, for a rich console."""
+    from capotune.report import table
+
+    return table(comparison)
+
+
+def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], MethodSettings]:
+    """Split flat keyword settings into the run's own and the method's."""
+    cls = method_class(method)
+    known = [*RunSettings.model_fields, *cls.model_fields]
+    for name in settings:
+        if name not in known:
+            raise SettingError(f"unknown setting '{name}' for {method}.{nearest(name, known)}")
+    own = build(cls, {name: value for name, value in settings.items() if name in cls.model_fields})
+    return {name: value for name, value in settings.items() if name in RunSettings.model_fields}, own
+
+
+def _comparison(results: dict[str, dict[str, Any]]) -> Comparison:
+    from capotune.report import Comparison, ComparisonRow, recommend
+
+    copied = [field.name for field in fields(ComparisonRow) if field.name not in ("method", "adapter")]
+    rows = tuple(
+        ComparisonRow(method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in copied})
+        for method, record in results.items()
+    )
+    first = next(iter(results.values()))
+    result, base = first["result"], _base(results)
+    higher_is_better = result["metric"] != "perplexity"
+    base_score = base.get("base_score", float("nan"))
+    recommended, why = recommend(
+        rows, result["test_rows"], higher_is_better, metric=result["metric"], base_score=base_score
+    )
+    return Comparison(
+        model=first["settings"]["model"],
+        task=first["settings"]["task"],
+        metric=result["metric"],
+        higher_is_better=higher_is_better,
+        train_rows=result["train_rows"],
+        test_rows=result["test_rows"],
+        base_score=base_score,
+        base_scores=base.get("base_scores", {}),
+        rows=rows,
+        recommended=recommended,
+        why=why,
+    )
+
+
+def _base(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The record of the run that also scored the base; empty when that one failed."""
+    return next((record for record in results.values() if "base_score" in record), {})
+
+
+def _details(
+    settings: CompareSettings,
+    comparison: Comparison,
+    results: dict[str, dict[str, Any]],
+    folder: Path,
+    inspected: dict[str, Any],
+    command: str,
+) -> Any:
+    """What the page shows beside the table: mistakes where labels were learned, answers where text was."""
+    from capotune.report import PageDetails
+
+    predictions = {method: _predictions(folder / method) for method in results}
+    shown: dict[str, Any] = {"labels": [], "confusion": [], "confusion_method": "", "mistakes": []}
+    if comparison.task == "classification":
+        shown = _mistakes(folder / comparison.recommended, comparison.recommended, predictions[comparison.recommended])
+    else:
+        shown["answers"] = _answers({"base": _base(results).get("base_answers", []), **predictions})
+    return PageDetails(
+        **shown,
+        settings={
+            name: {**record["settings"], **record[name], "out": str(settings.out / name)}
+            for name, record in results.items()
+        },
+        data=inspected,
+        environment=next(iter(results.values()))["environment"],
+        command=command,
+    )
+
+
+def _predictions(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _mistakes(run: Path, method: str, predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recommended technique's confusions, and the wrong labels it was surest of."""
+    import numpy as np
+
+    from capotune.evaluation.metrics import confusion
+    from capotune.report import Mistake
+
+    labels = json.loads((run / "adapter" / "capotune.json").read_text(encoding="utf-8"))["labels"]
+    number = {label: at for at, label in enumerate(labels)}
+    wrong = sorted(
+        (row for row in predictions if row["label"] != row["predicted"]), key=lambda row: -row["probability"]
+    )
+    return {
+        "labels": labels,
+        "confusion": confusion(
+            np.array([number[row["predicted"]] for row in predictions]),
+            np.array([number[row["label"]] for row in predictions]),
+            len(labels),
+        ),
+        "confusion_method": method,
+        "mistakes": [Mistake(row["text"], row["label"], row["predicted"], row["probability"]) for row in wrong[:12]],
+    }
+
+
+def _answers(predictions: dict[str, list[dict[str, Any]]]) -> list[Any]:
+    """The first test rows that all have answered, with what each wrote."""
+    from capotune.report import Answers
+
+    written = {who: {row["prompt"]: row["written"] for row in rows} for who, rows in predictions.items()}
+    first = next(iter(predictions.values()))
+    shared = [row for row in first if all(row["prompt"] in answers for answers in written.values())]
+    return [
+        Answers(row["prompt"], row["expected"], {who: answers[row["prompt"]] for who, answers in written.items()})
+        for row in shared[:SHOWN_ANSWERS]
+    ]
+
+
+def _name_final_folder(folder: Path, final: Path, method: str) -> dict[str, Any]:
+    """The run was written under a temporary name; say the final one in its record, which is returned, and its card."""
+    from capotune.files import write_atomic
+
+    run = folder / method
+    for path in (run / "run.json", run / "adapter" / "capotune.json", run / "adapter" / "README.md"):
+        text = path.read_text(encoding="utf-8").replace(str(folder), str(final))
+        write_atomic(path, text.replace(_in_json(folder), _in_json(final)))
+    record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["result"]["adapter_bytes"] = sum(path.stat().st_size for path in (run / "adapter").iterdir())
+    write_atomic(run / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return record
+
+
+def _in_json(path: Path) -> str:
+    """As the path stands inside a JSON string, where quotes and backslashes are escaped."""
+    return json.dumps(str(path), ensure_ascii=False)[1:-1]

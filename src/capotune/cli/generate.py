@@ -1,0 +1,110 @@
+"""``capo generate``: what a model writes after some prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import tyro
+
+from capotune.cli.flags import Json, parse_repeating
+from capotune.config import DecodingSettings
+from capotune.errors import DataError, SettingError
+
+
+class Generate(DecodingSettings):
+    """Let a model write: after prompts given as arguments, in a file, or on standard input (one prompt in whole)."""
+
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder, or a model alone: an embedded one by name, a folder, or a model id on the hub."""
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Prompts, each answered on its own."""
+    file: str | None = None
+    """A file of prompts: a column of a csv, tsv, jsonl or parquet file; any other file is one prompt."""
+    prompt_column: str | None = None
+    """Column of the file that holds the prompt. Found by name when left out."""
+    chat: bool = False
+    """Ask each prompt as a user's turn, in the model's chat template. An adapter that was trained on conversations is
+    asked so anyhow."""
+    raw: bool = False
+    """Go on with the prompt as it stands, also with an adapter that was trained on conversations."""
+    model: str | None = None
+    """Where an adapter's base is, when not where it was trained."""
+    as_json: Json = False
+    """Print one JSON object a line: prompt and text."""
+
+
+def generate(rest: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    settings = parse_repeating(Generate, rest, "capo generate")
+    if settings.chat and settings.raw:
+        raise SettingError("--chat and --raw exclude each other. Leave one of them out.")
+    prompts = _prompts(settings)
+    from capotune import api
+    from capotune.cli.display import counting
+
+    generator = api.load_generator(settings.adapter, model=settings.model)
+    chat = settings.chat or (generator.chats and not settings.raw)
+    decoding = decoding_of(settings)
+    if len(prompts) == 1 and not settings.as_json:
+        turns = [api.user_turn(prompts[0])]
+        show(generator.stream_chat(turns, **decoding) if chat else generator.stream(prompts[0], **decoding))
+        return 0
+    with counting("answered") as progress:
+        write = generator.chat_each if chat else generator.generate
+        texts = write(prompts, progress=progress, **decoding)
+    for prompt, text in zip(prompts, texts, strict=True):
+        if settings.as_json:
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        else:
+            print("> " + prompt.replace("\n", "\n> ") + f"\n{text}\n", flush=True)
+    return 0
+
+
+def decoding_of(settings: DecodingSettings) -> dict[str, Any]:
+    """The settings of decoding alone."""
+    return {name: getattr(settings, name) for name in DecodingSettings.model_fields}
+
+
+def show(pieces: Iterator[str], written: list[str] | None = None) -> None:
+    """Print pieces as they come, each at once, and end the line; ``written`` collects what was shown.
+
+    Whatever ends it early also stops the model.
+    """
+    last = "\n"
+    with closing(pieces):  # type: ignore[type-var]
+        try:
+            for piece in pieces:
+                if written is not None:
+                    written.append(piece)
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                last = piece
+        finally:
+            if not last.endswith("\n"):
+                print(flush=True)
+
+
+def _prompts(settings: Generate) -> list[str]:
+    if settings.prompts and settings.file:
+        raise SettingError("give prompts or --file, not both.")
+    if settings.prompt_column and not settings.file:
+        raise SettingError(f"--prompt-column {settings.prompt_column}: belongs to a --file. Give one, or leave it out.")
+    if settings.prompts:
+        return list(settings.prompts)
+    if settings.file:
+        from capotune import api
+
+        return api.read_prompts(settings.file, settings.prompt_column)
+    if sys.stdin.isatty():
+        print("Type the prompt; a line with Ctrl-D alone ends it.", file=sys.stderr)
+    try:
+        prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text ({error}). Convert it first, say with iconv.") from None
+    if not prompt:
+        raise DataError("standard input holds no prompt. Give one there, as an argument, or in a --file.")
+    return [prompt]

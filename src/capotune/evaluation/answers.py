@@ -1,0 +1,68 @@
+"""Ask a model what the data asks, and compare what it writes with the answers that stand there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from capotune.adapters.assemble import Assembled
+from capotune.config import DecodingSettings
+from capotune.data.conversations import Samples, answer_of
+from capotune.evaluation.generate import generate, room_after
+from capotune.evaluation.metrics import exact_match, mean_interval, rouge_l, wilson_interval
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model wrote for some rows that have an expected answer."""
+
+    rows: list[int]
+    """Their positions in the samples, rising."""
+    expected: list[str]
+    written: list[str]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Share of exact matches and mean ROUGE-L F1; nothing when no row was answered."""
+        if not self.rows:
+            return {}
+        return {"exact_match": sum(self._exact) / len(self.rows), "rouge_l": sum(self._rouge) / len(self.rows)}
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each score that has one."""
+        if not self.rows:
+            return {}
+        found = {"exact_match": wilson_interval(self.scores["exact_match"], len(self.rows))}
+        if mean := mean_interval(self._rouge, [1] * len(self.rows)):
+            found["rouge_l"] = max(0.0, mean[0]), min(1.0, mean[1])
+        return found
+
+    @property
+    def _exact(self) -> list[bool]:
+        return [exact_match(*pair) for pair in zip(self.written, self.expected, strict=True)]
+
+    @property
+    def _rouge(self) -> list[float]:
+        return [rouge_l(*pair) for pair in zip(self.written, self.expected, strict=True)]
+
+
+def answer_rows(
+    assembled: Assembled,
+    samples: Samples,
+    most: int,
+    decoding: DecodingSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Let a language model answer at most ``most`` of the rows that have an answer, drawn by ``decoding.seed``.
+
+    Rows whose question fills the whole context are passed over: there the model has nothing to say.
+    """
+    known = [at for at, sample in enumerate(samples.samples) if answer_of(sample) is not None]
+    rows = sorted(random.Random(decoding.seed).sample(known, min(most, len(known))))
+    questions = {row: assembled.generation.encode_question(samples.samples[row]) for row in rows}
+    rows = [row for row in rows if room_after(assembled, questions[row]) > 0]
+    expected = [answer_of(samples.samples[row]) or "" for row in rows]
+    written = generate(assembled, [questions[row] for row in rows], decoding, progress)
+    return Answers(rows, expected, written)

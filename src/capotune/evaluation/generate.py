@@ -1,0 +1,302 @@
+"""Text from a language model: many prompts in batches, or one in pieces as they are written.
+
+Decoding is Transformers' ``generate``. Its configuration is made here: what a model folder's ``generation_config.json``
+asks for (many set a temperature or a repetition penalty) does not apply, so equal settings mean the same on every base.
+
+A batch is padded on the left; a soft prompt's virtual tokens stand inside the padding, right before their text:
+
+    pad pad virtual virtual text text text → answer
+
+Drawing (a temperature above 0) takes the largest of log p + Gumbel noise, which is a draw from p (Gumbel 1954). The
+noise comes from a generator of its own for each prompt: neither the batch a prompt stands in nor the caller's random
+numbers play a part, nor are they disturbed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from capotune.adapters.assemble import Assembled
+from capotune.config import DecodingSettings
+from capotune.errors import SettingError
+from capotune.models.load import max_length
+
+_TOKENS_AT_ONCE = 8192  # in one batch, answers included: bounds the memory of keys and values
+
+
+def generate(
+    assembled: Assembled,
+    prompts: Sequence[list[int]],
+    decoding: DecodingSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The text that the model writes after each prompt (token ids), in the prompts' order, without the prompt.
+
+    ``progress`` is called with (prompts answered, all prompts). Raises ``SettingError`` for a prompt that leaves no
+    room in the model's context, an empty one that the model cannot start from, and settings that exclude each other.
+    """
+    _check(decoding)
+    answers = [""] * len(prompts)
+    done = 0
+    for rows, tokens in _batches(assembled, prompts, decoding):
+        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens)
+        for row, ids in zip(rows, written, strict=True):
+            answers[row] = _Cut(assembled.task, decoding.stop).text(ids)
+        done += len(rows)
+        if progress:
+            progress(done, len(prompts))
+    return answers
+
+
+def stream(assembled: Assembled, prompt: list[int], decoding: DecodingSettings) -> Iterator[str]:
+    """The text that ``generate`` gives for one prompt, piece by piece as it is written.
+
+    A piece never ends inside a character, and no part of a stop string is given away. Closing the iterator, or an
+    exception such as ``KeyboardInterrupt`` in it, stops the model after the token in flight. Beam search knows its text
+    only at the end: it comes as one piece. Raises as ``generate``, at once.
+    """
+    _check(decoding)
+    tokens = _allowed(assembled, prompt, decoding, "the prompt")
+    if decoding.num_beams > 1:
+        return iter(generate(assembled, [prompt], decoding))
+    return _pieces(assembled, prompt, decoding, tokens)
+
+
+def context_length(assembled: Assembled) -> int:
+    """Most tokens that the model can hold: soft prompt, prompt and answer together."""
+    return max_length(assembled.task.tokenizer, assembled.model.config)
+
+
+def room_after(assembled: Assembled, prompt: list[int]) -> int:
+    """Tokens that the context leaves for an answer to a prompt; none or fewer when it is too long."""
+    return context_length(assembled) - len(assembled.method.virtual_token_ids) - len(prompt)
+
+
+def _pieces(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, tokens: int) -> Iterator[str]:
+    relay, cut, shown, ids = _Relay(), _Cut(assembled.task, decoding.stop), "", list[int]()
+    with ThreadPoolExecutor(1, thread_name_prefix="capotune-stream") as pool:  # waits for the thread when left
+        writing = pool.submit(relay.run, lambda: _write(assembled, [prompt], [0], decoding, tokens, relay))
+        try:
+            while (token := relay.queue.get()) is not None:
+                ids.append(token)
+                ready = cut.ready(ids)
+                if len(ready) > len(shown) and ready.startswith(shown):
+                    yield ready[len(shown) :]
+                    shown = ready
+            writing.result()  # raises here what was raised there
+        finally:
+            relay.stopped.set()
+    if rest := cut.text(ids)[len(shown) :]:
+        yield rest
+
+
+class _Relay(StoppingCriteria):  # type: ignore[misc]
+    """Hands each new token to another thread, and stops the decoding when told to."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[int | None] = SimpleQueue()
+        """Tokens in order; None: there are no more."""
+        self.stopped = threading.Event()
+
+    def run(self, write: Callable[[], Any]) -> None:
+        """Call ``write``; whatever becomes of it, the reader hears of the end."""
+        try:
+            write()
+        finally:
+            self.queue.put(None)
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """ids (rows, tokens so far) → which rows are done (rows,)."""
+        self.queue.put(int(input_ids[0, -1]))
+        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where an answer ends: before an end token, before a stop string."""
+
+    task: Any
+    stop: tuple[str, ...]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer in ``ids``, which may go on after its end."""
+        return self._before_stop(self._decode(ids))
+
+    def ready(self, ids: Sequence[int]) -> str:
+        """The part of the answer that no later token can change: no half character, no beginning of a stop string."""
+        whole = self._decode(ids)
+        if (text := self._before_stop(whole)) != whole:
+            return text
+        text = whole.rstrip("\ufffd")  # what the bytes of an unfinished character decode to
+        begun = [
+            size for one in self.stop for size in range(1, min(len(one), len(text) + 1)) if text.endswith(one[:size])
+        ]
+        return text[: len(text) - max(begun, default=0)]
+
+    def stopped(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string stands in the answer."""
+        text = self._decode(ids)
+        return any(one in text for one in self.stop)
+
+    def _before_stop(self, text: str) -> str:
+        return text[: min((at for one in self.stop if (at := text.find(one)) >= 0), default=len(text))]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        end = next((at for at, token in enumerate(ids) if token in self.task.end_ids), len(ids))
+        decoded: str = self.task.decode(list(ids[:end]))
+        return decoded
+
+
+@dataclass(frozen=True)
+class _AtStop(StoppingCriteria):  # type: ignore[misc]
+    """A row is done when one of the stop strings stands in its answer."""
+
+    cut: _Cut
+    start: int
+    """Where answers begin in the batch."""
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """ids (rows, tokens so far) → which rows are done (rows,)."""
+        done = [self.cut.stopped(ids) for ids in input_ids[:, self.start :].tolist()]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Adds Gumbel noise, so that the largest score is a draw; each row from a generator of its own."""
+
+    def __init__(self, seed: int, rows: Sequence[int]) -> None:
+        seeds = [random.Random(f"{seed} {row}").getrandbits(63) for row in rows]
+        self.generators = [torch.Generator().manual_seed(own) for own in seeds]
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores (rows, vocabulary) → scores of the same shape."""
+        noise = torch.empty(scores.shape)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)  # −log of it has the Gumbel distribution
+        return scores.float() - noise.log().to(scores.device)
+
+
+def _check(decoding: DecodingSettings) -> None:
+    if decoding.num_beams > 1 and decoding.temperature > 0:
+        raise SettingError(
+            f"--num-beams {decoding.num_beams} and --temperature {decoding.temperature:g} exclude each other: beam "
+            "search draws nothing. Leave one of them out."
+        )
+    if decoding.top_p < 1 and decoding.temperature == 0:
+        raise SettingError(
+            f"--top-p {decoding.top_p:g} needs a --temperature above 0: without one nothing is drawn. "
+            "Give both, or none."
+        )
+    if "" in decoding.stop:
+        raise SettingError("--stop: an empty text would end every answer at once. Give at least one character.")
+
+
+def _allowed(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, name: str) -> int:
+    """Most tokens to write after a prompt, which a message calls ``name``."""
+    if not prompt and not assembled.method.virtual_token_ids:
+        raise SettingError(f"{name} is empty, and this model has no token that starts a text. Give at least one word.")
+    room = room_after(assembled, prompt)
+    if room < 1:
+        virtual = len(assembled.method.virtual_token_ids)
+        soft = f" and the soft prompt {virtual}" if virtual else ""
+        raise SettingError(
+            f"{name} is too long: it has {len(prompt):,} tokens{soft}, and the model holds "
+            f"{context_length(assembled):,}. At most {len(prompt) + room - 1:,} leave room for an answer. Shorten it."
+        )
+    return min(room, decoding.max_tokens)
+
+
+def _batches(
+    assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings
+) -> Iterator[tuple[list[int], int]]:
+    """(positions of the prompts, most tokens to write), the longest first; a batch's prompts have the same room."""
+    names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
+    tokens = [_allowed(assembled, prompt, decoding, name) for prompt, name in zip(prompts, names, strict=True)]
+    virtual, batch = len(assembled.method.virtual_token_ids), list[int]()
+    for row in sorted(range(len(prompts)), key=lambda row: (tokens[row], -len(prompts[row]))):
+        if batch:
+            width = virtual + len(prompts[batch[0]]) + tokens[row]
+            if tokens[row] != tokens[batch[0]] or (len(batch) + 1) * width * decoding.num_beams > _TOKENS_AT_ONCE:
+                yield batch, tokens[batch[0]]
+                batch = []
+        batch.append(row)
+    if batch:
+        yield batch, tokens[batch[0]]
+
+
+def _write(
+    assembled: Assembled,
+    prompts: Sequence[list[int]],
+    rows: Sequence[int],
+    decoding: DecodingSettings,
+    tokens: int,
+    *criteria: StoppingCriteria,
+) -> list[list[int]]:
+    """The ids that the model writes after each prompt of a batch; padding or more may follow an answer's end."""
+    task: Any = assembled.task
+    model: Any = assembled.model
+    whole = [[*assembled.method.virtual_token_ids, *prompt] for prompt in prompts]
+    width = max(map(len, whole))
+    input_ids = torch.tensor([[task.pad_id] * (width - len(ids)) + ids for ids in whole])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in whole])
+    if decoding.stop:
+        criteria = (*criteria, _AtStop(_Cut(task, decoding.stop), width))
+    with _own_configuration(model):
+        written = model.generate(
+            input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=_configuration(task, decoding, tokens),
+            logits_processor=_drawing(decoding, rows),
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
+    ids: list[list[int]] = written[:, width:].tolist()
+    return ids
+
+
+def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,  # ``_Draw`` draws
+        num_beams=decoding.num_beams,
+        eos_token_id=list(task.end_ids) or None,
+        pad_token_id=task.pad_id,
+        use_cache=True,
+    )
+
+
+def _drawing(decoding: DecodingSettings, rows: Sequence[int]) -> LogitsProcessorList:
+    if decoding.temperature == 0:
+        return LogitsProcessorList()
+    narrowed = [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(decoding.temperature), *narrowed, _Draw(decoding.seed, rows)],
+    )
+
+
+@contextmanager
+def _own_configuration(model: Any) -> Iterator[None]:
+    """The folder's generation settings set aside: ``generate`` fills in from them whatever is left open."""
+    folders = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = folders

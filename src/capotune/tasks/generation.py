@@ -1,0 +1,286 @@
+"""Text that a model writes: which tokens a record becomes, which of them are learned, and what they cost.
+
+A record is a conversation, a prompt with its completion, or plain text (``data.conversations``). It becomes pieces of
+text, each read or learned; pieces are tokenised one by one, so that a prompt has the same tokens in training and later
+when the model is asked. The end of every text is learned too: it is how the model stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import nn
+from torch.nn import functional
+
+from capotune.config import TaskName
+from capotune.data.batches import NOT_LEARNED, Batch, Encoded, Targets
+from capotune.data.conversations import Conversation, Document, Pair, Sample, Samples
+from capotune.errors import DataError, SettingError
+from capotune.kernels.cross_entropy import linear_cross_entropy
+from capotune.tasks.base import Score, Task
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role.capitalize() + ':\\n' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""Stands in for a chat template where the model has none: each turn under its role's name."""
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SHOWN_START = 48  # tokens of a plain text that a model is given to go on from, at most
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text; ``learned`` or only read."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Generation(Task):
+    """The task: tokenizer, chat template, and what is learned."""
+
+    tokenizer: Any
+    max_length: int
+    end_ids: tuple[int, ...]
+    """Tokens that end a text; the first is the one that is learned where the template writes none."""
+    chat_template: str | None
+    """Jinja, as Transformers reads it; None: the model has none, and none was needed."""
+    template_from: str
+    """Where it comes from, in words."""
+    learn: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learned."""
+    separator: str = ""
+    """What stands between a plain prompt and its completion."""
+    chat: bool = False
+    """Whether it was trained on conversations."""
+    plain_head: bool = False
+    """Whether logits are the output layer's product with the last hidden states and nothing more."""
+
+    name: ClassVar[TaskName] = "generation"
+    metric: ClassVar[str] = "perplexity"
+
+    # ------------------------------------------------------------------------------------------------ text to tokens
+
+    def encode(self, samples: Samples) -> list[list[Encoded]]:
+        """What each sample becomes: one sequence, or several windows for a long plain text.
+
+        Raises ``DataError``, with file and line, for a conversation that the chat template does not take.
+        """
+        pieces = [
+            self._pieces(sample, f"{samples.source}:{line}")
+            for sample, line in zip(samples.samples, samples.lines, strict=True)
+        ]
+        ids = iter(self._ids([piece.text for of_sample in pieces for piece in of_sample]))
+        return [
+            self._encoded(sample, [(next(ids), piece.learned) for piece in of_sample])
+            for sample, of_sample in zip(samples.samples, pieces, strict=True)
+        ]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """A plain prompt to go on from, as prompts stood in training."""
+        separator = "" if prompt[-1:].isspace() else self.separator
+        return [*self._front, *self._ids([prompt + separator])[0]]
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """A conversation up to where the assistant begins to write.
+
+        Raises ``SettingError`` when there is no chat template or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise SettingError(
+                "the model has no chat template: it goes on with text and was not made to chat. Let it go on with "
+                "`capo generate`, or train an adapter on conversations first."
+            )
+        try:
+            return self._ids([self._render(messages, tools, answer=True)])[0]
+        except (TemplateError, TypeError) as error:
+            raise SettingError(f"the chat template refuses these messages: {error}") from None
+
+    def encode_question(self, sample: Sample) -> list[int]:
+        """What stands before the answer: all before a conversation's last assistant turn; the start of a plain text."""
+        if isinstance(sample, Pair):
+            return self.encode_prompt(sample.prompt)
+        if isinstance(sample, Document):
+            ids = self._ids([sample.text])[0]
+            return [*self._front, *ids[: max(1, min(_SHOWN_START, len(ids) // 2))]]
+        turns = [at for at, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        return self.encode_chat(sample.messages[: turns[-1]], sample.tools)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it reads in a text, special ones by name; what is no whole character stays as it is stored."""
+        return [self._token_text(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def _token_text(self, token: str) -> str:
+        if byte := _BYTE.fullmatch(token):  # as SentencePiece writes a character that it has no token for
+            return chr(int(byte[1], 16)) if int(byte[1], 16) < 128 else token
+        if "▁" in token:
+            return token.replace("▁", " ")
+        text = str(self.tokenizer.convert_tokens_to_string([token]))
+        return token if "\ufffd" in text else text
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """Tokens that the tokenizer puts before a text, such as ``<s>``."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+        return list(whole[:at])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # the tokenizer takes no empty list
+            return []
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(one) for one in ids]
+
+    def _pieces(self, sample: Sample, where: str) -> list[Piece]:
+        if isinstance(sample, Document):
+            return [Piece(sample.text, True)]
+        if isinstance(sample, Pair):
+            return [Piece(sample.prompt + self.separator, False), Piece(sample.completion, True)]
+        try:
+            return self._turns(sample, where)
+        except (TemplateError, TypeError) as error:
+            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
+
+    def _turns(self, sample: Conversation, where: str) -> list[Piece]:
+        """The rendered conversation, cut where a learned assistant turn begins and ends."""
+        turns = [
+            at
+            for at, message in enumerate(sample.messages)
+            if message["role"] == "assistant" and at >= sample.learn_from
+        ]
+        whole, done, pieces = self._render(sample.messages, sample.tools), 0, []
+        for at in turns if self.learn == "all" else turns[-1:]:
+            before = self._render(sample.messages[:at], sample.tools, answer=True)
+            after = self._render(sample.messages[: at + 1], sample.tools)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    f"{where}: the chat template writes turn {at + 1} differently once others follow, so that what is "
+                    "learned is not what the model will see. Give --learn last."
+                    if self.learn == "all" and at != turns[-1]
+                    else f"{where}: the chat template does not write an answer after the words that ask for it "
+                    f"({before[-40:]!r}), so the learned part cannot be told."
+                )
+            pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
+            done = len(after)
+        return [piece for piece in [*pieces, Piece(whole[done:], False)] if piece.text]
+
+    def _render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], answer: bool = False) -> str:
+        if not messages and not answer:
+            return ""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=answer,
+            )
+        )
+
+    def _encoded(self, sample: Sample, pieces: list[tuple[list[int], bool]]) -> list[Encoded]:
+        ids, labels = [], []
+        if not isinstance(sample, Conversation):  # a chat template writes its own
+            ids, labels = [*self._front], [NOT_LEARNED] * len(self._front)
+            pieces = [*pieces[:-1], (pieces[-1][0] + [self.end_ids[0]], True)]
+        for piece, learned in pieces:
+            learn = piece[: self._end_in(piece)] if learned else []
+            if learned and not self._end_in(piece):
+                learn = piece = [*piece, self.end_ids[0]]
+            ids += piece
+            labels += learn + [NOT_LEARNED] * (len(piece) - len(learn))  # nothing is learned after the end
+        return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels)]
+
+    def _end_in(self, ids: list[int]) -> int:
+        """Position after the last end token; 0 when there is none."""
+        return max((at + 1 for at, token in enumerate(ids) if token in self.end_ids), default=0)
+
+    def _windows(self, ids: list[int]) -> list[Encoded]:
+        """A plain text of any length, window after window, so that nothing of it is lost."""
+        parts = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
+        return [Encoded(part, [NOT_LEARNED, *part[1:]], len(part)) for part in parts if len(part) > 1]
+
+    def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
+        """A sequence that must fit; what is beyond ``max_length`` is lost."""
+        lost = [label for label in labels[self.max_length :] if label != NOT_LEARNED]
+        return Encoded(
+            ids[: self.max_length],
+            [NOT_LEARNED, *labels[1 : self.max_length]],
+            tokens=len(ids),
+            answer_cut=any(label not in self.end_ids for label in lost),
+            end_cut=any(label in self.end_ids for label in lost),
+        )
+
+    # ------------------------------------------------------------------------------------------------ tokens to a loss
+
+    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Sum of the learned tokens' cross-entropies in nats."""
+        return self._losses(model, batch, label_smoothing)[0].sum()
+
+    def units(self, targets: Targets, rows: list[int]) -> int:
+        """The learned tokens."""
+        return sum(label != NOT_LEARNED for row in rows for label in targets[row])
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Of each row the sum of its losses and the number of its learned tokens, (rows, 2)."""
+        losses, row = self._losses(model, batch, 0.0)
+        sums = torch.zeros(len(batch.input_ids), 2, device=losses.device)
+        return sums.index_add_(0, row, torch.stack([losses, torch.ones_like(losses)], 1))
+
+    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the losses
+        """(−loss per learned token,)."""
+        nats, tokens = outputs.double().sum(0).tolist()
+        return (-nats / max(tokens, 1.0),)
+
+    def shown(self, score: Score) -> float:
+        """The perplexity."""
+        return float(torch.tensor(-score[0], dtype=torch.float64).exp())
+
+    def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (learned tokens,) and the row of each. Logits are made where something is learned, nowhere else."""
+        assert batch.targets is not None
+        targets = batch.targets[:, 1:]  # what stands at a position is predicted by the one before
+        row, position = (targets != NOT_LEARNED).nonzero(as_tuple=True)
+        wanted = targets[row, position]
+        if not self.plain_head:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[row, position].float()
+            return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
+        states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        head = model.get_output_embeddings()
+        chosen = states[row, position].to(head.weight.dtype)
+        return linear_cross_entropy(chosen, head.weight, head.bias, wanted, label_smoothing), row
+
+    # ------------------------------------------------------------------------------------------------------------ rest
+
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:  # noqa: ARG002 - the base's own head stays frozen
+        """None."""
+        return {}
+
+    def expected_head(self, model: Any) -> int:  # noqa: ARG002
+        """0."""
+        return 0
+
+    def record(self, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Template, separator and lengths, as stored beside an adapter."""
+        return {
+            "task": self.name,
+            "max_length": self.max_length,
+            "chat_template": self.chat_template,
+            "template_from": self.template_from,
+            "learn": self.learn,
+            "separator": self.separator,
+            "chat": self.chat,
+        }
