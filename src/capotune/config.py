@@ -226,6 +226,25 @@ class PromptTuningSettings(TrainingSettings):
         return {**chosen, "num_virtual_tokens": 20, "init": "labels" if task == "classification" else "vocabulary"}
 
 
+class MergeSettings(Settings):
+    """An adapter's change in its base's weights."""
+
+    adapter: Path
+    """Adapter folder, of lora or qlora."""
+    out: Path
+    """Folder for the merged model. Must not exist."""
+    model: str | None = None
+    """Where the base is, when not where it was trained."""
+    requantize: bool = False
+    """qlora: add the change to what the 4 bits stand for, and pack the sum again, instead of adding it to the base in
+    full precision."""
+    text: str | None = None
+    """A text file of your own, on which the merged model's answers are compared with the adapter's. Left out: a few
+    lines of ours."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
 class QuantizeSettings(Settings):
     """A model in 4 bits."""
 

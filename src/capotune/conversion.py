@@ -8,12 +8,25 @@ from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
-from capotune.config import QuantizeSettings
+import torch
+
+from capotune.adapters.merge import check_mergeable, save_head, write_merged
+from capotune.adapters.store import StoredAdapter, find_base, load_adapter, read_adapter
+from capotune.config import MergeSettings, QuantizeSettings
+from capotune.device import pick_device
 from capotune.errors import SettingError
-from capotune.evaluation.divergence import compare_models, read_text
+from capotune.evaluation.divergence import (
+    Divergence,
+    answers_of,
+    compare_logits,
+    compare_models,
+    read_text,
+    text_windows,
+)
 from capotune.files import output_folder, write_atomic
-from capotune.models.load import Quantization, Source, find
+from capotune.models.load import Quantization, Source, find, load_causal_lm
 from capotune.models.quantize import LayerError, write_packed
+from capotune.models.stream import bytes_as_steps
 
 Event = dict[str, Any]
 Reporter = Callable[[Event], None]
@@ -40,7 +53,7 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
     with output_folder(settings.out) as new:
         report({"kind": "stage", "text": f"packing: {packing}"})
         packed = write_packed(
-            source, new, packing, trust_remote_code=settings.trust_remote_code, progress=steps(report)
+            source, new, packing, trust_remote_code=settings.trust_remote_code, progress=bytes_as_steps(report)
         )
         result = {
             "model": settings.model,
@@ -64,17 +77,59 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
     return result
 
 
-def steps(report: Reporter) -> Callable[[int, int], None]:
-    """Progress in bytes as events, a hundred of them at most."""
-    last = -1
+def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
+    """Write an adapter's base with the adapter's change in its weights into ``settings.out``; says what changed.
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if 100 * done // total > last:
-            last = 100 * done // total
-            report({"kind": "step", "step": done, "total": total})
+    The folder is complete or absent. A classifier's head goes into an adapter inside it.
 
-    return progress
+    Raises ``CapotuneError`` subclasses for everything the user can mend, also for methods that cannot be merged.
+    """
+    text = read_text(settings.text)
+    stored = read_adapter(settings.adapter)
+    source = find_base(stored, settings.model)
+    check_mergeable(stored, source, settings.requantize)
+    with output_folder(settings.out) as new:
+        report({"kind": "stage", "text": f"merging into {source.name}{' in 4 bits' if settings.requantize else ''}"})
+        changed = write_merged(
+            stored,
+            source,
+            new,
+            requantize=settings.requantize,
+            trust_remote_code=settings.trust_remote_code,
+            progress=bytes_as_steps(report),
+        )
+        merged = Source(str(settings.out.absolute()), new)
+        if stored.task == "classification":
+            save_head(stored, merged, settings.out)
+        report({"kind": "stage", "text": "comparing answers with the adapter's"})
+        return {
+            "adapter": str(settings.adapter),
+            "base": source.name,
+            "out": str(settings.out),
+            "requantized": settings.requantize,
+            "changed_layers": changed,
+            "bytes": _weight_bytes(merged),
+            "head": str(settings.out / "adapter") if stored.task == "classification" else None,
+            "answers": {"text": settings.text, **asdict(_merged_answers(stored, source, merged, text, settings))},
+        }
+
+
+def _merged_answers(
+    stored: StoredAdapter, source: Source, merged: Source, text: str, settings: MergeSettings
+) -> Divergence:
+    """The merged model's answers against those of the base with the adapter on it."""
+    classifies, trust = stored.task == "classification", settings.trust_remote_code
+    windows = text_windows(source, text, by_line=classifies, trust=trust)
+    on_base = load_adapter(stored, model=settings.model, device=pick_device(), trust_remote_code=trust)
+    before = answers_of(on_base.model, windows)
+    del on_base
+    if classifies:
+        head = read_adapter(merged.folder / "adapter")
+        after = answers_of(load_adapter(head, model=str(merged.folder), device=pick_device()).model, windows)
+    else:
+        dtype = getattr(torch, stored.record["trained"].get("dtype", "float32"))
+        after = answers_of(load_causal_lm(merged, dtype=dtype, trust_remote_code=trust), windows)
+    return compare_logits(before, after)
 
 
 def _errors(layers: tuple[LayerError, ...]) -> dict[str, Any]:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from capotune.api.conversion import quantize
+from capotune.api.conversion import merge, quantize
 from capotune.api.inference import (
     Classifier,
     Generator,
@@ -56,6 +56,7 @@ __all__ = [
     "load_classifier",
     "load_generator",
     "load_model",
+    "merge",
     "predict",
     "quantize",
     "read_prompts",

@@ -1,10 +1,11 @@
-"""``capo quantize``: a model in 4 bits."""
+"""``capo quantize`` and ``capo merge``: a model's checkpoint written anew."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
-from capotune.config import QuantizeSettings
+from capotune.config import MergeSettings, QuantizeSettings
 from capotune.files import human_bytes
 
 SHOWN_LAYERS = 5
@@ -40,6 +41,30 @@ def quantize(rest: list[str]) -> int:
         print(json.dumps(result, ensure_ascii=False))
     else:
         _show_quantized(result, given.report)
+    return 0
+
+
+class Merge(MergeSettings):
+    """Write a lora or qlora adapter's change into its base: a Transformers checkpoint that needs no adapter."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter folder, of lora or qlora."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def merge(rest: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    given = parse(Merge, rest, "capo merge")
+    from capotune import api
+
+    values = {name: getattr(given, name) for name in MergeSettings.model_fields}
+    with watch_bytes() as report:
+        result = api.merge(progress=report, **values)
+    if given.as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        _show_merged(result)
     return 0
 
 
@@ -84,6 +109,17 @@ def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
             shape = " × ".join(map(str, layer["shape"]))
             table.add_row(layer["name"], shape, f"{layer['relative_error']:.2%}")
         console.print("\n", table, sep="", highlight=False)
+
+
+def _show_merged(result: dict[str, Any]) -> None:
+    grid = _grid()
+    how = "in 4 bits: unpacked, changed, packed again" if result["requantized"] else "as the base is stored"
+    grid.add_row("merged", f"{result['changed_layers']} layers of {result['base']}, {how}")
+    grid.add_row("answers", f"{describe_answers(result['answers'])}, against the adapter on its base")
+    grid.add_row("written to", f"{result['out']}, {human_bytes(result['bytes'])}")
+    if result["head"]:
+        grid.add_row("head", f"{result['head']}, an adapter of the merged model")
+    Console().print(grid, highlight=False)
 
 
 def describe_answers(answers: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo info ADAPTER                        what an adapter is
   capo data tickets.csv                    what a data file holds, and what is wrong with it
   capo demo generation                     a comparison on data that is already here
+  capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 Data is labelled text, or text to write: conversations, prompts with completions, plain text. generate, chat and
@@ -288,6 +289,12 @@ def _chat(rest: list[str]) -> int:
     return chat(rest)
 
 
+def _merge(rest: list[str]) -> int:
+    from capotune.cli.convert import merge
+
+    return merge(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -305,6 +312,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "demo": _demo,
     "quantize": _quantize,
+    "merge": _merge,
 }
 
 

@@ -7,7 +7,6 @@ last hidden state, classifiers by the distribution over their labels, as languag
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +81,13 @@ def compare_models(original: Source, changed: Source, text: str, trust: bool = F
 
     Raises ``DataError`` when the text is too short, ``ModelError`` when a model cannot be loaded.
     """
-    windows = text_windows(original, text, trust)
-    if writes_text(original):
-        answers = [_answers(load_causal_lm(source, trust_remote_code=trust), windows) for source in (original, changed)]
-        return compare_logits(*answers)
-    answers = [_answers(load_backbone(source, trust_remote_code=trust), windows) for source in (original, changed)]
-    return compare_states(*answers)
+    writes = writes_text(original)
+    windows = text_windows(original, text, by_line=not writes, trust=trust)
+    load = load_causal_lm if writes else load_backbone
+    answers = [
+        answers_of(load(source, trust_remote_code=trust), windows) for source in (original, changed)
+    ]  # one at a time
+    return compare_logits(*answers) if writes else compare_states(*answers)
 
 
 def writes_text(source: Source) -> bool:
@@ -110,11 +110,14 @@ def read_text(path: str | Path | None) -> str:
     return text
 
 
-def text_windows(source: Source, text: str, trust: bool = False) -> list[Tensor]:
-    """Token ids, each (1, tokens): the start of ``text``, as one stream for a language model, else line by line."""
+def text_windows(source: Source, text: str, *, by_line: bool, trust: bool = False) -> list[Tensor]:
+    """Token ids, each (1, tokens): the start of ``text``, line by line or as one stream.
+
+    Raises ``DataError`` when there are not two tokens.
+    """
     tokenizer = load_tokenizer(source, trust)
     longest = min(WINDOW, max_length(tokenizer, load_config(source, trust)))
-    if writes_text(source):
+    if not by_line:
         ids = tokenizer(text, verbose=False)["input_ids"][:MOST_TOKENS]
         rows = [ids[at : at + longest] for at in range(0, len(ids), longest)]
     else:
@@ -137,11 +140,9 @@ def _up_to(most: int, rows: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _answers(model: Any, windows: Sequence[Tensor]) -> Tensor:
-    """Logits or last hidden states of every token, (tokens, choices or hidden) on the CPU. The model is let go of."""
+def answers_of(model: Any, windows: Sequence[Tensor]) -> Tensor:
+    """Logits or last hidden states, (tokens, choices or hidden) on the CPU; of a classifier (windows, labels)."""
     device = pick_device()
     model = model.to(device)
-    found = [model(input_ids=window.to(device))[0][0].float().cpu() for window in windows]
-    del model
-    gc.collect()
-    return torch.cat(found)
+    found = [model(input_ids=window.to(device))[0].float().cpu() for window in windows]
+    return torch.cat([answer.reshape(-1, answer.shape[-1]) for answer in found])

@@ -77,10 +77,8 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
-        merged = self.dense_weight(torch.float32) + self.scale * (self.lora_B @ self.lora_A)
-        if self.lora_magnitude_vector is not None:
-            merged = merged * (self.lora_magnitude_vector / torch.linalg.norm(merged, dim=1))[:, None]
-        return merged.detach()
+        weight = self.dense_weight(torch.float32)
+        return merged(weight, self.lora_A, self.lora_B, self.scale, self.lora_magnitude_vector).detach()
 
     def _dora(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert self.lora_magnitude_vector is not None
@@ -105,6 +103,16 @@ class LoraLinear(nn.Module):
         cross = ((weight @ a.t()) * b).sum(1)
         square = ((b @ (a @ a.t())) * b).sum(1)
         return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+
+
+def merged(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None
+) -> torch.Tensor:
+    """weight + scale·BA (out, in), with DoRA's ``magnitude`` (out,) each row rescaled to it."""
+    changed = torch.addmm(weight, b, a, alpha=scale)
+    if magnitude is not None:
+        changed = changed * (magnitude / torch.linalg.norm(changed, dim=1))[:, None]
+    return changed
 
 
 def _or0(bias: torch.Tensor | None) -> torch.Tensor | float:

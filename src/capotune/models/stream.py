@@ -188,3 +188,16 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def bytes_as_steps(report: Callable[[dict[str, Any]], None]) -> Progress:
+    """Progress in bytes as events (``kind`` step, step, total), a hundred of them at most."""
+    last = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if 100 * done // total > last:
+            last = 100 * done // total
+            report({"kind": "step", "step": done, "total": total})
+
+    return progress
