@@ -14,7 +14,9 @@ from helpers import examples, fit, logits, on_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import capotune
 from capotune.config import FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
+from capotune.device import compute_dtype
 from capotune.errors import ModelError, SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.models import stream
@@ -173,6 +175,40 @@ def test_every_method_that_leaves_the_base_alone_trains_on_it(settings: Any, sav
     assert torch.isfinite(logits(assembled)).all()
     after = packed_layers(assembled.model)
     assert all(torch.equal(after[path].codes, codes) for path, codes in before.items())
+
+
+def test_a_run_says_how_its_base_is_stored_and_shows_the_load(
+    llama_writer: Path, colour_pairs: Path, tmp_path: Path
+) -> None:
+    capotune.quantize(str(llama_writer), out=tmp_path / "packed")
+    events: list[dict[str, Any]] = []
+    record = capotune.train(
+        "qlora", data=str(colour_pairs), model=str(tmp_path / "packed"), out=tmp_path / "run", epochs=1, rank=2,
+        quant_type="fp4", report=events.append,
+    )  # fmt: skip
+    loading = next(at for at, event in enumerate(events) if event.get("text", "").startswith("loading base"))
+    said = events[loading]["text"]
+    assert "in the 4 bits that it is stored in (nf4, blocks of 64, double-quantised)" in said
+    dtype = str(compute_dtype(torch.device("cpu"), packed=True)).removeprefix("torch.")
+    assert f"to compute in {dtype} on cpu" in said
+    assert record["base"]["packing"] == "nf4, blocks of 64, double-quantised"
+    steps = [event for event in events[loading + 1 :] if event["kind"] in ("step", "stage", "start")]
+    assert (steps[0]["kind"], steps[0]["loss"]) == ("step", None)
+    shown = [event["step"] for event in steps[: next(at for at, one in enumerate(steps) if one["kind"] != "step")]]
+    assert shown == sorted(shown)
+    assert shown[-1] == steps[0]["total"]
+
+
+@pytest.mark.parametrize("instructions", [{}, {"avx512_bf16": True}, {"amx_bf16": True}], ids=str)
+def test_a_packed_model_computes_in_bf16_where_the_processor_can(
+    instructions: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert compute_dtype(cpu, packed=True) == (torch.bfloat16 if instructions else torch.float32)
+    assert compute_dtype(cpu) == torch.float32  # a model in full precision is trained as it always was
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert compute_dtype(cpu, packed=True) == torch.float32
 
 
 def test_packed_weights_do_not_train(saved: Callable[..., Path]) -> None:

@@ -54,7 +54,8 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-FP4_VALUES = tuple(sign * v / 12.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+# Both of its zeros are positive (+ 0.0), as bitsandbytes has them.
+FP4_VALUES = tuple(sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # A block of zeros has absmax 0; dividing by this instead leaves its scaled weights at 0.
 SMALLEST_SCALE = 1e-38
 # How the C kernels call the dtypes, and how many numbers are worth a thread of their own: about a millisecond's work.
