@@ -6,14 +6,18 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style types floors bench format clean
+.PHONY: help demo demo-generation test check style types floors bench format clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(INSTALLED) ## compare the four techniques on examples/support_tickets.csv, into demo-out/
 	rm -rf demo-out
 	$(BIN)/capo compare --data examples/support_tickets.csv --out demo-out --qlora.epochs 3 --prompt-tuning.epochs 2
+
+demo-generation: $(INSTALLED) ## the same for text that a small language model writes, into demo-generation-out/
+	rm -rf demo-generation-out
+	$(BIN)/capo demo generation --out demo-generation-out
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
@@ -39,7 +43,7 @@ format: $(INSTALLED) ## let ruff put the code in shape
 	$(BIN)/ruff format .
 
 clean: ## remove what these targets made, the environment included
-	rm -rf .venv demo-out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv demo-out demo-generation-out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. The stamp is written last and taken away first, so an install that was interrupted starts clean the

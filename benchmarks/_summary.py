@@ -33,6 +33,13 @@ def main() -> None:
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         source = f"`python benchmarks/{name}.py`, `results/{name}.json`."
         sections += ["", f"## {title}", "", *table(content), "", source]
+    if (RESULTS / "generation.json").is_file():
+        sections += ["", *generation(json.loads((RESULTS / "generation.json").read_text(encoding="utf-8")))]
+    if (RESULTS / "demo-generation.json").is_file():
+        block = expressions(json.loads((RESULTS / "demo-generation.json").read_text(encoding="utf-8")))
+        text = re.sub("(<!-- expressions -->).*?(<!-- /expressions -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
+        sections += ["", "## `capo demo generation`", "", block]
+        sections += ["", "`python benchmarks/generation.py expressions`, `results/demo-generation.json`."]
     readme.write_text(text, encoding="utf-8")
     (HERE / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
 
@@ -57,6 +64,66 @@ def comparison(content: dict[str, Any], title: str) -> str:
     lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}"]
     lines += ["", f"On {machine['cpu']}; torch {machine['torch']}, transformers {machine['transformers']}."]
     return "\n".join(lines)
+
+
+def expressions(content: dict[str, Any]) -> str:
+    """The demonstration's table: exact match first."""
+    base = content["base_scores"]
+    lines = [
+        f"Requests in English, each for one Python expression: {content['train_rows']:,} to train on, and "
+        f"{content['test_rows']} to test whose phrasings do not occur in training.",
+        "",
+        "| technique | exact match | perplexity | trained weights | adapter | seconds | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| base alone | {base['exact_match']:.1%} | {base['perplexity']:.2f} | – | – | – | – |",
+    ]
+    for row in content["rows"]:
+        share = row["trainable_parameters"] / row["total_parameters"]
+        lines.append(
+            f"| {row['method']} | {row['scores']['exact_match']:.1%} | {row['scores']['perplexity']:.2f} "
+            f"| {row['trainable_parameters']:,} ({share:.1%}) | {human_bytes(row['adapter_bytes'])} "
+            f"| {row['train_seconds']:.0f} | {human_bytes(row['peak_memory_bytes'])} |"
+        )
+    machine = content["environment"]
+    lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}"]
+    lines += ["", f"On {machine['cpu']}; torch {machine['torch']}, transformers {machine['transformers']}."]
+    return "\n".join(lines)
+
+
+def generation(content: dict[str, Any]) -> list[str]:
+    """A table for each data set: the techniques and full fine-tuning from one start."""
+    lines = [
+        "## Generation on a very small model",
+        "",
+        "`stories260K` (260,032 weights), by the four techniques, by QLoRA with other 4-bit formats, and by full "
+        "fine-tuning as the yardstick. A model this small is a test of mechanics: that every technique learns on real "
+        "data, and how far each gets from the same start in the same number of passes. It can't show what a large "
+        "model would answer.",
+    ]
+    for name, part in content.items():
+        base = part["base_scores"]
+        lines += [
+            "",
+            f"### {name}: {part['train_rows']:,} rows to train on, {part['test_rows']:,} to test",
+            "",
+            "| technique | test loss | perplexity | its 95 % interval | exact match | ROUGE-L "
+            "| trained weights | adapter | seconds |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            f"| base alone | {base['loss']:.3f} | {base['perplexity']:.2f} | – "
+            f"| {_share(base, 'exact_match')} | {_share(base, 'rouge_l')} | – | – | – |",
+        ]
+        for row in part["rows"]:
+            scores, (low, high) = row["scores"], row["intervals"]["perplexity"]
+            lines.append(
+                f"| {row['technique']} | {scores['loss']:.3f} | {scores['perplexity']:.2f} | {low:.2f} to {high:.2f} "
+                f"| {_share(scores, 'exact_match')} | {_share(scores, 'rouge_l')} | {row['trainable_parameters']:,} "
+                f"| {human_bytes(row['adapter_bytes'])} | {row['train_seconds']:.0f} |"
+            )
+    return [*lines, "", "`python benchmarks/generation.py`, `results/generation.json`."]
+
+
+def _share(scores: dict[str, float], name: str) -> str:
+    return f"{scores[name]:.1%}" if name in scores else "–"
 
 
 def four_bit(content: dict[str, Any]) -> list[str]:

@@ -7,8 +7,9 @@ that every technique learns, and how far each gets from the same start; it canno
 Full fine-tuning is a method of this script alone: every weight of the base trains, which is what the four techniques
 avoid. It stands here as the yardstick.
 
-    python benchmarks/generation.py              every run, into results/generation.json
+    python benchmarks/generation.py              every run, into results/generation.json, and the demonstration
     python benchmarks/generation.py wikisql      one data set again; the others' rows stay as they are
+    python benchmarks/generation.py expressions  `capo demo generation` alone, into results/demo-generation.json
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from capotune import config
+from capotune.cli import main as capo
 from capotune.config import (
     FeatureExtractionSettings,
     LoraSettings,
@@ -107,7 +109,7 @@ def one_run(name: str, shared: dict[str, Any], method: MethodSettings, out: Path
 
 def row(name: str, record: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run."""
-    kept = ("scores", "interval", "trainable_parameters", "adapter_bytes", "train_seconds", "epochs", "best_epoch")
+    kept = ("scores", "intervals", "trainable_parameters", "adapter_bytes", "train_seconds", "epochs", "best_epoch")
     method = record["method"]
     return {"technique": name, **{key: record["result"][key] for key in kept}, "settings": record[method]}
 
@@ -137,8 +139,20 @@ def main() -> None:
             RESULTS.write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
 
 
+def demonstration() -> None:
+    """What ``capo demo generation`` finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        capo(["demo", "generation", "--out", str(out), "--no-open"])
+        content = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    content["environment"] = content.pop("details")["environment"]
+    (HERE / "results" / "demo-generation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    if not sys.argv[1:] or "expressions" in sys.argv[1:]:
+        demonstration()
     if SHARED.is_dir():
         main()
     else:
-        print(f"{SHARED} is not there: nothing is run", file=sys.stderr)
+        print(f"{SHARED} is not there: the other runs are left out", file=sys.stderr)

@@ -218,7 +218,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def document(path: Path, sentences: int = 60) -> Path:
+def document(path: Path, sentences: int = 140) -> Path:
     """A plain text of sentences that differ in a number."""
     things = list(COLOURS)
     lines = [(number, things[number % len(things)]) for number in range(sentences)]

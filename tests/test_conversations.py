@@ -476,6 +476,7 @@ def test_the_first_rows_are_those_of_the_whole_file(write: Write, tmp_path: Path
 def test_of_a_large_file_only_the_start_is_read(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     question = {"question": "x" * 1000, "answer": "y"}
     source = write("a.jsonl", *[question] * 2000)
+    labelled = write("e.csv", "text,label\n" + "a,b\n" * 300_000)
     long_first = write("b.jsonl", {"question": "x" * 2**21, "answer": "y"}, question)
     one_line = write("c.json", json.dumps([question] * 2000))
     broken = write("d.csv", "question,answer\n" + "a,b\n" * 300_000 + '"never closed,')
@@ -486,6 +487,7 @@ def test_of_a_large_file_only_the_start_is_read(write: Write, monkeypatch: pytes
         assert looks_like_generation(source)
         assert looks_like_generation(one_line)
         assert looks_like_generation(broken)
+        assert not looks_like_generation(labelled)
     assert "is never closed" in error_of(load_samples, broken)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,25 @@ def test_the_held_out_loss_falls(variant: str, base: str, whole: Whole, writers:
     assert not [key for key in start if torch.equal(whole.weights[key], start[key])]
 
 
+@pytest.mark.parametrize("variant", ["features-k1", "lora", "prompt-vocabulary"])
+def test_the_best_weights_are_kept(variant: str, llama_writer: Path) -> None:
+    """Held-out rows with answers that training makes less likely: of all epochs an early one comes back."""
+    assembled = on_base(llama_writer, VARIANTS[variant].model_copy(update={"epochs": 4, "patience": 4}))
+    held = as_examples(assembled, [replace(pair, completion="parcel parcel parcel") for pair in pairs(12)])
+    after, scores = [weights(assembled)], list(held_out_score(assembled, held))
+
+    def on_epoch(_state: TrainingState, _loss: float, perplexity: float) -> None:
+        after.append(weights(assembled))
+        scores.append(-math.log(perplexity))
+
+    state, _ = fit(assembled, train_examples=examples(assembled), held_examples=held, on_epoch=on_epoch)
+    best = max(range(5), key=scores.__getitem__)
+    assert state.epoch == 4
+    assert state.best_epoch == best < 4
+    assert state.best_score == pytest.approx((scores[best],))
+    assert_same_bits(weights(assembled), after[best])
+
+
 @pytest.mark.parametrize(("variant", "base"), PAIRS)
 def test_base_is_bitwise_unchanged(variant: str, base: str, writers: dict[str, Path]) -> None:
     on_disk = folder_digest(writers[base])
@@ -364,7 +384,7 @@ def test_a_stored_copy_of_a_tied_output_layer_changes_nothing(llama_writer: Path
     assert other.model.lm_head.weight is other.model.model.embed_tokens.weight
 
 
-# ------------------------------------------------------------------------------------------------ one base, many tunings
+# --------------------------------------------------------------------------------------------- one base, many tunings
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -376,6 +376,14 @@ def test_learned_text_is_green_and_what_is_cut_is_yellow() -> None:
     assert "\x1b[33m1 in train: nothing to learn" in text
 
 
+def test_a_text_read_in_windows_is_not_a_warning() -> None:
+    train = rows(*(Document("word " * number) for number in range(1, 40)), format="text")
+    console = Console(width=80, color_system="standard", force_terminal=True)
+    with console.capture() as capture:
+        console.print(render(inspect(train, rows(), limit=20)))
+    assert "\x1b[33m" not in capture.get()
+
+
 def test_bars_are_as_long_as_their_rows() -> None:
     train = rows(*(Document("x " * length) for length in [5] * 800 + [15] * 400 + [25]), format="text")
     lines = shown(inspect(train, rows(), limit=100)).splitlines()

@@ -130,13 +130,13 @@ class FeatureExtractionSettings(TrainingSettings):
     """Last blocks that train, with the norm above them. Left out: 0 for labels (the head alone, which is solved to
     convergence, not trained in steps), 2 for text."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the last blocks. Left out: 1e-4 for labels; for text a third of LoRA's."""
+    """Peak learning rate of the last blocks. Left out: 1e-4 for labels; for text by the model's width, as LoRA's."""
 
     def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
         chosen = super()._chosen(task, hidden_size)
         if task == "classification":
             return {**chosen, "learning_rate": 1e-4, "trainable_layers": 0}
-        return {**chosen, "learning_rate": round(chosen["learning_rate"] / 3, 6), "trainable_layers": 2}
+        return {**chosen, "trainable_layers": 2}
 
 
 class LoraSettings(TrainingSettings):
@@ -195,7 +195,8 @@ class PromptTuningSettings(TrainingSettings):
     hard: bool = False
     """Keep the best of the `candidates` (or `init_text`) as it is and train nothing."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the prompt vectors. Left out: 1e-2."""
+    """Peak learning rate of the prompt vectors. Left out: 1e-2 for labels; for text the standard deviation of the base's
+    token embeddings, since that is the scale on which vectors differ."""
     head_learning_rate: Positive = 1e-2
     """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
     epochs: Count | None = None
@@ -220,7 +221,11 @@ class PromptTuningSettings(TrainingSettings):
         return self
 
     def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
-        chosen = {**super()._chosen(task, hidden_size), "learning_rate": 1e-2, "epochs": 3}
+        chosen = {**super()._chosen(task, hidden_size), "epochs": 3}
+        if task == "classification":
+            chosen["learning_rate"] = 1e-2
+        else:
+            del chosen["learning_rate"]  # the method takes it from the base's embeddings
         if self.candidates is not None or self.hard:  # the words themselves give the number once they are known
             return chosen
         return {**chosen, "num_virtual_tokens": 20, "init": "labels" if task == "classification" else "vocabulary"}

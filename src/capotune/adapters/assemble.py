@@ -15,6 +15,7 @@ from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.load import (
     Pooling,
     Source,
+    check_writes_text,
     end_tokens,
     load_backbone,
     load_causal_lm,
@@ -86,8 +87,9 @@ def generation_task(
 ) -> Generation:
     """The task on this base with the model's own chat template; where ``chat`` needs one and it has none, a plain form.
 
-    Raises ``ModelError`` when the tokenizer names no end-of-text token.
+    Raises ``ModelError`` when it is no causal language model, or its tokenizer names no end-of-text token.
     """
+    check_writes_text(source, trust)
     tokenizer = load_tokenizer(source, trust)
     ends = end_tokens(source, tokenizer)
     if not ends:

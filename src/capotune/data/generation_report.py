@@ -182,7 +182,7 @@ def inspect_samples(
 
 
 def _token_counts(rows: Sequence[Sequence[Encoded]]) -> list[int]:
-    return [sum(one.tokens for one in of_row[:1]) for of_row in rows]
+    return [sum(one.tokens for one in of_row) for of_row in rows]
 
 
 def _learned_part(sample: Sample, learn: str) -> str:

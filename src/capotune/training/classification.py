@@ -99,8 +99,8 @@ class ClassificationRun(TaskRun):
         test_features = _pooled(assembled, self._test.rows, cache)[:, -hidden:]
         logits = nearest_mean_logits(train_features, self._train_targets, test_features, len(self.task.labels))
         accuracy = float((logits.argmax(1) == targets).float().mean())
-        interval = wilson_interval(accuracy, len(targets))
-        return Tested("accuracy", accuracy, interval, {"accuracy": accuracy}, len(targets), [])
+        intervals = {"accuracy": wilson_interval(accuracy, len(targets))}
+        return Tested("accuracy", accuracy, {"accuracy": accuracy}, intervals, len(targets), [])
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """The features, when the method leaves them equal: to the bit, whoever filled the cache."""
@@ -139,14 +139,14 @@ class ClassificationRun(TaskRun):
         targets = self._test.targets
         assert isinstance(targets, torch.Tensor)
         if not len(targets):
-            return Tested("accuracy", None, None, {}, 0, [])
+            return Tested("accuracy", None, {}, {}, 0, [])
         logits = self._test_logits(assembled, cache)
         scores = classification_scores(logits, targets)
         return Tested(
             "accuracy",
             scores.accuracy,
-            wilson_interval(scores.accuracy, scores.rows),
             {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "loss": scores.loss},
+            {"accuracy": wilson_interval(scores.accuracy, scores.rows)},
             scores.rows,
             self._predictions(logits),
         )

@@ -34,7 +34,7 @@ from capotune.errors import DataError, SettingError
 from capotune.evaluation.answers import answer_rows
 from capotune.evaluation.generate import generate
 from capotune.evaluation.metrics import mean_interval, perplexity
-from capotune.methods import make
+from capotune.methods import Untouched, make
 from capotune.models.load import find
 from capotune.tasks.generation import Generation
 from capotune.training.activation_cache import ActivationCache
@@ -139,8 +139,8 @@ class GenerationRun(TaskRun):
         return sorted({token for sequence in self.train.rows.sequences for token in sequence})
 
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Tested:
-        """The same as any adapter's."""
-        return self.test(assembled, cache, report)
+        """The same as any adapter's; the method is not attached yet, so it has no part in it."""
+        return self.test(replace(assembled, method=Untouched(assembled.method.quantization)), cache, report)
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """Nothing."""
@@ -174,7 +174,7 @@ class GenerationRun(TaskRun):
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Tested:  # noqa: ARG002
         """Loss and perplexity on every test row; what the model writes for some of them."""
         if not self._test.rows.sequences:
-            return Tested(self.metric, None, None, {}, 0, [])
+            return Tested(self.metric, None, {}, {}, 0, [])
         found = outputs(assembled, self._test, counter(report))
         loss = -self.task.score(found, self._test.targets)[0]
         scores = {"perplexity": perplexity(loss), "loss": loss}
@@ -194,7 +194,7 @@ class GenerationRun(TaskRun):
             ]
         metric = self.metric if self.metric in scores else "perplexity"
         rows = len(predictions) if metric == "exact_match" else len(self._test.rows.sequences)
-        return Tested(metric, scores[metric], intervals.get(metric), scores, rows, predictions)
+        return Tested(metric, scores[metric], scores, intervals, rows, predictions)
 
     def _write(self, assembled: Assembled, report: Reporter) -> list[dict[str, object]]:
         """How the model goes on with the start of the first test texts, where no row has an answer."""

@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
-from capotune.errors import SettingError
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
@@ -225,23 +226,15 @@ def _batch(
 
 @contextmanager
 def _checkpointing(assembled: Assembled, on: bool) -> Iterator[None]:
-    """Inside, each block keeps its input only. Transformers' blocks look at their own ``training`` flag for it."""
-    if not on:
-        yield
-        return
-    blocks = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks]
-    backbone = assembled.model.get_submodule(assembled.architecture.backbone)
-    if not backbone.supports_gradient_checkpointing:
-        raise SettingError(f"--gradient-checkpointing: {type(backbone).__name__} does not support it. Leave it out.")
-    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    """Inside, each block keeps only what enters it, and computes the rest again on the way back."""
+    blocks = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks] if on else []
     for block in blocks:
-        block.training = True  # the flag alone: dropout below it is switched by _set_dropout
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        backbone.gradient_checkpointing_disable()
         for block in blocks:
-            block.training = False
+            del block.forward  # the class has its own
 
 
 def _starting_at(

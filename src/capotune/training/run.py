@@ -132,6 +132,7 @@ def _run(
         "score": tested.score,
         "interval": tested.interval,
         "scores": tested.scores,
+        "intervals": tested.intervals,
         "train_rows": task_run.train_rows,
         "test_rows": tested.rows,
         "train_seconds": seconds,
@@ -146,6 +147,7 @@ def _run(
     shutil.rmtree(settings.out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
     save_adapter(settings.out / "adapter", assembled, trained)
     _write_predictions(settings.out / "predictions.jsonl", tested)
+    record[method.method] = assembled.method.settings.model_dump(mode="json")
     record["result"] = trained | {
         "trainable_parameters": trainable,
         "total_parameters": assembled.base_parameters,

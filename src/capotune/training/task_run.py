@@ -51,13 +51,18 @@ class Tested:
     metric: str
     score: float | None
     """In ``metric``; None without test rows."""
-    interval: tuple[float, float] | None
-    """95 % interval of the score."""
     scores: dict[str, float]
     """Every metric by name."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % interval of each metric that has one."""
     rows: int
     predictions: list[dict[str, Any]]
     """One for each row, as predictions.jsonl holds them."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the score."""
+        return self.intervals.get(self.metric)
 
 
 class TaskRun(ABC):
