@@ -9,10 +9,9 @@ import sys
 import weakref
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
-import safetensors
 import torch
 from helpers import CPU, LABELS, fit, on_base
 from torch import nn
@@ -20,16 +19,17 @@ from torch import nn
 from capotune.adapters.assemble import assemble, classification_task
 from capotune.config import LoraSettings, QloraSettings
 from capotune.errors import MissingLibraryError, ModelError
-from capotune.kernels.nf4 import Linear4bit
+from capotune.kernels.nf4 import Linear4bit, quantize_4bit
 from capotune.models import load as load_module
+from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count
 from capotune.models.load import EMBEDDED, Quantization, find, load_backbone, load_tokenizer, pooling
+from capotune.models.shards import Shards
 
 PACKAGE, SHA256 = EMBEDDED["minilm"].package, EMBEDDED["minilm"].sha256
 MINILM_IS_THERE = importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
 needs_minilm = pytest.mark.skipif(not MINILM_IS_THERE, reason=f"the extra 'demo' ({PACKAGE}) is not installed")
 NF4 = Quantization("nf4", 64, True)
-REAL_OPEN = safetensors.safe_open
 MOST = 0.14
 """Bytes of the packed weights over their bytes in fp32; 4.127 bits a weight are 0.129."""
 
@@ -82,31 +82,18 @@ def test_a_large_layer_takes_an_eighth(quant_type: str) -> None:
     assert held_bytes(layer) < held_bytes(plain)  # what double quantisation is for
 
 
-class WatchedFile:
-    """A safetensors file that notes, at every read, how many linear weights read before are still alive."""
+class WatchedShards(Shards):
+    """Files that note, at every read, how many linear weights read before are still alive."""
 
     linears: ClassVar[set[str]]
     alive: ClassVar[list[weakref.ref[torch.Tensor]]]
     most: ClassVar[int]
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.file = REAL_OPEN(*args, **options)
-
-    def __enter__(self) -> WatchedFile:
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.__exit__(*error)
-
-    def keys(self) -> list[str]:
-        return self.file.keys()
-
-    def get_tensor(self, key: str) -> torch.Tensor:
+    def read(self, key: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
         living = sum(one() is not None for one in self.alive)
-        tensor: torch.Tensor = self.file.get_tensor(key)
+        tensor = super().read(key, buffer)
         if any(key.endswith(name) for name in self.linears):
-            WatchedFile.most = max(self.most, living + 1)
+            WatchedShards.most = max(self.most, living + 1)
             self.alive.append(weakref.ref(tensor))
         return tensor
 
@@ -119,13 +106,13 @@ def test_at_most_one_weight_is_whole_while_streaming(
         pytest.skip(f"the extra 'demo' ({PACKAGE}) is not installed")
     source = find(base if base == "minilm" else str(request.getfixturevalue(base)))
     whole = load_backbone(source)
-    WatchedFile.linears = {f"{path}.weight" for path, part in whole.named_modules() if isinstance(part, LINEAR_TYPES)}
-    WatchedFile.alive, WatchedFile.most = [], 0
-    monkeypatch.setattr(safetensors, "safe_open", WatchedFile)
+    WatchedShards.linears = {f"{path}.weight" for path, part in whole.named_modules() if isinstance(part, LINEAR_TYPES)}
+    WatchedShards.alive, WatchedShards.most = [], 0
+    monkeypatch.setattr(stream, "Shards", WatchedShards)
     backbone = load_backbone(source, quantization=NF4)
-    assert len(WatchedFile.alive) == len(packed_layers(backbone)) == len(WatchedFile.linears)
-    assert WatchedFile.most == 1
-    assert not [one for one in WatchedFile.alive if one() is not None]
+    assert len(WatchedShards.alive) == len(packed_layers(backbone)) == len(WatchedShards.linears)
+    assert WatchedShards.most == 1
+    assert not [one for one in WatchedShards.alive if one() is not None]
 
 
 @pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
@@ -140,7 +127,7 @@ def test_streamed_is_loaded_and_packed(base: str, request: pytest.FixtureRequest
             continue
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
         expected = Linear4bit.from_quantized(
-            load_module.quantize_4bit(weight, quant_type="nf4", block_size=64, double_quant=True), bias=layer.bias
+            quantize_4bit(weight, quant_type="nf4", block_size=64, double_quant=True), bias=layer.bias
         )
         for name, buffer in expected.named_buffers():
             assert torch.equal(buffer, packed[path].get_buffer(name)), (path, name)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         load,
         load_base,
         load_model,
+        merge,
         predict,
+        quantize,
         train,
     )
     from capotune.errors import CapotuneError
@@ -36,7 +38,9 @@ __all__ = [
     "load",
     "load_base",
     "load_model",
+    "merge",
     "predict",
+    "quantize",
     "train",
 ]
 __version__ = "0.1.0"

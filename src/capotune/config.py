@@ -231,6 +231,47 @@ class PromptTuningSettings(TrainingSettings):
         return {**chosen, "num_virtual_tokens": 20, "init": "labels" if task == "classification" else "vocabulary"}
 
 
+class MergeSettings(Settings):
+    """An adapter's change in its base's weights."""
+
+    adapter: Path
+    """Adapter folder, of lora or qlora."""
+    out: Path
+    """Folder for the merged model. Must not exist."""
+    model: str | None = None
+    """Where the base is, when not where it was trained."""
+    requantize: bool = False
+    """qlora: add the change to what the 4 bits stand for, and pack the sum again, instead of adding it to the base in
+    full precision."""
+    text: str | None = None
+    """A text file of your own, on which the merged model's answers are compared with the adapter's. Left out: a few
+    lines of ours."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
+class QuantizeSettings(Settings):
+    """A model in 4 bits."""
+
+    model: str
+    """Model to pack: `minilm` (embedded), a folder, or a model id on the hub."""
+    out: Path
+    """Folder for the packed model. Must not exist."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale."""
+    double_quant: bool = True
+    """Quantise the scales as well, to 8 bits."""
+    report: bool = False
+    """Show the worst layers and write report.json: each layer's error, and with --text how the answers change."""
+    text: str | None = None
+    """A text file of your own: the model's answers on it are compared with those at full precision, which needs memory
+    for the whole model."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
 MethodSettings = FeatureExtractionSettings | LoraSettings | QloraSettings | PromptTuningSettings
 
 METHODS: dict[str, type[MethodSettings]] = {

@@ -23,6 +23,7 @@ from capotune.models.load import (
     load_tokenizer,
     max_length,
 )
+from capotune.models.stream import Progress
 from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
 from capotune.tasks.generation import PLAIN_TEMPLATE, Generation
@@ -131,16 +132,18 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Assembled:
     """Load the base as the method wants it, with the task's head on top. The method is not attached yet.
 
-    Without ``settings`` the base stays as it is. ``dtype`` is what a language model computes in.
+    Without ``settings`` the base stays as it is. ``dtype`` is what a language model computes in. ``progress`` is told
+    the bytes that were read, where weights are packed or stored packed.
 
     Raises ``ModelError`` when the base cannot be loaded or its parts cannot be told apart.
     """
     width = hidden_size(source, trust_remote_code)
     method = Untouched() if settings is None else make(settings.completed(task.name, width))
-    how: Any = {"quantization": method.quantization, "trust_remote_code": trust_remote_code}
+    how: Any = {"quantization": method.quantization, "trust_remote_code": trust_remote_code, "progress": progress}
     if isinstance(task, Classification):
         backbone = load_backbone(source, **how)
         layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, width)

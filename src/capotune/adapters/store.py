@@ -188,7 +188,7 @@ def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
             f"Start again with: capo chat {stored.folder}"
         )
     assembled.method.detach()
-    task = replace(_task_of(stored, assembled.source, False), plain_head=assembled.generation.plain_head)
+    task = replace(task_of(stored, assembled.source, False), plain_head=assembled.generation.plain_head)
     switched = replace(assembled, task=task, method=method)
     _fill(stored, switched)
     return switched
@@ -217,11 +217,10 @@ def check_base(stored: StoredAdapter, source: Source) -> None:
         )
 
 
-def _on_base(
-    stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool, with_method: bool
-) -> Assembled:
+def find_base(stored: StoredAdapter, model: str | None = None) -> Source:
+    """The adapter's base, or ``model``, not yet compared with it. ``AdapterError`` when it is not to be found."""
     try:
-        source = find(model or stored.base)
+        return find(model or stored.base)
     except ModelError as error:
         if model is not None:
             raise
@@ -229,8 +228,14 @@ def _on_base(
             f"{stored.folder}: its base '{stored.base}' cannot be used from here. {error} "
             "If the base is in another place, name it with --model."
         ) from None
+
+
+def _on_base(
+    stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool, with_method: bool
+) -> Assembled:
+    source = find_base(stored, model)
     check_base(stored, source)
-    task = _task_of(stored, source, trust_remote_code)
+    task = task_of(stored, source, trust_remote_code)
     dtype = getattr(torch, stored.record["trained"].get("dtype", "float32"))
     assembled = assemble(source, stored.settings, task, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if with_method:
@@ -240,7 +245,8 @@ def _on_base(
     return assembled
 
 
-def _task_of(stored: StoredAdapter, source: Source, trust: bool) -> Any:
+def task_of(stored: StoredAdapter, source: Source, trust: bool) -> Any:
+    """The task that the adapter was trained for, on its base."""
     record = stored.record
     if stored.task == "classification":
         labels = tuple(record["labels"])

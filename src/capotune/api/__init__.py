@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from capotune.api.conversion import merge, quantize
 from capotune.api.inference import (
     Classifier,
     Generator,
@@ -55,7 +56,9 @@ __all__ = [
     "load_classifier",
     "load_generator",
     "load_model",
+    "merge",
     "predict",
+    "quantize",
     "read_prompts",
     "read_texts",
     "render_comparison",

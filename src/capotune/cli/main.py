@@ -40,6 +40,8 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo info ADAPTER                        what an adapter is
   capo data tickets.csv                    what a data file holds, and what is wrong with it
   capo demo generation                     a comparison on data that is already here
+  capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
+  capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 Data is labelled text, or text to write: conversations, prompts with completions, plain text. generate, chat and
 evaluate also take a model alone. `capo COMMAND --help` lists a command's settings; `--config FILE.yaml` gives compare
@@ -287,6 +289,18 @@ def _chat(rest: list[str]) -> int:
     return chat(rest)
 
 
+def _merge(rest: list[str]) -> int:
+    from capotune.cli.convert import merge
+
+    return merge(rest)
+
+
+def _quantize(rest: list[str]) -> int:
+    from capotune.cli.convert import quantize
+
+    return quantize(rest)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "train": _train,
@@ -297,6 +311,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": _info,
     "data": _data,
     "demo": _demo,
+    "quantize": _quantize,
+    "merge": _merge,
 }
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capotune.errors import ModelError, SettingError
+from capotune.kernels import nf4_triton
 from capotune.kernels._native import in_threads, library, pointer
 
 __all__ = ["Linear4bit", "QuantizedTensor", "dequantize_4bit", "from_checkpoint", "quantize_4bit", "to_checkpoint"]
@@ -53,7 +54,8 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-FP4_VALUES = tuple(sign * v / 12.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+# Both of its zeros are positive (+ 0.0), as bitsandbytes has them.
+FP4_VALUES = tuple(sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # A block of zeros has absmax 0; dividing by this instead leaves its scaled weights at 0.
 SMALLEST_SCALE = 1e-38
 # How the C kernels call the dtypes, and how many numbers are worth a thread of their own: about a millisecond's work.
@@ -175,18 +177,22 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
     dtype = dtype or (q.dtype if out is None else out.dtype)
     if dtype not in WEIGHT_DTYPES.values():
         raise SettingError(f"cannot dequantise to {dtype}; allowed: {', '.join(WEIGHT_DTYPES)}")
-    lib = library() if q.codes.device.type == "cpu" else None
+    device = q.codes.device
+    triton = nf4_triton.available(device)
+    lib = library() if device.type == "cpu" and not triton else None
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+        out = torch.empty(q.shape, dtype=dtype, device=device)
         if lib is not None and out.nbytes >= LARGE_BUFFER:
             lib.ask_for_huge_pages(pointer(out), c_int64(out.nbytes))
-    elif tuple(out.shape) != q.shape or out.dtype != dtype or out.device != q.codes.device or not out.is_contiguous():
-        raise SettingError(f"out must be a contiguous {dtype} tensor of shape {q.shape} on {q.codes.device}")
+    elif tuple(out.shape) != q.shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise SettingError(f"out must be a contiguous {dtype} tensor of shape {q.shape} on {device}")
     flat = out.detach().view(-1)
-    if lib is None:
-        dequantize_reference(q, flat)
-    else:
+    if triton:
+        nf4_triton.dequantize(q, flat, _table(q.quant_type, device), _dynamic_map(device))
+    elif lib is not None:
         dequantize_native(lib, q, flat)
+    else:
+        dequantize_reference(q, flat)
     return out
 
 
@@ -402,11 +408,15 @@ class _Linear4bitFunction(torch.autograd.Function):
     """y = x Wᵀ + b with W dequantised for the product only: (…, in) → (…, out).
 
     Only the reference to the packed weight is kept for backward, which dequantises again: dx = dy W. W has no gradient.
+    On a GPU, where Triton is, a few rows are multiplied with the packed weight itself.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
         ctx.q = q
+        if nf4_triton.fits(x, q):
+            y = nf4_triton.linear(x, q, _table(q.quant_type, x.device), _dynamic_map(x.device))
+            return y if bias is None else y.add_(bias)
         return F.linear(x, _borrow_dense(q, x.dtype), bias)
 
     @staticmethod
@@ -492,6 +502,10 @@ class Linear4bit(nn.Module):
         For a product that runs at once and keeps no reference, as in a hand-written autograd function.
         """
         return _borrow_dense(self.quantized, dtype)
+
+    def multiplies_packed(self, x: Tensor) -> bool:
+        """Whether ``forward(x)`` needs no dense weight: few rows on a GPU with Triton (``kernels.nf4_triton``)."""
+        return nf4_triton.fits(x, self.quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype

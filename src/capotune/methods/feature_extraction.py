@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from capotune.errors import SettingError
+from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, swap
 
@@ -32,6 +33,11 @@ class FeatureExtraction(Method):
         if trainable > count:
             raise SettingError(
                 f"--trainable-layers {trainable}: this model has {count} blocks; allowed are 0 to {count}."
+            )
+        if trainable and any(isinstance(model.get_submodule(path), Linear4bit) for path in architecture.linears):
+            raise SettingError(
+                f"--trainable-layers {trainable}: this base is stored in 4 bits, and such weights cannot train. Give "
+                "the model in full precision, or --trainable-layers 0, or train lora or qlora on it."
             )
         self.model, self.architecture = model, architecture
         paths = [*architecture.blocks[count - trainable :]] if trainable else []

@@ -69,15 +69,16 @@ class LoraLinear(nn.Module):
             change = functional.linear(functional.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
         layer = self.base_layer
+        if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_packed(x):
+            change = functional.linear(functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            return layer(x) + self.scale * change  # type: ignore[no-any-return]
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
-        merged = self.dense_weight(torch.float32) + self.scale * (self.lora_B @ self.lora_A)
-        if self.lora_magnitude_vector is not None:
-            merged = merged * (self.lora_magnitude_vector / torch.linalg.norm(merged, dim=1))[:, None]
-        return merged.detach()
+        weight = self.dense_weight(torch.float32)
+        return merged(weight, self.lora_A, self.lora_B, self.scale, self.lora_magnitude_vector).detach()
 
     def _dora(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert self.lora_magnitude_vector is not None
@@ -102,6 +103,16 @@ class LoraLinear(nn.Module):
         cross = ((weight @ a.t()) * b).sum(1)
         square = ((b @ (a @ a.t())) * b).sum(1)
         return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+
+
+def merged(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None
+) -> torch.Tensor:
+    """weight + scale·BA (out, in), with DoRA's ``magnitude`` (out,) each row rescaled to it."""
+    changed = torch.addmm(weight, b, a, alpha=scale)
+    if magnitude is not None:
+        changed = changed * (magnitude / torch.linalg.norm(changed, dim=1))[:, None]
+    return changed
 
 
 def _or0(bias: torch.Tensor | None) -> torch.Tensor | float:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from capotune.config import nearest
 from capotune.errors import MissingLibraryError, ModelError
-from capotune.kernels.nf4 import Linear4bit, quantize_4bit
-from capotune.models.architecture import LINEAR_TYPES, swap
+from capotune.models.packed import holds_4_bits, packed_weights, read_packed
+from capotune.models.shards import Shards
+from capotune.models.stream import Progress, check_complete, stream_packed, wrong_shape
 
 Pooling = Literal["mean", "cls", "last", "max"]
 
@@ -75,6 +74,19 @@ class Source:
         values: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return values
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its linear weights are stored in 4 bits (bitsandbytes'); they are then never unpacked."""
+        return holds_4_bits(self.config())
+
+    def packing(self) -> Quantization | None:
+        """How its weights are packed, by the first of them; None for a model in full precision."""
+        shards = Shards(self.weight_files)
+        for weight, parts in packed_weights(shards).items():
+            packed = read_packed(shards, weight, parts)
+            return Quantization(packed.quant_type, packed.block_size, packed.nested)
+        return None
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -83,6 +95,9 @@ class Quantization:
     quant_type: str
     block_size: int
     double_quant: bool
+
+    def __str__(self) -> str:
+        return f"{self.quant_type}, blocks of {self.block_size}{', double-quantised' if self.double_quant else ''}"
 
 
 def find(name: str) -> Source:
@@ -97,9 +112,13 @@ def find(name: str) -> Source:
     if not (source.folder / "config.json").is_file():
         raise ModelError(f"--model {name}: no config.json in {source.folder}. Give the folder of a Transformers model.")
     try:
-        source.config()
+        config = source.config()
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {name}: {source.folder / 'config.json'} is not readable JSON ({error}).") from None
+    try:
+        holds_4_bits(config)
+    except ModelError as error:
+        raise ModelError(f"--model {name}: {error}") from None
     if not source.weight_files:
         pickled = sorted(path.name for path in source.folder.glob("*.bin"))
         found = f" It holds {', '.join(pickled)}, which can run code and is not read." if pickled else ""
@@ -137,14 +156,24 @@ def load_config(source: Source, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"--model {source.name}: its config.json cannot be used: {_first_line(error)}") from None
 
 
-def load_backbone(source: Source, *, quantization: Quantization | None = None, trust_remote_code: bool = False) -> Any:
-    """The transformer without a head, frozen, in evaluation mode, fp32; with ``quantization`` its linears in 4 bits.
+def load_backbone(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """The transformer without a head, frozen, in evaluation mode; with ``quantization`` its linears in 4 bits.
+
+    What is not in 4 bits is in ``dtype``. A model that is stored in 4 bits keeps its own packing, whatever
+    ``quantization`` says. ``progress`` is called while weights are packed or read packed.
 
     Raises ``ModelError`` when weights are missing, damaged, or do not fit the configuration.
     """
     from transformers import AutoModel
 
-    backbone = _load(AutoModel, source, torch.float32, quantization, trust_remote_code)
+    backbone = _load(AutoModel, source, dtype, quantization, trust_remote_code, progress)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
     return backbone
@@ -156,6 +185,7 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """The transformer with its own output layer, as ``load_backbone`` else; what is not in 4 bits is in ``dtype``.
 
@@ -164,7 +194,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     check_writes_text(source, trust_remote_code)
-    return _load(AutoModelForCausalLM, source, dtype, quantization, trust_remote_code)
+    return _load(AutoModelForCausalLM, source, dtype, quantization, trust_remote_code, progress)
 
 
 def check_writes_text(source: Source, trust_remote_code: bool = False) -> None:
@@ -187,13 +217,18 @@ def _writes_text(config: Any) -> bool:
 
 
 def _load(
-    auto_class: Any, source: Source, dtype: torch.dtype, quantization: Quantization | None, trust_remote_code: bool
+    auto_class: Any,
+    source: Source,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    trust_remote_code: bool,
+    progress: Progress | None,
 ) -> Any:
     config = load_config(source, trust_remote_code)
     try:
         with _quiet():
-            if quantization is not None:
-                model = _stream_quantized(auto_class, source, config, dtype, quantization)
+            if quantization is not None or source.is_packed:
+                model = stream_packed(auto_class, source, config, dtype, quantization, progress)
             else:
                 model, info = auto_class.from_pretrained(
                     source.folder,
@@ -202,9 +237,9 @@ def _load(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # refused below, with their names
                 )
-                _check_complete(source, info["missing_keys"])
+                check_complete(source, info["missing_keys"])
                 for name, found, expected in sorted(info["mismatched_keys"]):
-                    raise _wrong_shape(source, name, found, expected)
+                    raise wrong_shape(source, name, found, expected)
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -290,101 +325,6 @@ def _from_hub(name: str) -> Source:
         raise ModelError(
             f"--model {name}: no such folder, and the hub cannot be reached ({_first_line(error)}). {advice}"
         ) from None
-
-
-def _check_complete(source: Source, missing: Any) -> None:
-    lacking = sorted(key for key in missing if "pooler" not in key.split("."))
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise ModelError(f"--model {source.name}: the weights in {source.folder} lack {shown}.")
-
-
-def _wrong_shape(source: Source, name: str, found: Any, expected: Any) -> ModelError:
-    return ModelError(
-        f"--model {source.name}: the tensor {name} in {source.folder} is {tuple(found)}, where config.json asks for "
-        f"{tuple(expected)}. Download or save the model again."
-    )
-
-
-def _stream_quantized(
-    auto_class: Any, source: Source, config: Any, dtype: torch.dtype, quantization: Quantization
-) -> Any:
-    """Build the model empty, then read tensor by tensor; a linear's weight is packed before the next is read.
-
-    The output layer of a language model is not packed. Peak memory: the packed model and one tensor at full precision.
-    """
-    from safetensors import safe_open
-
-    with _parameters_on_meta():
-        model = auto_class.from_config(config, dtype=dtype)
-    missing = {name for name, _ in model.named_parameters()}
-    linears = {
-        f"{path}.weight": path
-        for path, part in model.named_modules()
-        if isinstance(part, LINEAR_TYPES) and part is not model.get_output_embeddings()
-    }
-    for shard in source.weight_files:
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dictionary
-                name = _model_key(key, missing, model.base_model_prefix)
-                if name is None:
-                    continue
-                missing.discard(name)
-                tensor = file.get_tensor(key)
-                expected = model.get_parameter(name).shape
-                if tensor.shape != expected:
-                    raise _wrong_shape(source, name, tensor.shape, expected)
-                if name in linears:
-                    _pack(model, linears[name], tensor.float(), quantization)
-                else:
-                    _assign(model, name, tensor.to(dtype))
-                del tensor  # before the next one is read
-    _check_complete(source, missing)
-    model.tie_weights()  # an output layer that is the embedding is not stored a second time
-    return model
-
-
-def _model_key(key: str, wanted: set[str], prefix: str) -> str | None:
-    """The model's name for a checkpoint's tensor: as it is, without the prefix, or from BERT's old LayerNorm names."""
-    modern = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    candidates = (modern, modern.removeprefix(prefix + "."), f"{prefix}.{modern}")
-    return next((name for name in candidates if name in wanted), None)
-
-
-def _pack(model: nn.Module, path: str, weight: torch.Tensor, quantization: Quantization) -> None:
-    old: Any = model.get_submodule(path)
-    if isinstance(old, Conv1D):  # stored as (in, out); packed like any linear layer, (out, in)
-        weight = weight.t().contiguous()
-    packed = quantize_4bit(
-        weight,
-        quant_type=quantization.quant_type,
-        block_size=quantization.block_size,
-        double_quant=quantization.double_quant,
-    )
-    swap(model, path, Linear4bit.from_quantized(packed, bias=old.bias))
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without storage; buffers, which are computed and not stored, are real."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":  # a second name of one that is there stays tied
-            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @contextmanager

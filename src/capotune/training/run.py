@@ -29,6 +29,7 @@ from capotune.errors import CapotuneError, OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
 from capotune.methods import Start
 from capotune.models.load import find
+from capotune.models.stream import bytes_as_steps
 from capotune.training.activation_cache import ActivationCache, default_folder
 from capotune.training.checkpoint import load_checkpoint
 from capotune.training.classification import ClassificationRun
@@ -101,7 +102,11 @@ def _run(
     reset_peak_memory()
     record |= {
         "environment": environment(),
-        "base": {"name": task_run.source.name, "fingerprint": fingerprint(task_run.source)},
+        "base": {
+            "name": task_run.source.name,
+            "fingerprint": fingerprint(task_run.source),
+            "packing": str(task_run.source.packing() or "full precision"),
+        },
     }
     write_atomic(settings.out / "run.json", _json(record))
     assembled, dtype = _load(settings, method, task_run, report)
@@ -158,10 +163,21 @@ def _load(
 ) -> tuple[Assembled, torch.dtype]:
     """The base on the device, in the dtype it computes in."""
     device = pick_device()
-    dtype = compute_dtype(device) if task_run.task.name == "generation" else torch.float32
-    report({"kind": "stage", "text": f"loading base, to compute in {str(dtype).removeprefix('torch.')} on {device}"})
-    trust = settings.trust_remote_code
-    assembled = assemble(task_run.source, method, task_run.task, device=device, dtype=dtype, trust_remote_code=trust)
+    source, packing = task_run.source, task_run.source.packing()
+    packed = packing is not None or method.method == "qlora"
+    dtype = compute_dtype(device, packed=packed) if task_run.task.name == "generation" else torch.float32
+    kept = f", in the 4 bits that it is stored in ({packing})" if packing else ""
+    text = f"loading base{kept}, to compute in {str(dtype).removeprefix('torch.')} on {device}"
+    report({"kind": "stage", "text": text})
+    assembled = assemble(
+        source,
+        method,
+        task_run.task,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
+        progress=bytes_as_steps(lambda event: report({**event, "loss": None})),
+    )
     return assembled, dtype
 
 

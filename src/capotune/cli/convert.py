@@ -1,0 +1,142 @@
+"""``capo quantize`` and ``capo merge``: a model's checkpoint written anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from capotune.cli.flags import Json, parse
+from capotune.config import MergeSettings, QuantizeSettings
+from capotune.files import human_bytes
+
+SHOWN_LAYERS = 5
+
+
+class Quantize(QuantizeSettings):
+    """Write a model with its linear weights in 4 bits, for Transformers with bitsandbytes and for qlora."""
+
+    model: tyro.conf.Positional[str]
+    """Model to pack: `minilm` (embedded), a folder, or a model id on the hub."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def quantize(rest: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    given = parse(Quantize, rest, "capo quantize")
+    from capotune import api
+
+    values = {name: getattr(given, name) for name in QuantizeSettings.model_fields}
+    with watch_bytes() as report:
+        result = api.quantize(progress=report, **values)
+    if given.as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        _show_quantized(result, given.report)
+    return 0
+
+
+class Merge(MergeSettings):
+    """Write a lora or qlora adapter's change into its base: a Transformers checkpoint that needs no adapter."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter folder, of lora or qlora."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def merge(rest: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    given = parse(Merge, rest, "capo merge")
+    from capotune import api
+
+    values = {name: getattr(given, name) for name in MergeSettings.model_fields}
+    with watch_bytes() as report:
+        result = api.merge(progress=report, **values)
+    if given.as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        _show_merged(result)
+    return 0
+
+
+@contextmanager
+def watch_bytes() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar of bytes on standard error; where that is no terminal, a line per stage."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (
+            lambda event: (
+                console.print(event["text"], highlight=False, soft_wrap=True) if event["kind"] == "stage" else None
+            )
+        )
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=None)
+
+        def report(event: dict[str, Any]) -> None:
+            if event["kind"] == "stage":
+                progress.update(bar, description=event["text"], total=None, completed=0)
+            else:
+                progress.update(bar, completed=event["step"], total=event["total"])
+
+        yield report
+
+
+def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
+    grid = _grid()
+    share = result["packed_weights"] / result["all_weights"]
+    grid.add_row("weights", f"{share:.1%} of {result['all_weights']:,} in 4 bits ({len(result['layers'])} layers)")
+    grid.add_row("size", f"{human_bytes(result['bytes_before'])} before, {human_bytes(result['bytes'])} now")
+    grid.add_row("error", f"{result['relative_error']:.2%} of the packed weights' norm")
+    if "answers" in result:
+        grid.add_row("answers", describe_answers(result["answers"]))
+    grid.add_row("written to", result["out"])
+    console = Console()
+    console.print(grid, highlight=False)
+    if with_report:
+        table = Table("worst layers", "shape", "relative error", box=None, padding=(0, 2, 0, 0))
+        for layer in result["layers"][:SHOWN_LAYERS]:
+            shape = " × ".join(map(str, layer["shape"]))
+            table.add_row(layer["name"], shape, f"{layer['relative_error']:.2%}")
+        console.print("\n", table, sep="", highlight=False)
+
+
+def _show_merged(result: dict[str, Any]) -> None:
+    grid = _grid()
+    how = "in 4 bits: unpacked, changed, packed again" if result["requantized"] else "as the base is stored"
+    grid.add_row("merged", f"{result['changed_layers']} layers of {result['base']}, {how}")
+    grid.add_row("answers", f"{describe_answers(result['answers'])}, against the adapter on its base")
+    grid.add_row("written to", f"{result['out']}, {human_bytes(result['bytes'])}")
+    if result["head"]:
+        grid.add_row("head", f"{result['head']}, an adapter of the merged model")
+    Console().print(grid, highlight=False)
+
+
+def describe_answers(answers: dict[str, Any]) -> str:
+    """How far two models' answers are apart, in one line."""
+    if "cosine" in answers:
+        return (
+            f"cosine of the last hidden states {answers['cosine']:.4f}, lowest {answers['lowest_cosine']:.4f} "
+            f"({answers['compared']:,} tokens)"
+        )
+    return (
+        f"KL divergence {answers['kl_divergence']:.4g} nats, the same most probable answer in "
+        f"{answers['top1_agreement']:.1%} of {answers['compared']:,}"
+    )
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid

@@ -1,0 +1,95 @@
+"""Four-bit weights on a GPU: Triton kernels that unpack them, and that multiply a few rows without unpacking.
+
+``dequantize`` writes the same bits as ``nf4.dequantize_reference``: table[code] · absmax in fp32, rounded once; absmax
+itself, when double-quantised, as a product and a sum with two roundings (hence no fused multiply-add: ``_OPTIONS``).
+
+``linear`` computes y = x Wᵀ for at most 16 rows, as when text is generated token by token. Such a product waits for
+memory, not for arithmetic, and reading W in 4 bits moves a quarter of the bytes of bf16. W is unpacked in registers,
+rounded to x's dtype as a dense W would be, and the sum runs in fp32; against the dense product only its order differs.
+
+With ``TRITON_INTERPRET=1`` in the environment the kernels run on the CPU, slowly: that is how they are tested where
+there is no GPU. Elsewhere, and without Triton, ``available`` is false and plain PyTorch computes the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from capotune.kernels.nf4 import QuantizedTensor
+
+__all__ = ["MOST_ROWS", "available", "dequantize", "fits", "linear"]
+
+MOST_ROWS = 16
+"""Rows of x that ``linear`` takes: the smallest tile of a tensor core."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BYTES = 1024  # of codes per program of ``dequantize``
+OUTPUTS, PAIRS = 32, 64  # rows of W per program of ``linear``, and pairs of columns in one of its steps
+# A fused multiply-add in map · nested_absmax + offset would round once where the published format rounds twice.
+_OPTIONS = {"enable_fp_fusion": False}
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of ``device``."""
+    return (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _triton_is_there()
+
+
+def fits(x: Tensor, q: QuantizedTensor) -> bool:
+    """Whether ``linear(x, q)`` can be computed: few rows, an even number of columns, and Triton on x's device."""
+    columns = q.shape[-1]
+    rows = x.numel() // columns
+    return 0 < rows <= MOST_ROWS and columns % 2 == 0 and x.dtype in DTYPES and available(x.device)
+
+
+def dequantize(q: QuantizedTensor, out: Tensor, table: Tensor, absmax_map: Tensor) -> None:
+    """Write the numbers of ``q`` into the contiguous ``out`` (n,), fp32, bf16 or fp16.
+
+    ``table`` fp32 (16,) is what a code stands for, ``absmax_map`` fp32 (256,) what an 8-bit absmax stands for.
+    """
+    programs = -(-q.codes.numel() // BYTES)
+    _kernels().dequantize_kernel[(programs,)](
+        q.codes, *_statistics(q, absmax_map), table, out, q.numel,
+        block_size=q.block_size, nested=q.nested, block=BYTES, **_OPTIONS,
+    )  # fmt: skip
+
+
+def linear(x: Tensor, q: QuantizedTensor, table: Tensor, absmax_map: Tensor) -> Tensor:
+    """x (…, in) times the weight ``q`` (out, in), transposed: (…, out) in x's dtype. See ``fits``, ``dequantize``."""
+    outputs, columns = q.shape
+    rows = x.reshape(-1, columns).contiguous()
+    y = torch.empty(rows.shape[0], outputs, dtype=x.dtype, device=x.device)
+    _kernels().linear_kernel[(-(-outputs // OUTPUTS),)](
+        rows, q.codes, *_statistics(q, absmax_map), table, y, rows.shape[0], outputs, columns,
+        block_size=q.block_size, nested=q.nested, block_rows=MOST_ROWS, block_out=OUTPUTS, block_pairs=PAIRS,
+        widen=_interpreted(), **_OPTIONS,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _statistics(q: QuantizedTensor, absmax_map: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """absmax, its map, nested absmax, offset; without double quantisation any pointer does for the last three."""
+    nested = (q.nested_absmax, q.offset) if q.nested_absmax is not None and q.offset is not None else (q.absmax,) * 2
+    return q.absmax, absmax_map, *nested
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _kernels() -> Any:
+    """The module of kernels, which imports Triton: that takes a second and is put off until it is needed."""
+    from capotune.kernels import _nf4_triton_kernels
+
+    return _nf4_triton_kernels

@@ -1,0 +1,203 @@
+"""A model whose linear weights are in 4 bits, filled from disk tensor by tensor.
+
+The whole model is never in memory at full precision: it is built without weights, and a linear layer's weight is packed
+before the next tensor is read. A weight that is stored packed goes in as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from capotune.errors import ModelError
+from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
+from capotune.models.architecture import LINEAR_TYPES, linear_shape, swap
+from capotune.models.packed import packed_weights, part_of, read_packed
+from capotune.models.shards import Shards
+
+if TYPE_CHECKING:
+    from capotune.models.load import Quantization, Source
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far, and of how many."""
+
+
+def stream_packed(
+    auto_class: Any,
+    source: Source,
+    config: Any,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    progress: Progress | None = None,
+) -> Any:
+    """The model of Transformers' ``auto_class`` with its linear layers in 4 bits and all else in ``dtype``.
+
+    A model that is stored in 4 bits keeps its own packing; else ``quantization`` packs every linear layer but a
+    language model's output layer. Peak memory is the packed model and one tensor at full precision.
+
+    Raises ``ModelError``, which names tensor and file, for weights that are missing, damaged, not finite or do not fit.
+    """
+    model = empty_model(auto_class, config, dtype)
+    shards = Shards(source.weight_files)
+    filling = _Filling(model, source, shards, dtype, None if source.is_packed else quantization)
+    read, total = 0, shards.nbytes
+    for stored in shards:
+        filling.take(stored.name)
+        read += stored.nbytes
+        if progress is not None:
+            progress(read, total)
+    check_complete(source, filling.missing)
+    model.tie_weights()  # an output layer that is the embedding is not stored a second time
+    return model
+
+
+def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of one of Transformers' classes, ``Auto…`` or another, without storage for its weights."""
+    with _parameters_on_meta():
+        return auto_class.from_config(config, dtype=dtype) if hasattr(auto_class, "from_config") else auto_class(config)
+
+
+def packable(model: Any) -> dict[str, str]:
+    """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's but the output layer's."""
+    head = model.get_output_embeddings()
+    return {
+        f"{path}.weight": path
+        for path, part in model.named_modules()
+        if isinstance(part, LINEAR_TYPES) and part is not head
+    }
+
+
+class _Filling:
+    """A model on its way from empty to whole."""
+
+    def __init__(
+        self, model: Any, source: Source, shards: Shards, dtype: torch.dtype, quantization: Quantization | None
+    ) -> None:
+        self.model, self.source, self.shards, self.dtype = model, source, shards, dtype
+        self.quantization = quantization
+        self.to_pack = packable(model) if quantization else {}
+        self.packed = packed_weights(shards)
+        self.missing = {name for name, _ in model.named_parameters()}
+        keys = (stored.name for stored in shards if not part_of(stored.name))
+        self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_pack)
+        if source.is_packed and not self.packed:
+            raise ModelError(
+                f"--model {source.name}: quantization_config in {source.folder / 'config.json'} says that weights are "
+                "stored in 4 bits, and none is. Download or save the model again, or take that entry out."
+            )
+
+    def take(self, key: str) -> None:
+        """Read the tensor that is stored as ``key`` into its place, if it has one."""
+        name = None if part_of(key) else self._name(key)
+        if name is None:
+            return
+        self.missing.discard(name)
+        if key in self.packed:
+            self._put_packed(key, name)
+        elif name in self.to_pack:
+            self._pack(key, name)
+        else:
+            tensor = self._read(key, name, None).to(self.dtype)
+            path, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def _name(self, key: str) -> str | None:
+        return model_key(key, self.missing, self.model.base_model_prefix)
+
+    def _read(self, key: str, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
+        tensor = self.shards.read(key, buffer)
+        expected = self.model.get_parameter(name).shape
+        if tensor.shape != expected:
+            raise wrong_shape(self.source, name, tensor.shape, expected)
+        return tensor
+
+    def _pack(self, key: str, name: str) -> None:
+        assert self.quantization is not None
+        weight, layer = self._read(key, name, self.buffer), self.model.get_submodule(self.to_pack[name])
+        what = f"{self.shards[key].path}: the tensor {key}"
+        packed = pack(weight, isinstance(layer, Conv1D), self.quantization, what)
+        swap(self.model, self.to_pack[name], Linear4bit.from_quantized(packed, bias=layer.bias))
+
+    def _put_packed(self, key: str, name: str) -> None:
+        packed = read_packed(self.shards, key, self.packed[key])
+        path = name.rpartition(".")[0]
+        layer = self.model.get_submodule(path)
+        expected = linear_shape(layer) if isinstance(layer, LINEAR_TYPES) else tuple(layer.weight.shape)
+        if packed.shape != expected or not isinstance(layer, LINEAR_TYPES):
+            raise wrong_shape(self.source, name, packed.shape, expected)
+        swap(self.model, path, Linear4bit.from_quantized(packed, bias=layer.bias))
+
+
+def pack(weight: torch.Tensor, transposed: bool, quantization: Quantization, what: str) -> QuantizedTensor:
+    """``weight`` in 4 bits; Conv1D's, stored as (in, out), is packed ``transposed`` like any linear layer's.
+
+    ``ModelError`` begins with ``what``, which names the tensor, when its values are not finite.
+    """
+    if weight.dtype not in WEIGHT_DTYPES.values():
+        weight = weight.float()
+    try:
+        return quantize_4bit(
+            weight.t().contiguous() if transposed else weight,
+            quant_type=quantization.quant_type,
+            block_size=quantization.block_size,
+            double_quant=quantization.double_quant,
+        )
+    except ModelError as error:
+        raise ModelError(f"{what} cannot be stored in 4 bits: {error}") from None
+
+
+def model_key(key: str, wanted: set[str], prefix: str) -> str | None:
+    """The model's name for a checkpoint's tensor: as it is, without the prefix, or from BERT's old LayerNorm names."""
+    modern = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    candidates = (modern, modern.removeprefix(prefix + "."), f"{prefix}.{modern}")
+    return next((name for name in candidates if name in wanted), None)
+
+
+def check_complete(source: Source, missing: Any) -> None:
+    lacking = sorted(key for key in missing if "pooler" not in key.split("."))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise ModelError(f"--model {source.name}: the weights in {source.folder} lack {shown}.")
+
+
+def wrong_shape(source: Source, name: str, found: Any, expected: Any) -> ModelError:
+    return ModelError(
+        f"--model {source.name}: the tensor {name} in {source.folder} is {tuple(found)}, where config.json asks for "
+        f"{tuple(expected)}. Download or save the model again."
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without storage; buffers, which are computed and not stored, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":  # a second name of one that is there stays tied
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def bytes_as_steps(report: Callable[[dict[str, Any]], None]) -> Progress:
+    """Progress in bytes as events (``kind`` step, step, total), a hundred of them at most."""
+    last = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if 100 * done // total > last:
+            last = 100 * done // total
+            report({"kind": "step", "step": done, "total": total})
+
+    return progress
