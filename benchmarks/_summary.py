@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ TITLES = {
     "demo": ("compare-tickets", "`examples/support_tickets.csv`, 20 intents, defaults alone"),
     "banking77": ("compare-banking77", "Banking77, 77 intents, all of train.csv and test.csv, defaults alone"),
 }
+
+
+def _tables() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]:
+    """Title and table of each result that has one of its own, by the result's name."""
+    return {
+        "nf4": ("4-bit weights: speed", four_bit),
+        "nf4-bits": ("4-bit weights: equal bits", equal_bits),
+        "stream-13b": ("13 billion weights on a small machine", streaming),
+        "linear_head": ("The head", head),
+    }
 
 
 def main() -> None:
@@ -29,9 +40,9 @@ def main() -> None:
         block = comparison(json.loads(path.read_text(encoding="utf-8")), title)
         text = re.sub(f"(<!-- {marker} -->).*?(<!-- /{marker} -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
         sections += ["", f"## {title}", "", block, "", f"`python benchmarks/compare.py`, `results/{name}.json`."]
-    for name, (title, table) in {"nf4": ("4-bit weights", four_bit), "linear_head": ("The head", head)}.items():
+    for name, (title, table) in _tables().items():
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        source = f"`python benchmarks/{name}.py`, `results/{name}.json`."
+        source = f"`python benchmarks/{name.replace('-', '_')}.py`, `results/{name}.json`."
         sections += ["", f"## {title}", "", *table(content), "", source]
     if (RESULTS / "generation.json").is_file():
         sections += ["", *generation(json.loads((RESULTS / "generation.json").read_text(encoding="utf-8")))]
@@ -139,6 +150,31 @@ def four_bit(content: dict[str, Any]) -> list[str]:
         "",
         f"Medians of {rounds} alternating rounds, on a machine with other load: trust large ratios only.",
     ]
+
+
+def equal_bits(content: dict[str, Any]) -> list[str]:
+    """How many stored tensors equal bitsandbytes' to the last bit."""
+    kinds, shapes, blocks = (len(content[name]) for name in ("kinds", "shapes", "block_sizes"))
+    lines = [
+        f"{kinds} kinds of tensors (random, constant, zero, tiny, huge, denormal, midpoints …) × {shapes} shapes × fp32, "
+        f"bf16 and fp16 × NF4 and FP4 × {blocks} block sizes × double quantisation on and off; equal / all.",
+        "",
+        "| what | compiled kernel | plain PyTorch |",
+        "| --- | --- | --- |",
+    ]
+    for what in content["paths"]["C"]:
+        counts = [content["paths"][path][what] for path in ("C", "PyTorch")]
+        lines.append(f"| {what} | " + " | ".join(f"{one['equal']:,} / {one['all']:,}" for one in counts) + " |")
+    versions = content["versions"]
+    return [*lines, "", f"bitsandbytes {versions['bitsandbytes']}, torch {versions['torch']}."]
+
+
+def streaming(content: dict[str, Any]) -> list[str]:
+    """Phases of the 13B run with their peaks."""
+    lines = ["![memory over time](results/stream-13b.png)", ""]
+    lines += ["| phase | seconds | peak, GiB |", "| --- | --- | --- |"]
+    lines += [f"| {one['phase']} | {one['seconds']:.1f} | {one['peak_gib']:.2f} |" for one in content["phases"]]
+    return [*lines, "", f"Peak resident memory of the whole process: **{content['peak_gib']:.2f} GiB**."]
 
 
 def head(content: dict[str, Any]) -> list[str]:
