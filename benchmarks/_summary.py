@@ -156,7 +156,7 @@ def equal_bits(content: dict[str, Any]) -> list[str]:
     """How many stored tensors equal bitsandbytes' to the last bit."""
     kinds, shapes, blocks = (len(content[name]) for name in ("kinds", "shapes", "block_sizes"))
     lines = [
-        f"{kinds} kinds of tensors (random, constant, zero, tiny, huge, denormal, midpoints …) × {shapes} shapes × fp32, "
+        f"{kinds} kinds of tensors (random, constant, zero, tiny, huge, denormal …) × {shapes} shapes × fp32, "
         f"bf16 and fp16 × NF4 and FP4 × {blocks} block sizes × double quantisation on and off; equal / all.",
         "",
         "| what | compiled kernel | plain PyTorch |",

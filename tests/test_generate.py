@@ -377,6 +377,12 @@ def test_pieces_come_as_soon_as_they_are_sure_and_characters_stay_whole() -> Non
     assert pieces([]) == []
 
 
+def test_an_end_token_ends_the_work_too() -> None:
+    assembled = scripted(spell("ab"))
+    assert generate(assembled, [[5]], settings(max_tokens=300)) == ["ab"]
+    assert assembled.model.steps == 3
+
+
 def test_rows_stop_each_at_their_own_stop_string() -> None:
     assembled, rows = make("llama", ends=()), prompts(8)
     plain = generate(assembled, rows, settings(max_tokens=20))

@@ -59,7 +59,7 @@ class TrainingState:
     step: int = 0
     """Optimiser steps taken."""
     rng: torch.Tensor = field(default_factory=torch.get_rng_state)
-    """State of the random numbers that dropout draws."""
+    """State of the random numbers that dropout draws, on the device where it draws them."""
     optimizer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """AdamW's moments by weight."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -105,8 +105,10 @@ def train(
     _restore(state, weights, optimizer)
     per_epoch = math.ceil(len(train_examples.rows.sequences) / settings.batch_size)
     total = settings.epochs * per_epoch
-    with torch.random.fork_rng(devices=[]), _checkpointing(assembled, settings.gradient_checkpointing):
-        torch.set_rng_state(state.rng)
+    device = assembled.model.device
+    on_gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_gpu), _checkpointing(assembled, settings.gradient_checkpointing):
+        torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
             _set_dropout(assembled, True)
@@ -115,7 +117,7 @@ def train(
                 loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
                 state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
                 if on_step and on_step(state, total, loss):
-                    return _capture(state, weights, optimizer)
+                    return _capture(state, weights, optimizer, device)
             _set_dropout(assembled, False)
             score = held_out_score(assembled, held_examples)
             mean_loss = state.loss_sum / per_epoch
@@ -124,7 +126,7 @@ def train(
             state.trained_score = max(score, state.trained_score)
             _keep_if_better(state, weights, score, epoch=state.epoch)
             if on_epoch:
-                on_epoch(_capture(state, weights, optimizer), mean_loss, assembled.task.shown(score))
+                on_epoch(_capture(state, weights, optimizer, device), mean_loss, assembled.task.shown(score))
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(state.best_weights[key])
@@ -133,7 +135,7 @@ def train(
 
 def start(assembled: Assembled, held_examples: Examples, seed: int) -> TrainingState:
     """The state before the first step, with the model as it is now as the best so far."""
-    state = TrainingState(rng=torch.Generator().manual_seed(seed).get_state())
+    state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
     _keep_if_better(state, assembled.trainable(), held_out_score(assembled, held_examples), epoch=0)
     return state
 
@@ -252,14 +254,16 @@ def _keep_if_better(state: TrainingState, weights: dict[str, nn.Parameter], scor
         state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
 
 
-def _capture(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainingState:
+def _capture(
+    state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainingState:
     """Copy what lives in model, optimizer and generator into the state."""
     state.weights = {key: weight.detach().clone() for key, weight in weights.items()}
     state.optimizer = {
         key: {name: torch.as_tensor(value).clone() for name, value in optimizer.state[weight].items()}
         for key, weight in weights.items()
     }
-    state.rng = torch.get_rng_state()
+    state.rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return state
 
 
