@@ -192,6 +192,16 @@ def test_a_reader_that_goes_away_is_no_error(adapters: dict[str, Path], tmp_path
     assert process.returncode == 0
 
 
+def test_a_terminal_that_knows_few_characters_is_no_error(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("generate", adapters["pairs"], "tell me", "é", "--max-tokens", 5, cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "> \\xe9" in out
+
+
 # What is refused, and how
 
 
@@ -203,7 +213,7 @@ def test_a_reader_that_goes_away_is_no_error(adapters: dict[str, Path], tmp_path
         (["predict", "{pairs}", "hello"], ["writes text and knows no labels", "capo generate"]),
         (["generate", "no-such", "hello"], ["no-such: no such adapter folder, and no model either", "capo-tiny"]),
         (["generate", "{pairs}/..", "hello"], ["capotune.json is missing", "Did you mean", "/adapter?"]),
-        (["generate", "{bert}", "hello"], ["--model {bert}"]),
+        (["generate", "{bert}", "hello"], ["capo: --model {bert}", "reads text and does not write it"]),
         (["generate", "{base}", "hello", "--model", "{base}"], ["belongs to an adapter", "Leave --model out"]),
         (["generate", "{pairs}", "hello", "--model", "{llama}"], ["belongs to another base"]),
         (["generate", "{pairs}", "hello", "--temperature", "-1"], ["'temperature'", "than or equal to 0", "-1"]),
@@ -223,7 +233,7 @@ def test_a_reader_that_goes_away_is_no_error(adapters: dict[str, Path], tmp_path
         (["evaluate", "{pairs}", "--data", "{pairs_data}", "--text-column", "x"], ["--text-column x", "leave"]),
         (["evaluate", "{labels}", "--data", "{tickets}", "--prompt-template", "{x}"], ["--prompt-template", "leave"]),
         (["evaluate", "{labels}", "--data", "{tickets}", "--answers", "-1"], ["'answers'", "-1"]),
-        (["evaluate", "{bert}", "--data", "{pairs_data}"], ["--model {bert}"]),
+        (["evaluate", "{bert}", "--data", "{pairs_data}"], ["reads text and does not write it"]),
         (["data", "no-such.csv"], ["no-such.csv: no such file"]),
         (["demo"], ["required"]),
         (["demo", "classification"], ["generation"]),
@@ -471,7 +481,7 @@ def test_python_mistakes_are_errors_of_ours(adapters: dict[str, Path], bert: Pat
         generator.chat([{"content": "hello"}])
     with pytest.raises(SettingError, match=r"unknown setting 'max_token'\. Did you mean 'max_tokens'\?"):
         generator.generate(["hello"], max_token=3)
-    with pytest.raises(ModelError, match="--model"):
+    with pytest.raises(ModelError, match="reads text and does not write it"):
         capotune.load_model(bert)
     with pytest.raises(AdapterError, match="gives labels and writes no text"):
         capotune.generate(adapters["labels"], ["hello"])

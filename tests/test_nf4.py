@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
 import logging
@@ -114,7 +115,7 @@ def bitsandbytes(kind: str, shape: tuple[int, ...], dtype: torch.dtype, quant_ty
     absmax8, nested_absmax = kernel.call_boxed(keys, state.absmax - offset, table, 256)
     state2 = bnb.QuantState(nested_absmax, code=table, blocksize=256, dtype=torch.float32)
     stored = {False: state.absmax, True: bnb.dequantize_blockwise(absmax8, state2) + offset}
-    eager = _dequantize_4bit_compute.__wrapped__
+    eager = inspect.unwrap(_dequantize_4bit_compute)  # not compiled; where torch.compile can't be had it is so already
     numbers = {
         (nested, out): eager(codes.view(-1), absmax, state.code, block_size, shape, out).view(shape)
         for nested, absmax in stored.items()

@@ -278,12 +278,14 @@ def is_adapter(name: str | Path) -> bool:
 def _named_model(name: str | Path, model: str | None) -> Generator:
     if model is not None:
         raise SettingError(f"--model {model}: belongs to an adapter, and '{name}' is none. Leave --model out.")
-    try:
-        return load_model(name)
-    except ModelError as error:
-        if Path(name).expanduser().is_dir():
-            raise
-        raise AdapterError(f"{name}: no such adapter folder, and no model either. {error}") from None
+    from capotune.models.load import EMBEDDED, find
+
+    if str(name) not in EMBEDDED and not Path(name).expanduser().is_dir():
+        try:
+            find(str(name))
+        except ModelError as error:
+            raise AdapterError(f"{name}: no such adapter folder, and no model either. {error}") from None
+    return load_model(name)
 
 
 def _loaded(
