@@ -39,6 +39,7 @@ from capotune.methods import Start, make
 from capotune.models.load import Quantization, Source, load_causal_lm
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.stream import empty_model
+from capotune.training.loop import checkpointing
 
 BLOCKS, TOKENS, LIMIT_GIB = 40, 512, 12
 EVERY = 0.2  # seconds between two looks at the memory
@@ -128,16 +129,14 @@ def train_step(model: Any, watch: Watch, keep_activations: bool) -> dict[str, fl
         method.attach(model, describe(model, model.base_model_prefix), Start(torch.Generator().manual_seed(0)))
         parameters = list(method.parameters().values())
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
-    if not keep_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # Transformers recomputes in training mode only; this family has no dropout
     ids = torch.randint(0, model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with watch.phase("forward"):
-        states = model.base_model(input_ids=ids).last_hidden_state[0]
-        head = model.get_output_embeddings().weight
-        loss = linear_cross_entropy(states[:-1], head, None, ids[0, 1:]).mean()
-    with watch.phase("backward"):
-        loss.backward()
+    with checkpointing([] if keep_activations else model.base_model.layers):
+        with watch.phase("forward"):
+            states = model.base_model(input_ids=ids).last_hidden_state[0]
+            head = model.get_output_embeddings().weight
+            loss = linear_cross_entropy(states[:-1], head, None, ids[0, 1:]).mean()
+        with watch.phase("backward"):
+            loss.backward()
     with watch.phase("optimizer step"):
         optimizer.step()
     assert bool(torch.isfinite(loss))

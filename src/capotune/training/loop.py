@@ -107,7 +107,8 @@ def train(
     total = settings.epochs * per_epoch
     device = assembled.model.device
     on_gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on_gpu), _checkpointing(assembled, settings.gradient_checkpointing):
+    checkpointed = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks]
+    with torch.random.fork_rng(devices=on_gpu), checkpointing(checkpointed if settings.gradient_checkpointing else []):
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
@@ -227,9 +228,8 @@ def _batch(
 
 
 @contextmanager
-def _checkpointing(assembled: Assembled, on: bool) -> Iterator[None]:
-    """Inside, each block keeps only what enters it, and computes the rest again on the way back."""
-    blocks = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks] if on else []
+def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, each block keeps only what enters it, and computes the rest again on the way back (Chen et al. 2016)."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:

@@ -41,6 +41,10 @@ TASKS: dict[TaskName, type[TaskRun]] = {"classification": ClassificationRun, "ge
 MODELS: dict[TaskName, str] = {"classification": "minilm", "generation": "capo-tiny"}
 """The embedded base of each task."""
 
+_WIDE = 1024
+"""Hidden size from which a CPU's bf16 is worth it: below, products gain nothing, and oneDNN keeps about a gigabyte of
+code for all the shapes it meets."""
+
 
 def run(
     settings: TrainSettings,
@@ -164,7 +168,8 @@ def _load(
     """The base on the device, in the dtype it computes in."""
     device = pick_device()
     source, packing = task_run.source, task_run.source.packing()
-    packed = packing is not None or method.method == "qlora"
+    wide = hidden_size(source, settings.trust_remote_code) >= _WIDE
+    packed = wide and (packing is not None or method.method == "qlora")
     dtype = compute_dtype(device, packed=packed) if task_run.task.name == "generation" else torch.float32
     kept = f", in the 4 bits that it is stored in ({packing})" if packing else ""
     text = f"loading base{kept}, to compute in {str(dtype).removeprefix('torch.')} on {device}"
