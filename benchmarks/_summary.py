@@ -138,18 +138,31 @@ def _share(scores: dict[str, float], name: str) -> str:
 
 
 def four_bit(content: dict[str, Any]) -> list[str]:
-    """Median milliseconds beside bitsandbytes; above 1 is faster than it."""
-    lines = ["| work | shape | capotune, ms | bitsandbytes, ms | times as fast |", "| --- | --- | --- | --- | --- |"]
+    """Medians with quartiles beside bitsandbytes, and a plain fp32 layer where there is one."""
+    lines = [
+        "| work | shape | capotune, ms | bitsandbytes, ms | times as fast | plain fp32, ms | of its time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in content["rows"]:
-        ours, theirs = (row["milliseconds"][name]["median"] for name in ("capotune", "bitsandbytes"))
+        times = row["milliseconds"]
+        dense = times.get("dense nn.Linear")
+        ratio = f"{times['capotune']['median'] / dense['median']:.2f}" if dense else "–"
         shape = " × ".join(map(str, row["shape"]))
-        lines.append(f"| {row['what']} | {shape} | {ours:.1f} | {theirs:.1f} | {row['speed_against_bitsandbytes']} |")
-    rounds = content["rounds"]
+        lines.append(
+            f"| {row['what']} | {shape} | {_spread(times['capotune'])} | {_spread(times['bitsandbytes'])} "
+            f"| {row['speed_against_bitsandbytes']} | {_spread(dense) if dense else '–'} | {ratio} |"
+        )
+    rounds, threads = content["rounds"], content["machine"]["threads"]
     return [
         *lines,
         "",
-        f"Medians of {rounds} alternating rounds, on a machine with other load: trust large ratios only.",
+        f"Medians (and quartiles) of {rounds} alternating rounds in one process, {threads} threads, fp32.",
     ]
+
+
+def _spread(times: dict[str, Any]) -> str:
+    low, high = times["q1"], times["q3"]
+    return f"{times['median']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def equal_bits(content: dict[str, Any]) -> list[str]:

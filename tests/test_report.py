@@ -750,6 +750,7 @@ def test_page_answers_the_same_prompts_side_by_side(tmp_path: Path) -> None:
     assert "def squares(n):\n    return [i * i\n        for i in range(n)]</dd>" in html
     assert re.search(r"\.answers dd \{[^}]*white-space: pre-wrap", html)
     assert '<dd dir="auto">القاهرة</dd>' in html
+    assert '<blockquote dir="auto">عاصمة مصر؟</blockquote>' in html
 
 
 def test_page_marks_the_recommended_technique_among_the_answers(tmp_path: Path) -> None:
