@@ -268,12 +268,9 @@ class GenerationRun(TaskRun):
 
     def _how_to_answer(self, settings: TrainSettings) -> tuple[DecodingSettings, str]:
         """As many tokens as the longest training answer and some more; and what is the score to compare by."""
-        lengths = [
-            sum(label != NOT_LEARNED for label in labels)
-            for labels, _ in zip(self.train.targets, range(2000), strict=False)
-        ]
         if not self._has_answers:
             return DecodingSettings(max_tokens=_SHOWN_TOKENS, seed=settings.seed), "perplexity"
+        lengths = [sum(label != NOT_LEARNED for label in labels) for labels in self.train.targets]
         longest = min(1024, int(1.25 * max(lengths)) + 8)
         metric = "exact_match" if statistics.median(lengths) <= _SHORT_ANSWER else "perplexity"
         return DecodingSettings(max_tokens=longest, seed=settings.seed), metric
