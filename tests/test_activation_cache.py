@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, assert_same_bits, examples, fit, on_base, sequences, shake, weights
@@ -24,6 +25,7 @@ from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettin
 from capotune.data.batches import Rows, sorted_order
 from capotune.errors import OutputError
 from capotune.models.load import Quantization, find, load_backbone
+from capotune.models.packing import Packing, packed
 from capotune.training import activation_cache
 from capotune.training.activation_cache import ActivationCache, resume_from
 from capotune.training.loop import predict_logits
@@ -76,7 +78,7 @@ def test_cached_features_are_the_computed_ones(base: str, models: dict[str, Path
     assembled = features(models[base])
     rows, layers = rows_of(assembled), assembled.model.feature_layers
     cold, warm, none = (ActivationCache(folder, {}) for folder in (tmp_path, tmp_path, None))
-    computed, found, uncached = (cache.pooled(assembled.model, layers, rows) for cache in (cold, warm, none))
+    computed, found, uncached = (cache.pooled(assembled, layers, rows) for cache in (cold, warm, none))
     assert torch.equal(found, computed)
     assert torch.equal(found, uncached)
     assert [cache.forward_rows for cache in (cold, warm, none)] == [12, 0, 12]
@@ -140,11 +142,11 @@ def test_everything_that_matters_makes_another_entry(bert: Path, tmp_path: Path)
     ]
     for number, (model, identity, layers, given) in enumerate(seen):
         cache = ActivationCache(tmp_path, identity)
-        cache.pooled(model.model, layers, given)
+        cache.pooled(model, layers, given)
         assert cache.forward_rows == len(given.sequences), number
     assert len(entries(tmp_path)) == len(seen)
     for block in (1, 2):
-        ActivationCache(tmp_path, plain).boundary(assembled.model, assembled.architecture, block, rows)
+        ActivationCache(tmp_path, plain).boundary(assembled, block, rows)
     assert len(entries(tmp_path)) == len(seen) + 2
 
 
@@ -201,15 +203,16 @@ def test_starting_at_a_block_is_the_whole_forward_pass(
     whole = predict_logits(assembled, rows)
     blocks = len(assembled.architecture.blocks)
     for block in range(1, blocks if packing is None else 2):
-        states = ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, block, rows)
+        states = ActivationCache(tmp_path, {}).boundary(assembled, block, rows)
         assert states.values.shape == (sum(rows.lengths), 32)
         found = torch.empty_like(whole)
-        with torch.no_grad(), resume_from(assembled.model, assembled.architecture, block) as give:
-            for chosen in torch.arange(15).flip(0).split(4):
-                batch = rows.batch(chosen.numpy())
-                give(states.batch(chosen.numpy()))
-                found[chosen] = assembled.model(batch.input_ids, batch.attention_mask).logits
-        torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+        for how in (assembled.packing, Packing(None, "for this test")):
+            with torch.no_grad(), packed(assembled.backbone, how), resume_from(assembled, block) as give:
+                for chosen in torch.arange(15).flip(0).split(4):
+                    batch = rows.batch(chosen.numpy(), first_position=how.first_position)
+                    give(batch.laid_out(states.flat(chosen.numpy())))
+                    found[chosen] = assembled.model.logits(batch)
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
     assert torch.equal(predict_logits(assembled, rows), whole)  # the blocks are back, the hook is gone
 
 
@@ -218,7 +221,7 @@ def test_the_blocks_below_do_not_run(base: str, models: dict[str, Path]) -> None
     assembled = on_base(models[base], FeatureExtractionSettings(trainable_layers=1))
     rows = rows_of(assembled)
     block = assembled.method.first_trainable_block()
-    states = ActivationCache(None, {}).boundary(assembled.model, assembled.architecture, block, rows)
+    states = ActivationCache(None, {}).boundary(assembled, block, rows)
     called: list[str] = []
     for path in assembled.architecture.blocks:
         assembled.model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.append(path))
@@ -249,8 +252,7 @@ def test_training_from_cached_states_is_training_without(
             block = assembled.method.first_trainable_block()
             assert block >= 1
             given, held = (
-                replace(part, boundary=cache.boundary(assembled.model, assembled.architecture, block, part.rows))
-                for part in (given, held)
+                replace(part, boundary=cache.boundary(assembled, block, part.rows)) for part in (given, held)
             )
         _, losses = fit(assembled, train_examples=given, held_examples=held)
         outcomes.append((losses, weights(assembled)))
@@ -289,7 +291,7 @@ def test_disk_full(error: Exception, bert: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(activation_cache, "save_file", full)
     assembled = features(bert)
     with pytest.raises(OutputError, match=r"cannot be written: .*No space left.*CAPOTUNE_CACHE.*--no-cache"):
-        ActivationCache(tmp_path, {}).pooled(assembled.model, (-1,), rows_of(assembled))
+        ActivationCache(tmp_path, {}).pooled(assembled, (-1,), rows_of(assembled))
     assert entries(tmp_path) == []
 
 
@@ -308,7 +310,7 @@ def small_files() -> Iterator[None]:
 def test_the_system_refuses_to_write(bert: Path, tmp_path: Path) -> None:
     assembled = features(bert)
     with pytest.raises(OutputError, match="cannot be written"):
-        ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, 1, rows_of(assembled, 60))
+        ActivationCache(tmp_path, {}).boundary(assembled, 1, rows_of(assembled, 60))
     assert entries(tmp_path) == []
 
 
@@ -329,37 +331,38 @@ def test_disk_full_leaves_no_run_behind(
 def test_a_damaged_entry_is_computed_again(keep: int, bert: Path, tmp_path: Path) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    before = ActivationCache(tmp_path, {}).pooled(assembled.model, (-1,), rows)
+    before = ActivationCache(tmp_path, {}).pooled(assembled, (-1,), rows)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:keep])
     again = ActivationCache(tmp_path, {})
-    assert torch.equal(again.pooled(assembled.model, (-1,), rows), before)
+    assert torch.equal(again.pooled(assembled, (-1,), rows), before)
     assert again.forward_rows == 12
     final = ActivationCache(tmp_path, {})
-    final.pooled(assembled.model, (-1,), rows)
+    final.pooled(assembled, (-1,), rows)
     assert final.forward_rows == 0
 
 
 def test_states_are_kept_without_padding_and_mapped(bert: Path, tmp_path: Path) -> None:
     assembled = on_base(bert, FeatureExtractionSettings(trainable_layers=1))
     rows = rows_of(assembled, 40)
-    states = ActivationCache(tmp_path, {}).boundary(assembled.model, assembled.architecture, 2, rows)
+    states = ActivationCache(tmp_path, {}).boundary(assembled, 2, rows)
     (path,) = tmp_path.iterdir()
     assert path.stat().st_size < sum(rows.lengths) * 32 * 4 + 400
-    batch = states.batch([3, 8])
-    assert batch.shape == (2, max(rows.lengths[3], rows.lengths[8]), 32)
+    batch, flat = rows.batch(np.array([3, 8])), states.flat([3, 8])
+    assert flat.shape == (rows.lengths[3] + rows.lengths[8], 32)
+    padded = batch.laid_out(flat)
+    assert padded.shape == (2, max(rows.lengths[3], rows.lengths[8]), 32)
+    assert torch.equal(batch.flat(padded), flat)
     shorter = min((3, 8), key=lambda row: rows.lengths[row])
-    assert not batch[(3, 8).index(shorter), rows.lengths[shorter] :].any()
+    assert not padded[(3, 8).index(shorter), rows.lengths[shorter] :].any()
 
 
 def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    whole = activation_cache.compute_pooled(assembled.model, (0, -1), rows)
+    whole = activation_cache.compute_pooled(assembled, (0, -1), rows)
     monkeypatch.setattr(activation_cache, "sorted_order", lambda lengths: sorted_order(lengths, token_budget=20))
-    torch.testing.assert_close(
-        activation_cache.compute_pooled(assembled.model, (0, -1), rows), whole, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(activation_cache.compute_pooled(assembled, (0, -1), rows), whole, rtol=0, atol=1e-6)
 
 
 def test_the_model_is_whole_again_afterwards(bert: Path) -> None:
@@ -367,7 +370,7 @@ def test_the_model_is_whole_again_afterwards(bert: Path) -> None:
     backbone = load_backbone(find(str(bert)))
     assembled = on_base(bert, FeatureExtractionSettings(trainable_layers=2))
     rows = rows_of(assembled, 4)
-    ActivationCache(None, {}).boundary(assembled.model, assembled.architecture, 1, rows)
+    ActivationCache(None, {}).boundary(assembled, 1, rows)
     assembled.method.detach()
     batch = rows.batch(torch.arange(4).numpy()).to(CPU)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -38,7 +38,7 @@ from capotune.config import (
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.data.batches import NOT_LEARNED, Rows, collate, parts_of
+from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of
 from capotune.training.activation_cache import ActivationCache
 from capotune.training.loop import Examples, accumulate, held_out_score, outputs, train
 from capotune.training.task_run import with_boundary
@@ -167,7 +167,7 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, writers: dict[s
     losses, norms = [], []
     for rows in batches:
         batch = collate(given.rows.sequences, rows, given.rows.pad_id, (), given.targets)
-        loss = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.targets).loss
+        loss = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=padded_labels(batch)).loss
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(parameters, 1.0)))
         optimizer.step()
@@ -180,15 +180,21 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, writers: dict[s
     assert ours == pytest.approx(losses, rel=1e-4)
 
 
+def padded_labels(batch: Batch) -> torch.Tensor:
+    """(rows, longest), as Transformers takes them."""
+    assert batch.targets is not None
+    return batch.laid_out(batch.targets - NOT_LEARNED) + NOT_LEARNED
+
+
 def steps_of(assembled: Assembled, given: Examples) -> tuple[list[np.ndarray], list[float]]:
     """Train on ``given``; the rows of each step and its loss."""
     batches: list[np.ndarray] = []
     losses: list[float] = []
 
     class Noted(Rows):
-        def batch(self, rows: Any, targets: Any = None) -> Any:
+        def batch(self, rows: Any, *how: Any) -> Any:
             batches.append(rows)
-            return super().batch(rows, targets)
+            return super().batch(rows, *how)
 
     noted = Examples(Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix), given.targets)
     train(
@@ -255,13 +261,13 @@ def test_the_loss_is_transformers_own(variant: str, base: str, all_writers: dict
     assert learned == 75 - 2 == int((batch.targets != NOT_LEARNED).sum())
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
-        theirs = float(assembled.model(**inputs, labels=batch.targets).loss) * learned
+        theirs = float(assembled.model(**inputs, labels=padded_labels(batch)).loss) * learned
         all_logits = assembled.model(**inputs).logits
         ours = {smoothing: float(task.loss(assembled.model, batch, smoothing)) for smoothing in (0.0, 0.3)}
         other = with_plain_head(assembled, False).generation
         long_way = {smoothing: float(other.loss(assembled.model, batch, smoothing)) for smoothing in (0.0, 0.3)}
     smoothed = functional.cross_entropy(
-        all_logits[:, :-1].flatten(0, 1), batch.targets[:, 1:].flatten(), reduction="sum", label_smoothing=0.3
+        all_logits[:, :-1].flatten(0, 1), padded_labels(batch)[:, 1:].flatten(), reduction="sum", label_smoothing=0.3
     )
     assert ours[0.0] == pytest.approx(theirs, rel=2e-6)
     assert ours[0.3] == pytest.approx(float(smoothed), rel=2e-6)
@@ -285,7 +291,7 @@ def test_the_short_way_has_the_same_gradients(
     ours = gradients(assembled)
     found = assembled.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     plain = functional.cross_entropy(
-        found[:, :-1].flatten(0, 1), batch.targets[:, 1:].flatten(), label_smoothing=smoothing
+        found[:, :-1].flatten(0, 1), padded_labels(batch)[:, 1:].flatten(), label_smoothing=smoothing
     )
     assert loss == pytest.approx(plain.item(), rel=1e-5)
     plain.backward()
@@ -431,6 +437,7 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
         given, held = examples(assembled, 24), examples(assembled, 8, seed=1)
         if "cached" in variant:
             given, held = cached(assembled, given), cached(assembled, held)
+        assert assembled.packing.first_position == 0  # found out by passes that do not count
         count = [0]
         part = next(assembled.model.get_submodule(assembled.architecture.blocks[-1]).children())
         part.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))

@@ -18,6 +18,7 @@ from torch import nn
 
 from capotune.adapters.assemble import assemble, classification_task
 from capotune.config import LoraSettings, QloraSettings
+from capotune.data.batches import Batch
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
 from capotune.models import load as load_module
@@ -161,7 +162,8 @@ def test_qlora_on_minilm_trains_from_packed_weights() -> None:
     ids = load_tokenizer(source)(["where is my parcel", "I was charged twice"], padding=True, return_tensors="pt")
     with torch.no_grad():
         here, there = (
-            one.model.features(ids["input_ids"], ids["attention_mask"], layers=(-1,)) for one in (packed, whole)
+            one.model.features(Batch.of_padded(ids["input_ids"], ids["attention_mask"]), (-1,))
+            for one in (packed, whole)
         )
     assert nn.functional.cosine_similarity(here, there).min() > 0.97
     assert not torch.equal(here, there)

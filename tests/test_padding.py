@@ -17,7 +17,7 @@ from capotune.config import (
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.data.batches import Rows, collate, epoch_order, sorted_order
+from capotune.data.batches import Batch, Rows, collate, epoch_order, sorted_order
 from capotune.models.load import Pooling
 from capotune.tasks.classification import pool
 
@@ -77,11 +77,13 @@ def test_pooling_ignores_padding_and_virtual_tokens(pooling: Pooling) -> None:
         "last": lambda rows: rows[-1],
     }[pooling]
     expected = torch.stack([by_hand(row[2:length]) for row, length in zip(states, lengths, strict=True)])
-    torch.testing.assert_close(pool(states, mask, pooling, skip=2), expected)
+    batch = Batch.of_padded(mask, mask)
+    found = pool(batch.flat(states), batch.starts, pooling, skip=2)
+    torch.testing.assert_close(found, expected)
     noisy = states.clone()
     noisy[:, :2] = 1e4
     noisy[mask == 0] = -1e4
-    assert torch.equal(pool(noisy, mask, pooling, skip=2), pool(states, mask, pooling, skip=2))
+    assert torch.equal(pool(batch.flat(noisy), batch.starts, pooling, skip=2), found)
 
 
 @pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
@@ -95,7 +97,7 @@ def test_prompt_touches_its_text_and_is_not_pooled(pooling: Pooling, base: str, 
     batch = collate([[7, 8, 9, 10, 11, 12, *row] for row in rows], np.arange(5), 0)
     with torch.no_grad():
         hidden = assembled.model.backbone(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        expected = assembled.model.classifier(pool(hidden, batch.attention_mask, pooling, skip=6))
+        expected = assembled.model.classifier(pool(batch.flat(hidden), batch.starts, pooling, skip=6))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 

@@ -163,9 +163,9 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, models: dict[st
     ours: list[float] = []
 
     class Noted(type(given.rows)):  # type: ignore[misc]
-        def batch(self, rows: Any, targets: Any = None) -> Any:
+        def batch(self, rows: Any, *how: Any) -> Any:
             batches.append(torch.as_tensor(rows))
-            return super().batch(rows, targets)
+            return super().batch(rows, *how)
 
     noted = Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix)
     train(

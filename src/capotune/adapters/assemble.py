@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from capotune.models.load import (
     load_tokenizer,
     max_length,
 )
+from capotune.models.packing import Packing, try_packing
 from capotune.models.stream import Progress
 from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
@@ -52,6 +54,16 @@ class Assembled:
     def expected_trainable(self) -> int:
         """The trainable count by formula: the method's own and the task's head."""
         return self.method.expected_parameters() + self.task.expected_head(self.model)
+
+    @property
+    def backbone(self) -> Any:
+        """The pretrained transformer, without any head."""
+        return self.model.get_submodule(self.architecture.backbone)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How the base reads several sequences at once; found out when it first does."""
+        return try_packing(self.backbone)
 
     @property
     def classification(self) -> Classification:

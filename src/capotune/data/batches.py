@@ -1,17 +1,23 @@
-"""Batches of token sequences with little padding.
+"""Batches of token sequences: packed without padding, or padded on the right.
 
-Rows of like length go together, so padding is a few percent instead of half. The order is a function of seed and
-epoch alone: an interrupted run finds its place again.
+Rows of like length go together, so padding is a few percent instead of half where a model needs it, and attention meets
+few different lengths where it doesn't. The order is a function of seed and epoch alone: an interrupted run finds its
+place again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
+from capotune.kernels.attention import Sequences
 
 _POOL = 50  # batches whose rows are sorted by length together: near-uniform lengths, yet a new mix every epoch
 
@@ -47,19 +53,58 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences: ids and mask, both (rows, longest).
+    """Sequences as a model reads them: padded on the right, or packed, which is one row of all tokens.
 
-    ``targets`` are (rows,) classes, or (rows, longest) labels with ``NOT_LEARNED`` where nothing is learned.
+    What is *flat* has no padding and no rows: (tokens, …), sequence after sequence.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    """(rows, longest), or packed (1, tokens)."""
+    sequences: Sequences
+    """The rows' lengths."""
+    attention_mask: torch.Tensor | None = None
+    """(rows, longest), 1 where a token is; None: packed."""
+    position_ids: torch.Tensor | None = None
+    """Packed: (1, tokens)."""
     targets: torch.Tensor | None = None
+    """(rows,) classes, or flat labels (tokens,) with ``NOT_LEARNED`` where nothing is learned."""
+
+    @staticmethod
+    def of_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Batch:
+        """A batch that another program padded."""
+        return Batch(input_ids, Sequences(tuple(attention_mask.long().sum(1).tolist())), attention_mask)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        if self.attention_mask is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "sequences": self.sequences}
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where each row starts among the flat tokens, and where the last ends: (rows + 1,) int64."""
+        return self.sequences.starts.to(self.input_ids.device)
+
+    def flat(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, longest, …) or packed (1, tokens, …) → (tokens, …)."""
+        return values[0] if self.attention_mask is None else values[self.attention_mask.bool()]
+
+    def laid_out(self, values: torch.Tensor) -> torch.Tensor:
+        """(tokens, …) → (rows, longest, …), zeros where padded, or packed (1, tokens, …)."""
+        if self.attention_mask is None:
+            return values[None]
+        return nn.utils.rnn.pad_sequence(list(self.split(values)), batch_first=True)
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(tokens, …) → a tensor for each row."""
+        return torch.split(values, list(self.sequences.lengths))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        targets = None if self.targets is None else self.targets.to(device)
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), targets)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if torch.is_tensor(value)}
+        return replace(self, **moved)
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -78,24 +123,17 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 
 def sorted_order(lengths: Sequence[int], token_budget: int = 4096) -> list[np.ndarray]:
     """Row numbers of batches for inference: by length, as many rows as fit ``token_budget`` padded tokens."""
-    batches: list[list[int]] = []
-    for row in np.argsort(np.asarray(lengths), kind="stable"):
-        # rows come in rising length, so the newest is the longest of its batch
-        if not batches or lengths[row] * (len(batches[-1]) + 1) > token_budget:
-            batches.append([])
-        batches[-1].append(int(row))
-    return [np.array(batch) for batch in batches]
+    return parts_of(np.arange(len(lengths)), lengths, token_budget)
 
 
 def parts_of(rows: np.ndarray, lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """``rows`` shared out, in their order, over parts of at most ``token_budget`` padded tokens (one row at least)."""
+    """``rows`` by length, shared out over parts of at most ``token_budget`` padded tokens (one row at least)."""
+    size = np.asarray(lengths)[rows]
     parts: list[list[int]] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, lengths[row])
-        if not parts or longest * (len(parts[-1]) + 1) > token_budget:
+    for row in rows[np.argsort(size, kind="stable")]:
+        # rows come in rising length, so the newest is the longest of its part
+        if not parts or lengths[row] * (len(parts[-1]) + 1) > token_budget:
             parts.append([])
-            longest = lengths[row]
         parts[-1].append(int(row))
     return [np.array(part) for part in parts]
 
@@ -106,21 +144,26 @@ def collate(
     pad_id: int,
     prefix: Sequence[int] = (),
     targets: Targets | None = None,
+    *,
+    first_position: int | None = None,
 ) -> Batch:
-    """Pad the sequences of ``rows`` on the right; ``prefix`` ids (a soft prompt's) stand before each."""
-    ids = _padded([[*prefix, *sequences[row]] for row in rows], pad_id)
-    lengths = torch.tensor([len(prefix) + len(sequences[row]) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    """The sequences of ``rows``, each after the ``prefix`` ids (a soft prompt's): packed, the first token of each at
+    position ``first_position``; padded with ``pad_id`` where that is None."""
+    chosen = [[*prefix, *sequences[row]] for row in rows]
+    lengths = Sequences(tuple(map(len, chosen)))
+    wanted: torch.Tensor | None = None
     if isinstance(targets, list):
         unlearned = [NOT_LEARNED] * len(prefix)
-        return Batch(ids, mask, _padded([[*unlearned, *targets[row]] for row in rows], NOT_LEARNED))
-    return Batch(ids, mask, None if targets is None else targets[torch.as_tensor(rows)])
-
-
-def _padded(sequences: list[list[int]], filler: int) -> torch.Tensor:
-    """(rows, longest) int64, ``filler`` on the right."""
-    longest = max(map(len, sequences))
-    return torch.tensor([sequence + [filler] * (longest - len(sequence)) for sequence in sequences])
+        wanted = torch.tensor([label for row in rows for label in (*unlearned, *targets[row])])
+    elif targets is not None:
+        wanted = targets[torch.as_tensor(rows)]
+    if first_position is not None:
+        ids = torch.tensor([[token for sequence in chosen for token in sequence]])
+        return Batch(ids, lengths, position_ids=lengths.positions(first_position)[None], targets=wanted)
+    longest = max(lengths.lengths)
+    ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in chosen])
+    mask = (torch.arange(longest) < torch.tensor(lengths.lengths)[:, None]).long()
+    return Batch(ids, lengths, mask, targets=wanted)
 
 
 @dataclass(frozen=True)
@@ -132,9 +175,9 @@ class Rows:
     prefix: Sequence[int] = range(0)
     """Tokens before every sequence: a soft prompt's virtual ones, or a hard prompt's."""
 
-    def batch(self, rows: np.ndarray, targets: Targets | None = None) -> Batch:
-        """The padded batch of these rows."""
-        return collate(self.sequences, rows, self.pad_id, self.prefix, targets)
+    def batch(self, rows: np.ndarray, targets: Targets | None = None, first_position: int | None = None) -> Batch:
+        """The batch of these rows, packed from ``first_position`` on or, where that is None, padded."""
+        return collate(self.sequences, rows, self.pad_id, self.prefix, targets, first_position=first_position)
 
     @property
     def lengths(self) -> list[int]:

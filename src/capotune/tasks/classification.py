@@ -58,27 +58,26 @@ class SequenceClassifier(nn.Module):
         return self.classifier.weight.device
 
     def features(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        layers: tuple[int, ...] | None = None,
+        self, batch: Batch, layers: tuple[int, ...] | None = None, inputs: dict[str, Any] | None = None
     ) -> torch.Tensor:
-        """Pooled vectors (batch, len(layers)·hidden) of token ids (batch, tokens) or embeddings.
+        """Pooled vectors (batch, len(layers)·hidden); ``layers`` are the head's own when left out.
 
-        ``layers`` are the head's own when left out.
+        ``inputs`` stand in place of the batch's own, laid out the same: ``inputs_embeds`` instead of ``input_ids``.
         """
         layers = layers or self.feature_layers
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        inputs = {"input_ids": input_ids} if input_ids is not None else {"inputs_embeds": inputs_embeds}
+        inputs = inputs or batch.inputs
         if layers == (-1,):
-            states = [self.backbone(attention_mask=mask, **inputs).last_hidden_state]
+            states = [self.backbone(**inputs).last_hidden_state]
         else:
-            all_states = self.backbone(attention_mask=mask, output_hidden_states=True, **inputs).hidden_states
+            all_states = self.backbone(output_hidden_states=True, **inputs).hidden_states
             states = [all_states[layer] for layer in layers]
-        return torch.cat([pool(state, mask, self.pooling, self.virtual_tokens) for state in states], dim=1)
+        pooled = [pool(batch.flat(state), batch.starts, self.pooling, self.virtual_tokens) for state in states]
+        return torch.cat(pooled, dim=1)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(batch, labels)."""
+        found: torch.Tensor = self.classifier(self.features(batch))
+        return found
 
     def forward(
         self,
@@ -88,26 +87,33 @@ class SequenceClassifier(nn.Module):
         labels: torch.Tensor | None = None,
         **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
     ) -> SequenceClassifierOutput:
-        """Logits (batch, labels); the mean cross-entropy too when ``labels`` (batch,) are given."""
-        logits = self.classifier(self.features(input_ids, attention_mask, inputs_embeds))
+        """Logits (batch, labels) as other programs ask for them, of right-padded ids (batch, tokens) or embeddings.
+
+        The mean cross-entropy too when ``labels`` (batch,) are given.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        inputs = {name: given, "attention_mask": mask}
+        logits = self.classifier(self.features(Batch.of_padded(given, mask), inputs=inputs))
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip: int = 0) -> torch.Tensor:
-    """One vector per row, (batch, hidden), of ``states`` (batch, tokens, hidden) where ``mask`` (batch, tokens) is 1.
-
-    The first ``skip`` positions (a soft prompt) do not count. Padding stands on the right.
-    """
-    states, mask = states[:, skip:], mask[:, skip:]
+def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int = 0) -> torch.Tensor:
+    """One vector per row, (rows, hidden), of flat ``states`` (tokens, hidden); row r is tokens starts[r] to
+    starts[r + 1], of which the first ``skip`` (a soft prompt) do not count."""
     if pooling == "cls":
-        return states[:, 0]
+        return states[starts[:-1] + skip]
     if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), mask.sum(1).long() - 1]
-    if pooling == "max":
-        return states.masked_fill(mask[..., None] == 0, torch.finfo(states.dtype).min).amax(1)
-    weights = mask.to(states.dtype)
-    return torch.einsum("bth,bt->bh", states, weights) / weights.sum(1, keepdim=True)
+        return states[starts[1:] - 1]
+    if skip:
+        position = torch.arange(len(states), device=states.device)
+        row = torch.searchsorted(starts, position, right=True) - 1
+        states = states[position >= starts[row] + skip]
+        starts = starts - skip * torch.arange(len(starts), device=starts.device)
+    return torch.segment_reduce(states, pooling, offsets=starts)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Classification(Task):
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (rows, labels)."""
-        logits: torch.Tensor = model(batch.input_ids, batch.attention_mask).logits
+        logits: torch.Tensor = model.logits(batch)
         return logits
 
     def score(self, outputs: torch.Tensor, targets: Targets) -> Score:

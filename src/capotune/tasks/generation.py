@@ -279,7 +279,7 @@ class Generation(Task):
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Of each row the sum of its losses and the number of its learned tokens, (rows, 2)."""
         losses, row = self._losses(model, batch, 0.0)
-        sums = torch.zeros(len(batch.input_ids), 2, device=losses.device)
+        sums = torch.zeros(len(batch.starts) - 1, 2, device=losses.device)
         return sums.index_add_(0, row, torch.stack([losses, torch.ones_like(losses)], 1))
 
     def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the losses
@@ -294,16 +294,18 @@ class Generation(Task):
     def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (learned tokens,) and the row of each. Logits are made where something is learned, nowhere else."""
         assert batch.targets is not None
-        targets = batch.targets[:, 1:]  # what stands at a position is predicted by the one before
-        row, position = (targets != NOT_LEARNED).nonzero(as_tuple=True)
-        wanted = targets[row, position]
+        learned = (batch.targets != NOT_LEARNED).nonzero()[:, 0]
+        wanted = batch.targets[learned]
+        row = torch.searchsorted(batch.starts, learned, right=True) - 1
+        at = learned - 1  # a token is predicted at the one before it; the first of a row is never learned
         if not self.plain_head:
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[row, position].float()
+            logits = batch.flat(model(**batch.inputs).logits)[at].float()
             return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
-        states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        states = batch.flat(model.base_model(**batch.inputs).last_hidden_state)
         head = model.get_output_embeddings()
-        chosen = states[row, position].to(head.weight.dtype)
-        return linear_cross_entropy(chosen, head.weight, head.bias, wanted, label_smoothing), row
+        return linear_cross_entropy(
+            states[at].to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing
+        ), row
 
     # ------------------------------------------------------------------------------------------------------------ rest
 

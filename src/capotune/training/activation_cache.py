@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from capotune.adapters.assemble import Assembled
 from capotune.data.batches import Rows, sorted_order
 from capotune.errors import OutputError
-from capotune.models.architecture import Architecture, swap
-from capotune.tasks.classification import SequenceClassifier
+from capotune.models.architecture import swap
+from capotune.models.packing import packed
 
 _FORMAT = 1
 Progress = Callable[[int, int], None]
@@ -55,23 +56,18 @@ class ActivationCache:
     """What the entries that were found had cost."""
 
     def pooled(
-        self, model: SequenceClassifier, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+        self, assembled: Assembled, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
     ) -> torch.Tensor:
         """Features (rows, len(layers)·hidden) fp32 on the CPU, from disk or by one forward pass."""
-        name = self._name("pooled", rows, pooling=model.pooling, layers=layers)
-        return self._once(name, rows, lambda: compute_pooled(model, layers, rows, progress))
+        name = self._name("pooled", rows, pooling=assembled.model.pooling, layers=layers)
+        return self._once(name, rows, lambda: compute_pooled(assembled, layers, rows, progress))
 
     def boundary(
-        self,
-        model: nn.Module,
-        architecture: Architecture,
-        block: int,
-        rows: Rows,
-        progress: Progress | None = None,
+        self, assembled: Assembled, block: int, rows: Rows, progress: Progress | None = None
     ) -> BoundaryStates:
         """States that enter ``block``, for every row."""
         name = self._name("boundary", rows, block=block)
-        values = self._once(name, rows, lambda: compute_boundary(model, architecture, block, rows, progress))
+        values = self._once(name, rows, lambda: compute_boundary(assembled, block, rows, progress))
         if kept := self._read(name):  # mapped from disk from now on
             values = kept[0]
         return BoundaryStates(values, np.concatenate([[0], np.cumsum(rows.lengths)]))
@@ -128,64 +124,53 @@ class BoundaryStates:
     values: torch.Tensor
     starts: np.ndarray
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """(rows, longest, hidden), zeros where padded."""
-        return nn.utils.rnn.pad_sequence(
-            [self.values[self.starts[row] : self.starts[row + 1]] for row in rows], batch_first=True
-        )
+    def flat(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """(tokens, hidden) of these rows, one after the other."""
+        return torch.cat([self.values[self.starts[row] : self.starts[row + 1]] for row in rows])
 
 
 @torch.no_grad()
 def compute_pooled(
-    model: SequenceClassifier, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+    assembled: Assembled, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
 ) -> torch.Tensor:
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
-    device = next(model.parameters()).device
+    model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths)
-    for done, chosen in enumerate(order):
-        batch = rows.batch(chosen).to(device)
-        features[torch.as_tensor(chosen)] = (
-            model.features(batch.input_ids, batch.attention_mask, layers=layers).float().cpu()
-        )
-        if progress:
-            progress(done + 1, len(order))
+    with packed(assembled.backbone, assembled.packing):
+        for done, chosen in enumerate(order):
+            batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
+            features[torch.as_tensor(chosen)] = model.features(batch, layers).float().cpu()
+            if progress:
+                progress(done + 1, len(order))
     return features
 
 
 @torch.no_grad()
-def compute_boundary(
-    model: nn.Module,
-    architecture: Architecture,
-    block: int,
-    rows: Rows,
-    progress: Progress | None = None,
-) -> torch.Tensor:
+def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Progress | None = None) -> torch.Tensor:
     """One forward pass up to ``block``: the states that enter it, (all tokens, hidden), without padding."""
-    device = next(model.parameters()).device
-    lengths = rows.lengths
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    backbone = model.get_submodule(architecture.backbone)
+    backbone, architecture = assembled.backbone, assembled.architecture
+    starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
-    order = sorted_order(lengths)
-    with _stop_at(model, architecture.blocks[block]) as caught:
+    order = sorted_order(rows.lengths)
+    with packed(backbone, assembled.packing), _stop_at(assembled.model, architecture.blocks[block]) as caught:
         for done, chosen in enumerate(order):
-            batch = rows.batch(chosen).to(device)
-            try:
-                backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            except _BoundaryReachedError:
-                states = caught.pop().cpu()
-            for number, row in enumerate(chosen):
-                values[starts[row] : starts[row + 1]] = states[number, : lengths[row]]
+            batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(assembled.model.device)
+            with suppress(_BoundaryReachedError):
+                backbone(**batch.inputs)
+            states = batch.flat(caught.pop()).cpu()
+            for row, of_row in zip(chosen, batch.split(states), strict=True):
+                values[starts[row] : starts[row + 1]] = of_row
             if progress:
                 progress(done + 1, len(order))
     return values
 
 
 @contextmanager
-def resume_from(model: nn.Module, architecture: Architecture, block: int) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Inside, ``model`` starts at ``block``: the blocks below pass through, and its input is what the yielded function
-    was last given, (rows, tokens, hidden). Token ids still go in; attention mask and positions come from them."""
+def resume_from(assembled: Assembled, block: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Inside, the model starts at ``block``: the blocks below pass through, and its input is what the yielded function
+    was last given, laid out as the batch is. Token ids still go in; attention mask and positions come from them."""
+    model, architecture = assembled.model, assembled.architecture
     frozen = {path: model.get_submodule(path) for path in architecture.blocks[:block]}
     for path in frozen:
         swap(model, path, _PassThrough())

@@ -214,7 +214,7 @@ def _pooled(
     """The head's features. Every readable layer is computed and kept, so that all methods share one cache entry."""
     hidden = assembled.architecture.hidden_size
     layers = readable_layers(len(assembled.architecture.blocks), hidden)
-    features = cache.pooled(assembled.model, layers, rows, progress)
+    features = cache.pooled(assembled, layers, rows, progress)
     if len(assembled.model.feature_layers) == len(layers):
         return features
     return features[:, -hidden:].clone()  # a copy, so that the other layers' memory is free again

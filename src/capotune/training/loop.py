@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
+from capotune.models.packing import packed
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
@@ -158,7 +159,7 @@ def outputs(assembled: Assembled, examples: Examples, progress: Progress | None 
     """What the task keeps of each row, (rows, numbers) fp32 on the CPU, in the order of the rows."""
     order = sorted_order(examples.rows.lengths)
     found = []
-    with _starting_at(assembled, examples.boundary) as give:
+    with packed(assembled.backbone, assembled.packing), _starting_at(assembled, examples.boundary) as give:
         for done, chosen in enumerate(order):
             batch = _batch(assembled, examples, chosen, give)
             found.append(assembled.task.outputs(assembled.model, batch).float().cpu())
@@ -209,11 +210,12 @@ def accumulate(assembled: Assembled, examples: Examples, chosen: np.ndarray, set
     """
     task, total = assembled.task, 0.0
     units = task.units(examples.targets, chosen.tolist())
-    for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
-        with _starting_at(assembled, examples.boundary) as give:
-            loss = task.loss(assembled.model, _batch(assembled, examples, part, give), settings.label_smoothing) / units
+    with packed(assembled.backbone, assembled.packing), _starting_at(assembled, examples.boundary) as give:
+        for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
+            batch = _batch(assembled, examples, part, give)
+            loss = task.loss(assembled.model, batch, settings.label_smoothing) / units
             loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+            total += float(loss.detach())
     return total
 
 
@@ -222,9 +224,10 @@ def _batch(
 ) -> Batch:
     """The rows on the model's device; with cached states, those are handed to the model too."""
     device = assembled.model.device
+    batch = examples.rows.batch(chosen, examples.targets, assembled.packing.first_position)
     if examples.boundary is not None and give is not None:
-        give(examples.boundary.batch(chosen).to(device))
-    return examples.rows.batch(chosen, examples.targets).to(device)
+        give(batch.laid_out(examples.boundary.flat(chosen)).to(device))
+    return batch.to(device)
 
 
 @contextmanager
@@ -245,7 +248,7 @@ def _starting_at(
     """The model as it is, or starting above its frozen prefix when the states that enter there are at hand."""
     if boundary is None:
         return nullcontext()
-    return resume_from(assembled.model, assembled.architecture, assembled.method.first_trainable_block())
+    return resume_from(assembled, assembled.method.first_trainable_block())
 
 
 def _keep_if_better(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:

@@ -131,6 +131,7 @@ def _run(
     report({"kind": "stage", "text": "testing"})
     tested = task_run.test(assembled, cache, report)
     epochs = {"epochs": fitted.epochs, "best_epoch": fitted.best_epoch, "held_out_score": fitted.held_out_score}
+    trainable_in_steps = bool(assembled.method.parameters())
     trained = {
         "metric": tested.metric,
         "score": tested.score,
@@ -145,6 +146,7 @@ def _run(
         **epochs,
         **fitted.also,
         "dtype": str(dtype).removeprefix("torch."),
+        "sequences": assembled.packing.described if trainable_in_steps or cache.forward_rows else "none were read",
         "data_sha256": task_run.data_sha256,
         "adapter": str(settings.out / "adapter"),
     }

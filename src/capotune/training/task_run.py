@@ -162,7 +162,7 @@ def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCac
     if block == 0:
         return examples
     report({"kind": "stage", "text": "computing the frozen layers once"})
-    states = cache.boundary(assembled.model, assembled.architecture, block, examples.rows, counter(report))
+    states = cache.boundary(assembled, block, examples.rows, counter(report))
     return Examples(examples.rows, examples.targets, states)
 
 

@@ -1,0 +1,164 @@
+"""Attention of sequences that stand one after the other, each to itself.
+
+    out_i = softmax(scale · q_i Kᵀ) V        K, V: the tokens of token i's own sequence that it may look at
+
+With ``causal`` those are the ones up to i; with ``window`` the ones less than ``window`` away.
+
+There is no padding and no mask: sequences of equal length that are neighbours go through PyTorch's fused attention
+together, as a batch that is a view of the tokens. Sequences sorted by length make few such groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How tokens are shared out over sequences, in their order."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(sequences, length) of each run of neighbours that are equally long."""
+        return tuple((sum(1 for _ in run), length) for length, run in groupby(self.lengths))
+
+    def positions(self, first: int) -> torch.Tensor:
+        """Position of each token in its own sequence, counted from ``first``: (tokens,) int64."""
+        return torch.cat([torch.arange(first, first + length) for length in self.lengths])
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where each sequence starts, and where the last ends: (sequences + 1,) int64."""
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+
+def packed_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The definition in plain PyTorch, one sequence after the other. Shapes as in ``packed_attention``."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    outs = []
+    for rows in zip(*(torch.split(x.transpose(0, 1), list(sequences.lengths), 1) for x in (q, k, v)), strict=True):
+        scores = scale * rows[0].float() @ rows[1].float().transpose(1, 2)  # (heads, length, length)
+        seen = _seen(scores.shape[-1], causal, window, q.device)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outs.append((weights @ rows[2].float()).to(q.dtype).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The same, faster: q (tokens, heads, head_dim), k and v (tokens, key-value heads, head_dim) → as q.
+
+    ``heads`` is a multiple of the key-value heads, which neighbouring heads share (grouped-query attention).
+    """
+    narrow = window is not None and any(length > window for length in sequences.lengths)
+    if q.device.type == "cpu" and not narrow:
+        return _PackedAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+    sizes = [count * length for count, length in sequences.groups]
+    parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), sequences.groups, strict=True)
+    outs = []
+    for query, key, value, (count, length) in parts:
+        mask = _seen(length, causal, window, q.device) if narrow else None
+        out = functional.scaled_dot_product_attention(
+            _heads_first(query, count),
+            _heads_first(key, count),
+            _heads_first(value, count),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """PyTorch's CPU kernels called by group, so that gradients are written in place rather than padded and summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: Sequences,
+        causal: bool,
+        scale: float,
+    ) -> torch.Tensor:
+        out, log_sums = torch.empty(q.shape, dtype=q.dtype), []
+        for part, count in _parts(sequences):
+            query, key, value = (_heads_first(x[part], count) for x in (q, k, v))
+            found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, causal, scale=scale
+            )
+            out[part] = found.transpose(1, 2).flatten(0, 1)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, *log_sums)
+        ctx.how = sequences, causal, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, *log_sums = ctx.saved_tensors
+        sequences, causal, scale = ctx.how
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        for (part, count), log_sum in zip(_parts(sequences), log_sums, strict=True):
+            given = (_heads_first(x[part], count) for x in (grad, q, k, v, out))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *given, log_sum, 0.0, causal, scale=scale
+            )
+            for whole, of_part in zip(gradients, found, strict=True):
+                whole[part] = of_part.transpose(1, 2).flatten(0, 1)
+        return *gradients, None, None, None
+
+
+def _parts(sequences: Sequences) -> list[tuple[slice, int]]:
+    """Tokens of each group and how many sequences they are."""
+    parts, start = [], 0
+    for count, length in sequences.groups:
+        parts.append((slice(start, start + count * length), count))
+        start += count * length
+    return parts
+
+
+def _heads_first(x: torch.Tensor, count: int) -> torch.Tensor:
+    """(count·length, heads, head_dim) as (count, heads, length, head_dim), without a copy."""
+    return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _seen(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor:
+    """(length, length) bool: which tokens (columns) each token (rows) looks at."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    return seen

@@ -1,0 +1,153 @@
+"""Whether a model can read sequences that stand one after the other, without padding, and how.
+
+Packed, a batch is one row of tokens: positions begin anew with each sequence, and attention is told where each ends.
+For that Transformers' models are given another attention function by name, for as long as it is needed. Not every
+family can do it (some count positions themselves, some mix tokens by other means than attention), so each model is
+tried once on a few sequences: what it computes of them packed must be what it computes of them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from capotune.kernels.attention import Sequences, packed_attention
+
+_NAME = "capotune_packed"
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_LONGEST_TRIED = 512
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model reads several sequences."""
+
+    first_position: int | None
+    """Position of a sequence's first token where sequences are packed; None: they are padded."""
+    why_not: str | None = None
+    """Why they are padded, in words."""
+
+    @property
+    def described(self) -> str:
+        """For the record of a run."""
+        return f"padded: {self.why_not}" if self.first_position is None else "packed"
+
+
+class PackingError(ValueError):
+    """The model asks of attention what the packed one does not do."""
+
+
+def try_packing(backbone: Any) -> Packing:
+    """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head."""
+    training = [module for module in backbone.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False  # dropout would draw random numbers, and make the two ways differ
+        return _try_packing(backbone)
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def _try_packing(backbone: Any) -> Packing:
+    config = backbone.config
+    layers = set(getattr(config, "layer_types", None) or _PLAIN_LAYERS) - _PLAIN_LAYERS
+    if layers:
+        return Packing(None, f"the model has layers of other kinds ({', '.join(sorted(layers))})")
+    if config._attn_implementation != "sdpa":
+        return Packing(None, f"the model's attention is {config._attn_implementation}")
+    tried = _sequences_to_try(config)
+    expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in tried])
+    reason = ""
+    # RoBERTa and its relatives count positions from the id of the padding token on
+    for first in (0, (config.pad_token_id or 0) + 1):
+        packing = Packing(first)
+        try:
+            with packed(backbone, packing):
+                found = _states(_read_packed(backbone, tried, first))[0]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it was a try
+            reason = f"the model's code does not take packed sequences ({error})"
+            continue
+        largest = float((found - expected).abs().max() / expected.abs().max())
+        if largest <= _TOLERANCE[found.dtype]:
+            return packing
+        reason = f"packed, the model computes something else (by {largest:.1g})"
+    return Packing(None, reason)
+
+
+@contextmanager
+def packed(backbone: Any, packing: Packing) -> Iterator[None]:
+    """Inside, ``backbone`` reads packed batches, and only such, where ``packing`` says it can; else nothing changes."""
+    if packing.first_position is None:
+        yield
+        return
+    AttentionInterface.register(_NAME, _attention)
+    # a block that was copied has a configuration of its own
+    configs = [module.config for module in backbone.modules() if hasattr(module, "config")]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = _NAME  # a name without a mask function of its own: no mask is made
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _sequences_to_try(config: Any) -> list[torch.Tensor]:
+    """Ids of two short sequences, and of one beyond the model's attention window where that is not long."""
+    words = [token for token in range(config.vocab_size) if token != config.pad_token_id][:7]
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [5, 3, window + 5] if 0 < window <= _LONGEST_TRIED else [5, 3]
+    return [torch.tensor((words * (length // len(words) + 1))[:length]) for length in lengths]
+
+
+def _read_packed(backbone: Any, tried: list[torch.Tensor], first_position: int) -> Any:
+    sequences = Sequences(tuple(map(len, tried)))
+    return backbone(
+        input_ids=torch.cat(tried)[None].to(backbone.device),
+        position_ids=sequences.positions(first_position)[None].to(backbone.device),
+        sequences=sequences,
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    sequences: Sequences | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as Transformers calls it: query (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim)."""
+    extra = sorted(name for name in ("softcap", "position_bias", "s_aux", "head_mask") if more.get(name) is not None)
+    if sequences is None or attention_mask is not None or dropout or extra:
+        raise PackingError(f"its attention asks for {', '.join(extra) or 'a mask or dropout'}")
+    out = packed_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        sequences,
+        causal=bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        window=sliding_window,
+    )
+    return out[None], None
+
+
+def _states(output: Any) -> torch.Tensor:
+    states: torch.Tensor = output.last_hidden_state
+    return states
