@@ -1,7 +1,7 @@
 """What frozen layers compute, computed once and kept on disk by content.
 
-The name of an entry is a hash of everything its values depend on (base, packing, tokens, pooling, layers, prompt), so
-an entry is never stale: other data or another base is another name. Two kinds:
+The name of an entry is a hash of everything its values depend on (base, packing, tokens, how they are read, pooling,
+layers, prompt), so an entry is never stale: other data or another base is another name. Two kinds:
 
 - pooled features (rows, layers·hidden), for a head alone;
 - boundary states (tokens, hidden) entering the lowest trainable block, for everything above it. They are stored without
@@ -32,7 +32,7 @@ from capotune.errors import OutputError
 from capotune.models.architecture import swap
 from capotune.models.packing import packed
 
-_FORMAT = 1
+_FORMAT = 2
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
 

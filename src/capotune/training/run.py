@@ -206,6 +206,8 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
         "packing": asdict(packing) if packing else None,
         "device": assembled.model.device.type,
         "dtype": str(dtype),
+        "torch": torch.__version__,
+        "first_position": assembled.packing.first_position,  # packed or padded, the last bits differ
     }
 
 
