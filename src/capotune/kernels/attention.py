@@ -29,7 +29,7 @@ class Sequences:
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(sequences, length) of each run of neighbours that are equally long."""
-        return tuple((sum(1 for _ in run), length) for length, run in groupby(self.lengths))
+        return tuple((sum(1 for _ in run), length) for length, run in groupby(self.lengths) if length)
 
     def positions(self, first: int) -> torch.Tensor:
         """Position of each token in its own sequence, counted from ``first``: (tokens,) int64."""
@@ -77,8 +77,10 @@ def packed_attention(
 
     ``heads`` is a multiple of the key-value heads, which neighbouring heads share (grouped-query attention).
     """
+    assert len(q) == sum(sequences.lengths)
     narrow = window is not None and any(length > window for length in sequences.lengths)
     if q.device.type == "cpu" and not narrow:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernels do not look
         return _PackedAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
     sizes = [count * length for count, length in sequences.groups]
     parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), sequences.groups, strict=True)

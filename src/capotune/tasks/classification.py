@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from capotune.config import TaskName
 from capotune.data.batches import Batch, Targets
+from capotune.errors import DataError
 from capotune.models.load import Pooling
 from capotune.tasks.base import Score, Task
 
@@ -134,8 +135,14 @@ class Classification(Task):
         return [len(ids) for ids in self._ids(texts, truncation=False)]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``."""
-        return self._ids(texts, truncation=True, max_length=self.max_length)
+        """Token ids of each text, cut at ``max_length``. Raises ``DataError`` for a text of which no token comes."""
+        found = self._ids(texts, truncation=True, max_length=self.max_length)
+        for number, (text, ids) in enumerate(zip(texts, found, strict=True), 1):
+            if not ids:
+                raise DataError(
+                    f"text {number} of {len(texts)} ({text!r}): the base's tokenizer makes no token of it. Remove it."
+                )
+        return found
 
     def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
         if not texts:  # the tokenizer takes no empty list
