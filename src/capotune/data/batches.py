@@ -179,7 +179,7 @@ class Rows:
         """The batch of these rows, packed from ``first_position`` on or, where that is None, padded."""
         return collate(self.sequences, rows, self.pad_id, self.prefix, targets, first_position=first_position)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each row, virtual ones included."""
         return [len(self.prefix) + len(sequence) for sequence in self.sequences]

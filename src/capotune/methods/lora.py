@@ -21,10 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from capotune.config import LoraSettings, nearest
 from capotune.errors import SettingError
-from capotune.kernels.lora_linear import lora_linear, lora_reference
+from capotune.kernels.lora_linear import LowRank, Remake, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
+
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Layers that have one input, by the names that most families give them, in the order they are called."""
 
 
 class LoraLinear(nn.Module):
@@ -43,6 +46,8 @@ class LoraLinear(nn.Module):
         self.lora_magnitude_vector = (
             nn.Parameter(torch.linalg.norm(self.dense_weight(torch.float32), dim=1)) if settings.dora else None
         )
+        self.shared: SharedInput | None = None
+        """Where other layers have the same input."""
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +77,26 @@ class LoraLinear(nn.Module):
         if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_packed(x):
             change = functional.linear(functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return layer(x) + self.scale * change  # type: ignore[no-any-return]
+        if self.shared is not None and torch.is_grad_enabled():
+            return self.shared.output(self, x)
+        return lora_linears(x, (self.low_rank(),))[0]
+
+    def low_rank(self) -> LowRank:
+        """What ``kernels.lora_linear`` computes with."""
+        layer: Any = self.base_layer
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
-        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale)
+        return LowRank(weight, layer.bias, self.lora_A, self.lora_B, self.scale)
+
+    def of_remade(self, x: torch.Tensor, remake: Remake) -> torch.Tensor:
+        """As ``forward``, but x is not kept: ``remake`` computes it again in the backward pass."""
+        if not self.is_plain:
+            return self(x)  # type: ignore[no-any-return]
+        return lora_linears(x, (self.low_rank(),), remake)[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a forward pass in training is W and the low-rank change alone, without dropout and magnitudes."""
+        return self.lora_magnitude_vector is None and not (self.dropout and self.training)
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
@@ -105,6 +128,34 @@ class LoraLinear(nn.Module):
         return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
 
 
+class SharedInput:
+    """Layers that a block calls one after the other on the same input: the first call computes them all.
+
+    Which layers those are is known by name (``_SHARED``). That the input is the same is seen at each call: if it is
+    not, every layer is computed by itself from then on.
+    """
+
+    def __init__(self, layers: tuple[LoraLinear, ...]) -> None:
+        self.layers = layers
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[LoraLinear, torch.Tensor] = {}
+
+    def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        """What ``layer`` gives for x (..., in)."""
+        if layer is self.layers[0]:
+            self._input = x
+            outs = lora_linears(x, [one.low_rank() for one in self.layers])
+            self._outputs = dict(zip(self.layers, outs, strict=True))
+        same = x is self._input and layer in self._outputs
+        if not same:
+            for one in self.layers:
+                one.shared = None
+        out = self._outputs.pop(layer) if same else lora_linears(x, (layer.low_rank(),))[0]
+        if not self._outputs:
+            self._input = None  # kept no longer than needed
+        return out
+
+
 def merged(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None
 ) -> torch.Tensor:
@@ -133,6 +184,7 @@ class Lora(Method):
         for path in self.targets:
             self.layers[path] = LoraLinear(model.get_submodule(path), self.settings, start.generator)
             swap(model, path, self.layers[path])
+        self._share_inputs()
         self.train_mode(False)
 
     def detach(self) -> None:
@@ -192,6 +244,15 @@ class Lora(Method):
             "init_lora_weights": True,
             "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in self.layers.values()),
         }
+
+    def _share_inputs(self) -> None:
+        """Layers of one block part that have an input in common are computed together."""
+        for parent in dict.fromkeys(path.rpartition(".")[0] for path in self.targets):
+            for names in _SHARED:
+                layers = tuple(self.layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in self.layers)
+                if len(layers) == len(names) and not self.settings.dora:
+                    for layer in layers:
+                        layer.shared = SharedInput(layers) if layer is layers[0] else layers[0].shared
 
     def _short_targets(self) -> list[str]:
         """Last names of the targets when they name just these layers (other programs expect such), else full paths."""
