@@ -135,7 +135,7 @@ def main() -> None:
             "system": platform.platform(),
             "simd": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "c_kernels": _native.library() is not None,
+            "c_kernels": _native.library("nf4_cpu") is not None,
         },
         "versions": {name: metadata.version(name) for name in ("torch", "bitsandbytes")},
         "dtype": "float32",

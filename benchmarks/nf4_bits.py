@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nf4-bits.json")
     options = parser.parse_args()
-    found = {"C": compare("C")} if _native.library() is not None else {}
+    found = {"C": compare("C")} if _native.library("nf4_cpu") is not None else {}
     nf4.library = lambda: None  # type: ignore[assignment]
     found["PyTorch"] = compare("PyTorch")
     record = {

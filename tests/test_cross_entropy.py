@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
-from capotune.kernels import cross_entropy
-from capotune.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from capotune.errors import DataError
+from capotune.kernels import _native, cross_entropy
+from capotune.kernels.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    softmax_cross_entropy,
+    softmax_cross_entropy_reference,
+)
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
+@pytest.fixture(params=["native", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on the C kernel and again without it."""
+    if request.param == "reference":
+        monkeypatch.setattr(_native, "library", lambda _: None)
+    elif _native.library("elementwise_cpu") is None:
+        pytest.skip("no C compiler here")
+    return request.param
+
+
+def torch_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> list[torch.Tensor]:
+    """PyTorch's own losses and their gradients, in float64."""
+    leaf = logits.double().requires_grad_()
+    losses = functional.cross_entropy(leaf, targets, reduction="none", label_smoothing=smoothing)
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), leaf)]
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -60,3 +85,104 @@ def test_the_whole_of_the_logits_is_never_made() -> None:
     with Watch():
         linear_cross_entropy(states, weight, None, torch.arange(2**10)).sum().backward()
     assert largest <= 2**23
+
+
+# ------------------------------------------------------------------------------------------- one chunk of the logits
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (4, 3), (3, 17), (2, 577), (5, 5000), (0, 7)])
+def test_a_chunks_losses_and_gradients(rows: int, vocabulary: int, smoothing: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(rows, vocabulary, generator=generator) * scale
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    truth = torch_cross_entropy(logits, targets, smoothing)
+    given = logits.clone()
+    losses = softmax_cross_entropy(logits, targets, smoothing, False)
+    assert torch.equal(logits, given)
+    torch.testing.assert_close(losses.double(), truth[0], rtol=1e-6, atol=1e-6 * max(1, scale))
+    assert torch.equal(softmax_cross_entropy(logits, targets, smoothing, True), losses)
+    torch.testing.assert_close(logits.double(), truth[1], rtol=0, atol=2e-7 * max(scale, 5))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_c_kernel_is_more_exact_than_what_it_replaced(smoothing: float) -> None:
+    """Exponents of differences from the largest logit: nothing is lost to its size."""
+    if _native.library("elementwise_cpu") is None:
+        pytest.skip("no C compiler here")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4000, generator=generator) + 3000
+    targets = torch.randint(4000, (8,), generator=generator)
+    truth = torch_cross_entropy(logits, targets, smoothing)
+    errors = []
+    for function in (softmax_cross_entropy, softmax_cross_entropy_reference):
+        changed = logits.clone()
+        losses = function(changed, targets, smoothing, True)
+        errors.append([float((losses - truth[0]).abs().max()), float((changed - truth[1]).abs().max())])
+    assert errors[0][0] < 1e-6 < errors[1][0]
+    assert errors[0][1] < 1e-7
+    assert errors[0][1] <= errors[1][1]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_tokens_that_cannot_be(smoothing: float) -> None:
+    """-infinity in place of a logit: no share of the softmax, an infinite loss where it is the target or smoothed."""
+    inf = float("inf")
+    logits = torch.tensor([[1.0, -inf, 2.0, -inf, 0.5], [-inf, 3.0, -inf, -inf, -inf], [0.0, 1.0, -inf, 2.0, 3.0]])
+    targets = torch.tensor([2, 1, 2])
+    truth = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    softmax = logits.softmax(1) - smoothing / 5 - (1 - smoothing) * functional.one_hot(targets, 5)
+    torch.testing.assert_close(softmax_cross_entropy(logits, targets, smoothing, True), truth)
+    torch.testing.assert_close(logits, softmax)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all -inf"])
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_broken_row_has_no_finite_loss_and_breaks_no_other(bad: float | str, size: int, path: str) -> None:
+    logits, targets = torch.randn(3, size, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    good = softmax_cross_entropy(logits, targets, 0.0, False)
+    if isinstance(bad, str):
+        logits[1] = -float("inf")
+    else:
+        logits[1, size - 1] = bad
+    losses = softmax_cross_entropy(logits.clone(), targets, 0.0, True)
+    assert not losses[1].isfinite()
+    assert path == "reference" or losses[1].isnan()
+    assert torch.equal(losses[[0, 2]], good[[0, 2]])
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("wrong", [-100, -1, 9, 2**40])
+def test_a_target_beyond_the_vocabulary_is_refused(wrong: int) -> None:
+    """C would read and write outside of the logits."""
+    targets = torch.tensor([0, wrong, 8])
+    with pytest.raises(DataError, match="tokens 0 to 8"):
+        linear_cross_entropy(torch.randn(3, 4), torch.randn(9, 4), None, targets)
+
+
+def test_threads_share_a_chunk_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(29, 50), torch.randint(50, (29,))
+    threads, found = torch.get_num_threads(), []
+    monkeypatch.setattr(_native, "SHARE", 50)
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            changed = logits.clone()
+            found.append((softmax_cross_entropy(changed, targets, 0.1, True), changed))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.usefixtures("path")
+def test_targets_in_any_layout() -> None:
+    logits, targets = torch.randn(4, 9), torch.arange(8)[::2]
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(softmax_cross_entropy(logits, targets, 0.0, False), expected)
+    columns = logits.t().contiguous().t()
+    torch.testing.assert_close(softmax_cross_entropy(columns, targets, 0.0, False), expected)

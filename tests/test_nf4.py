@@ -55,8 +55,8 @@ def one_thread() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
-        monkeypatch.setattr(nf4, "library", lambda: None)
-    elif _native.library() is None:
+        monkeypatch.setattr(nf4, "library", lambda _: None)
+    elif _native.library("nf4_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
@@ -223,7 +223,7 @@ def test_nearest_is_exact_where_the_c_library_rounds_to_a_grid() -> None:
 def test_c_and_pytorch_give_the_same_bits(
     seed: int, n: int, block_size: int, quant_type: str, dtype: torch.dtype, double_quant: bool, scale: float
 ) -> None:
-    lib = _native.library()
+    lib = _native.library("nf4_cpu")
     if lib is None:
         pytest.skip("no C compiler here")
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
@@ -247,7 +247,7 @@ def test_c_and_pytorch_give_the_same_bits(
 
 def test_every_half_precision_number_reads_the_same_in_c() -> None:
     """All finite bf16 and fp16 numbers, one block of 32 each with itself as absmax: absmax is the number."""
-    lib = _native.library()
+    lib = _native.library("nf4_cpu")
     if lib is None:
         pytest.skip("no C compiler here")
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -268,7 +268,7 @@ def test_threads_and_chunks_share_the_work_without_a_seam(monkeypatch: pytest.Mo
     assert_equal_quantized(quantize_4bit(x), expected)
     whole = dequantize_4bit(expected)
     torch.set_num_threads(1)
-    monkeypatch.setattr(nf4, "library", lambda: None)
+    monkeypatch.setattr(nf4, "library", lambda _: None)
     assert_equal_quantized(quantize_4bit(x), expected)
     assert torch.equal(dequantize_4bit(expected), whole)
 
@@ -283,7 +283,7 @@ def assert_equal_quantized(a: QuantizedTensor, b: QuantizedTensor) -> None:
 
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """``library()`` looks again, with an empty cache folder."""
+    """``library`` looks again, with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CAPOTUNE_NATIVE", raising=False)
     _native.library.cache_clear()
@@ -292,13 +292,13 @@ def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
 
 
 def test_the_compiled_kernel_is_kept_and_found_again(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if _native.library() is None:
+    if _native.library("nf4_cpu") is None:
         pytest.skip("no C compiler here")
     (built,) = fresh_library.iterdir()
     assert built.suffix == ".so"
     _native.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled twice"))
-    assert _native.library() is not None
+    assert _native.library("nf4_cpu") is not None
 
 
 @pytest.mark.parametrize("trouble", ["missing", "failing", "read-only"])
@@ -315,7 +315,7 @@ def test_without_a_compiler_pytorch_takes_over(
     with caplog.at_level(logging.INFO, logger=_native.__name__):
         for block, codes in expected.items():
             assert torch.equal(quantize_4bit(torch.linspace(-1, 1, 999), block_size=block).codes, codes)
-    assert _native.library() is None
+    assert _native.library("nf4_cpu") is None
     assert len(caplog.records) == 1
     assert "plain PyTorch" in caplog.text
     assert "\n" not in caplog.records[0].getMessage()
@@ -325,7 +325,7 @@ def test_without_a_compiler_pytorch_takes_over(
 def test_environment_variable_turns_the_c_path_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled although turned off"))
-    assert _native.library() is None
+    assert _native.library("nf4_cpu") is None
 
 
 def test_importing_compiles_nothing(tmp_path: Path) -> None:

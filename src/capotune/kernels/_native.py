@@ -1,7 +1,7 @@
-"""Loads the C kernels: compiled once per machine at first use, kept in the user's cache folder.
+"""Loads the C kernels: each source compiled once per machine at first use, kept in the user's cache folder.
 
 Nothing here is needed: without a C compiler, with a read-only home, or with ``CAPOTUNE_NATIVE=0`` in the environment,
-``library`` returns None and the PyTorch path computes the same bits, slower.
+``library`` returns None and the PyTorch path computes the same, slower.
 """
 
 from __future__ import annotations
@@ -15,60 +15,80 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["in_threads", "library", "pointer"]
+from capotune.errors import SettingError
 
-SOURCE = Path(__file__).with_name("nf4_cpu.c")
-# No -ffast-math and no fused multiply-add: each would change the last bit.
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off")
+__all__ = [
+    "Argument", "as_rows", "check_shape", "dtype_code", "elementwise", "in_threads", "library", "output_rows",
+    "over_rows", "pointer",
+]  # fmt: skip
+
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+SOURCE_FLAGS = {
+    # No -ffast-math and no fused multiply-add: each would change the last bit.
+    "nf4_cpu": ("-ffp-contract=off",),
+    # No -ffast-math either, NaN and infinity count. Nobody reads errno or the floating-point status flags, and a
+    # compiler that may count on it turns every loop into vectors.
+    "elementwise_cpu": ("-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+}
 # Named instruction sets rather than -march=native: they are part of the cached file's name, so that two machines that
 # share a home folder do not run each other's code.
 SIMD_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"),
     "AVX2": ("-mavx2", "-mf16c"),
 }
+FMA_FLAGS = {"elementwise_cpu": ("-mfma",)}
 COMPILE_SECONDS = 120
+# How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 25 to 100 µs of work, where waking a
+# thread of PyTorch's pool costs some 5 µs.
+ELEMENTWISE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+SHARE = 2**18
+
+# A field of a struct in elementwise_cpu.c; each has eight bytes.
+Argument = ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p
 
 log = logging.getLogger(__name__)
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (said once, in the log) where they cannot be had."""
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels of ``name``.c beside this file, or None (said once, in the log) where they cannot be had."""
     if os.environ.get("CAPOTUNE_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.c"))))
     except (OSError, subprocess.SubprocessError) as error:
-        log.info("4-bit kernels run in plain PyTorch, slower: the C kernels could not be built (%s)", error)
+        log.info("%s runs in plain PyTorch, slower: the C kernels could not be built (%s)", name, error)
         return None
 
 
-def _compiled() -> Path:
+def _compiled(source: Path) -> Path:
     """Path of the shared library, built now unless an earlier run built the same source with the same flags."""
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler found")
-    flags = FLAGS + SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
-    key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + SOURCE.read_bytes()).hexdigest()
+    simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (FMA_FLAGS.get(source.stem, ()) if simd else ())
+    key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + source.read_bytes()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune"
-    target = folder / f"{SOURCE.stem}-{key[:16]}.so"
+    target = folder / f"{source.stem}-{key[:16]}.so"
     if not target.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(compiler, flags, target)
+        _compile(compiler, flags, source, target)
     return target
 
 
-def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
     """Build beside ``target`` and rename, so that another process sees a whole file or none."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         unfinished = Path(folder) / target.name
-        command = [compiler, *flags, "-o", str(unfinished), str(SOURCE)]
+        command = [compiler, *flags, "-o", str(unfinished), str(source), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
         unfinished.replace(target)
 
@@ -90,5 +110,76 @@ def in_threads(work: Callable[[int, int], object], items: int, smallest_share: i
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous CPU tensor begins; NULL for None. The caller keeps the tensor alive."""
+    """Where a CPU tensor begins; NULL for None. The caller keeps the tensor alive and tells C its strides."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+# --------------------------------------------------------------------------------------- for elementwise_cpu.c's users
+
+
+def elementwise(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """The kernels of elementwise_cpu.c if they take these tensors: on the CPU, all fp32 or all bf16."""
+    dtype = tensors[0].dtype
+    if dtype not in ELEMENTWISE_DTYPES or any(one.dtype != dtype or one.device.type != "cpu" for one in tensors):
+        return None
+    return library("elementwise_cpu")
+
+
+def dtype_code(tensor: torch.Tensor) -> ctypes.c_int64:
+    """How elementwise_cpu.c calls the dtype of ``tensor``."""
+    return ctypes.c_int64(ELEMENTWISE_DTYPES[tensor.dtype])
+
+
+def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Iterable[Argument], rows: int, columns: int) -> None:
+    """Call ``kernel`` of elementwise_cpu.c over all rows, shared between the threads of PyTorch's own OpenMP pool.
+
+    ``arguments`` are the fields of the struct of that name, in order. Threads of our own would be slower than none:
+    after a matrix product the pool's threads wait for the next one in a loop, for some milliseconds, and the new
+    threads would have to share the cores with them. Where PyTorch has another pool, one thread does all the work.
+    """
+    if rows == 0:
+        return
+    function, block = getattr(lib, kernel), b"".join(map(bytes, arguments))
+    threads = min(torch.get_num_threads(), rows, rows * columns // SHARE)
+    fork_join = _fork_join() if threads > 1 else None
+    if fork_join is None:
+        function(block, ctypes.c_int64(0), ctypes.c_int64(rows))
+    else:
+        lib.share_rows(fork_join, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
+
+
+@cache
+def _fork_join() -> Any:
+    """GNU OpenMP's entry point, in the copy that PyTorch is linked with, whatever that file is called; else None."""
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
+def as_rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``tensor`` as (rows, columns), neighbours in a row beside each other in memory: a view if it can be, else a copy.
+
+    A slice of a larger matrix's columns stays a view.
+    """
+    matrix = tensor.reshape(rows, columns)
+    return matrix if columns <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def output_rows(out: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``as_rows`` of a tensor to write to; raises ``SettingError`` where that would be a copy."""
+    matrix = as_rows(out, rows, columns)
+    if matrix.data_ptr() != out.data_ptr():
+        raise SettingError(
+            f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous, "
+            "or a slice of the columns of a contiguous matrix"
+        )
+    return matrix
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``SettingError`` unless ``tensor`` has ``shape``: C would read beyond its end."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise SettingError(
+            f"{name} has shape {tuple(tensor.shape)}; to fit the other tensors it must be {tuple(shape)}"
+        )

@@ -6,14 +6,20 @@ The logits of a language model are its largest tensor: (tokens, vocabulary). Her
 a time, and while a chunk's are at hand its gradient ∂loss_i/∂h_i = (softmax_i − onehot_i) W is computed too, so that
 the backward pass only scales what is kept: (tokens, hidden). W is frozen and gets no gradient. The idea of taking the
 gradient in the forward pass is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989, §3.2), there for trained W as well.
+
+On the CPU the way from a chunk's logits to losses and softmax_i − onehot_i is one C call; in PyTorch it takes eight.
 """
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from capotune.errors import DataError
+from capotune.kernels._native import elementwise, over_rows, pointer
 
 _LOGITS_AT_ONCE = 2**23
 """Numbers in one chunk of logits: 32 MiB in fp32."""
@@ -60,16 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = functional.linear(hidden[part], weight, bias).float()
-            target = targets[part, None]
-            total = logits.logsumexp(1)
-            losses[part] = total - (1 - label_smoothing) * logits.gather(1, target)[:, 0]
-            if label_smoothing:
-                losses[part] -= label_smoothing * logits.mean(1)
+            losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)
             if gradient is not None:
-                logits.sub_(total[:, None]).exp_()  # softmax, in place
-                logits.scatter_add_(1, target, torch.full_like(target, -(1 - label_smoothing), dtype=torch.float32))
-                if label_smoothing:
-                    logits.sub_(label_smoothing / logits.shape[1])
                 gradient[part] = logits.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
@@ -79,3 +77,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def softmax_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, in_place: bool
+) -> torch.Tensor:
+    """logits (n, vocabulary) fp32, targets (n,) int64 → losses (n,) fp32; outside of autograd.
+
+    With ``in_place`` the gradients of the losses replace the logits: softmax − onehot where nothing is smoothed. Raises
+    ``DataError`` for a target that is not in the vocabulary.
+    """
+    _check_targets(targets, logits.shape[1])
+    lib = elementwise(logits)
+    if lib is None or not logits.is_contiguous():
+        return softmax_cross_entropy_reference(logits, targets, label_smoothing, in_place)
+    rows, columns = logits.shape
+    targets, losses = targets.contiguous(), torch.empty(rows, dtype=torch.float32)
+    read = (pointer(logits), c_int64(columns), pointer(targets), c_double(label_smoothing), c_int64(in_place))
+    over_rows(lib, "softmax_cross_entropy", (*read, pointer(losses)), rows, columns)
+    return losses
+
+
+def softmax_cross_entropy_reference(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, in_place: bool
+) -> torch.Tensor:
+    """The same in plain PyTorch."""
+    target, total = targets[:, None], logits.logsumexp(1)
+    losses = total - (1 - label_smoothing) * logits.gather(1, target)[:, 0]
+    if label_smoothing:
+        losses -= label_smoothing * logits.mean(1)
+    if in_place:
+        logits.sub_(total[:, None]).exp_()  # softmax
+        logits.scatter_add_(1, target, torch.full_like(target, -(1 - label_smoothing), dtype=torch.float32))
+        if label_smoothing:
+            logits.sub_(label_smoothing / logits.shape[1])
+    return losses
+
+
+def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:
+    """C would read beyond the logits' end. Elsewhere PyTorch looks itself, and on a GPU to ask would be to wait."""
+    if targets.device.type != "cpu" or len(targets) == 0:
+        return
+    least, largest = (int(bound) for bound in targets.aminmax())
+    if least < 0 or largest >= vocabulary:
+        raise DataError(
+            f"targets run from {least} to {largest}, and the output layer knows tokens 0 to {vocabulary - 1}; "
+            "is the tokenizer the model's own?"
+        )

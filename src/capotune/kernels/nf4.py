@@ -149,7 +149,7 @@ def quantize_4bit(
     _check_settings(quant_type, block_size)
     _check_weight(tensor)
     flat = tensor.detach().reshape(-1).contiguous()
-    lib = library() if flat.device.type == "cpu" else None
+    lib = library("nf4_cpu") if flat.device.type == "cpu" else None
     if lib is None:
         codes, absmax = quantize_reference(flat, quant_type, block_size)
     else:
@@ -179,7 +179,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
         raise SettingError(f"cannot dequantise to {dtype}; allowed: {', '.join(WEIGHT_DTYPES)}")
     device = q.codes.device
     triton = nf4_triton.available(device)
-    lib = library() if device.type == "cpu" and not triton else None
+    lib = library("nf4_cpu") if device.type == "cpu" and not triton else None
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=device)
         if lib is not None and out.nbytes >= LARGE_BUFFER:

@@ -1,0 +1,293 @@
+/* The elementwise parts of a decoder block and the softmax of its loss, each in one pass over memory. rms_norm.py,
+ * swiglu.py, rotary.py and cross_entropy.py hold the same in PyTorch, and the tests hold the two together.
+ *
+ * A kernel gets its arguments as a struct of 8-byte fields, works on the rows [first, last) and touches no others, so
+ * that threads can share a call. Strides count numbers, not bytes. Arithmetic is in fp32; bf16 is rounded to nearest,
+ * ties to even, wherever the definition rounds. Unlike in nf4_cpu.c the last bit is free: fused multiply-adds are
+ * welcome. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
+#define INLINE static inline __attribute__((always_inline))
+/* Parts of a long row: within one sums are kept in fp32, which becomes vectors, and the parts are added in double. */
+#define FOR_BLOCKS(start, end, count) \
+    for (int64_t start = 0, end; end = start + BLOCK < count ? start + BLOCK : count, start < count; start = end)
+/* The dtype is a constant in either copy of the function, so that no loop asks for it. */
+#define FOR_BOTH_DTYPES(name)                                                     \
+    void name(const void *arguments, int64_t first, int64_t last) {               \
+        const struct name a = *(const struct name *)arguments;                    \
+        if (a.dtype == FLOAT32) name##_rows(a, first, last, FLOAT32);             \
+        else name##_rows(a, first, last, BFLOAT16);                               \
+    }
+
+/* -------------------------------------------------------------------------------------------------------- threads */
+
+struct job {
+    void (*kernel)(const void *arguments, int64_t first, int64_t last);
+    const void *arguments;
+    int64_t rows, share, next;
+};
+
+static void take_shares(void *data) {
+    struct job *job = data;
+    for (;;) {
+        int64_t first = __atomic_fetch_add(&job->next, job->share, __ATOMIC_RELAXED), last = first + job->share;
+        if (first >= job->rows) return;
+        job->kernel(job->arguments, first, last < job->rows ? last : job->rows);
+    }
+}
+
+/* Call the kernel over all rows with the threads of PyTorch's own pool; fork_join is GOMP_parallel of its library. */
+void share_rows(void (*fork_join)(void (*)(void *), void *, unsigned, unsigned),
+                void (*kernel)(const void *, int64_t, int64_t), const void *arguments, int64_t rows, int64_t threads) {
+    struct job job = {kernel, arguments, rows, (rows + threads - 1) / threads, 0};
+    fork_join(take_shares, &job, (unsigned)threads, 0);
+}
+
+/* -------------------------------------------------------------------------------------------------------- numbers */
+
+INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+/* A NaN stays one: it comes from bf16 numbers, so that its lower half is empty and nothing is carried into the sign. */
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits = as_bits(x);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE float load(const void *x, int64_t i, int dtype) {
+    return dtype == FLOAT32 ? ((const float *)x)[i] : as_float((uint32_t)((const uint16_t *)x)[i] << 16);
+}
+INLINE void store(void *x, int64_t i, float value, int dtype) {
+    if (dtype == FLOAT32) ((float *)x)[i] = value;
+    else ((uint16_t *)x)[i] = to_bfloat16(value);
+}
+/* What is left of an intermediate result that PyTorch keeps in the dtype. */
+INLINE float rounded(float x, int dtype) { return dtype == FLOAT32 ? x : as_float((uint32_t)to_bfloat16(x) << 16); }
+INLINE void *at(const void *x, int64_t i, int dtype) { return (char *)x + i * (dtype == FLOAT32 ? 4 : 2); }
+
+/* e^x for x <= 0, to 1.1 ulp; 0 below the smallest normal number, NaN for NaN.
+ * e^x = 2^n e^r with n = round(x / ln 2), so |r| <= ln 2 / 2, where e^r = 1 + r + r^2 q(r); the q of degree 4 with the
+ * least largest error is off by 3e-9. Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits. ln 2
+ * is taken in two parts, the first so short that n times it is exact. */
+INLINE float exp_negative(float x) {
+    const float shift = 0x1.8p23f;
+    float shifted = x * 0x1.715476p0f + shift, n = shifted - shift;
+    float r = (x - n * 0x1.62p-1f) - n * 0x1.c85fep-10f;
+    float q = (((0x1.6a241ap-10f * r + 0x1.1239f2p-7f) * r + 0x1.5558f2p-5f) * r + 0x1.555492p-3f) * r + 0x1.fffffcp-2f;
+    float power = as_float((as_bits(shifted) - as_bits(shift) + 127) << 23);
+    float result = (q * (r * r) + r + 1.0f) * power;
+    return x < -0x1.5d589ep6f ? 0.0f : result;
+}
+
+/* ------------------------------------------------------------------------------------------------------- RMS norm */
+
+struct rms_norm {
+    int64_t dtype;
+    const void *x, *weight;
+    int64_t columns;
+    double eps;
+    void *y;
+    float *roots;
+};
+
+/* y = w * rounded(x r) with r = 1 / sqrt(mean(x^2) + eps), which is kept for the backward pass. */
+INLINE void rms_norm_rows(struct rms_norm a, int64_t first, int64_t last, int dtype) {
+    for (int64_t row = first; row < last; row++) {
+        const void *x = at(a.x, row * a.columns, dtype);
+        void *y = at(a.y, row * a.columns, dtype);
+        double total = 0.0;
+        FOR_BLOCKS(start, end, a.columns) {
+            float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+            for (int64_t i = start; i < end; i++) part += load(x, i, dtype) * load(x, i, dtype);
+            total += part;
+        }
+        float root = a.roots[row] = (float)(1.0 / sqrt(total / (double)a.columns + a.eps));
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++)
+            store(y, i, load(a.weight, i, dtype) * rounded(load(x, i, dtype) * root, dtype), dtype);
+    }
+}
+FOR_BOTH_DTYPES(rms_norm)
+
+struct rms_norm_backward {
+    int64_t dtype;
+    const void *grad, *x, *weight;
+    const float *roots;
+    int64_t columns;
+    void *grad_x;
+};
+
+/* dx = r (g w - x r^2 mean(g w x)) */
+INLINE void rms_norm_backward_rows(struct rms_norm_backward a, int64_t first, int64_t last, int dtype) {
+    for (int64_t row = first; row < last; row++) {
+        const void *g = at(a.grad, row * a.columns, dtype), *x = at(a.x, row * a.columns, dtype), *w = a.weight;
+        void *grad_x = at(a.grad_x, row * a.columns, dtype);
+        double total = 0.0, root = a.roots[row];
+        FOR_BLOCKS(start, end, a.columns) {
+            float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+            for (int64_t i = start; i < end; i++) part += load(g, i, dtype) * load(w, i, dtype) * load(x, i, dtype);
+            total += part;
+        }
+        float along = (float)(root * root * (total / (double)a.columns)), scale = a.roots[row];
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++)
+            store(grad_x, i, scale * (load(g, i, dtype) * load(w, i, dtype) - load(x, i, dtype) * along), dtype);
+    }
+}
+FOR_BOTH_DTYPES(rms_norm_backward)
+
+/* --------------------------------------------------------------------------------------------------------- SwiGLU */
+
+struct swiglu {
+    int64_t dtype, columns;
+    const void *gate, *up;
+    void *y;
+    int64_t gate_stride, up_stride, y_stride;
+};
+
+/* y = silu(gate) up. The logistic function is taken from e^-|gate| <= 1, which cannot overflow. */
+INLINE void swiglu_rows(struct swiglu a, int64_t first, int64_t last, int dtype) {
+    for (int64_t row = first; row < last; row++) {
+        const void *gate = at(a.gate, row * a.gate_stride, dtype), *up = at(a.up, row * a.up_stride, dtype);
+        void *y = at(a.y, row * a.y_stride, dtype);
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++) {
+            float x = load(gate, i, dtype), e = exp_negative(-fabsf(x));
+            float silu = x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
+            store(y, i, rounded(silu, dtype) * load(up, i, dtype), dtype);
+        }
+    }
+}
+FOR_BOTH_DTYPES(swiglu)
+
+struct swiglu_backward {
+    int64_t dtype, columns;
+    const void *grad, *gate, *up;
+    void *grad_gate, *grad_up;
+    int64_t grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride;
+};
+
+/* With s = logistic(gate): d gate = g up s (1 + gate (1 - s)), d up = g gate s. */
+INLINE void swiglu_backward_rows(struct swiglu_backward a, int64_t first, int64_t last, int dtype) {
+    for (int64_t row = first; row < last; row++) {
+        const void *grad = at(a.grad, row * a.grad_stride, dtype), *gate = at(a.gate, row * a.gate_stride, dtype);
+        const void *up = at(a.up, row * a.up_stride, dtype);
+        void *grad_gate = at(a.grad_gate, row * a.grad_gate_stride, dtype);
+        void *grad_up = at(a.grad_up, row * a.grad_up_stride, dtype);
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++) {
+            float x = load(gate, i, dtype), u = load(up, i, dtype), g = load(grad, i, dtype);
+            float e = exp_negative(-fabsf(x)), inverse = 1.0f / (1.0f + e);
+            float s = (x < 0.0f ? e : 1.0f) * inverse, opposite = (x < 0.0f ? 1.0f : e) * inverse;
+            store(grad_gate, i, g * u * (s * (1.0f + x * opposite)), dtype);
+            store(grad_up, i, g * (x * s), dtype);
+        }
+    }
+}
+FOR_BOTH_DTYPES(swiglu_backward)
+
+/* --------------------------------------------------------------------------------------------------------- rotary */
+
+struct rotary {
+    int64_t dtype, heads, half;
+    const void *x, *cos, *sin;
+    void *y;
+    int64_t x_stride, y_stride, transposed;
+};
+
+/* One row holds heads * 2 * half numbers. With the halves (a, b) of a head, forwards:
+ *     y_a = a cos_a - b sin_a        y_b = b cos_b + a sin_b
+ * and the transpose of that matrix backwards:
+ *     y_a = a cos_a + b sin_b        y_b = b cos_b - a sin_a */
+INLINE void rotary_rows(struct rotary r, int64_t first, int64_t last, int dtype) {
+    for (int64_t row = first; row < last; row++) {
+        const void *cos_a = at(r.cos, row * 2 * r.half, dtype), *cos_b = at(cos_a, r.half, dtype);
+        const void *sin_a = at(r.sin, row * 2 * r.half, dtype), *sin_b = at(sin_a, r.half, dtype);
+        const void *from_b = r.transposed ? sin_b : sin_a, *from_a = r.transposed ? sin_a : sin_b;
+        float sign = r.transposed ? -1.0f : 1.0f;
+        for (int64_t head = 0; head < r.heads; head++) {
+            const void *in_a = at(r.x, row * r.x_stride + head * 2 * r.half, dtype), *in_b = at(in_a, r.half, dtype);
+            void *out_a = at(r.y, row * r.y_stride + head * 2 * r.half, dtype), *out_b = at(out_a, r.half, dtype);
+#pragma omp simd
+            for (int64_t i = 0; i < r.half; i++) {
+                float a = load(in_a, i, dtype), b = load(in_b, i, dtype);
+                float turned_b = sign * rounded(b * load(from_b, i, dtype), dtype);
+                float turned_a = sign * rounded(a * load(from_a, i, dtype), dtype);
+                store(out_a, i, rounded(a * load(cos_a, i, dtype), dtype) - turned_b, dtype);
+                store(out_b, i, rounded(b * load(cos_b, i, dtype), dtype) + turned_a, dtype);
+            }
+        }
+    }
+}
+FOR_BOTH_DTYPES(rotary)
+
+/* -------------------------------------------------------------------------------------------- softmax cross-entropy */
+
+static float largest(const float *x, int64_t count) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* Mean of x - most, which keeps digits that a mean of large numbers would lose. */
+static double mean_below(const float *x, int64_t count, float most) {
+    double total = 0.0;
+    FOR_BLOCKS(start, end, count) {
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = start; i < end; i++) part += x[i] - most;
+        total += part;
+    }
+    return total / (double)count;
+}
+
+/* Sum of e^(x - most); in_place leaves these numbers in x. */
+INLINE double sum_of_exponentials(float *x, int64_t count, float most, int in_place) {
+    double total = 0.0;
+    FOR_BLOCKS(start, end, count) {
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = start; i < end; i++) {
+            float e = exp_negative(x[i] - most);
+            if (in_place) x[i] = e;
+            part += e;
+        }
+        total += part;
+    }
+    return total;
+}
+
+struct softmax_cross_entropy {
+    float *logits;
+    int64_t columns;
+    const int64_t *targets;
+    double smoothing;
+    int64_t in_place;
+    float *losses;
+};
+
+/* losses[row] = log(sum(e^l)) - (1 - smoothing) l[target] - smoothing mean(l), where the largest logit is taken off
+ * every term, and if in_place the logits l become their gradient softmax(l) - smoothing / columns, less 1 - smoothing at
+ * the target. The caller has checked that the targets are in range. NaN, +infinity or nothing but -infinity in a row
+ * makes its loss NaN. */
+void softmax_cross_entropy(const void *arguments, int64_t first, int64_t last) {
+    const struct softmax_cross_entropy a = *(const struct softmax_cross_entropy *)arguments;
+    for (int64_t row = first; row < last; row++) {
+        float *l = a.logits + row * a.columns, most = largest(l, a.columns);
+        double wanted = (1.0 - a.smoothing) * ((double)l[a.targets[row]] - most);
+        if (a.smoothing != 0.0) wanted += a.smoothing * mean_below(l, a.columns, most);
+        double total =
+            a.in_place ? sum_of_exponentials(l, a.columns, most, 1) : sum_of_exponentials(l, a.columns, most, 0);
+        a.losses[row] = (float)(log(total) - wanted);
+        if (!a.in_place) continue;
+        float inverse = (float)(1.0 / total), everywhere = (float)(a.smoothing / (double)a.columns);
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++) l[i] = l[i] * inverse - everywhere;
+        l[a.targets[row]] -= (float)(1.0 - a.smoothing);
+    }
+}
