@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _engine_tables import engine, engine_summary
+
 from capotune.files import human_bytes
 
 HERE = Path(__file__).parent
@@ -51,6 +53,12 @@ def main() -> None:
         text = re.sub("(<!-- expressions -->).*?(<!-- /expressions -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
         sections += ["", "## `capo demo generation`", "", block]
         sections += ["", "`python benchmarks/generation.py expressions`, `results/demo-generation.json`."]
+    if (RESULTS / "engine.json").is_file():
+        content = json.loads((RESULTS / "engine.json").read_text(encoding="utf-8"))
+        block = engine_summary(content)
+        text = re.sub("(<!-- engine -->).*?(<!-- /engine -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
+        sections += ["", "## The training engine against peers", "", *engine(content), ""]
+        sections += ["`python benchmarks/engine.py`, `results/engine.json`."]
     readme.write_text(text, encoding="utf-8")
     (HERE / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
 

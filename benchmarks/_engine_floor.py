@@ -1,0 +1,124 @@
+"""The floor of a step: its necessary matrix products alone, on the real tokens of the same batches.
+
+For each frozen linear layer forward x·Wᵀ and the input's gradient g·W; the same for the output layer, where something
+is learned and nowhere else; for layers that train the weight's gradient gᵀ·x too; no gradient below the lowest trained
+layer, and no second forward pass where nothing below changes. All are plain 2-D products over the tokens of a batch put
+one after the other, into memory that is there already.
+
+Left out: attention's own products (two forward, four back), LoRA's skinny ones, unpacking of 4-bit weights, norms,
+activations, the softmax, the optimiser, solving a head. So no engine can reach it; it says how much there is to gain.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from _engine_clock import Clock
+from _engine_data import NOT_LEARNED, VIRTUAL_TOKENS, Job
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+_READS_BLOCK_INPUT = re.compile(r"(query|key|value|[qkv]_proj)$")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer's weight (out, into) and what has to be computed with it."""
+
+    weight: torch.Tensor
+    once: bool = False
+    """Nothing below it changes, so that its outputs of the first epoch do for all."""
+    input_gradient: bool = True
+    weight_gradient: bool = False
+
+
+class Space:
+    """Matrices that are there already: the first rows of one block of memory for each use and width."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._blocks: dict[tuple[str, int], torch.Tensor] = {}
+
+    def of(self, use: str, rows: int, columns: int) -> torch.Tensor:
+        """(rows, columns) of some numbers, not zeros."""
+        found = self._blocks.get((use, columns))
+        if found is None or len(found) < rows:
+            found = self._blocks[use, columns] = torch.rand(rows, columns, device=self.device)
+        return found[:rows]
+
+
+def run_floor(job: Job, clock: Clock) -> None:
+    """Every batch's products."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers, head, space = backbone(job, device), output(job, device), Space(device)
+
+    def step(epoch: int, tokens: int, learned: int) -> None:
+        for layer in layers:
+            if epoch == 0 or not layer.once:
+                multiply(layer, tokens, space)
+        if head is not None:
+            multiply(head, learned, space)
+
+    epochs = job.rows["epochs"][: 1 if job.workload.solved else None]
+    sizes = [(epoch, *size(job, batch)) for epoch, batches in enumerate(epochs) for batch in batches]
+    _, tokens, learned = (max(column) for column in zip(*sizes, strict=True))
+    step(0, tokens, learned)  # so that the memory is there
+    clock.begin()
+    for one in sizes:
+        step(*one)
+        clock.step()
+
+
+def size(job: Job, batch: list[int]) -> tuple[int, int]:
+    """Tokens of the batch, a soft prompt's too, and how many of them, or rows, are learned."""
+    virtual = VIRTUAL_TOKENS if job.workload.method == "prompt-tuning" else 0
+    tokens = sum(len(job.rows["sequences"][row]) + virtual for row in batch)
+    if job.workload.classifies:
+        return tokens, len(batch)
+    return tokens, sum(label != NOT_LEARNED for row in batch for label in job.rows["targets"][row])
+
+
+def multiply(layer: Product, rows: int, space: Space) -> None:
+    """Forward, and what is needed of the way back."""
+    out, into = layer.weight.shape
+    x, y = space.of("x", rows, into), space.of("y", rows, out)
+    torch.mm(x, layer.weight.t(), out=y)
+    if layer.input_gradient:
+        torch.mm(y, layer.weight, out=space.of("gradient of x", rows, into))
+    if layer.weight_gradient:
+        torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
+
+
+def backbone(job: Job, device: torch.device) -> list[Product]:
+    """Its linear layers in order."""
+    work = job.workload
+    config = AutoConfig.from_pretrained(job.base["folder"])
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    lowest = config.num_hidden_layers - work.trainable_layers if work.method == "feature-extraction" else 0
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("pooler"):
+            block = next(int(part) for part in name.split(".") if part.isdigit())
+            bottom = block == lowest and _READS_BLOCK_INPUT.search(name) and work.method != "prompt-tuning"
+            layers.append(
+                Product(
+                    torch.rand(module.weight.shape, device=device),
+                    once=block < lowest,
+                    input_gradient=block >= lowest and not bottom,
+                    weight_gradient=block >= lowest and work.method == "feature-extraction",
+                )
+            )
+    return layers
+
+
+def output(job: Job, device: torch.device) -> Product | None:
+    """The output layer, or the classifier's head, which trains; None where the head is solved and not stepped."""
+    if job.workload.solved:
+        return None
+    config = AutoConfig.from_pretrained(job.base["folder"])
+    outputs = len(job.base["labels"]) if job.workload.classifies else config.vocab_size
+    weight = torch.rand(outputs, config.hidden_size, device=device)
+    return Product(weight, weight_gradient=job.workload.classifies)

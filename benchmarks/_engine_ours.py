@@ -1,0 +1,165 @@
+"""Capotune's side of ``engine.py``, and all that the benchmark asks of Capotune's training engine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from _engine_clock import Clock
+from _engine_data import VIRTUAL_TOKENS, Job, without_dropout
+from _engine_workloads import Workload
+from safetensors.torch import load_file, save_file
+
+from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, generation_task
+from capotune.config import (
+    FeatureExtractionSettings,
+    LoraSettings,
+    MethodSettings,
+    PromptTuningSettings,
+    QloraSettings,
+    TrainSettings,
+)
+from capotune.data.batches import Rows, epoch_order
+from capotune.device import pick_device
+from capotune.methods import Start
+from capotune.models.load import find, pooling
+from capotune.training import loop
+from capotune.training.activation_cache import ActivationCache
+from capotune.training.loop import Examples, TrainingState
+from capotune.training.run import prepare
+from capotune.training.task_run import TaskRun, with_boundary
+
+# -------------------------------------------------------------------------------------------------------- a run
+
+
+def run(job: Job, clock: Clock) -> None:
+    """Train as Capotune does, on the job's batches."""
+    (solve_head if job.workload.solved else train)(job, clock)
+
+
+def train(job: Job, clock: Clock) -> None:
+    """Capotune's own loop from the given first weights; the order of the rows is the job's, nothing is held out."""
+    settings = settings_of(job.workload, job.comparison.batch_size, **job.contender.options)
+    model = assembled(job.workload, settings, job.base)
+    if job.start.is_file():
+        start = load_file(job.start)
+        with torch.no_grad():
+            for key, weight in model.trainable().items():
+                weight.copy_(start[key])
+    without_dropout(model.model)
+    rows = Rows(job.rows["sequences"], model.task.pad_id)
+    targets = torch.tensor(job.rows["targets"]) if job.workload.classifies else job.rows["targets"]
+    examples = Examples(rows, targets).after(model.method.virtual_token_ids)
+    epochs = [[np.array(batch) for batch in epoch] for epoch in job.rows["epochs"]]
+
+    def on_step(state: TrainingState, _total: int, loss: float) -> bool:
+        clock.losses.append(loss)
+        clock.step()
+        return state.step == job.steps
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(loop, "epoch_order", lambda _lengths, _size, _seed, epoch: epochs[epoch]),
+        patch.object(loop, "held_out_score", lambda *_: (0.0,)),
+    ):
+        held = examples.take(torch.tensor([0]))
+        state = loop.start(model, held, 0)
+        clock.begin()
+        examples = with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
+        loop.train(model, examples, held, model.method.settings, seed=0, state=state, on_step=on_step)
+
+
+def solve_head(job: Job, clock: Clock) -> None:
+    """Feature extraction from nothing cached to the solved head, and its accuracy on the test rows."""
+    settings, method, task_run = labelled(job.workload, job.folder, FeatureExtractionSettings())
+    model = assemble(task_run.source, method, task_run.task, device=pick_device())
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ActivationCache(Path(folder), {})
+        clock.begin()
+        task_run.before_attach(model, cache, lambda _: None)
+        attach(model, Start(torch.Generator().manual_seed(0)))
+        task_run.fit(settings, model, cache, lambda _: None, None)
+        clock.step()
+        clock.accuracy, clock.epochs = task_run.test(model, cache, lambda _: None).scores["accuracy"], 1
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+def settings_of(work: Workload, batch_size: int, **options: Any) -> MethodSettings:
+    """What Trainer does by default, in Capotune's words."""
+    common = {
+        "learning_rate": work.learning_rate, "head_learning_rate": work.learning_rate, "warmup": 0.0,
+        "schedule": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0, "batch_size": batch_size,
+        "epochs": work.epochs, "patience": work.epochs, **options,
+    }  # fmt: skip
+    if work.method == "prompt-tuning":
+        return PromptTuningSettings(num_virtual_tokens=VIRTUAL_TOKENS, **common)
+    if work.method == "feature-extraction":
+        return FeatureExtractionSettings(trainable_layers=work.trainable_layers, **common)
+    return {"lora": LoraSettings, "qlora": QloraSettings}[work.method](rank=8, alpha=16, **common)
+
+
+def assembled(work: Workload, settings: MethodSettings, base: dict[str, Any]) -> Assembled:
+    """The base with the method attached, in fp32."""
+    source = find("minilm" if work.classifies else base["folder"])
+    tokens: list[int] = []
+    if work.classifies:
+        virtual = VIRTUAL_TOKENS if work.method == "prompt-tuning" else 0
+        task: Any = classification_task(source, tuple(base["labels"]), pooling(source), None, virtual)
+        tokens = task.tokenizer(", ".join(base["labels"]), add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        task = generation_task(source, None, 0)
+    model = assemble(source, settings, task, device=pick_device(), dtype=torch.float32)
+    attach(model, Start(torch.Generator().manual_seed(0), tokens))
+    return model
+
+
+def write_start(work: Workload, folder: Path) -> None:
+    """The weights that everybody begins with: Capotune's own first ones."""
+    torch.manual_seed(0)  # the head's
+    base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    weights = assembled(work, settings_of(work, 8), base).trainable()
+    save_file({key: weight.detach().cpu() for key, weight in weights.items()}, folder / "start.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- the rows
+
+
+def labelled(work: Workload, folder: Path, method: MethodSettings) -> tuple[TrainSettings, MethodSettings, TaskRun]:
+    """Banking77, read and tokenised as ``capo train`` does; with ``rows``, an evenly taken part of it."""
+    files = [work.data() / "train.csv", work.data() / "test.csv"]
+    if work.rows is not None:
+        files = [_part(path, folder / path.name, work.rows) for path in files]
+    settings = TrainSettings(data=str(files[0]), test=str(files[1]), model="minilm", out=folder / "unused")
+    return prepare(settings, method, lambda _: None)
+
+
+def write_labelled(work: Workload, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write base and test rows; the training rows, and what they are."""
+    _, _, found = labelled(work, folder, settings_of(work, 8))
+    run: Any = found
+    base = {"folder": str(run.source.folder), "labels": list(run.task.labels)}
+    test, train = run.data.test, run.train
+    tests = {"sequences": run.task.encode(test.texts), "targets": run.task.targets(test.labels).tolist()}
+    (folder / "base.json").write_text(json.dumps(base), encoding="utf-8")
+    (folder / "test.json").write_text(json.dumps(tests), encoding="utf-8")
+    return {"sequences": train.rows.sequences, "targets": train.targets.tolist()}, "Banking77's train.csv"
+
+
+def grouped_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Rows of like length together, shuffled: the order that Capotune trains in."""
+    return [batch.tolist() for batch in epoch_order(lengths, batch_size, 0, 0)]
+
+
+def _part(whole: Path, part: Path, rows: int) -> Path:
+    with whole.open(encoding="utf-8", newline="") as source, part.open("w", encoding="utf-8", newline="") as to:
+        head, *lines = csv.reader(source)
+        csv.writer(to).writerows([head, *lines[:: max(1, len(lines) // rows)]])
+    return part

@@ -1,0 +1,240 @@
+"""What ``engine.py`` measures: the workloads, and in each of them who runs on which batches.
+
+Plain data and the standard library alone: the process that starts the others must stay small, since Linux counts what
+the starter of a process held into that process's own peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+OURS, FLOOR = "capotune", "matrix products alone"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a table."""
+
+    name: str
+    runner: str
+    """Who does it, by a name that ``_engine_process`` knows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What is unlike the runner's defaults."""
+    choice: bool = False
+    """Of such contenders only the one with the best accuracy goes beyond the first round."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders on the same batches of the same rows."""
+
+    name: str
+    contenders: tuple[Contender, ...]
+    batch_size: int = 8
+    grouped: bool = False
+    """Rows of like length together (``capotune.data.batches.epoch_order``); otherwise any eight, as they are drawn."""
+
+    @property
+    def everyone(self) -> tuple[Contender, ...]:
+        """The floor and capotune too."""
+        first = (Contender(FLOOR, "floor"),)
+        if not any(one.name == OURS for one in self.contenders):
+            first += (Contender(OURS, "capotune"),)
+        return first + self.contenders
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One job with its settings."""
+
+    letter: str
+    title: str
+    words: str
+    """What is done, for the reader."""
+    base: Literal["minilm", "llama"]
+    method: Literal["lora", "qlora", "prompt-tuning", "feature-extraction"]
+    comparisons: tuple[Comparison, ...]
+    learning_rate: float = 1e-3
+    steps: int | None = None
+    """Optimiser steps in an epoch; None: as many as the rows give."""
+    epochs: int = 1
+    rounds: int = 3
+    whole: bool = False
+    """Whether the first step counts: where work is done once for all of them, or there is no other."""
+    trainable_layers: int = 0
+    tokens: int | None = None
+    """Length of every row, where it is not the data's."""
+    blocks: int = 30
+    """Of the Llama shape."""
+    rows: int | None = None
+    """Most rows of the data; None: all."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are learned; text otherwise."""
+        return self.base == "minilm"
+
+    @property
+    def solved(self) -> bool:
+        """Whether it is about accuracy at convergence, and not about the same steps."""
+        return self.classifies and self.method == "feature-extraction"
+
+    def comparison(self, name: str) -> Comparison:
+        """The one of that name."""
+        return next(one for one in self.comparisons if one.name == name)
+
+    def data(self) -> Path:
+        """Folder of the data set."""
+        return SHARED / ("banking77" if self.classifies else "gsm8k")
+
+
+LORA = "LoRA of rank 8, alpha 16 on every linear layer, no dropout"
+ADAM = (
+    "AdamW (0.9, 0.999, 1e-8) without weight decay, gradients clipped at norm 1, a learning rate that falls linearly "
+    "to 0, fp32"
+)
+LLAMA = "A Llama of SmolLM-135M's shape with random weights (30 blocks, hidden 576, 9 heads on 3, vocabulary 49,152)"
+SFT = (
+    "on records as long as GSM8K's (characters/4 as tokens, ids drawn at random with frequencies like words': no "
+    "tokenizer of this vocabulary is at hand), loss on completions alone"
+)
+
+QUIET = {"logging_strategy": "no", "dataloader_pin_memory": False}
+"""Trainer settings that save a little time on a CPU."""
+TRAINER = Contender("PEFT + Trainer", "trainer")
+TUNED = Contender("PEFT + Trainer, tuned", "trainer", {"arguments": QUIET})
+TRL = Contender("TRL SFTTrainer", "trl")
+TRL_TUNED = Contender("TRL SFTTrainer, tuned", "trl", {"arguments": {**QUIET, "gradient_checkpointing": False}})
+LIGER = Contender("PEFT + Trainer + Liger", "liger")
+UNSLOTH = Contender("Unsloth", "unsloth")
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+AS_IT_COMES, GROUPED = "as it comes", "tuned"
+
+WORKLOADS = (
+    Workload(
+        "a",
+        "Banking77, LoRA, one epoch",
+        f"MiniLM (22.6M) with a linear head, {LORA}; all 10,003 rows once, learning rate 2e-4. {ADAM}. As it comes: "
+        "batches of 8, drawn at random. Tuned: batches of 32, rows of like length together.",
+        "minilm",
+        "lora",
+        (Comparison(AS_IT_COMES, (TRAINER,)), Comparison(GROUPED, (TUNED,), 32, grouped=True)),
+        learning_rate=2e-4,
+    ),
+    Workload(
+        "b",
+        "Banking77, frozen backbone to convergence",
+        "MiniLM frozen, a linear head. capotune: features of every layer computed once (nothing cached before), the "
+        "regularisation chosen on held-out training rows, the head solved. As it comes: Trainer over the frozen "
+        "backbone, batches of 8, until the test accuracy has not risen for 3 epochs, 10 at most; its time ends with "
+        "its best epoch, and of two learning rates the better one counts. Tuned: last-layer features computed once by "
+        "hand, standardised, scikit-learn's LogisticRegression.",
+        "minilm",
+        "feature-extraction",
+        (
+            Comparison(
+                AS_IT_COMES,
+                (
+                    Contender("Trainer, rate 1e-2", "head", {"learning_rate": 1e-2}, choice=True),
+                    Contender("Trainer, rate 1e-3", "head", {"learning_rate": 1e-3}, choice=True),
+                ),
+            ),
+            Comparison(GROUPED, (Contender("cached features + scikit-learn", "sklearn"),)),
+        ),
+        epochs=10,
+        rounds=2,
+        whole=True,
+    ),
+    Workload(
+        "c",
+        "Banking77, prompt tuning, 60 steps",
+        f"MiniLM with a linear head, 20 virtual tokens, learning rate 1e-2. {ADAM}. Batches as in (a).",
+        "minilm",
+        "prompt-tuning",
+        (Comparison(AS_IT_COMES, (TRAINER,)), Comparison(GROUPED, (TUNED,), 32, grouped=True)),
+        learning_rate=1e-2,
+        steps=60,
+    ),
+    Workload(
+        "d",
+        "135M Llama, LoRA, completions",
+        f"{LLAMA}, {SFT}; {LORA}, batches of 8, learning rate 2e-3. {ADAM}. Tuned: rows of like length together; TRL "
+        "without the gradient checkpointing that it comes with.",
+        "llama",
+        "lora",
+        (
+            Comparison(AS_IT_COMES, (TRAINER, TRL, LIGER, UNSLOTH)),
+            Comparison(GROUPED, (TUNED, TRL_TUNED), grouped=True),
+        ),
+        learning_rate=2e-3,
+        steps=5,
+        rounds=2,
+    ),
+    Workload(
+        "e",
+        "135M Llama, QLoRA (NF4), completions",
+        "As (d), over NF4 in blocks of 64 with double quantisation, computing in fp32; the peers' base is "
+        "bitsandbytes'. TRL would turn LoRA's weights into bf16 here, which is undone so that losses compare.",
+        "llama",
+        "qlora",
+        (
+            Comparison(AS_IT_COMES, (TRAINER, TRL, UNSLOTH)),
+            Comparison(GROUPED, (TUNED, TRL_TUNED), grouped=True),
+        ),
+        learning_rate=2e-3,
+        steps=5,
+        rounds=2,
+    ),
+    Workload(
+        "f",
+        "135M Llama, the last 2 blocks",
+        f"{LLAMA}, {SFT}; the last two blocks and the norm train, 64 rows, 3 epochs, batches of 8, learning rate 1e-4. "
+        f"{ADAM}. capotune's computing of the frozen blocks is in its time.",
+        "llama",
+        "feature-extraction",
+        (Comparison(AS_IT_COMES, (Contender("Trainer", "trainer"),)),),
+        learning_rate=1e-4,
+        steps=8,
+        epochs=3,
+        rounds=2,
+        whole=True,
+        trainable_layers=2,
+    ),
+    Workload(
+        "g",
+        "135M Llama, LoRA, 4,096 tokens: memory",
+        f"{LLAMA}; one step of one record of 4,096 tokens, all but the first 64 learned; {LORA}.",
+        "llama",
+        "lora",
+        (
+            Comparison(AS_IT_COMES, (TRAINER,), batch_size=1),
+            Comparison(
+                "with gradient checkpointing",
+                (
+                    Contender(OURS, "capotune", {"gradient_checkpointing": True}),
+                    Contender("PEFT + Trainer", "trainer", {"arguments": CHECKPOINTED}),
+                    Contender("TRL SFTTrainer", "trl", {"arguments": {"max_length": 4096}}),
+                ),
+                batch_size=1,
+            ),
+        ),
+        learning_rate=2e-4,
+        steps=1,
+        rounds=2,
+        whole=True,
+        tokens=4096,
+    ),
+)
+
+
+def workload(letter: str, *, quick: bool = False, steps: int | None = None) -> Workload:
+    """The one of that letter; ``quick`` shows that it works and measures nothing worth knowing."""
+    found = next(one for one in WORKLOADS if one.letter == letter)
+    if quick:
+        few = None if found.solved else min(found.steps or 3, 3)
+        found = replace(found, steps=few, rounds=1, blocks=3, epochs=min(found.epochs, 2), rows=770)
+    return replace(found, steps=steps) if steps and not found.solved else found
