@@ -20,7 +20,8 @@ import torch
 import transformers
 from helpers import examples, fit, on_base, sequences, shake
 from test_contract import VARIANTS
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torch.nn import functional
 
@@ -940,10 +941,8 @@ def test_a_writer_s_record_too(llama_writer: Path, colour_pairs: Path, tmp_path:
 
 def test_a_text_without_tokens_is_refused() -> None:
     """Packed, such a row would take its neighbour's last token for its own."""
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"late": 0, "[UNK]": 1}, "[UNK]"))
-    )
-    task = Classification(("a", "b"), words, 8, "last")
+    words = Tokenizer(WordLevel({"late": 0, "[UNK]": 1}, "[UNK]"))
+    task = Classification(("a", "b"), transformers.PreTrainedTokenizerFast(tokenizer_object=words), 8, "last")
     assert task.encode(["late", "other"]) == [[0], [1]]
     with pytest.raises(DataError, match=r"text 2 of 2 \(''\): .* makes no token of it\. Remove it\."):
         task.encode(["late", ""])
