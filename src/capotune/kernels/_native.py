@@ -12,10 +12,11 @@ import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,19 @@ import torch
 from capotune.errors import SettingError
 
 __all__ = [
-    "Argument", "as_rows", "check_shape", "dtype_code", "elementwise", "in_threads", "library", "output_rows",
-    "over_rows", "pointer",
+    "Argument", "address", "as_rows", "check_shape", "dtype_code", "elementwise", "in_threads", "library",
+    "output_rows", "over_rows", "pointer", "products",
 ]  # fmt: skip
 
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
+_LOOSE = ("-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 SOURCE_FLAGS = {
     # No -ffast-math and no fused multiply-add: each would change the last bit.
     "nf4_cpu": ("-ffp-contract=off",),
     # No -ffast-math either, NaN and infinity count. Nobody reads errno or the floating-point status flags, and a
     # compiler that may count on it turns every loop into vectors.
-    "elementwise_cpu": ("-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+    "elementwise_cpu": _LOOSE,
+    "products_cpu": _LOOSE,
 }
 # Named instruction sets rather than -march=native: they are part of the cached file's name, so that two machines that
 # share a home folder do not run each other's code.
@@ -43,15 +46,15 @@ SIMD_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"),
     "AVX2": ("-mavx2", "-mf16c"),
 }
-FMA_FLAGS = {"elementwise_cpu": ("-mfma",)}
+FMA_FLAGS = {"elementwise_cpu": ("-mfma",), "products_cpu": ("-mfma",)}
 COMPILE_SECONDS = 120
-# How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 25 to 100 µs of work, where waking a
-# thread of PyTorch's pool costs some 5 µs.
+# How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 10 to 30 µs of work, where waking a
+# thread of PyTorch's pool, which waits for the next product in a loop, costs some 5 µs.
 ELEMENTWISE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-SHARE = 2**18
+SHARE = 2**15
 
-# A field of a struct in elementwise_cpu.c; each has eight bytes.
-Argument = ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p
+# A field of a struct in elementwise_cpu.c or products_cpu.c, a double where it is a float; each has eight bytes.
+Argument = int | float
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +112,17 @@ def in_threads(work: Callable[[int, int], object], items: int, smallest_share: i
         thread.join()
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a CPU tensor begins; 0 for None. The caller keeps the tensor alive and tells C its strides."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a CPU tensor begins; NULL for None. The caller keeps the tensor alive and tells C its strides."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    """``address`` as an argument of a C function."""
+    return ctypes.c_void_p(address(tensor))
 
 
-# --------------------------------------------------------------------------------------- for elementwise_cpu.c's users
+# -------------------------------------------------------------------- for users of elementwise_cpu.c and products_cpu.c
 
 
 def elementwise(*tensors: torch.Tensor) -> ctypes.CDLL | None:
@@ -125,13 +133,20 @@ def elementwise(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     return library("elementwise_cpu")
 
 
-def dtype_code(tensor: torch.Tensor) -> ctypes.c_int64:
+def products(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """The kernels of products_cpu.c if they take these tensors: on the CPU, fp32."""
+    if any(one.dtype != torch.float32 or one.device.type != "cpu" for one in tensors):
+        return None
+    return library("products_cpu")
+
+
+def dtype_code(tensor: torch.Tensor) -> int:
     """How elementwise_cpu.c calls the dtype of ``tensor``."""
-    return ctypes.c_int64(ELEMENTWISE_DTYPES[tensor.dtype])
+    return ELEMENTWISE_DTYPES[tensor.dtype]
 
 
-def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Iterable[Argument], rows: int, columns: int) -> None:
-    """Call ``kernel`` of elementwise_cpu.c over all rows, shared between the threads of PyTorch's own OpenMP pool.
+def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Sequence[Argument], rows: int, columns: int) -> None:
+    """Call ``kernel`` of ``lib`` over all rows, of so many ``columns`` each, in threads of PyTorch's own OpenMP pool.
 
     ``arguments`` are the fields of the struct of that name, in order. Threads of our own would be slower than none:
     after a matrix product the pool's threads wait for the next one in a loop, for some milliseconds, and the new
@@ -139,13 +154,15 @@ def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Iterable[Argument], rows
     """
     if rows == 0:
         return
-    function, block = getattr(lib, kernel), b"".join(map(bytes, arguments))
+    layout = "".join("d" if type(argument) is float else "q" for argument in arguments)
+    function, block = getattr(lib, kernel), struct.pack(layout, *arguments)
     threads = min(torch.get_num_threads(), rows, rows * columns // SHARE)
     fork_join = _fork_join() if threads > 1 else None
-    if fork_join is None:
+    sharer = library("elementwise_cpu")
+    if fork_join is None or sharer is None:
         function(block, ctypes.c_int64(0), ctypes.c_int64(rows))
     else:
-        lib.share_rows(fork_join, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
+        sharer.share_rows(fork_join, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
 
 
 @cache

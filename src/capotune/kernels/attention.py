@@ -4,12 +4,14 @@
 
 With ``causal`` those are the ones up to i; with ``window`` the ones less than ``window`` away.
 
-There is no padding and no mask: sequences of equal length that are neighbours go through PyTorch's fused attention
-together, as a batch that is a view of the tokens. Sequences sorted by length make few such groups.
+There is no padding and no mask. Short sequences on a CPU have a kernel of their own (``products_cpu.c``): PyTorch's is
+made for long ones. Where one is longer, neighbours of equal length go through PyTorch's fused attention together, as a
+batch that is a view of the tokens; sequences sorted by length make few such groups.
 """
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,6 +19,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+from capotune.kernels._native import Argument, address, as_rows, over_rows, products
+
+_MOST_LENGTH, _MOST_HEAD, _LANES = 512, 128, 8
+"""What products_cpu.c has room for, and the numbers in one of its vectors."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ def packed_attention(
     assert len(q) == sum(sequences.lengths)
     narrow = window is not None and any(length > window for length in sequences.lengths)
     if q.device.type == "cpu" and not narrow:
+        if _short(q, k, v, sequences) is not None and scale > 0:
+            return _ShortAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernels do not look
         return _PackedAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
     sizes = [count * length for count, length in sequences.groups]
@@ -98,6 +107,64 @@ def packed_attention(
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
+
+
+def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> CDLL | None:
+    """The kernels for short sequences, where these are such."""
+    size = q.shape[-1]
+    short = max(sequences.lengths, default=0) <= _MOST_LENGTH and size <= _MOST_HEAD and size % _LANES == 0
+    return products(q, k, v) if short else None
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Keeps q, k and v alone; the softmax is so small that it is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: Sequences,
+        causal: bool,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.how = sequences, causal, scale
+        out = torch.empty(q.shape)
+        _run_short("short_attention", (q, k, v), sequences, causal, scale, (out, None, None, None, None))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        qkv, grad, (sequences, causal, scale) = ctx.saved_tensors, grad.contiguous(), ctx.how
+        gradients = [torch.empty(x.shape) for x in qkv]
+        written = (None, grad, *gradients)
+        _run_short("short_attention_backward", qkv, sequences, causal, scale, written)
+        return *gradients, None, None, None
+
+
+def _run_short(
+    kernel: str,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    written: tuple[torch.Tensor | None, ...],
+) -> None:
+    """``written``: where out is, or what is given of its gradient and where those of q, k and v are."""
+    q, k, v = qkv
+    lib = _short(q, k, v, sequences)
+    assert lib is not None
+    (tokens, heads, size), key_heads = q.shape, k.shape[1]
+    rows = [as_rows(x, tokens, x.shape[1] * size) for x in (q, k, v)]
+    arguments: list[Argument] = [heads, heads // key_heads, size, causal]
+    arguments += map(address, (sequences.starts, *rows))
+    arguments += [x.stride(0) for x in rows]
+    arguments += [float(scale), *map(address, written)]
+    items = len(sequences.lengths) * key_heads
+    over_rows(lib, kernel, arguments, items, tokens * max(sequences.lengths) * heads * size // max(items, 1))
 
 
 class _PackedAttention(torch.autograd.Function):

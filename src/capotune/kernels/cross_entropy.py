@@ -12,14 +12,13 @@ On the CPU the way from a chunk's logits to losses and softmax_i − onehot_i is
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from capotune.errors import DataError
-from capotune.kernels._native import elementwise, over_rows, pointer
+from capotune.kernels._native import address, elementwise, over_rows
 
 _LOGITS_AT_ONCE = 2**23
 """Numbers in one chunk of logits: 32 MiB in fp32."""
@@ -93,8 +92,8 @@ def softmax_cross_entropy(
         return softmax_cross_entropy_reference(logits, targets, label_smoothing, in_place)
     rows, columns = logits.shape
     targets, losses = targets.contiguous(), torch.empty(rows, dtype=torch.float32)
-    read = (pointer(logits), c_int64(columns), pointer(targets), c_double(label_smoothing), c_int64(in_place))
-    over_rows(lib, "softmax_cross_entropy", (*read, pointer(losses)), rows, columns)
+    read = (address(logits), columns, address(targets), float(label_smoothing), in_place)
+    over_rows(lib, "softmax_cross_entropy", (*read, address(losses)), rows, columns)
     return losses
 
 

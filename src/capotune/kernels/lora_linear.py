@@ -4,36 +4,82 @@
 all that autograd would keep for the plain expression (``lora_reference``) it keeps x once and the small products xAᵀ.
 It asks for no gradient of W, takes the small products of all layers in one, adds every change in place, and asks for
 the dense W anew in the backward pass, so that a 4-bit W never lives between the two.
+
+Where x is itself cheap to compute from what must be kept anyway (a norm of the block's input, an activation), a
+``Prologue`` computes it inside the function, and once more on the way back; then x is not kept either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-FrozenWeight = Callable[[torch.dtype], torch.Tensor]
+from capotune.kernels.low_rank import gather, project, update
+
+DenseWeight = Callable[[torch.dtype], torch.Tensor]
 """Gives the dense frozen weight (out, in) in the asked dtype."""
-Remake = Callable[[], torch.Tensor]
-"""Computes x again in the backward pass."""
+
+
+class FrozenWeight(Protocol):
+    """A frozen weight W (out, in), by the two products that are taken with it."""
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (rows, in) → xWᵀ + bias (rows, out), a new tensor."""
+
+    def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """grad (rows, out) → grad·W (rows, in), added to ``onto`` where that is given."""
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """Any dense weight, which may be made at each call from what stands for it."""
+
+    dense: DenseWeight
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As ``FrozenWeight`` says."""
+        return functional.linear(x, self.dense(x.dtype), bias)
+
+    def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """As ``FrozenWeight`` says."""
+        weight = self.dense(grad.dtype)
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer: frozen ``weight`` (out, in) and ``bias`` (out,), trained ``a`` (rank, in) and ``b`` (out, rank)."""
+    """One layer: frozen ``weight`` and ``bias`` (out,), trained ``a`` (rank, in) and ``b`` (out, rank); without a
+    change, both are None."""
 
     weight: FrozenWeight
     bias: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+class Prologue(Protocol):
+    """What turns tensors that are kept into the input of linear layers, (rows, in)."""
+
+    def forward(self, *sources: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The input, and what else ``backward`` needs."""
+
+    def backward(
+        self, grad: torch.Tensor, kept: tuple[torch.Tensor, ...], *, rows: bool
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Gradients of the sources, and with ``rows`` the input once more. ``kept``: the sources, and what ``forward``
+        added.
+
+        It may write over ``grad``, and over sources that nobody else reads.
+        """
 
 
 def lora_reference(
-    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+    x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The definition of one layer in plain PyTorch. Shapes as in ``lora_linear``."""
     change = functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
@@ -41,64 +87,82 @@ def lora_reference(
 
 
 def lora_linear(
-    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+    x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The same, faster: x (..., in), a (rank, in), b (out, rank), bias (out,) frozen → (..., out) in x's dtype.
 
     a and b may be fp32 while x is bf16; their gradients come back in their own dtype.
     """
-    return lora_linears(x, (LowRank(weight, bias, a, b, scale),))[0]
+    return lora_linears((x,), (LowRank(PlainWeight(weight), bias, a, b, scale),))[0]
 
 
-def lora_linears(x: torch.Tensor, layers: Sequence[LowRank], remake: Remake | None = None) -> tuple[torch.Tensor, ...]:
+def lora_linears(
+    sources: Sequence[torch.Tensor], layers: Sequence[LowRank], prologue: Prologue | None = None
+) -> tuple[torch.Tensor, ...]:
     """Several layers on one input: x (..., in) → (..., out) of each.
 
-    With ``remake`` x is not kept for the backward pass but computed again there: for an x that is cheap to compute from
-    what is kept anyway.
+    ``sources`` is x alone, or what the ``prologue`` computes x from, each of which then is (rows, any).
     """
-    trained = [weight for layer in layers for weight in (layer.a, layer.b)]
-    return _LoraLinears.apply(x, tuple(layers), remake, *trained)  # type: ignore[no-any-return, no-untyped-call]
+    trained = [weight for layer in layers if layer.a is not None for weight in (layer.a, layer.b)]
+    return _LoraLinears.apply(tuple(layers), prologue, len(sources), *sources, *trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The small products are taken with the rank as their first dimension, (rank, rows): with it last, at rank 8, a
-    CPU's backward pass takes two to four times as long for them."""
-
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layers: tuple[LowRank, ...], remake: Remake | None, *trained: torch.Tensor
+        ctx: Any, layers: tuple[LowRank, ...], prologue: Prologue | None, count: int, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        low = _stacked(trained[0::2]).to(x.dtype) @ rows.t()  # (all ranks, rows)
+        sources, trained, shape = tensors[:count], tensors[count:], tensors[0].shape
+        kept: tuple[torch.Tensor, ...] = ()
+        if prologue is None:
+            rows = sources[0].reshape(-1, shape[-1])
+            sources = (rows,)
+        else:
+            rows, kept = prologue.forward(*sources)
+        low = project(rows, _stacked(trained[0::2])) if trained else None  # (rows, all ranks)
         outs = []
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
-            y = functional.linear(rows, layer.weight(x.dtype), layer.bias)
-            y.addmm_(low_part.t(), layer.b.to(x.dtype).t(), alpha=layer.scale)
-            outs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(None if remake else rows, low, *trained)
-        ctx.layers, ctx.remake, ctx.shape = layers, remake, x.shape
+            y = layer.weight.forward(rows, layer.bias)
+            if layer.b is not None:
+                update(y, low_part, layer.b.t().contiguous(), layer.scale)
+            outs.append(y.view(*shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(*sources, *kept, low, *trained)
+        ctx.how = layers, prologue, len(sources), len(sources) + len(kept), shape
         return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, low, *trained = ctx.saved_tensors
-        if ctx.remake:
-            rows = ctx.remake().reshape(-1, ctx.shape[-1])
-        grad_low, grad_x, trained_grads = torch.empty_like(low), None, []
-        parts = zip(ctx.layers, grads, _by_rank(low, ctx.layers), _by_rank(grad_low, ctx.layers), strict=True)
-        for layer, grad, low_part, grad_low_part in parts:
+        layers, prologue, count, count_kept, shape = ctx.how
+        saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+        kept, (low, *trained) = saved[:count_kept], saved[count_kept:]
+        grad_low: Any = None if low is None else torch.empty_like(low)
+        needs_input = any(ctx.needs_input_grad[3 : len(ctx.needs_input_grad) - len(trained)])
+        grad_x: Any = None
+        grads_b: list[torch.Tensor] = []
+        for layer, grad, low_part, grad_low_part in zip(
+            layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True
+        ):
             grad = grad.reshape(-1, grad.shape[-1])
-            torch.mm(layer.b.to(grad.dtype).t(), grad.t(), out=grad_low_part).mul_(layer.scale)
-            trained_grads.append(torch.mul(low_part @ grad, layer.scale).t().to(layer.b.dtype))
-            if ctx.needs_input_grad[0]:  # not below the lowest adapted layer
-                weight = layer.weight(grad.dtype)
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        a = _stacked(trained[0::2])
-        grads_a = _by_rank((grad_low @ rows).to(a.dtype), ctx.layers)
-        if grad_x is not None:
-            grad_x = grad_x.addmm_(grad_low.t(), a.to(grad_x.dtype)).view(ctx.shape)
-        return grad_x, None, None, *(grad for pair in zip(grads_a, trained_grads, strict=True) for grad in pair)
+            if layer.b is not None:
+                project(grad, layer.b.t().contiguous(), layer.scale, out=grad_low_part)
+                grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
+            if needs_input:  # not below the lowest adapted layer
+                grad_x = layer.weight.backward(grad, grad_x)
+        a = _stacked(trained[0::2]) if trained else None
+        if grad_x is not None and a is not None:
+            update(grad_x, grad_low, a)
+        if prologue is None:
+            grad_sources, rows = (None if grad_x is None else grad_x.view(shape),), kept[0]
+        elif grad_x is None:
+            grad_sources, rows = (None,) * count, prologue.forward(*kept[:count])[0]
+        else:
+            grad_sources, rows = prologue.backward(grad_x, kept, rows=bool(trained))
+        if a is None:
+            return None, None, None, *grad_sources
+        grads_a = torch.split(gather(grad_low, rows).to(a.dtype), [one.shape[0] for one in trained[0::2]])
+        pairs = zip(grads_a, grads_b, strict=True)
+        return None, None, None, *grad_sources, *(grad for pair in pairs for grad in pair)
 
 
 def _stacked(a: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,6 +170,8 @@ def _stacked(a: Sequence[torch.Tensor]) -> torch.Tensor:
     return a[0] if len(a) == 1 else torch.cat(tuple(a))
 
 
-def _by_rank(stacked: torch.Tensor, layers: tuple[LowRank, ...]) -> tuple[torch.Tensor, ...]:
-    """(all ranks, …) → views (rank, …), one for each layer."""
-    return torch.split(stacked, [len(layer.a) for layer in layers])
+def _by_rank(low: torch.Tensor | None, layers: tuple[LowRank, ...]) -> tuple[Any, ...]:
+    """(rows, all ranks) → views (rows, rank), one for each layer; None for all where there are no ranks."""
+    if low is None:
+        return (None,) * len(layers)
+    return torch.split(low, [0 if layer.a is None else layer.a.shape[0] for layer in layers], dim=1)

@@ -9,15 +9,14 @@ the CPU each direction is one C call, elsewhere the same in PyTorch.
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
-from capotune.kernels._native import check_shape, dtype_code, elementwise, over_rows, pointer
+from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+__all__ = ["RmsNorm", "rms_norm_reference"]
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -26,31 +25,27 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The same, faster and with less kept: x (..., hidden), weight (hidden,) → (..., hidden).
+@dataclass(frozen=True)
+class RmsNorm:
+    """The same, faster and with less kept, as the prologue of linear layers: x (..., hidden), ``weight`` (hidden,),
+    frozen → (..., hidden). Raises ``SettingError`` where the weight does not fit x."""
 
-    A weight that asks for a gradient gets it by way of ``rms_norm_reference``. Raises ``SettingError`` where the weight
-    does not fit x.
-    """
-    check_shape("the norm's weight", weight, x.shape[-1:])
-    if weight.requires_grad and torch.is_grad_enabled():
-        return rms_norm_reference(x, weight, eps)
-    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    weight: torch.Tensor
+    eps: float
 
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """y, and r in fp32."""
+        check_shape("the norm's weight", self.weight, x.shape[-1:])
+        y, roots = _forward(x, self.weight, self.eps)
+        return y, (roots,)
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, roots = _forward(x, weight, eps)
-        ctx.save_for_backward(x, roots)
-        ctx.weight = weight
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        x, roots = ctx.saved_tensors
-        return _backward(grad, x, ctx.weight, roots), None, None
+    def backward(
+        self, grad: torch.Tensor, kept: tuple[torch.Tensor, ...], *, rows: bool
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The gradient of x, and y once more."""
+        x, roots = kept
+        y = _forward(x, self.weight, self.eps)[0] if rows else None
+        return (_backward(grad, x, self.weight, roots),), y
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,8 +58,8 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
         return weight * (wide * roots[:, None]).to(x.dtype).view(x.shape), roots
     x, weight = x.contiguous(), weight.contiguous()
     y, roots = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
-    read = (dtype_code(x), pointer(x), pointer(weight), c_int64(columns), c_double(eps))
-    over_rows(lib, "rms_norm", (*read, pointer(y), pointer(roots)), rows, columns)
+    read = (dtype_code(x), address(x), address(weight), columns, float(eps))
+    over_rows(lib, "rms_norm", (*read, address(y), address(roots)), rows, columns)
     return y, roots
 
 
@@ -77,6 +72,6 @@ def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, roots: 
         return (root * (weighted - wide * (root**2 * (weighted * wide).mean(-1, keepdim=True)))).to(x.dtype)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x = torch.empty_like(x)
-    read = (dtype_code(x), pointer(grad), pointer(x), pointer(weight), pointer(roots), c_int64(columns))
-    over_rows(lib, "rms_norm_backward", (*read, pointer(grad_x)), rows, columns)
+    read = (dtype_code(x), address(grad), address(x), address(weight), address(roots), columns)
+    over_rows(lib, "rms_norm_backward", (*read, address(grad_x)), rows, columns)
     return grad_x

@@ -10,12 +10,11 @@ direction is one C call, elsewhere the same in PyTorch.
 
 from __future__ import annotations
 
-from ctypes import c_int64
 from typing import Any
 
 import torch
 
-from capotune.kernels._native import as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows, pointer
+from capotune.kernels._native import address, as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows
 
 __all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_reference"]
 
@@ -78,10 +77,10 @@ def _turn(
         out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
         return out
     read, cos, sin = as_rows(x, tokens, heads * size), cos.contiguous(), sin.contiguous()
-    sizes = (dtype_code(x), c_int64(heads), c_int64(size // 2))
-    strides = (c_int64(read.stride(0)), c_int64(written.stride(0)))
-    pointers = (pointer(read), pointer(cos), pointer(sin), pointer(written))
-    over_rows(lib, "rotary", (*sizes, *pointers, *strides, c_int64(transposed)), tokens, heads * size)
+    sizes = (dtype_code(x), heads, size // 2)
+    strides = (read.stride(0), written.stride(0))
+    pointers = (address(read), address(cos), address(sin), address(written))
+    over_rows(lib, "rotary", (*sizes, *pointers, *strides, transposed), tokens, heads * size)
     return out
 
 

@@ -9,25 +9,23 @@ same in PyTorch.
 
 from __future__ import annotations
 
-from ctypes import c_int64
 from math import prod
-from typing import Any
 
 import torch
 from torch.nn import functional
 
 from capotune.kernels._native import (
     Argument,
+    address,
     as_rows,
     check_shape,
     dtype_code,
     elementwise,
     output_rows,
     over_rows,
-    pointer,
 )
 
-__all__ = ["swiglu", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
+__all__ = ["SwiGLU", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -35,21 +33,23 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The same, faster and with less kept: gate and up (..., n) → (..., n). Raises as ``swiglu_forward`` does."""
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+class SwiGLU:
+    """The same, faster and with less kept, as the prologue of a linear layer: gate and up (rows, n) → (rows, n)."""
 
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """y; nothing else is kept."""
+        return swiglu_forward(gate, up), ()
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return swiglu_forward(gate, up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return swiglu_backward(grad, *ctx.saved_tensors)
+    def backward(
+        self,
+        grad: torch.Tensor,
+        kept: tuple[torch.Tensor, ...],
+        *,
+        rows: bool,  # noqa: ARG002 - y costs nothing
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The gradients in the memory of gate and up, which nobody else reads, and y in that of its gradient."""
+        gate, up = kept
+        return swiglu_backward(grad, gate, up, out=(gate, up), y=grad), grad
 
 
 @torch.no_grad()
@@ -76,21 +76,28 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
 
 @torch.no_grad()
 def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up, all of one shape (..., n), in ``out`` or in new contiguous tensors.
+    """The gradients of gate and up, all of one shape (..., n), in ``out`` or in new contiguous tensors; silu(gate)·up
+    once more in ``y``, if wanted.
 
-    ``out`` may be ``(gate, up)`` itself. Raises as ``swiglu_forward`` does.
+    ``out`` may be ``(gate, up)`` itself and ``y`` be ``grad``. Raises as ``swiglu_forward`` does.
     """
     out = out or (_new(gate), _new(up))
-    for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1])):
+    again = _new(gate) if y is None else y
+    for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1]), ("y", again)):
         check_shape(name, tensor, gate.shape)
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
-    written = (output_rows(out[0], rows, columns), output_rows(out[1], rows, columns))
-    lib = elementwise(grad, gate, up, *out)
+    written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
+    lib = elementwise(grad, gate, up, *out, again)
     if lib is None:
-        for target, found in zip(out, _backward_reference(grad, gate, up), strict=True):
-            target.copy_(found)
+        found = *_backward_reference(grad, gate, up), swiglu_reference(gate, up)
+        for target, values in zip((*out, again), found, strict=True):
+            target.copy_(values)
         return out
     read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
     over_rows(lib, "swiglu_backward", _arguments(*read, *written), rows, columns)
@@ -112,7 +119,7 @@ def _new(like: torch.Tensor) -> torch.Tensor:
 
 def _arguments(*matrices: torch.Tensor) -> list[Argument]:
     """What both kernels take: dtype and columns, where each matrix begins, how far apart its rows lie."""
-    arguments: list[Argument] = [dtype_code(matrices[0]), c_int64(matrices[0].shape[1])]
-    arguments += map(pointer, matrices)
-    arguments += [c_int64(matrix.stride(0)) for matrix in matrices]
+    arguments: list[Argument] = [dtype_code(matrices[0]), matrices[0].shape[1]]
+    arguments += map(address, matrices)
+    arguments += [matrix.stride(0) for matrix in matrices]
     return arguments

@@ -1,0 +1,96 @@
+"""Layer norm of a sum, with a frozen weight and bias, as it stands behind both halves of a BERT block.
+
+    y = w ⊙ (t − m)·r + b        t = x + residual, m = mean(t), r = (mean((t − m)²) + eps)^(−1/2), one each per row
+    dx = d residual = r·(g⊙w − mean(g⊙w) − n·mean(g⊙w⊙n))        n = (t − m)·r
+
+For the backward pass t, m and r are kept. On the CPU each direction is one C call, elsewhere the same in PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
+
+__all__ = ["add_layer_norm", "add_layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_reference"]
+
+Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""t (rows, hidden), m (rows,) and r (rows,), the last two in fp32."""
+
+
+def add_layer_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The definition in plain PyTorch. Shapes as in ``add_layer_norm_forward``."""
+    return functional.layer_norm(x + residual, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The same, faster and with less kept; shapes and errors as in ``add_layer_norm_forward``, which overwrites x."""
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        y, kept = add_layer_norm_forward(x, residual, weight, bias, eps)
+        ctx.save_for_backward(*kept)
+        ctx.weight = weight
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_x = add_layer_norm_backward(grad, ctx.saved_tensors, ctx.weight)
+        return grad_x, grad_x, None, None, None
+
+
+@torch.no_grad()
+def add_layer_norm_forward(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, Kept]:
+    """x and residual (rows, hidden), weight and bias (hidden,) → y (rows, hidden) and what ``…_backward`` needs.
+
+    x is overwritten with the sum. Raises ``SettingError`` where shapes do not fit.
+    """
+    rows, columns = x.shape
+    check_shape("residual", residual, x.shape)
+    check_shape("the norm's weight", weight, (columns,))
+    check_shape("the norm's bias", bias, (columns,))
+    lib = elementwise(x, residual, weight, bias)
+    if lib is None or not x.is_contiguous():
+        total = x.add_(residual)
+        y, means, roots = torch.native_layer_norm(total, [columns], weight, bias, eps)
+        return y, (total, means[:, 0].float(), roots[:, 0].float())
+    residual, weight, bias = residual.contiguous(), weight.contiguous(), bias.contiguous()
+    y, means, roots = torch.empty_like(x), torch.empty(rows, dtype=torch.float32), torch.empty(rows)
+    read = (dtype_code(x), *map(address, (x, residual, weight, bias)), columns, float(eps))
+    over_rows(lib, "add_layer_norm", (*read, *map(address, (x, y, means, roots))), rows, columns)
+    return y, (x, means, roots)
+
+
+@torch.no_grad()
+def add_layer_norm_backward(grad: torch.Tensor, kept: Kept, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of x, which is the residual's too, from that of y (rows, hidden); a new tensor."""
+    total, means, roots = kept
+    check_shape("grad", grad, total.shape)
+    lib = elementwise(grad, total, weight)
+    if lib is None:
+        wide = torch.promote_types(total.dtype, torch.float32)
+        weighted = grad.to(wide) * weight.to(wide)
+        normal = (total.to(wide) - means[:, None]) * roots[:, None]
+        along = (weighted * normal).mean(1, keepdim=True)
+        return (roots[:, None] * (weighted - weighted.mean(1, keepdim=True) - normal * along)).to(total.dtype)
+    grad, weight = grad.contiguous(), weight.contiguous()
+    rows, columns = grad.shape
+    grad_x = torch.empty_like(grad)
+    read = (dtype_code(grad), *map(address, (grad, total, weight, means, roots)), columns)
+    over_rows(lib, "add_layer_norm_backward", (*read, address(grad_x)), rows, columns)
+    return grad_x

@@ -1,0 +1,68 @@
+"""The small products of a low-rank change, with r ranks (8, say) between two sides of hundreds or thousands:
+
+    project: L = s·X Mᵀ        update: X += s·L M        gather: M = s·Lᵀ X
+
+with X (rows, columns), L (rows, r), M (r, columns). A library for large products runs these at a fraction of its speed.
+In C on the CPU each is one pass over X.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+
+import torch
+
+from capotune.kernels._native import Argument, address, check_shape, over_rows, products
+
+__all__ = ["gather", "project", "update"]
+
+_LANES = 8  # columns that one vector of products_cpu.c holds
+_MOST_RANKS = 48  # more are no longer small
+
+
+def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x (rows, columns), matrix (r, columns) → scale·x·matrixᵀ (rows, r) in x's dtype, a new tensor or ``out``."""
+    check_shape("matrix", matrix, (matrix.shape[0], x.shape[1]))
+    if out is None:
+        out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
+    check_shape("out", out, (x.shape[0], matrix.shape[0]))
+    lib = _kernels(x, out, matrix)
+    if lib is None:  # the rank first: with it last, a CPU takes twice as long
+        return out.copy_((matrix.to(x.dtype) @ x.t()).mul_(scale).t())
+    over_rows(lib, "low_rank_project", _arguments(x, out, matrix, scale), x.shape[0], matrix.numel())
+    return out
+
+
+def update(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """x (rows, columns) plus scale·low·matrix, in place; low (rows, r), matrix (r, columns)."""
+    check_shape("low", low, (x.shape[0], matrix.shape[0]))
+    check_shape("matrix", matrix, (matrix.shape[0], x.shape[1]))
+    lib = _kernels(x, low, matrix)
+    if lib is None:
+        return x.addmm_(low, matrix.to(x.dtype), alpha=scale)
+    over_rows(lib, "low_rank_update", _arguments(x, low, matrix, scale), x.shape[0], matrix.numel())
+    return x
+
+
+def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """low (rows, r), x (rows, columns) → scale·lowᵀ·x (r, columns) in x's dtype."""
+    check_shape("low", low, (x.shape[0], low.shape[1]))
+    matrix = torch.empty(low.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    lib = _kernels(x, low, matrix)
+    if lib is None:
+        return torch.mm(low.t(), x, out=matrix).mul_(scale)
+    groups = -(-x.shape[1] // _LANES)
+    over_rows(lib, "low_rank_gather", _arguments(x, low, matrix, scale), groups, low.numel() * _LANES)
+    return matrix
+
+
+def _kernels(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor) -> CDLL | None:
+    """The C kernels, where these are the tensors for them."""
+    known = 0 < matrix.shape[0] <= _MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and low.stride(1) == 1
+    return products(x, low, matrix) if known and matrix.is_contiguous() else None
+
+
+def _arguments(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: float) -> tuple[Argument, ...]:
+    sizes = (*x.shape, matrix.shape[0])
+    strides = (x.stride(0), low.stride(0))
+    return (*sizes, *map(address, (x, low, matrix)), *strides, float(scale))
