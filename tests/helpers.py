@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from capotune.config import MethodSettings
 from capotune.data.batches import Rows
 from capotune.methods import Start
 from capotune.models.load import Pooling, find, pooling
+from capotune.training import loop
 from capotune.training.loop import Examples, TrainingState, predict_logits, train
 
 LABELS = ("late", "broken", "money")
@@ -46,6 +48,12 @@ def on_base(
     if attached:
         attach(assembled, Start(generator, tokens or [9, 10, 14, 15]))
     return assembled
+
+
+def accumulate(assembled: Assembled, given: Examples, chosen: np.ndarray, settings: MethodSettings) -> float:
+    """The loop's, with the base reading as it does there."""
+    with assembled.reading():
+        return loop.accumulate(assembled, given, chosen, settings)
 
 
 def sequences(count: int, seed: int = 0, shortest: int = 3, longest: int = 14) -> list[list[int]]:

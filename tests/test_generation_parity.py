@@ -22,7 +22,7 @@ from generation_helpers import (
     sequences,
     with_plain_head,
 )
-from helpers import CPU, TRAINED, assert_same_bits, fit, shake, weights
+from helpers import CPU, TRAINED, accumulate, assert_same_bits, fit, shake, weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -40,7 +40,7 @@ from capotune.config import (
 )
 from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of
 from capotune.training.activation_cache import ActivationCache
-from capotune.training.loop import Examples, accumulate, held_out_score, outputs, train
+from capotune.training.loop import Examples, held_out_score, outputs, train
 from capotune.training.task_run import with_boundary
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import examples, fit, on_base, sequences, shake
+from helpers import accumulate, examples, fit, on_base, sequences, shake
 from test_contract import VARIANTS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -38,7 +38,7 @@ from capotune.models.packing import Packing, packed, try_packing
 from capotune.tasks.classification import Classification
 from capotune.training import loop as loop_module
 from capotune.training.activation_cache import ActivationCache, compute_boundary, compute_pooled
-from capotune.training.loop import Examples, accumulate, held_out_score, outputs, predict_logits
+from capotune.training.loop import Examples, held_out_score, outputs, predict_logits
 
 PADDED = Packing(None, "for this test")
 SMALL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from capotune.config import (
 )
 from capotune.data.batches import Batch, Rows, collate, epoch_order, sorted_order
 from capotune.models.load import Pooling
-from capotune.tasks.classification import pool
+from capotune.tasks.classification import pool, pooled_positions
 
 VARIANTS: dict[str, MethodSettings] = {
     "features": FeatureExtractionSettings(),
@@ -64,6 +64,13 @@ def test_the_padding_id_does_not_matter(base: str, models: dict[str, Path]) -> N
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
 
 
+def pooled(batch: Batch, states: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor:
+    """One vector per row of (rows, longest, hidden)."""
+    at = pooled_positions(batch.starts, pooling, skip)
+    flat = batch.flat(states)
+    return pool(flat if at is None else flat[at], batch.starts, pooling, skip)
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_ignores_padding_and_virtual_tokens(pooling: Pooling) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -78,12 +85,12 @@ def test_pooling_ignores_padding_and_virtual_tokens(pooling: Pooling) -> None:
     }[pooling]
     expected = torch.stack([by_hand(row[2:length]) for row, length in zip(states, lengths, strict=True)])
     batch = Batch.of_padded(mask, mask)
-    found = pool(batch.flat(states), batch.starts, pooling, skip=2)
+    found = pooled(batch, states, pooling, 2)
     torch.testing.assert_close(found, expected)
     noisy = states.clone()
     noisy[:, :2] = 1e4
     noisy[mask == 0] = -1e4
-    assert torch.equal(pool(batch.flat(noisy), batch.starts, pooling, skip=2), found)
+    assert torch.equal(pooled(batch, noisy, pooling, 2), found)
 
 
 @pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
@@ -97,7 +104,7 @@ def test_prompt_touches_its_text_and_is_not_pooled(pooling: Pooling, base: str, 
     batch = collate([[7, 8, 9, 10, 11, 12, *row] for row in rows], np.arange(5), 0)
     with torch.no_grad():
         hidden = assembled.model.backbone(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        expected = assembled.model.classifier(pool(batch.flat(hidden), batch.starts, pooling, skip=6))
+        expected = assembled.model.classifier(pooled(batch, hidden, pooling, 6))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Options of glibc's mallopt."""
 
 
 def pick_device() -> torch.device:
@@ -56,6 +63,31 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """Inside, tensors below 8 MB that PyTorch frees on the CPU leave their memory to the next one, and larger ones give
+    it back to the system at once, where the C library is glibc.
+
+    By itself glibc gives back what is free at the end of its heap, and the system hands it out again page by page,
+    zeroed: 5 to 10 % of a step of small tensors. And it soon keeps tensors of up to 32 MB in the heap, where long-lived
+    small ones leave gaps between them: twice the memory with gradient checkpointing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6" if sys.platform == "linux" else None)
+        set_option, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked for by name
+        yield
+        return
+    set_option(_MMAP_THRESHOLD, 2**23)
+    set_option(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, 2**25)  # what glibc comes to by itself under such use
+        set_option(_TRIM_THRESHOLD, 2**26)
+        trim(0)
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from capotune.config import MethodSettings
 from capotune.errors import ModelError, SettingError
 from capotune.methods import Method, Start, Untouched, make
 from capotune.models.architecture import Architecture, describe, parameter_count
+from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.load import (
     Pooling,
     Source,
@@ -24,7 +27,7 @@ from capotune.models.load import (
     load_tokenizer,
     max_length,
 )
-from capotune.models.packing import Packing, try_packing
+from capotune.models.packing import Packing, packed, try_packing
 from capotune.models.stream import Progress
 from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
@@ -64,6 +67,27 @@ class Assembled:
     def packing(self) -> Packing:
         """How the base reads several sequences at once; found out when it first does."""
         return try_packing(self.backbone)
+
+    @cached_property
+    def fusing(self) -> Fusing:
+        """Which of its blocks the kernels compute; found out when it first reads."""
+        return try_fusing(self.backbone, self.blocks, self.packing)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, as they are now."""
+        return [self.model.get_submodule(path) for path in self.architecture.blocks]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, the base reads batches of ``packing``'s kind, and only such, as fast as it can."""
+        with packed(self.backbone, self.packing), fused(self.blocks, self.fusing):
+            yield
+
+    def how_it_reads(self) -> dict[str, str]:
+        """For the record of a run: how sequences are put together and what computes the blocks."""
+        why_not = why_not_fused(self.blocks, self.fusing)
+        return {"sequences": self.packing.described, "blocks": f"plain: {why_not}" if why_not else "fused"}
 
     @property
     def classification(self) -> Classification:

@@ -90,6 +90,19 @@ class Batch:
         """(rows, longest, …) or packed (1, tokens, …) → (tokens, …)."""
         return values[0] if self.attention_mask is None else values[self.attention_mask.bool()]
 
+    def states(self, backbone: Any, wanted: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> torch.Tensor:
+        """What ``backbone`` makes of the flat positions ``wanted`` (n,), rising, or of all: (n, hidden).
+
+        ``inputs`` stand in place of the batch's own.
+        """
+        inputs = inputs or self.inputs
+        if wanted is None or self.attention_mask is not None:
+            states = self.flat(backbone(**inputs).last_hidden_state)
+            return states if wanted is None else states[wanted]
+        states = self.flat(backbone(**inputs, wanted=wanted).last_hidden_state)
+        # a backbone whose last block can leave the other positions out has done so
+        return states if len(states) == len(wanted) else states[wanted]
+
     def laid_out(self, values: torch.Tensor) -> torch.Tensor:
         """(tokens, …) → (rows, longest, …), zeros where padded, or packed (1, tokens, …)."""
         if self.attention_mask is None:

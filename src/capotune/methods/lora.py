@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from capotune.config import LoraSettings, nearest
 from capotune.errors import SettingError
-from capotune.kernels.lora_linear import LowRank, Remake, lora_linears, lora_reference
+from capotune.kernels.lora_linear import LowRank, PlainWeight, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
@@ -79,24 +79,20 @@ class LoraLinear(nn.Module):
             return layer(x) + self.scale * change  # type: ignore[no-any-return]
         if self.shared is not None and torch.is_grad_enabled():
             return self.shared.output(self, x)
-        return lora_linears(x, (self.low_rank(),))[0]
+        return lora_linears((x,), (self.low_rank(),))[0]
 
     def low_rank(self) -> LowRank:
         """What ``kernels.lora_linear`` computes with."""
         layer: Any = self.base_layer
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
-        return LowRank(weight, layer.bias, self.lora_A, self.lora_B, self.scale)
-
-    def of_remade(self, x: torch.Tensor, remake: Remake) -> torch.Tensor:
-        """As ``forward``, but x is not kept: ``remake`` computes it again in the backward pass."""
-        if not self.is_plain:
-            return self(x)  # type: ignore[no-any-return]
-        return lora_linears(x, (self.low_rank(),), remake)[0]
+        return LowRank(PlainWeight(weight), layer.bias, self.lora_A, self.lora_B, self.scale)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a forward pass in training is W and the low-rank change alone, without dropout and magnitudes."""
-        return self.lora_magnitude_vector is None and not (self.dropout and self.training)
+    def why_not_plain(self) -> str | None:
+        """What a forward pass in training does beside W and the low-rank change, if anything."""
+        if self.lora_magnitude_vector is not None:
+            return "DoRA's magnitudes"
+        return "LoRA's dropout" if self.dropout else None
 
     def merged_weight(self) -> torch.Tensor:
         """W + scale·BA (out, in) in fp32, with DoRA's magnitudes applied."""
@@ -144,13 +140,13 @@ class SharedInput:
         """What ``layer`` gives for x (..., in)."""
         if layer is self.layers[0]:
             self._input = x
-            outs = lora_linears(x, [one.low_rank() for one in self.layers])
+            outs = lora_linears((x,), [one.low_rank() for one in self.layers])
             self._outputs = dict(zip(self.layers, outs, strict=True))
         same = x is self._input and layer in self._outputs
         if not same:
             for one in self.layers:
                 one.shared = None
-        out = self._outputs.pop(layer) if same else lora_linears(x, (layer.low_rank(),))[0]
+        out = self._outputs.pop(layer) if same else lora_linears((x,), (layer.low_rank(),))[0]
         if not self._outputs:
             self._input = None  # kept no longer than needed
         return out

@@ -21,7 +21,7 @@ from capotune.kernels.attention import Sequences, packed_attention
 
 _NAME = "capotune_packed"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _LONGEST_TRIED = 512
 
 
@@ -46,11 +46,18 @@ class PackingError(ValueError):
 
 def try_packing(backbone: Any) -> Packing:
     """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head."""
+    with without_dropout(backbone):
+        return _try_packing(backbone)
+
+
+@contextmanager
+def without_dropout(backbone: nn.Module) -> Iterator[None]:
+    """Inside, no random numbers are drawn, which would make two ways to read differ."""
     training = [module for module in backbone.modules() if module.training]
     try:
         for module in training:
-            module.training = False  # dropout would draw random numbers, and make the two ways differ
-        return _try_packing(backbone)
+            module.training = False
+        yield
     finally:
         for module in training:
             module.training = True
@@ -76,15 +83,15 @@ def _try_packing(backbone: Any) -> Packing:
         packing = Packing(first)
         try:
             with packed(backbone, packing):
-                told: set[int | None] = set()
+                told: dict[nn.Module, int | None] = {}
                 found = _states(_read_packed(backbone, tried, first, told))[0]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it was a try
             reason = f"the model's code does not take packed sequences ({error})"
             continue
-        off = _relative_error(found.float(), expected.float())
-        if not off <= _TOLERANCE.get(found.dtype, 1e-4):
+        off = relative_error(found.float(), expected.float())
+        if not off <= TOLERANCE.get(found.dtype, 1e-4):
             reason = f"packed, the model computes something else (by {off:.1g})"
-        elif window > _LONGEST_TRIED and told == {None}:
+        elif window > _LONGEST_TRIED and set(told.values()) == {None}:
             reason = "the model keeps the window of its attention to itself"
         else:
             return packing
@@ -110,7 +117,7 @@ def packed(backbone: Any, packing: Packing) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Of the token that is farthest off: the median over its numbers, since trained models have a few that are hundreds
     of times as large as all others."""
     off = (found - expected).abs().median(1).values / expected.abs().median(1).values
@@ -126,7 +133,18 @@ def _sequences_to_try(config: Any, window: int) -> list[torch.Tensor]:
     ]
 
 
-def _read_packed(backbone: Any, tried: list[torch.Tensor], first_position: int, told: set[int | None]) -> Any:
+def read_a_few(backbone: Any, packing: Packing, told: dict[nn.Module, int | None]) -> torch.Tensor:
+    """What ``backbone``, now packed, computes of the sequences that packing was tried on: (tokens, hidden). Each of its
+    attention modules notes the window that it is ``told``."""
+    assert packing.first_position is not None
+    config = backbone.config
+    tried = _sequences_to_try(config, getattr(config, "sliding_window", None) or 0)
+    return _states(_read_packed(backbone, tried, packing.first_position, told))[0]
+
+
+def _read_packed(
+    backbone: Any, tried: list[torch.Tensor], first_position: int, told: dict[nn.Module, int | None]
+) -> Any:
     sequences = Sequences(tuple(map(len, tried)))
     return backbone(
         input_ids=torch.cat(tried)[None].to(backbone.device),
@@ -147,7 +165,7 @@ def _attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     sequences: Sequences | None = None,
-    windows_told: set[int | None] | None = None,
+    windows_told: dict[nn.Module, int | None] | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as Transformers calls it: query (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim)."""
@@ -155,7 +173,7 @@ def _attention(
     if sequences is None or attention_mask is not None or dropout or extra:
         raise PackingError(f"its attention asks for {', '.join(extra) or 'a mask or dropout'}")
     if windows_told is not None:
-        windows_told.add(sliding_window)
+        windows_told[module] = sliding_window
     out = packed_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

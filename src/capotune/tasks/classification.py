@@ -67,13 +67,14 @@ class SequenceClassifier(nn.Module):
         """
         layers = layers or self.feature_layers
         inputs = inputs or batch.inputs
+        pooled = pooled_positions(batch.starts, self.pooling, self.virtual_tokens)
         if layers == (-1,):
-            states = [self.backbone(**inputs).last_hidden_state]
+            states = [batch.states(self.backbone, pooled, inputs)]
         else:
             all_states = self.backbone(output_hidden_states=True, **inputs).hidden_states
-            states = [all_states[layer] for layer in layers]
-        pooled = [pool(batch.flat(state), batch.starts, self.pooling, self.virtual_tokens) for state in states]
-        return torch.cat(pooled, dim=1)
+            flat = [batch.flat(all_states[layer]) for layer in layers]
+            states = flat if pooled is None else [state[pooled] for state in flat]
+        return torch.cat([pool(state, batch.starts, self.pooling, self.virtual_tokens) for state in states], dim=1)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(batch, labels)."""
@@ -102,18 +103,25 @@ class SequenceClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int = 0) -> torch.Tensor:
-    """One vector per row, (rows, hidden), of flat ``states`` (tokens, hidden); row r is tokens starts[r] to
-    starts[r + 1], of which the first ``skip`` (a soft prompt) do not count."""
+def pooled_positions(starts: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor | None:
+    """Which flat positions count, rising; None: all. Row r is tokens starts[r] to starts[r + 1], of which the first
+    ``skip`` (a soft prompt) do not."""
     if pooling == "cls":
-        return states[starts[:-1] + skip]
+        return starts[:-1] + skip
     if pooling == "last":
-        return states[starts[1:] - 1]
-    if skip:
-        position = torch.arange(len(states), device=states.device)
-        row = torch.searchsorted(starts, position, right=True) - 1
-        states = states[position >= starts[row] + skip]
-        starts = starts - skip * torch.arange(len(starts), device=starts.device)
+        return starts[1:] - 1
+    if not skip:
+        return None
+    position = torch.arange(int(starts[-1]), device=starts.device)
+    row = torch.searchsorted(starts, position, right=True) - 1
+    return position[position >= starts[row] + skip]
+
+
+def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor:
+    """One vector per row, (rows, hidden), of the states at ``pooled_positions``, (positions, hidden)."""
+    if pooling in ("cls", "last"):
+        return states
+    starts = starts - skip * torch.arange(len(starts), device=starts.device)
     return torch.segment_reduce(states, pooling, offsets=starts)
 
 

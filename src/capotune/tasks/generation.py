@@ -301,11 +301,9 @@ class Generation(Task):
         if not self.plain_head:
             logits = batch.flat(model(**batch.inputs).logits)[at].float()
             return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
-        states = batch.flat(model.base_model(**batch.inputs).last_hidden_state)
+        states = batch.states(model.base_model, at)
         head = model.get_output_embeddings()
-        return linear_cross_entropy(
-            states[at].to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing
-        ), row
+        return linear_cross_entropy(states.to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing), row
 
     # ------------------------------------------------------------------------------------------------------------ rest
 

@@ -28,9 +28,9 @@ from torch import nn
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import Rows, sorted_order
+from capotune.device import reusing_memory
 from capotune.errors import OutputError
 from capotune.models.architecture import swap
-from capotune.models.packing import packed
 
 _FORMAT = 2
 Progress = Callable[[int, int], None]
@@ -137,7 +137,7 @@ def compute_pooled(
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths)
-    with packed(assembled.backbone, assembled.packing):
+    with reusing_memory(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
             features[torch.as_tensor(chosen)] = model.features(batch, layers).float().cpu()
@@ -153,7 +153,7 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
     order = sorted_order(rows.lengths)
-    with packed(backbone, assembled.packing), _stop_at(assembled.model, architecture.blocks[block]) as caught:
+    with reusing_memory(), assembled.reading(), _stop_at(assembled.model, architecture.blocks[block]) as caught:
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(assembled.model.device)
             with suppress(_BoundaryReachedError):

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
-from capotune.models.packing import packed
+from capotune.device import reusing_memory
+from capotune.models.architecture import with_forward
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
@@ -108,8 +109,13 @@ def train(
     total = settings.epochs * per_epoch
     device = assembled.model.device
     on_gpu = [device] if device.type == "cuda" else []
-    checkpointed = [assembled.model.get_submodule(path) for path in assembled.architecture.blocks]
-    with torch.random.fork_rng(devices=on_gpu), checkpointing(checkpointed if settings.gradient_checkpointing else []):
+    checkpointed = assembled.blocks if settings.gradient_checkpointing else []
+    with (
+        torch.random.fork_rng(devices=on_gpu),
+        reusing_memory(),
+        assembled.reading(),
+        checkpointing(checkpointed),
+    ):
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
@@ -159,7 +165,7 @@ def outputs(assembled: Assembled, examples: Examples, progress: Progress | None 
     """What the task keeps of each row, (rows, numbers) fp32 on the CPU, in the order of the rows."""
     order = sorted_order(examples.rows.lengths)
     found = []
-    with packed(assembled.backbone, assembled.packing), _starting_at(assembled, examples.boundary) as give:
+    with assembled.reading(), _starting_at(assembled, examples.boundary) as give:
         for done, chosen in enumerate(order):
             batch = _batch(assembled, examples, chosen, give)
             found.append(assembled.task.outputs(assembled.model, batch).float().cpu())
@@ -206,11 +212,11 @@ def accumulate(assembled: Assembled, examples: Examples, chosen: np.ndarray, set
     """Add the gradient of the mean loss of all that the ``chosen`` rows learn; returns that loss.
 
     Every part's sum is divided by the units of the whole step, not by its own: the gradient is the one that a single
-    pass over all rows gives, however the rows are shared out.
+    pass over all rows gives, however the rows are shared out. To be called inside ``assembled.reading()``.
     """
     task, total = assembled.task, 0.0
     units = task.units(examples.targets, chosen.tolist())
-    with packed(assembled.backbone, assembled.packing), _starting_at(assembled, examples.boundary) as give:
+    with _starting_at(assembled, examples.boundary) as give:
         for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
             batch = _batch(assembled, examples, part, give)
             loss = task.loss(assembled.model, batch, settings.label_smoothing) / units
@@ -233,13 +239,9 @@ def _batch(
 @contextmanager
 def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, each block keeps only what enters it, and computes the rest again on the way back (Chen et al. 2016)."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
+    recomputed = {block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks}
+    with with_forward(recomputed):
         yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class has its own
 
 
 def _starting_at(

@@ -146,7 +146,7 @@ def _run(
         **epochs,
         **fitted.also,
         "dtype": str(dtype).removeprefix("torch."),
-        "sequences": assembled.packing.described if trainable_in_steps or cache.forward_rows else "none were read",
+        **(assembled.how_it_reads() if trainable_in_steps or cache.forward_rows else {"sequences": "none were read"}),
         "data_sha256": task_run.data_sha256,
         "adapter": str(settings.out / "adapter"),
     }
@@ -207,7 +207,9 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
         "device": assembled.model.device.type,
         "dtype": str(dtype),
         "torch": torch.__version__,
-        "first_position": assembled.packing.first_position,  # packed or padded, the last bits differ
+        # how sequences are read and who computes the blocks decides the last bits
+        "first_position": assembled.packing.first_position,
+        "fused": assembled.fusing.why_not is None,
     }
 
 

@@ -1,0 +1,244 @@
+"""Transformer blocks computed by the kernels, where a block is of a form that they know.
+
+Two forms, told by the names of their parts, whatever the family is called:
+
+- Llama's:  x += o(attention(rotary(q, k), v of norm(x)));  x += down(silu(gate) · up of norm(x))      RMS norms
+- BERT's:   x = norm(x + o(attention(q, k, v of x)));       x = norm(x + down(gelu(up(x))))            layer norms
+
+Each linear layer is frozen, with or without a low-rank change. That a model computes just this is not believed but
+tried, as in ``models.packing``: on a few sequences, its own blocks and these must give the same. Blocks work so on
+packed sequences only; on anything else, as in a block of another form, the model's own code runs.
+
+Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
+these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation, SiLUActivation
+
+from capotune.kernels.attention import packed_attention
+from capotune.kernels.gelu import Gelu
+from capotune.kernels.layer_norm import add_layer_norm
+from capotune.kernels.lora_linear import LowRank, PlainWeight, lora_linears
+from capotune.kernels.nf4 import Linear4bit
+from capotune.kernels.packed_weight import PackedWeight, can_pack
+from capotune.kernels.rms_norm import RmsNorm
+from capotune.kernels.rotary import rotary
+from capotune.kernels.swiglu import SwiGLU
+from capotune.models.architecture import with_forward
+from capotune.models.packing import TOLERANCE, Packing, packed, read_a_few, relative_error, without_dropout
+
+_MOST_PACKED = 2**27
+"""Bytes of linear weights up to which they are laid out anew (``kernels.packed_weight``), which takes twice as many."""
+
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """Which blocks the kernels compute."""
+
+    windows: tuple[int | None, ...] = ()
+    """Of each block's attention."""
+    why_not: str | None = None
+    """Why none, in words."""
+
+
+class NotFusedError(Exception):
+    """The block is of another form; says how."""
+
+
+def try_fusing(backbone: Any, blocks: Sequence[nn.Module], packing: Packing) -> Fusing:
+    """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head that holds ``blocks``."""
+    if packing.first_position is None:
+        return Fusing(why_not="sequences are padded")
+    told: dict[nn.Module, int | None] = {}
+    with without_dropout(backbone), torch.no_grad(), packed(backbone, packing):
+        expected = read_a_few(backbone, packing, told)
+        fusing = Fusing(tuple(_window(block, told) for block in blocks))
+        if why_not := why_not_fused(blocks, fusing):
+            return Fusing(why_not=why_not)
+        with fused(blocks, fusing):
+            found = read_a_few(backbone, packing, told)
+    off = relative_error(found.float(), expected.float())
+    if not off <= TOLERANCE.get(found.dtype, 1e-4):
+        return Fusing(why_not=f"the model's blocks compute something else (by {off:.1g})")
+    return fusing
+
+
+def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> str | None:
+    """Why the kernels do not compute every one of the blocks as they are now, in words."""
+    if fusing.why_not is not None:
+        return fusing.why_not
+    try:
+        for block, window in zip(blocks, fusing.windows, strict=True):
+            _fuse(block, window, _Linears(pack=False), last=False)
+    except NotFusedError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
+    """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins."""
+    made: dict[nn.Module, Forward] = {}
+    linears = _Linears(pack=_linear_bytes(blocks) <= _MOST_PACKED)
+    for block, window in zip(blocks, fusing.windows, strict=False):
+        try:
+            made[block] = _fuse(block, window, linears, last=block is blocks[-1])
+        except NotFusedError:
+            continue
+    with with_forward(made):
+        yield
+
+
+def _window(block: nn.Module, told: dict[nn.Module, int | None]) -> int | None:
+    return next((told[module] for module in block.modules() if module in told), None)
+
+
+def _linear_bytes(blocks: Sequence[nn.Module]) -> int:
+    weights = (part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear))
+    return sum(weight.nbytes for weight in weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+@dataclass
+class _Linears:
+    """Makes the kernels' layers of a model's."""
+
+    pack: bool
+    reason: str = field(default="its blocks are of another form", init=False)
+
+    def __call__(self, layer: Any) -> LowRank:
+        base = layer.base_layer if hasattr(layer, "low_rank") else layer
+        if isinstance(base, Linear4bit):
+            found = LowRank(PlainWeight(base.borrowed_weight), base.bias)
+        elif type(base) is nn.Linear:
+            if base.weight.requires_grad:
+                raise NotFusedError("its weights train")
+            packs = self.pack and can_pack(base.weight)
+            found = LowRank(PackedWeight(base.weight) if packs else PlainWeight(base.weight.to), base.bias)
+        else:
+            raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
+        if base is layer:
+            return found
+        if layer.why_not_plain is not None:
+            raise NotFusedError(f"{layer.why_not_plain} is not among the kernels")
+        changed: LowRank = layer.low_rank()
+        return replace(changed, weight=found.weight)
+
+
+def _fuse(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+    """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
+    children = {name for name, _ in block.named_children()}
+    if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return _llama(block, window, linears, last)
+    if children == {"attention", "intermediate", "output"}:
+        return _bert(block, window, linears, last)
+    raise NotFusedError("its blocks are of another form")
+
+
+def _part(module: nn.Module, *names: str) -> list[Any]:
+    """The children of those names; there must be no others."""
+    children = dict(module.named_children())
+    if children.keys() != set(names):
+        raise NotFusedError(f"a {type(module).__name__} is of another form")
+    return [children[name] for name in names]
+
+
+# -------------------------------------------------------------------------------------------------------------- Llama
+
+
+def _llama(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+    q, k, v, o = _part(block.self_attn, "q_proj", "k_proj", "v_proj", "o_proj")
+    gate, up, down, activation = _part(block.mlp, "gate_proj", "up_proj", "down_proj", "act_fn")
+    if not isinstance(activation, nn.SiLU | SiLUActivation):
+        raise NotFusedError(f"its activation is {type(activation).__name__}")
+    norm1, norm2 = _rms_norm(block.input_layernorm), _rms_norm(block.post_attention_layernorm)
+    qkv, out, gated, narrowed = (
+        tuple(map(linears, layers)) for layers in ((q, k, v), (o,), (gate, up), (down,))
+    )  # fmt: skip
+    size, scale, causal = block.self_attn.head_dim, block.self_attn.scaling, bool(block.self_attn.is_causal)
+    swiglu, plain = SwiGLU(), block.forward
+
+    def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
+        """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""
+        sequences = how.get("sequences")
+        if sequences is None or more:
+            return plain(hidden_states, *more, **how)  # type: ignore[no-any-return]
+        x = hidden_states[0]
+        cos, sin = (turn[0] for turn in how["position_embeddings"])
+        query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x,), qkv, norm1))
+        query, key = rotary(query, cos, sin), rotary(key, cos, sin)
+        mixed = packed_attention(query, key, value, sequences, causal=causal, scale=scale, window=window).flatten(1)
+        if last and (wanted := how.get("wanted")) is not None:
+            x, mixed = x[wanted], mixed[wanted]
+        x = x + lora_linears((mixed,), out)[0]
+        x = x + lora_linears(lora_linears((x,), gated, norm2), narrowed, swiglu)[0]
+        return x[None]
+
+    return forward
+
+
+def _rms_norm(norm: Any) -> RmsNorm:
+    if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "variance_epsilon"):
+        raise NotFusedError(f"its norm is {type(norm).__name__}")
+    _check_frozen(norm)
+    return RmsNorm(norm.weight, norm.variance_epsilon)
+
+
+def _check_frozen(norm: nn.Module) -> None:
+    if any(weight.requires_grad for weight in norm.parameters()):
+        raise NotFusedError("its weights train")
+
+
+# --------------------------------------------------------------------------------------------------------------- BERT
+
+
+def _bert(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+    attention, output1 = _part(block.attention, "self", "output")
+    q, k, v, _ = _part(attention, "query", "key", "value", "dropout")
+    o, norm1, dropout1 = _part(output1, "dense", "LayerNorm", "dropout")
+    up, activation = _part(block.intermediate, "dense", "intermediate_act_fn")
+    down, norm2, dropout2 = _part(block.output, "dense", "LayerNorm", "dropout")
+    if not isinstance(activation, nn.GELU | GELUActivation) or getattr(activation, "approximate", "none") != "none":
+        raise NotFusedError(f"its activation is {type(activation).__name__}")
+    for norm in (norm1, norm2):
+        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
+            raise NotFusedError(f"its norm is {type(norm).__name__}")
+        _check_frozen(norm)
+    qkv, out, widened, narrowed = (
+        tuple(map(linears, layers)) for layers in ((q, k, v), (o,), (up,), (down,))
+    )  # fmt: skip
+    size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
+    gelu, plain = Gelu(), block.forward
+
+    def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
+        """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""
+        sequences = how.get("sequences")
+        if sequences is None or any(one is not None for one in more):
+            return plain(hidden_states, *more, **how)  # type: ignore[no-any-return]
+        x = hidden_states[0]
+        query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x,), qkv))
+        mixed = packed_attention(query, key, value, sequences, causal=causal, scale=scale, window=window).flatten(1)
+        if last and (wanted := how.get("wanted")) is not None:
+            x, mixed = x[wanted], mixed[wanted]
+        x = _add_norm(dropout1(lora_linears((mixed,), out)[0]), x, norm1)
+        wide = lora_linears((x,), widened)
+        return _add_norm(dropout2(lora_linears(wide, narrowed, gelu)[0]), x, norm2)[None]
+
+    return forward
+
+
+def _add_norm(x: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
