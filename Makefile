@@ -34,7 +34,8 @@ types: $(INSTALLED)
 floors: $(INSTALLED)
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py); results go to benchmarks/results/
+bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py), hours in all; results go to benchmarks/results/
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "trl>=1.0"
 	@for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 	$(BIN)/python benchmarks/_summary.py
 
