@@ -56,7 +56,7 @@ def _ratios(comparison: dict[str, Any] | None, name: str) -> str:
         return "–"
     found = []
     for row in comparison["rows"]:
-        if row["name"] != OURS and "seconds" in row and not row["worse_choice"]:
+        if row["name"] != OURS and "seconds" in row:
             number = f"{row[name]:.1f}" if name in row else "not equal"
             found.append(f"{number} ({row['name'].removesuffix(', tuned')})")
     return ", ".join(found) or "–"

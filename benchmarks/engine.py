@@ -49,21 +49,21 @@ class Processes:
 
     def prepare(self) -> Run:
         """Base, rows and first weights, into the folder."""
-        return self._start([])
+        return self._start([], {})
 
     def run(self, comparison: Comparison, contender: Contender) -> Run:
         """One contender's measurements."""
         number = comparison.everyone.index(contender)
-        return self._start(["--comparison", comparison.name, "--contender", str(number)])
+        return self._start(["--comparison", comparison.name, "--contender", str(number)], contender.environment)
 
-    def _start(self, arguments: list[str]) -> Run:
+    def _start(self, arguments: list[str], environment: dict[str, str]) -> Run:
         out = self.folder / "measured.json"
         out.unlink(missing_ok=True)
         script = [sys.executable, str(HERE / "_engine_process.py"), self.work.letter, str(self.folder)]
         try:
             done = subprocess.run(
                 [*script, *arguments, *self.flags, "--out", str(out)],
-                env=os.environ | _OFFLINE,
+                env=os.environ | _OFFLINE | environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -82,7 +82,7 @@ class Processes:
 def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[str, Any]:
     """All contenders, round after round; a table's rows."""
     runs: dict[str, list[Run]] = {one.name: [] for one in comparison.everyone}
-    running, worse = list(comparison.everyone), []
+    running = list(comparison.everyone)
     for number in range(1, rounds + 1):
         for contender in list(running):
             said = f"{processes.work.letter}, {comparison.name}, round {number} of {rounds}, {contender.name}: "
@@ -92,15 +92,10 @@ def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[s
             print(in_short(found), file=sys.stderr, flush=True)
             if "seconds" not in found:
                 running.remove(contender)
-        if number == 1:
-            worse = worse_choices(running, runs)
-            running = [one for one in running if one.name not in worse]
     ours = runs[OURS][0]
     floor = runs[FLOOR]
     rows = [row(name, found, ours, processes.work) for name, found in runs.items() if name != FLOOR]
     with_ratios(rows, floor)
-    for one in rows:
-        one["worse_choice"] = one["name"] in worse
     return {
         "name": comparison.name,
         "batch_size": comparison.batch_size,
@@ -118,12 +113,6 @@ def in_short(run: Run) -> str:
         return "; ".join(f"{key}: {value}" for key, value in run.items())
     accuracy = f", accuracy {run['accuracy']:.2%}" if run["accuracy"] is not None else ""
     return f"{run['seconds']:.2f} s, {run['peak_bytes'] / 1e9:.2f} GB{accuracy}"
-
-
-def worse_choices(contenders: list[Contender], runs: dict[str, list[Run]]) -> list[str]:
-    """Of contenders that are one peer's choices, all but the most accurate."""
-    choices = [one.name for one in contenders if one.choice]
-    return sorted(choices, key=lambda name: runs[name][0]["accuracy"])[:-1]
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -227,7 +216,7 @@ def measure_workload(letter: str, options: argparse.Namespace) -> dict[str, Any]
         prepared = processes.prepare()
         if "environment" not in prepared:
             return {"title": work.title, **prepared}
-        comparisons = [measure(processes, one, options.rounds or work.rounds) for one in work.comparisons]
+        comparisons = [measure(processes, one, options.rounds or one.rounds or work.rounds) for one in work.comparisons]
     return {
         "title": work.title,
         "settings": work.words,

@@ -77,7 +77,7 @@ def slice_of(x: Tensor, before: int = 3, after: int = 2) -> Tensor:
 
 
 def assert_near(found: Tensor, truth: Tensor, size: Tensor, terms: int) -> None:
-    """Within the roundings of a sum of so many terms, taken in eight parts; their absolute values add up to ``size``."""
+    """Within the roundings of a sum of so many terms, taken in eight parts; their sizes add up to ``size``."""
     assert found.shape == truth.shape
     assert found.dtype == torch.float32
     excess = (found.double() - truth).abs() - (12 + terms / 8) * ROUNDING * size

@@ -32,6 +32,7 @@ from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of, s
 from capotune.errors import DataError
 from capotune.evaluation.generate import generate
 from capotune.kernels.attention import Sequences
+from capotune.models import fused as fused_module
 from capotune.models import packing as packing_module
 from capotune.models.load import Pooling
 from capotune.models.packing import Packing, packed, try_packing
@@ -592,7 +593,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(sequences.lengths))
         return real(q, k, v, sequences, **how)
 
-    monkeypatch.setattr(packing_module, "packed_attention", note)
+    for module in (packing_module, fused_module):
+        monkeypatch.setattr(module, "packed_attention", note)
     return calls
 
 
@@ -879,7 +881,7 @@ def test_an_error_puts_the_attention_back(moment: str, llama: Path, monkeypatch:
         monkeypatch.setattr(loop_module, "_batch", fail)
     with pytest.raises(OutOfTimeError):
         fit(assembled, **options)
-    assert inside == [{"sdpa"} if moment == "a step" else {"capotune_packed"}]
+    assert inside == [{"capotune_packed"}]
     assert names_of_attention(assembled.backbone) == {"sdpa"}
 
 

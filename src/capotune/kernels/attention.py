@@ -23,7 +23,7 @@ from torch.nn import functional
 from capotune.kernels._native import Argument, address, as_rows, over_rows, products
 
 _MOST_LENGTH, _MOST_HEAD, _LANES = 512, 128, 8
-"""What products_cpu.c has room for, and the numbers in one of its vectors."""
+"""Up to where products_cpu.c is faster, and the numbers in one of its vectors."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _ShortAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.how = sequences, causal, scale
-        out = torch.empty(q.shape)
+        out = torch.empty(q.shape, dtype=q.dtype)
         _run_short("short_attention", (q, k, v), sequences, causal, scale, (out, None, None, None, None))
         return out
 
@@ -139,7 +139,7 @@ class _ShortAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         qkv, grad, (sequences, causal, scale) = ctx.saved_tensors, grad.contiguous(), ctx.how
-        gradients = [torch.empty(x.shape) for x in qkv]
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in qkv]
         written = (None, grad, *gradients)
         _run_short("short_attention_backward", qkv, sequences, causal, scale, written)
         return *gradients, None, None, None
@@ -162,9 +162,9 @@ def _run_short(
     arguments: list[Argument] = [heads, heads // key_heads, size, causal]
     arguments += map(address, (sequences.starts, *rows))
     arguments += [x.stride(0) for x in rows]
-    arguments += [float(scale), *map(address, written)]
-    items = len(sequences.lengths) * key_heads
-    over_rows(lib, kernel, arguments, items, tokens * max(sequences.lengths) * heads * size // max(items, 1))
+    longest, items = max(sequences.lengths, default=0), len(sequences.lengths) * key_heads
+    arguments += [float(scale), *map(address, written), longest]
+    over_rows(lib, kernel, arguments, items, tokens * longest * heads * size // max(items, 1))
 
 
 class _PackedAttention(torch.autograd.Function):

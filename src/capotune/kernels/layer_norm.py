@@ -70,7 +70,7 @@ def add_layer_norm_forward(
         y, means, roots = torch.native_layer_norm(total, [columns], weight, bias, eps)
         return y, (total, means[:, 0].float(), roots[:, 0].float())
     residual, weight, bias = residual.contiguous(), weight.contiguous(), bias.contiguous()
-    y, means, roots = torch.empty_like(x), torch.empty(rows, dtype=torch.float32), torch.empty(rows)
+    y, means, roots = torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
     read = (dtype_code(x), *map(address, (x, residual, weight, bias)), columns, float(eps))
     over_rows(lib, "add_layer_norm", (*read, *map(address, (x, y, means, roots))), rows, columns)
     return y, (x, means, roots)

@@ -134,6 +134,9 @@ class _LoraLinears(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layers, prologue, count, count_kept, shape = ctx.how
+        if prologue is not None and getattr(ctx, "went_back", False):  # it may have written over what was kept
+            raise RuntimeError("a second way back through lora_linears with a prologue: run the forward pass again")
+        ctx.went_back = True
         saved = ctx.saved_tensors  # once: checkpointing gives them no second time
         kept, (low, *trained) = saved[:count_kept], saved[count_kept:]
         grad_low: Any = None if low is None else torch.empty_like(low)

@@ -6,10 +6,10 @@
  * type, which any processor can do; with AVX2 eight numbers are one register. */
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { LANES = 8, TILE = 32, MOST_LENGTH = 512, MOST_HEAD = 128 };
+enum { LANES = 8, TILE = 32 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -132,7 +132,15 @@ struct short_attention {
     float *out;                           /* (tokens, heads, size) */
     const float *grad;                    /* the same */
     float *grad_q, *grad_k, *grad_v;      /* (tokens, query or key-value heads, size) */
+    int64_t longest;                      /* tokens of the longest sequence */
 };
+
+/* Room for a thread's own numbers, some hundreds of kB: too much for a small stack. */
+static float *room(int64_t numbers) {
+    float *space = malloc((size_t)numbers * sizeof(float));
+    if (!space) abort();
+    return space;
+}
 
 /* columns[c][j] = x[j][c] for j < length, zeros up to a whole vector */
 static void transpose(const float *x, int64_t stride, int64_t length, int64_t padded, int64_t size, float *columns) {
@@ -219,8 +227,8 @@ static int64_t weigh(const struct short_attention *a, const float *q, int64_t i,
 /* Items are pairs of sequence and key-value head; out of each query head's q_i: softmax(scale q_i K^T) V */
 void short_attention(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
-    float keys[MOST_HEAD * MOST_LENGTH] __attribute__((aligned(32))), weights[ROWS * MOST_LENGTH];
-    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size;
+    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size, most = whole_vectors(a.longest);
+    float *keys = room(most * (a.size + ROWS)), *weights = keys + most * a.size;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start;
         int64_t head = item % key_heads, padded = whole_vectors(length);
@@ -235,15 +243,16 @@ void short_attention(const void *arguments, int64_t first, int64_t last) {
                 multiply(mixed, count);
             }
     }
+    free(keys);
 }
 
 /* With P the softmax, computed again: dV = P^T dO, dP = dO V^T, dS = scale P (dP - sum(P dP)), dQ = dS K, dK = dS^T Q */
 void short_attention_backward(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
-    float keys[MOST_HEAD * MOST_LENGTH] __attribute__((aligned(32)));
-    float values[MOST_HEAD * MOST_LENGTH] __attribute__((aligned(32)));
-    float weights[MOST_LENGTH * MOST_LENGTH], slopes[MOST_LENGTH * MOST_LENGTH];
     int64_t key_heads = a.heads / a.shared, width = a.heads * a.size, key_width = key_heads * a.size;
+    int64_t most = whole_vectors(a.longest);
+    float *keys = room(2 * most * (a.size + most)), *values = keys + most * a.size;
+    float *weights = values + most * a.size, *slopes = weights + most * most;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start;
         int64_t head = item % key_heads, padded = whole_vectors(length);
@@ -284,4 +293,5 @@ void short_attention_backward(const void *arguments, int64_t first, int64_t last
             }
         }
     }
+    free(keys);
 }

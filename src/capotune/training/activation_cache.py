@@ -32,7 +32,7 @@ from capotune.device import reusing_memory
 from capotune.errors import OutputError
 from capotune.models.architecture import swap
 
-_FORMAT = 2
+_FORMAT = 3
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
 

@@ -97,7 +97,8 @@ def train(
 
     A given ``state`` goes on where it stands; one that ``start`` made has no weights yet and begins with the model's.
 
-    ``on_epoch`` is called with (state, mean training loss, held-out score as people read it).
+    ``on_epoch`` is called with (state, mean training loss, held-out score as people read it). While ``on_step`` and
+    ``on_epoch`` run, the base reads batches of ``assembled.packing``'s kind only.
     """
     assert settings.epochs is not None
     weights = assembled.trainable()
