@@ -26,7 +26,7 @@ from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSetti
 from capotune.data.batches import Batch, collate
 from capotune.device import reusing_memory
 from capotune.kernels.lora_linear import PlainWeight
-from capotune.kernels.packed_weight import can_pack
+from capotune.kernels.prepacked_weight import can_prepack
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.models import fused as fused_module
@@ -101,7 +101,7 @@ class Base:
         with ExitStack() as stack:
             stack.enter_context(packed(self.model, self.packing))
             if by_kernels:
-                stack.enter_context(fused(self.blocks, self.fusing))
+                stack.enter_context(fused(self.blocks, self.fusing, prepack=True))
             return self.batch().states(self.model, wanted)
 
 
@@ -249,12 +249,13 @@ def test_weights_in_either_layout(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(fused_module, "lora_linears", note)
     expected = base.read(by_kernels=False)
-    packs = can_pack(torch.empty(1))
     assert_alike([base.read(by_kernels=True)], [expected])
-    assert set(layouts) == {not packs}
+    assert set(layouts) == {not can_prepack(torch.empty(1))}
     layouts.clear()
-    monkeypatch.setattr(fused_module, "_MOST_PACKED", 100)
+    monkeypatch.setattr(fused_module, "_MOST_PREPACKED", 100)
     assert_alike([base.read(by_kernels=True)], [expected])
+    with packed(base.model, base.packing), fused(base.blocks, base.fusing):  # for a few batches it does not pay
+        assert_alike([base.model(**base.batch().inputs).last_hidden_state[0]], [expected])
     assert set(layouts) == {True}
 
 

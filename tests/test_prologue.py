@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from capotune.kernels import _native, packed_weight
+from capotune.kernels import _native, prepacked_weight
 from capotune.kernels.gelu import Gelu, gelu_reference
 from capotune.kernels.lora_linear import FrozenWeight, LowRank, PlainWeight, Prologue, lora_linears
-from capotune.kernels.packed_weight import PackedWeight, can_pack
+from capotune.kernels.prepacked_weight import PrepackedWeight, can_prepack
 from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.swiglu import SwiGLU, swiglu_reference
 
@@ -46,7 +46,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def packs() -> None:
-    if not can_pack(torch.empty(1)):
+    if not can_prepack(torch.empty(1)):
         pytest.skip("no oneDNN here")
 
 
@@ -358,7 +358,7 @@ def test_without_gradients_the_sources_stay(name: str) -> None:
 def test_a_packed_weight_multiplies_as_the_plain_one(out: int, into: int) -> None:
     """Whatever layout it was chosen: for few and many rows, with a bias, added to something, of strided rows."""
     weight, bias = random(out, into, seed=1) / into**0.5, random(out, seed=2)
-    packed, plain = PackedWeight(weight), PlainWeight(weight.to)
+    packed, plain = PrepackedWeight(weight), PlainWeight(weight.to)
     for rows in (0, 1, 2, 3, 7, 16, 31, 64, 70, 500):
         x, grad, onto = random(rows, into, seed=3), random(rows, out, seed=4), random(rows, into, seed=5)
         wide = [random(rows, columns + 3, seed=6)[:, 1 : columns + 1] for columns in (into, out)]
@@ -378,7 +378,7 @@ def test_a_packed_weight_multiplies_as_the_plain_one(out: int, into: int) -> Non
 def test_a_packed_weight_is_a_copy() -> None:
     """It stays what it was; and its results are plain tensors, which C can read."""
     weight, x = random(9, 6), random(4, 6)
-    packed = PackedWeight(weight)
+    packed = PrepackedWeight(weight)
     before = packed.forward(x, None)
     weight.zero_()
     assert torch.equal(packed.forward(x, None), before)
@@ -389,16 +389,16 @@ def test_a_packed_weight_is_a_copy() -> None:
 @pytest.mark.usefixtures("packs")
 def test_a_transposed_weight_packs_too() -> None:
     weight, x = random(6, 9).t(), random(4, 6)
-    assert_alike([PackedWeight(weight).forward(x, None)], [x @ weight.t()], 1e-6)
+    assert_alike([PrepackedWeight(weight).forward(x, None)], [x @ weight.t()], 1e-6)
 
 
 def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other dtypes, other devices, other processors."""
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert not can_pack(torch.empty(2, 2, dtype=dtype))
-    assert not can_pack(torch.empty(2, 2, device="meta"))
-    monkeypatch.setattr(packed_weight.platform, "machine", lambda: "arm64")
-    assert not can_pack(torch.empty(2, 2))
+        assert not can_prepack(torch.empty(2, 2, dtype=dtype))
+    assert not can_prepack(torch.empty(2, 2, device="meta"))
+    monkeypatch.setattr(prepacked_weight.platform, "machine", lambda: "arm64")
+    assert not can_prepack(torch.empty(2, 2))
 
 
 @pytest.mark.usefixtures("packs", "path")
@@ -406,7 +406,7 @@ def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_of_packed_weights_are_those_of_plain_ones(name: str, kind: str) -> None:
     case = CASES[name]
     plain, _ = layers_of(KINDS[kind])
-    packed, _ = layers_of(KINDS[kind], frozen=PackedWeight)
+    packed, _ = layers_of(KINDS[kind], frozen=PrepackedWeight)
     found, expected = (
         results(
             lambda *x, layers=layers: lora_linears(x, layers, case.prologue(torch.float32)), sources_of(case), layers

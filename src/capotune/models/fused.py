@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,15 +29,15 @@ from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.lora_linear import LowRank, PlainWeight, lora_linears
 from capotune.kernels.nf4 import Linear4bit
-from capotune.kernels.packed_weight import PackedWeight, can_pack
+from capotune.kernels.prepacked_weight import PrepackedWeight, can_prepack
 from capotune.kernels.rms_norm import RmsNorm
 from capotune.kernels.rotary import rotary
 from capotune.kernels.swiglu import SwiGLU
 from capotune.models.architecture import with_forward
 from capotune.models.packing import TOLERANCE, Packing, packed, read_a_few, relative_error, without_dropout
 
-_MOST_PACKED = 2**27
-"""Bytes of linear weights up to which they are laid out anew (``kernels.packed_weight``), which takes twice as many."""
+_MOST_PREPACKED = 2**27
+"""Bytes of linear weights up to which they are laid out anew, which takes twice as many."""
 
 Forward = Callable[..., torch.Tensor]
 
@@ -78,17 +78,20 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> str | None:
         return fusing.why_not
     try:
         for block, window in zip(blocks, fusing.windows, strict=True):
-            _fuse(block, window, _Linears(pack=False), last=False)
+            _fuse(block, window, _Linears(prepack=False), last=False)
     except NotFusedError as error:
         return str(error)
     return None
 
 
 @contextmanager
-def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
-    """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins."""
+def fused(blocks: Sequence[nn.Module], fusing: Fusing, *, prepack: bool = False) -> Iterator[None]:
+    """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins.
+
+    With ``prepack`` the weights of small models are laid out anew for it (``kernels.prepacked_weight``).
+    """
     made: dict[nn.Module, Forward] = {}
-    linears = _Linears(pack=_linear_bytes(blocks) <= _MOST_PACKED)
+    linears = _Linears(prepack and _linear_bytes(blocks) <= _MOST_PREPACKED)
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
             made[block] = _fuse(block, window, linears, last=block is blocks[-1])
@@ -114,8 +117,7 @@ def _linear_bytes(blocks: Sequence[nn.Module]) -> int:
 class _Linears:
     """Makes the kernels' layers of a model's."""
 
-    pack: bool
-    reason: str = field(default="its blocks are of another form", init=False)
+    prepack: bool
 
     def __call__(self, layer: Any) -> LowRank:
         base = layer.base_layer if hasattr(layer, "low_rank") else layer
@@ -124,8 +126,8 @@ class _Linears:
         elif type(base) is nn.Linear:
             if base.weight.requires_grad:
                 raise NotFusedError("its weights train")
-            packs = self.pack and can_pack(base.weight)
-            found = LowRank(PackedWeight(base.weight) if packs else PlainWeight(base.weight.to), base.bias)
+            prepacks = self.prepack and can_prepack(base.weight)
+            found = LowRank(PrepackedWeight(base.weight) if prepacks else PlainWeight(base.weight.to), base.bias)
         else:
             raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
         if base is layer:

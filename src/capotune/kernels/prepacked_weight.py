@@ -11,12 +11,12 @@ import platform
 
 import torch
 
-__all__ = ["PackedWeight", "can_pack"]
+__all__ = ["PrepackedWeight", "can_prepack"]
 
 _ROWS = 512  # what the layout is chosen for; it does for any number
 
 
-def can_pack(weight: torch.Tensor) -> bool:
+def can_prepack(weight: torch.Tensor) -> bool:
     """Whether there is such a product here: fp32, on an x86-64 CPU, in a PyTorch that has oneDNN's operators."""
     return (
         weight.dtype == torch.float32
@@ -28,8 +28,8 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-class PackedWeight:
-    """A ``FrozenWeight`` (``lora_linear``) of a dense weight (out, in) that ``can_pack`` says yes to."""
+class PrepackedWeight:
+    """A ``FrozenWeight`` (``lora_linear``) of a dense weight (out, in) that ``can_prepack`` says yes to."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         weight = weight.detach()
