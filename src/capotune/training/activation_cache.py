@@ -153,7 +153,11 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
     order = sorted_order(rows.lengths)
-    with reusing_memory(), assembled.reading(at_length=True), _stop_at(assembled.model, architecture.blocks[block]) as caught:
+    with (
+        reusing_memory(),
+        assembled.reading(at_length=True),
+        _stop_at(assembled.model, architecture.blocks[block]) as caught,
+    ):
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(assembled.model.device)
             with suppress(_BoundaryReachedError):
