@@ -27,6 +27,7 @@ def _tables() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]:
         "nf4-bits": ("4-bit weights: equal bits", equal_bits),
         "stream-13b": ("13 billion weights on a small machine", streaming),
         "linear_head": ("The head", head),
+        "engine-profile": ("Where a training step's time goes", profiles),
     }
 
 
@@ -209,6 +210,35 @@ def head(content: dict[str, Any]) -> list[str]:
     ]
     solvers = {name: value for name, value in content.items() if isinstance(value, dict)}
     return lines + [f"| {name} | {one['cpu_seconds']} | {one['evaluations'] or '–'} |" for name, one in solvers.items()]
+
+
+def profiles(content: dict[str, Any]) -> list[str]:
+    """Milliseconds of a step by what they are for, before the engine was built and after, for both workloads."""
+    lines = [
+        "Workloads (a) and (d) of the engine, tuned; one step each, by PyTorch's profiler, which itself slows what is made "
+        "of many small operations. *Before*: the version that padded batches (commit cb00828). In brackets each kind's "
+        "part of the step.",
+    ]
+    for letter in "ad":
+        steps = {label: content[label][letter] for label in ("before", "after")}
+        names = dict.fromkeys(name for step in steps.values() for name in step["by_kind_ms"])
+        lines += [
+            "",
+            f"({letter}), {steps['after']['tokens']} tokens:",
+            "",
+            "| | before, ms | after, ms |",
+            "| --- | --- | --- |",
+        ]
+        lines += [f"| {name} | " + " | ".join(_part_of(step, name) for step in steps.values()) + " |" for name in names]
+        lines.append(
+            "| a step without the profiler | " + " | ".join(f"{s['step_ms']:.0f}" for s in steps.values()) + " |"
+        )
+    return lines
+
+
+def _part_of(step: dict[str, Any], name: str) -> str:
+    times = step["by_kind_ms"]
+    return f"{times[name]:.1f} ({times[name] / sum(times.values()):.0%})" if name in times else "–"
 
 
 if __name__ == "__main__":
