@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
+_reusing = 0  # how many ask for it now
 
 
 def pick_device() -> torch.device:
@@ -73,21 +74,29 @@ def reusing_memory() -> Iterator[None]:
     By itself glibc gives back what is free at the end of its heap, and the system hands it out again page by page,
     zeroed: 5 to 10 % of a step of small tensors. And it soon keeps tensors of up to 32 MB in the heap, where long-lived
     small ones leave gaps between them: twice the memory with gradient checkpointing.
+
+    It is for the whole process. Afterwards unused memory is returned and the thresholds are those that glibc comes to
+    under such use; they no longer move by themselves.
     """
+    global _reusing
     try:
         libc = ctypes.CDLL("libc.so.6" if sys.platform == "linux" else None)
         set_option, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked for by name
         yield
         return
-    set_option(_MMAP_THRESHOLD, 2**23)
-    set_option(_TRIM_THRESHOLD, 2**31 - 1)
+    if not _reusing:
+        set_option(_MMAP_THRESHOLD, 2**23)
+        set_option(_TRIM_THRESHOLD, 2**31 - 1)
+    _reusing += 1
     try:
         yield
     finally:
-        set_option(_MMAP_THRESHOLD, 2**25)  # what glibc comes to by itself under such use
-        set_option(_TRIM_THRESHOLD, 2**26)
-        trim(0)
+        _reusing -= 1
+        if not _reusing:
+            set_option(_MMAP_THRESHOLD, 2**25)
+            set_option(_TRIM_THRESHOLD, 2**26)
+            trim(0)
 
 
 def environment() -> dict[str, str]:

@@ -84,8 +84,15 @@ class Assembled:
 
         ``at_length``: so many that it pays to lay weights out for it first (some 30 ms for MiniLM).
         """
-        with packed(self.backbone, self.packing), fused(self.blocks, self.fusing, prepack=at_length):
+        if vars(self).get("is_reading"):  # by who began it
             yield
+            return
+        vars(self)["is_reading"] = True
+        try:
+            with packed(self.backbone, self.packing), fused(self.blocks, self.fusing, prepack=at_length):
+                yield
+        finally:
+            del vars(self)["is_reading"]
 
     def how_it_reads(self) -> dict[str, str]:
         """For the record of a run: how sequences are put together and what computes the blocks."""

@@ -1,5 +1,6 @@
-/* The elementwise parts of a decoder block and the softmax of its loss, each in one pass over memory. rms_norm.py,
- * swiglu.py, rotary.py and cross_entropy.py hold the same in PyTorch, and the tests hold the two together.
+/* The elementwise parts of a transformer block and the softmax of its loss, each in one pass over memory. rms_norm.py,
+ * layer_norm.py, gelu.py, swiglu.py, rotary.py and cross_entropy.py hold the same in PyTorch, and the tests hold the two
+ * together.
  *
  * A kernel gets its arguments as a struct of 8-byte fields, works on the rows [first, last) and touches no others, so
  * that threads can share a call. Strides count numbers, not bytes. Arithmetic is in fp32; bf16 is rounded to nearest,

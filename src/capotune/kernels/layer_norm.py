@@ -41,6 +41,7 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
         y, kept = add_layer_norm_forward(x, residual, weight, bias, eps)
+        torch.autograd.graph.increment_version(x)  # so that autograd sees it if whoever made x has kept it
         ctx.save_for_backward(*kept)
         ctx.weight = weight
         return y

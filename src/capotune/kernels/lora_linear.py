@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
@@ -60,6 +60,18 @@ class LowRank:
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     scale: float = 1.0
+
+
+@runtime_checkable
+class LowRankLayer(Protocol):
+    """A module around a frozen layer that may be such a one."""
+
+    base_layer: Any
+    why_not_plain: str | None
+    """What it does in training beside W and the low-rank change, if anything."""
+
+    def low_rank(self) -> LowRank:
+        """The layer as this file knows it."""
 
 
 class Prologue(Protocol):
@@ -124,7 +136,7 @@ class _LoraLinears(torch.autograd.Function):
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
             y = layer.weight.forward(rows, layer.bias)
             if layer.b is not None:
-                update(y, low_part, layer.b.t().contiguous(), layer.scale)
+                update(y, low_part, layer.b.t(), layer.scale)
             outs.append(y.view(*shape[:-1], y.shape[-1]))
         ctx.save_for_backward(*sources, *kept, low, *trained)
         ctx.how = layers, prologue, len(sources), len(sources) + len(kept), shape
@@ -148,7 +160,7 @@ class _LoraLinears(torch.autograd.Function):
         ):
             grad = grad.reshape(-1, grad.shape[-1])
             if layer.b is not None:
-                project(grad, layer.b.t().contiguous(), layer.scale, out=grad_low_part)
+                project(grad, layer.b.t(), layer.scale, out=grad_low_part)
                 grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
             if needs_input:  # not below the lowest adapted layer
                 grad_x = layer.weight.backward(grad, grad_x)

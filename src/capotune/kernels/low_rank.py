@@ -23,12 +23,16 @@ _MOST_RANKS = 48  # more are no longer small
 def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
     """x (rows, columns), matrix (r, columns) → scale·x·matrixᵀ (rows, r) in x's dtype, a new tensor or ``out``."""
     check_shape("matrix", matrix, (matrix.shape[0], x.shape[1]))
+    if out is not None:
+        check_shape("out", out, (x.shape[0], matrix.shape[0]))
+    lib = _kernels(x, x if out is None else out, matrix)
+    if lib is None:  # the rank first in memory: with it last, a CPU takes twice as long
+        low = matrix.to(x.dtype) @ x.t()
+        low = (low if scale == 1 else low.mul_(scale)).t()
+        return low if out is None else out.copy_(low)
     if out is None:
-        out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
-    check_shape("out", out, (x.shape[0], matrix.shape[0]))
-    lib = _kernels(x, out, matrix)
-    if lib is None:  # the rank first: with it last, a CPU takes twice as long
-        return out.copy_((matrix.to(x.dtype) @ x.t()).mul_(scale).t())
+        out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype)
+    matrix = matrix.contiguous()
     over_rows(lib, "low_rank_project", _arguments(x, out, matrix, scale), x.shape[0], matrix.numel())
     return out
 
@@ -40,6 +44,7 @@ def update(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: floa
     lib = _kernels(x, low, matrix)
     if lib is None:
         return x.addmm_(low, matrix.to(x.dtype), alpha=scale)
+    matrix = matrix.contiguous()
     over_rows(lib, "low_rank_update", _arguments(x, low, matrix, scale), x.shape[0], matrix.numel())
     return x
 
@@ -59,7 +64,7 @@ def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tens
 def _kernels(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor) -> CDLL | None:
     """The C kernels, where these are the tensors for them."""
     known = 0 < matrix.shape[0] <= _MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and low.stride(1) == 1
-    return products(x, low, matrix) if known and matrix.is_contiguous() else None
+    return products(x, low, matrix) if known else None
 
 
 def _arguments(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: float) -> tuple[Argument, ...]:

@@ -1,4 +1,4 @@
-"""A frozen dense weight laid out once as a CPU's matrix product wants it, instead of at each product.
+"""A frozen dense weight laid out once, when first used, as a CPU's matrix product wants it, instead of at each product.
 
 oneDNN's product with a weight in its own blocked layout does what ``PlainWeight`` does, 5 to 40 % faster on few rows
 (up to some hundreds), where bringing the weight into such a layout is a good part of the work. The price is memory:
@@ -8,6 +8,7 @@ one copy for xWᵀ and one for grad·W.
 from __future__ import annotations
 
 import platform
+from functools import cached_property
 
 import torch
 
@@ -32,9 +33,15 @@ class PrepackedWeight:
     """A ``FrozenWeight`` (``lora_linear``) of a dense weight (out, in) that ``can_prepack`` says yes to."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        weight = weight.detach()
-        self._forward = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-        self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), _ROWS)
+        self.weight = weight.detach()
+
+    @cached_property
+    def _forward(self) -> torch.Tensor:
+        return _laid_out(self.weight)
+
+    @cached_property
+    def _backward(self) -> torch.Tensor:
+        return _laid_out(self.weight.t())
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (rows, in) → xWᵀ + bias (rows, out)."""
@@ -50,3 +57,8 @@ class PrepackedWeight:
         else:
             found = product.binary(grad, onto, self._backward, None, "add")
         return found
+
+
+def _laid_out(weight: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+    return found

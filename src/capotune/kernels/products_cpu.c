@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { LANES = 8, TILE = 32 };
+enum { LANES = 8, TILE = 32, ROWS = 4 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -162,7 +162,7 @@ struct multiply {
 };
 
 INLINE void multiply_tile(struct multiply m, int64_t row, int64_t column, int rows, int vectors) {
-    vec total[4][2];
+    vec total[ROWS][2];
     float *out = m.out + row * m.out_stride + column;
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < vectors; l++)
@@ -182,15 +182,15 @@ INLINE void multiply_rows(struct multiply m, int64_t row, int rows) {
     for (; column < m.columns; column += LANES) multiply_tile(m, row, column, rows, 1);
 }
 
-enum { ROWS = 4 };
 static void multiply(struct multiply m, int64_t rows) {
-    if (rows == 4) multiply_rows(m, 0, 4);
+    if (rows == ROWS) multiply_rows(m, 0, ROWS);
     else for (int64_t row = 0; row < rows; row++) multiply_rows(m, row, 1);
 }
 
-/* Row by row softmax of scale row[0..seen), zeros up to end. e^x as in elementwise_cpu.c, eight at a time. */
+/* Row by row softmax of scale row[0..seen), zeros up to end. e^x as exp_negative of elementwise_cpu.c, which says why. */
 INLINE void softmax(float *row, int64_t seen, int64_t end, float scale) {
     float most = -INFINITY, total = 0.0f;
+#pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < seen; j++) most = row[j] > most ? row[j] : most;
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < seen; j++) {

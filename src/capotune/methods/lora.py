@@ -89,7 +89,7 @@ class LoraLinear(nn.Module):
 
     @property
     def why_not_plain(self) -> str | None:
-        """What a forward pass in training does beside W and the low-rank change, if anything."""
+        """What a forward pass in training does, or will do, beside W and the low-rank change, if anything."""
         if self.lora_magnitude_vector is not None:
             return "DoRA's magnitudes"
         return "LoRA's dropout" if self.dropout else None

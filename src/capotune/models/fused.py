@@ -6,7 +6,7 @@ Two forms, told by the names of their parts, whatever the family is called:
 - BERT's:   x = norm(x + o(attention(q, k, v of x)));       x = norm(x + down(gelu(up(x))))            layer norms
 
 Each linear layer is frozen, with or without a low-rank change. That a model computes just this is not believed but
-tried, as in ``models.packing``: on a few sequences, its own blocks and these must give the same. Blocks work so on
+tried, as in ``models.packing``: on a few sequences, early and late, its own blocks and these must give the same. Blocks work so on
 packed sequences only; on anything else, as in a block of another form, the model's own code runs.
 
 Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
@@ -27,14 +27,23 @@ from transformers.activations import GELUActivation, SiLUActivation
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
-from capotune.kernels.lora_linear import LowRank, PlainWeight, lora_linears
+from capotune.kernels.lora_linear import LowRank, LowRankLayer, PlainWeight, lora_linears
 from capotune.kernels.nf4 import Linear4bit
 from capotune.kernels.prepacked_weight import PrepackedWeight, can_prepack
 from capotune.kernels.rms_norm import RmsNorm
 from capotune.kernels.rotary import rotary
 from capotune.kernels.swiglu import SwiGLU
 from capotune.models.architecture import with_forward
-from capotune.models.packing import TOLERANCE, Packing, packed, read_a_few, relative_error, without_dropout
+from capotune.models.packing import (
+    FAILURES,
+    TOLERANCE,
+    Packing,
+    packed,
+    read_packed,
+    relative_error,
+    sequences_to_try,
+    without_dropout,
+)
 
 _MOST_PREPACKED = 2**27
 """Bytes of linear weights up to which they are laid out anew, which takes twice as many."""
@@ -60,28 +69,51 @@ def try_fusing(backbone: Any, blocks: Sequence[nn.Module], packing: Packing) -> 
     """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head that holds ``blocks``."""
     if packing.first_position is None:
         return Fusing(why_not="sequences are padded")
-    told: dict[nn.Module, int | None] = {}
-    with without_dropout(backbone), torch.no_grad(), packed(backbone, packing):
-        expected = read_a_few(backbone, packing, told)
-        fusing = Fusing(tuple(_window(block, told) for block in blocks))
-        with fused(blocks, fusing):
-            found = read_a_few(backbone, packing, told)
-    off = relative_error(found.float(), expected.float())
-    if not off <= TOLERANCE.get(found.dtype, 1e-4):
-        return Fusing(why_not=f"the model's blocks compute something else (by {off:.1g})")
+    if backbone.device.type != "cpu":
+        return Fusing(why_not="the kernels are a CPU's")
+    tried = sequences_to_try(backbone.config)
+    # some families treat late tokens in another way than early ones
+    late = (getattr(backbone.config, "max_position_embeddings", None) or 0) - max(map(len, tried))
+    try:
+        with without_dropout(backbone), torch.no_grad(), packed(backbone, packing):
+            for first in (packing.first_position, max(packing.first_position, late)):
+                expected, told = read_packed(backbone, tried, first)
+                fusing = Fusing(tuple(_window(block, told) for block in blocks))
+                with fused(blocks, fusing):
+                    if why_not := _differs(backbone, tried, first, expected):
+                        return Fusing(why_not=why_not)
+    except FAILURES as error:  # it was a try
+        return Fusing(why_not=f"the model's code does not take the kernels ({error})")
     return fusing
 
 
+def _differs(backbone: Any, tried: list[torch.Tensor], first: int, expected: torch.Tensor) -> str | None:
+    """How the fused blocks compute something else than ``expected`` (tokens, hidden), all or every second token."""
+    second = torch.arange(0, len(expected), 2)
+    every, some = (read_packed(backbone, tried, first, wanted)[0].float() for wanted in (None, second))
+    some = some if len(some) == len(second) else some[second]  # the last block is not fused
+    pairs = ((every, expected.float()), (some, expected.float()[second]))
+    off = max(relative_error(found, own) for found, own in pairs)
+    return (
+        None
+        if off <= TOLERANCE.get(expected.dtype, 1e-4)
+        else f"the model's blocks compute something else (by {off:.1g})"
+    )
+
+
 def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> str | None:
-    """Why the kernels do not compute every one of the blocks as they are now, in words."""
+    """Which of the blocks, as they are now, the kernels do not compute, and why; None where they compute all."""
     if fusing.why_not is not None:
         return fusing.why_not
-    try:
-        for block, window in zip(blocks, fusing.windows, strict=True):
+    reasons: list[str] = []
+    for block, window in zip(blocks, fusing.windows, strict=True):
+        try:
             _fuse(block, window, _Linears(prepack=False), last=False)
-    except NotFusedError as error:
-        return str(error)
-    return None
+        except NotFusedError as error:
+            reasons.append(str(error))
+    if not reasons:
+        return None
+    return reasons[0] if len(reasons) == len(blocks) else f"{len(reasons)} of {len(blocks)} blocks: {reasons[0]}"
 
 
 @contextmanager
@@ -120,7 +152,8 @@ class _Linears:
     prepack: bool
 
     def __call__(self, layer: Any) -> LowRank:
-        base = layer.base_layer if hasattr(layer, "low_rank") else layer
+        changed = isinstance(layer, LowRankLayer)
+        base = layer.base_layer if changed else layer
         if isinstance(base, Linear4bit):
             found = LowRank(PlainWeight(base.borrowed_weight), base.bias)
         elif type(base) is nn.Linear:
@@ -130,21 +163,23 @@ class _Linears:
             found = LowRank(PrepackedWeight(base.weight) if prepacks else PlainWeight(base.weight.to), base.bias)
         else:
             raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
-        if base is layer:
+        if not changed:
             return found
         if layer.why_not_plain is not None:
             raise NotFusedError(f"{layer.why_not_plain} is not among the kernels")
-        changed: LowRank = layer.low_rank()
-        return replace(changed, weight=found.weight)
+        return replace(layer.low_rank(), weight=found.weight)
 
 
 def _fuse(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
     """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
     children = {name for name, _ in block.named_children()}
-    if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return _llama(block, window, linears, last)
-    if children == {"attention", "intermediate", "output"}:
-        return _bert(block, window, linears, last)
+    try:
+        if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+            return _llama(block, window, linears, last)
+        if children == {"attention", "intermediate", "output"}:
+            return _bert(block, window, linears, last)
+    except AttributeError as error:
+        raise NotFusedError(f"its blocks are of another form ({error})") from None
     raise NotFusedError("its blocks are of another form")
 
 

@@ -23,6 +23,8 @@ _NAME = "capotune_packed"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _LONGEST_TRIED = 512
+FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a model's code may raise when it is tried on what it was not written for."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _try_packing(backbone: Any) -> Packing:
             with packed(backbone, packing):
                 told: dict[nn.Module, int | None] = {}
                 found = _states(_read_packed(backbone, tried, first, told))[0]
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it was a try
+        except FAILURES as error:  # it was a try
             reason = f"the model's code does not take packed sequences ({error})"
             continue
         off = relative_error(found.float(), expected.float())
@@ -133,17 +135,23 @@ def _sequences_to_try(config: Any, window: int) -> list[torch.Tensor]:
     ]
 
 
-def read_a_few(backbone: Any, packing: Packing, told: dict[nn.Module, int | None]) -> torch.Tensor:
-    """What ``backbone``, now packed, computes of the sequences that packing was tried on: (tokens, hidden). Each of its
-    attention modules notes the window that it is ``told``."""
-    assert packing.first_position is not None
-    config = backbone.config
-    tried = _sequences_to_try(config, getattr(config, "sliding_window", None) or 0)
-    return _states(_read_packed(backbone, tried, packing.first_position, told))[0]
+def sequences_to_try(config: Any) -> list[torch.Tensor]:
+    """Ids of the sequences that packing was tried on."""
+    return _sequences_to_try(config, getattr(config, "sliding_window", None) or 0)
+
+
+def read_packed(
+    backbone: Any, tried: list[torch.Tensor], first_position: int, wanted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[nn.Module, int | None]]:
+    """What ``backbone``, now packed, computes of a few sequences: (tokens, hidden), or with ``wanted`` perhaps of these
+    positions alone; and the window that each of its attention modules was told."""
+    told: dict[nn.Module, int | None] = {}
+    more = {} if wanted is None else {"wanted": wanted}
+    return _states(_read_packed(backbone, tried, first_position, told, **more))[0], told
 
 
 def _read_packed(
-    backbone: Any, tried: list[torch.Tensor], first_position: int, told: dict[nn.Module, int | None]
+    backbone: Any, tried: list[torch.Tensor], first_position: int, told: dict[nn.Module, int | None], **more: Any
 ) -> Any:
     sequences = Sequences(tuple(map(len, tried)))
     return backbone(
@@ -151,6 +159,7 @@ def _read_packed(
         position_ids=sequences.positions(first_position)[None].to(backbone.device),
         sequences=sequences,
         windows_told=told,
+        **more,
     )
 
 

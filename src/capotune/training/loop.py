@@ -120,14 +120,13 @@ def train(
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
-            _set_dropout(assembled, True)
-            for chosen in order[state.batch :]:
-                set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
-                loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
-                state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
-                if on_step and on_step(state, total, loss):
-                    return _capture(state, weights, optimizer, device)
-            _set_dropout(assembled, False)
+            with _dropout(assembled):
+                for chosen in order[state.batch :]:
+                    set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
+                    loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
+                    state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
+                    if on_step and on_step(state, total, loss):
+                        return _capture(state, weights, optimizer, device)
             score = held_out_score(assembled, held_examples)
             mean_loss = state.loss_sum / per_epoch
             state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
@@ -181,16 +180,29 @@ def held_out_score(assembled: Assembled, examples: Examples) -> Score:
     return assembled.task.score(outputs(assembled, examples), examples.targets)
 
 
-def _set_dropout(assembled: Assembled, on: bool) -> None:
-    """The base's own hidden dropout and the method's. Dropout of attention weights stays off: with it PyTorch would
-    leave its fast attention for one that keeps the (tokens, tokens) weights of every head. So does dropout below the
-    lowest trainable block: what is computed once is the same with and without being kept."""
+@contextmanager
+def _dropout(assembled: Assembled) -> Iterator[None]:
+    """Inside, the base's own hidden dropout and the method's are on. Dropout of attention weights stays off: with it
+    PyTorch would leave its fast attention for one that keeps the (tokens, tokens) weights of every head. So does dropout
+    below the lowest trainable block: what is computed once is the same with and without being kept."""
     lowest = assembled.method.first_trainable_block()
-    for path, module in assembled.model.named_modules():
-        block = assembled.architecture.block_of(path)
-        if isinstance(module, nn.Dropout) and (lowest == 0 or (block is not None and block >= lowest)):
+    blocks = ((module, assembled.architecture.block_of(path)) for path, module in assembled.model.named_modules())
+    dropouts = [
+        module
+        for module, block in blocks
+        if isinstance(module, nn.Dropout) and (lowest == 0 or (block is not None and block >= lowest))
+    ]
+
+    def switch(on: bool) -> None:
+        for module in dropouts:
             module.train(on)
-    assembled.method.train_mode(on)
+        assembled.method.train_mode(on)
+
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
 
 
 def _step(

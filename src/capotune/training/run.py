@@ -27,7 +27,7 @@ from capotune.data.conversations import looks_like_generation
 from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.errors import CapotuneError, OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
-from capotune.kernels._native import library
+from capotune.kernels import compiled
 from capotune.methods import Start
 from capotune.models.load import find
 from capotune.models.stream import bytes_as_steps
@@ -210,7 +210,7 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
         "torch": torch.__version__,
         # these decide how sequences are read and what computes the blocks, and so the last bits
         "transformers": record["environment"]["transformers"],
-        "native": library("products_cpu") is not None,
+        "kernels": "compiled" if assembled.model.device.type == "cpu" and compiled() else "PyTorch",
     }
 
 
