@@ -31,7 +31,7 @@ def add_layer_norm_reference(
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """The same, faster and with less kept; shapes and errors as in ``add_layer_norm_forward``, which overwrites x."""
+    """The same, faster and with less kept; shapes and errors as in ``add_layer_norm_forward``."""
     return _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -41,7 +41,6 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
         y, kept = add_layer_norm_forward(x, residual, weight, bias, eps)
-        torch.autograd.graph.increment_version(x)  # so that autograd sees it if whoever made x has kept it
         ctx.save_for_backward(*kept)
         ctx.weight = weight
         return y
@@ -59,22 +58,22 @@ def add_layer_norm_forward(
 ) -> tuple[torch.Tensor, Kept]:
     """x and residual (rows, hidden), weight and bias (hidden,) → y (rows, hidden) and what ``…_backward`` needs.
 
-    x is overwritten with the sum. Raises ``SettingError`` where shapes do not fit.
+    Raises ``SettingError`` where shapes do not fit.
     """
     rows, columns = x.shape
     check_shape("residual", residual, x.shape)
     check_shape("the norm's weight", weight, (columns,))
     check_shape("the norm's bias", bias, (columns,))
     lib = elementwise(x, residual, weight, bias)
-    if lib is None or not x.is_contiguous():
-        total = x.add_(residual)
+    if lib is None:
+        total = x + residual
         y, means, roots = torch.native_layer_norm(total, [columns], weight, bias, eps)
         return y, (total, means[:, 0].float(), roots[:, 0].float())
-    residual, weight, bias = residual.contiguous(), weight.contiguous(), bias.contiguous()
-    y, means, roots = torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
+    x, residual, weight, bias = (tensor.contiguous() for tensor in (x, residual, weight, bias))
+    total, y, means, roots = torch.empty_like(x), torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
     read = (dtype_code(x), *map(address, (x, residual, weight, bias)), columns, float(eps))
-    over_rows(lib, "add_layer_norm", (*read, *map(address, (x, y, means, roots))), rows, columns)
-    return y, (x, means, roots)
+    over_rows(lib, "add_layer_norm", (*read, *map(address, (total, y, means, roots))), rows, columns)
+    return y, (total, means, roots)
 
 
 @torch.no_grad()

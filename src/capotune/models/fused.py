@@ -6,8 +6,9 @@ Two forms, told by the names of their parts, whatever the family is called:
 - BERT's:   x = norm(x + o(attention(q, k, v of x)));       x = norm(x + down(gelu(up(x))))            layer norms
 
 Each linear layer is frozen, with or without a low-rank change. That a model computes just this is not believed but
-tried, as in ``models.packing``: on a few sequences, early and late, its own blocks and these must give the same. Blocks work so on
-packed sequences only; on anything else, as in a block of another form, the model's own code runs.
+tried, as in ``models.packing``: on a few sequences, at early and at late positions, its own blocks and these must give
+the same. Blocks work so on packed sequences only; on anything else, as in a block of another form, the model's own code
+runs.
 
 Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
 these alone.
@@ -94,11 +95,8 @@ def _differs(backbone: Any, tried: list[torch.Tensor], first: int, expected: tor
     some = some if len(some) == len(second) else some[second]  # the last block is not fused
     pairs = ((every, expected.float()), (some, expected.float()[second]))
     off = max(relative_error(found, own) for found, own in pairs)
-    return (
-        None
-        if off <= TOLERANCE.get(expected.dtype, 1e-4)
-        else f"the model's blocks compute something else (by {off:.1g})"
-    )
+    alike = off <= TOLERANCE.get(expected.dtype, 1e-4)
+    return None if alike else f"the model's blocks compute something else (by {off:.1g})"
 
 
 def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> str | None:
@@ -152,8 +150,8 @@ class _Linears:
     prepack: bool
 
     def __call__(self, layer: Any) -> LowRank:
-        changed = isinstance(layer, LowRankLayer)
-        base = layer.base_layer if changed else layer
+        changed = layer if isinstance(layer, LowRankLayer) else None
+        base = layer if changed is None else changed.base_layer
         if isinstance(base, Linear4bit):
             found = LowRank(PlainWeight(base.borrowed_weight), base.bias)
         elif type(base) is nn.Linear:
@@ -163,11 +161,11 @@ class _Linears:
             found = LowRank(PrepackedWeight(base.weight) if prepacks else PlainWeight(base.weight.to), base.bias)
         else:
             raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
-        if not changed:
+        if changed is None:
             return found
-        if layer.why_not_plain is not None:
-            raise NotFusedError(f"{layer.why_not_plain} is not among the kernels")
-        return replace(layer.low_rank(), weight=found.weight)
+        if changed.why_not_plain is not None:
+            raise NotFusedError(f"{changed.why_not_plain} is not among the kernels")
+        return replace(changed.low_rank(), weight=found.weight)
 
 
 def _fuse(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:

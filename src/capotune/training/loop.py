@@ -183,8 +183,8 @@ def held_out_score(assembled: Assembled, examples: Examples) -> Score:
 @contextmanager
 def _dropout(assembled: Assembled) -> Iterator[None]:
     """Inside, the base's own hidden dropout and the method's are on. Dropout of attention weights stays off: with it
-    PyTorch would leave its fast attention for one that keeps the (tokens, tokens) weights of every head. So does dropout
-    below the lowest trainable block: what is computed once is the same with and without being kept."""
+    PyTorch would leave its fast attention for one that keeps the (tokens, tokens) weights of every head. So does
+    dropout below the lowest trainable block: what is computed once is the same with and without being kept."""
     lowest = assembled.method.first_trainable_block()
     blocks = ((module, assembled.architecture.block_of(path)) for path, module in assembled.model.named_modules())
     dropouts = [
