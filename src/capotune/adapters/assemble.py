@@ -96,8 +96,12 @@ class Assembled:
 
     def how_it_reads(self) -> dict[str, str]:
         """For the record of a run: how sequences are put together and what computes the blocks."""
-        why_not = why_not_fused(self.blocks, self.fusing)
-        return {"sequences": self.packing.described, "blocks": f"plain: {why_not}" if why_not else "fused"}
+        blocks = self.blocks
+        reasons = why_not_fused(blocks, self.fusing)
+        how = "fused" if len(reasons) < len(blocks) else "plain"
+        if reasons:
+            how += f": {reasons[0]}" if how == "plain" else f", {len(reasons)} of {len(blocks)} plain: {reasons[0]}"
+        return {"sequences": self.packing.described, "blocks": how}
 
     @property
     def classification(self) -> Classification:

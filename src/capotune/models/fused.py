@@ -99,19 +99,17 @@ def _differs(backbone: Any, tried: list[torch.Tensor], first: int, expected: tor
     return None if alike else f"the model's blocks compute something else (by {off:.1g})"
 
 
-def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> str | None:
-    """Which of the blocks, as they are now, the kernels do not compute, and why; None where they compute all."""
+def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
+    """For each of the blocks that the kernels do not compute as they are now, the reason in words."""
     if fusing.why_not is not None:
-        return fusing.why_not
+        return [fusing.why_not] * len(blocks)
     reasons: list[str] = []
     for block, window in zip(blocks, fusing.windows, strict=True):
         try:
             _fuse(block, window, _Linears(prepack=False), last=False)
         except NotFusedError as error:
             reasons.append(str(error))
-    if not reasons:
-        return None
-    return reasons[0] if len(reasons) == len(blocks) else f"{len(reasons)} of {len(blocks)} blocks: {reasons[0]}"
+    return reasons
 
 
 @contextmanager
