@@ -25,8 +25,6 @@ from capotune.adapters.assemble import Assembled, attach
 from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.data.batches import Batch, collate
 from capotune.device import reusing_memory
-from capotune.kernels.lora_linear import PlainWeight
-from capotune.kernels.prepacked_weight import can_prepack
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.models import fused as fused_module
@@ -101,7 +99,7 @@ class Base:
         with ExitStack() as stack:
             stack.enter_context(packed(self.model, self.packing))
             if by_kernels:
-                stack.enter_context(fused(self.blocks, self.fusing, prepack=True))
+                stack.enter_context(fused(self.blocks, self.fusing))
             return self.batch().states(self.model, wanted)
 
 
@@ -235,29 +233,6 @@ def test_padded_batches_are_read_by_the_models_own_code(name: str, calls: list[i
         found = batch.states(base.model, None)
     assert torch.equal(found, expected)
     assert calls == []
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_weights_in_either_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models' are laid out anew, large ones' left where they lie."""
-    base, layouts = family(name), []
-    real = fused_module.lora_linears
-
-    def note(sources: Any, layers: Any, *more: Any) -> tuple[Tensor, ...]:
-        layouts.extend(isinstance(layer.weight, PlainWeight) for layer in layers)
-        return real(sources, layers, *more)
-
-    monkeypatch.setattr(fused_module, "lora_linears", note)
-    expected = base.read(by_kernels=False)
-    assert_alike([base.read(by_kernels=True)], [expected])
-    assert set(layouts) == {not can_prepack(torch.empty(1))}
-    layouts.clear()
-    monkeypatch.setattr(fused_module, "_MOST_PREPACKED", 100)
-    assert_alike([base.read(by_kernels=True)], [expected])
-    with packed(base.model, base.packing), fused(base.blocks, base.fusing):  # for a few batches it does not pay
-        assert_alike([base.model(**base.batch().inputs).last_hidden_state[0]], [expected])
-    assert set(layouts) == {True}
 
 
 # --------------------------------------------------------------------------------------------------------- gradients

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from capotune.kernels import _native, prepacked_weight
+from capotune.kernels import _native
 from capotune.kernels.gelu import Gelu, gelu_reference
-from capotune.kernels.lora_linear import FrozenWeight, LowRank, PlainWeight, Prologue, lora_linears
-from capotune.kernels.prepacked_weight import PrepackedWeight, can_prepack
+from capotune.kernels.lora_linear import FrozenWeight, LowRank, Prologue, lora_linears
 from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.swiglu import SwiGLU, swiglu_reference
 
@@ -42,12 +41,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif _native.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
-
-
-@pytest.fixture
-def packs() -> None:
-    if not can_prepack(torch.empty(1)):
-        pytest.skip("no oneDNN here")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,7 +86,7 @@ def layers_of(
     ranks: Sequence[int | None],
     dtype: torch.dtype = torch.float32,
     width: int = WIDTH,
-    frozen: Callable[[Tensor], FrozenWeight] = lambda weight: PlainWeight(weight.to),
+    frozen: Callable[[Tensor], FrozenWeight] = lambda weight: weight.to,
 ) -> tuple[list[LowRank], list[Tensor]]:
     """Layers with outputs, biases and scales of their own, and their dense weights."""
     made, weights = [], []
@@ -306,7 +299,7 @@ def test_frozen_layers_ask_for_the_weight_once_each_way(name: str) -> None:
             asked.append(dtype)
             return weight.to(dtype)
 
-        return PlainWeight(dense)
+        return dense
 
     layers, _ = layers_of([3, None], frozen=frozen)
     for needs, times in ((True, 4), (False, 2)):
@@ -323,9 +316,7 @@ def test_checkpointed(name: str, needs: bool) -> None:
     case = CASES[name]
     layers, _ = layers_of([3, None, 2])
     below, _ = layers_of([None, None], width=WIDTH)
-    below = [
-        replace(one, weight=PlainWeight(random(WIDTH, WIDTH, seed=at).to), bias=None) for at, one in enumerate(below)
-    ]
+    below = [replace(one, weight=random(WIDTH, WIDTH, seed=at).to, bias=None) for at, one in enumerate(below)]
 
     def block(x: Tensor) -> tuple[Tensor, ...]:
         sources = lora_linears((x,), below[: case.sources])
@@ -348,72 +339,6 @@ def test_without_gradients_the_sources_stay(name: str) -> None:
         outs = lora_linears(sources, layers, case.prologue(torch.float32))
     assert not any(out.requires_grad for out in outs)
     assert all(torch.equal(one, other) for one, other in zip(sources, before, strict=True))
-
-
-# ------------------------------------------------------------------------------------------ weights in another layout
-
-
-@pytest.mark.usefixtures("packs")
-@pytest.mark.parametrize(("out", "into"), [(1, 1), (7, 5), (16, 24), (33, 100), (130, 31)])
-def test_a_packed_weight_multiplies_as_the_plain_one(out: int, into: int) -> None:
-    """Whatever layout it was chosen: for few and many rows, with a bias, added to something, of strided rows."""
-    weight, bias = random(out, into, seed=1) / into**0.5, random(out, seed=2)
-    packed, plain = PrepackedWeight(weight), PlainWeight(weight.to)
-    for rows in (0, 1, 2, 3, 7, 16, 31, 64, 70, 500):
-        x, grad, onto = random(rows, into, seed=3), random(rows, out, seed=4), random(rows, into, seed=5)
-        wide = [random(rows, columns + 3, seed=6)[:, 1 : columns + 1] for columns in (into, out)]
-        turned = [random(columns, rows, seed=7).t() for columns in (into, out)]
-        for one, other in ((x, grad), wide, turned):
-            before = one.clone(), other.clone()
-            found = [packed.forward(one, None), packed.forward(one, bias), packed.backward(other, None)]
-            found.append(packed.backward(other, onto.clone()))
-            expected = [plain.forward(one, None), plain.forward(one, bias), plain.backward(other, None)]
-            expected.append(plain.backward(other, onto.clone()))
-            assert_alike(found, expected, 1e-6)
-            assert torch.equal(one, before[0])
-            assert torch.equal(other, before[1])
-
-
-@pytest.mark.usefixtures("packs")
-def test_a_packed_weight_is_a_copy() -> None:
-    """It stays what it was; and its results are plain tensors, which C can read."""
-    weight, x = random(9, 6), random(4, 6)
-    packed = PrepackedWeight(weight)
-    before = packed.forward(x, None)
-    weight.zero_()
-    assert torch.equal(packed.forward(x, None), before)
-    assert before.layout == torch.strided
-    assert before.is_contiguous()
-
-
-@pytest.mark.usefixtures("packs")
-def test_a_transposed_weight_packs_too() -> None:
-    weight, x = random(6, 9).t(), random(4, 6)
-    assert_alike([PrepackedWeight(weight).forward(x, None)], [x @ weight.t()], 1e-6)
-
-
-def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other dtypes, other devices, other processors."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert not can_prepack(torch.empty(2, 2, dtype=dtype))
-    assert not can_prepack(torch.empty(2, 2, device="meta"))
-    monkeypatch.setattr(prepacked_weight.platform, "machine", lambda: "arm64")
-    assert not can_prepack(torch.empty(2, 2))
-
-
-@pytest.mark.usefixtures("packs", "path")
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_layers_of_packed_weights_are_those_of_plain_ones(name: str, kind: str) -> None:
-    case = CASES[name]
-    plain, _ = layers_of(KINDS[kind])
-    packed, _ = layers_of(KINDS[kind], frozen=PrepackedWeight)
-    found, expected = (
-        results(
-            lambda *x, layers=layers: lora_linears(x, layers, case.prologue(torch.float32)), sources_of(case), layers
-        )
-        for layers in (packed, plain)
-    )
-    assert_alike(found, expected, TOLERANCE[torch.float32])
 
 
 def test_no_dtype_is_left_out() -> None:

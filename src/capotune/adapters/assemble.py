@@ -79,17 +79,14 @@ class Assembled:
         return [self.model.get_submodule(path) for path in self.architecture.blocks]
 
     @contextmanager
-    def reading(self, *, at_length: bool = False) -> Iterator[None]:
-        """Inside, the base reads batches of ``packing``'s kind, and only such, as fast as it can.
-
-        ``at_length``: so many that it pays to lay weights out for it first (some 30 ms for MiniLM).
-        """
+    def reading(self) -> Iterator[None]:
+        """Inside, the base reads batches of ``packing``'s kind, and only such, as fast as it can."""
         if vars(self).get("is_reading"):  # by who began it
             yield
             return
         vars(self)["is_reading"] = True
         try:
-            with packed(self.backbone, self.packing), fused(self.blocks, self.fusing, prepack=at_length):
+            with packed(self.backbone, self.packing), fused(self.blocks, self.fusing):
                 yield
         finally:
             del vars(self)["is_reading"]

@@ -20,34 +20,8 @@ from torch.nn import functional
 
 from capotune.kernels.low_rank import gather, project, update
 
-DenseWeight = Callable[[torch.dtype], torch.Tensor]
+FrozenWeight = Callable[[torch.dtype], torch.Tensor]
 """Gives the dense frozen weight (out, in) in the asked dtype."""
-
-
-class FrozenWeight(Protocol):
-    """A frozen weight W (out, in), by the two products that are taken with it."""
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x (rows, in) → xWᵀ + bias (rows, out), a new tensor."""
-
-    def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-        """grad (rows, out) → grad·W (rows, in), added to ``onto`` where that is given."""
-
-
-@dataclass(frozen=True)
-class PlainWeight:
-    """Any dense weight, which may be made at each call from what stands for it."""
-
-    dense: DenseWeight
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """As ``FrozenWeight`` says."""
-        return functional.linear(x, self.dense(x.dtype), bias)
-
-    def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-        """As ``FrozenWeight`` says."""
-        weight = self.dense(grad.dtype)
-        return grad @ weight if onto is None else onto.addmm_(grad, weight)
 
 
 @dataclass(frozen=True)
@@ -91,7 +65,7 @@ class Prologue(Protocol):
 
 
 def lora_reference(
-    x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The definition of one layer in plain PyTorch. Shapes as in ``lora_linear``."""
     change = functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
@@ -99,13 +73,13 @@ def lora_reference(
 
 
 def lora_linear(
-    x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The same, faster: x (..., in), a (rank, in), b (out, rank), bias (out,) frozen → (..., out) in x's dtype.
 
     a and b may be fp32 while x is bf16; their gradients come back in their own dtype.
     """
-    return lora_linears((x,), (LowRank(PlainWeight(weight), bias, a, b, scale),))[0]
+    return lora_linears((x,), (LowRank(weight, bias, a, b, scale),))[0]
 
 
 def lora_linears(
@@ -134,7 +108,7 @@ class _LoraLinears(torch.autograd.Function):
         low = project(rows, _stacked(trained[0::2])) if trained else None  # (rows, all ranks)
         outs = []
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
-            y = layer.weight.forward(rows, layer.bias)
+            y = functional.linear(rows, layer.weight(rows.dtype), layer.bias)
             if layer.b is not None:
                 update(y, low_part, layer.b.t(), layer.scale)
             outs.append(y.view(*shape[:-1], y.shape[-1]))
@@ -163,7 +137,8 @@ class _LoraLinears(torch.autograd.Function):
                 project(grad, layer.b.t(), layer.scale, out=grad_low_part)
                 grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
             if needs_input:  # not below the lowest adapted layer
-                grad_x = layer.weight.backward(grad, grad_x)
+                weight = layer.weight(grad.dtype)
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
         a = _stacked(trained[0::2]) if trained else None
         if grad_x is not None and a is not None:
             update(grad_x, grad_low, a)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from capotune.config import LoraSettings, nearest
 from capotune.errors import SettingError
-from capotune.kernels.lora_linear import LowRank, PlainWeight, lora_linears, lora_reference
+from capotune.kernels.lora_linear import LowRank, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
@@ -85,7 +85,7 @@ class LoraLinear(nn.Module):
         """What ``kernels.lora_linear`` computes with."""
         layer: Any = self.base_layer
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
-        return LowRank(PlainWeight(weight), layer.bias, self.lora_A, self.lora_B, self.scale)
+        return LowRank(weight, layer.bias, self.lora_A, self.lora_B, self.scale)
 
     @property
     def why_not_plain(self) -> str | None:

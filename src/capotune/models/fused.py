@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +28,8 @@ from transformers.activations import GELUActivation, SiLUActivation
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
-from capotune.kernels.lora_linear import LowRank, LowRankLayer, PlainWeight, lora_linears
+from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears
 from capotune.kernels.nf4 import Linear4bit
-from capotune.kernels.prepacked_weight import PrepackedWeight, can_prepack
 from capotune.kernels.rms_norm import RmsNorm
 from capotune.kernels.rotary import rotary
 from capotune.kernels.swiglu import SwiGLU
@@ -45,9 +44,6 @@ from capotune.models.packing import (
     sequences_to_try,
     without_dropout,
 )
-
-_MOST_PREPACKED = 2**27
-"""Bytes of linear weights up to which they are laid out anew, which takes twice as many."""
 
 Forward = Callable[..., torch.Tensor]
 
@@ -106,23 +102,19 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
     reasons: list[str] = []
     for block, window in zip(blocks, fusing.windows, strict=True):
         try:
-            _fuse(block, window, _Linears(prepack=False), last=False)
+            _fuse(block, window, last=False)
         except NotFusedError as error:
             reasons.append(str(error))
     return reasons
 
 
 @contextmanager
-def fused(blocks: Sequence[nn.Module], fusing: Fusing, *, prepack: bool = False) -> Iterator[None]:
-    """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins.
-
-    With ``prepack`` the weights of small models are laid out anew for it (``kernels.prepacked_weight``).
-    """
+def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
+    """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins."""
     made: dict[nn.Module, Forward] = {}
-    linears = _Linears(prepack and _linear_bytes(blocks) <= _MOST_PREPACKED)
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
-            made[block] = _fuse(block, window, linears, last=block is blocks[-1])
+            made[block] = _fuse(block, window, last=block is blocks[-1])
         except NotFusedError:
             continue
     with with_forward(made):
@@ -133,47 +125,32 @@ def _window(block: nn.Module, told: dict[nn.Module, int | None]) -> int | None:
     return next((told[module] for module in block.modules() if module in told), None)
 
 
-def _linear_bytes(blocks: Sequence[nn.Module]) -> int:
-    weights = (part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear))
-    return sum(weight.nbytes for weight in weights)
-
-
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-@dataclass
-class _Linears:
-    """Makes the kernels' layers of a model's."""
-
-    prepack: bool
-
-    def __call__(self, layer: Any) -> LowRank:
-        changed = layer if isinstance(layer, LowRankLayer) else None
-        base = layer if changed is None else changed.base_layer
-        if isinstance(base, Linear4bit):
-            found = LowRank(PlainWeight(base.borrowed_weight), base.bias)
-        elif type(base) is nn.Linear:
-            if base.weight.requires_grad:
-                raise NotFusedError("its weights train")
-            prepacks = self.prepack and can_prepack(base.weight)
-            found = LowRank(PrepackedWeight(base.weight) if prepacks else PlainWeight(base.weight.to), base.bias)
-        else:
-            raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
-        if changed is None:
-            return found
-        if changed.why_not_plain is not None:
-            raise NotFusedError(f"{changed.why_not_plain} is not among the kernels")
-        return replace(changed.low_rank(), weight=found.weight)
+def _linear(layer: Any) -> LowRank:
+    """The kernels' layer of a model's."""
+    changed = layer if isinstance(layer, LowRankLayer) else None
+    base = layer if changed is None else changed.base_layer
+    if type(base) not in (nn.Linear, Linear4bit):
+        raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
+    if isinstance(base, nn.Linear) and base.weight.requires_grad:
+        raise NotFusedError("its weights train")
+    if changed is None:
+        return LowRank(base.borrowed_weight if isinstance(base, Linear4bit) else base.weight.to, base.bias)
+    if changed.why_not_plain is not None:
+        raise NotFusedError(f"{changed.why_not_plain} is not among the kernels")
+    return changed.low_rank()
 
 
-def _fuse(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+def _fuse(block: Any, window: int | None, last: bool) -> Forward:
     """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
     children = {name for name, _ in block.named_children()}
     try:
         if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-            return _llama(block, window, linears, last)
+            return _llama(block, window, last)
         if children == {"attention", "intermediate", "output"}:
-            return _bert(block, window, linears, last)
+            return _bert(block, window, last)
     except AttributeError as error:
         raise NotFusedError(f"its blocks are of another form ({error})") from None
     raise NotFusedError("its blocks are of another form")
@@ -190,14 +167,14 @@ def _part(module: nn.Module, *names: str) -> list[Any]:
 # -------------------------------------------------------------------------------------------------------------- Llama
 
 
-def _llama(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+def _llama(block: Any, window: int | None, last: bool) -> Forward:
     q, k, v, o = _part(block.self_attn, "q_proj", "k_proj", "v_proj", "o_proj")
     gate, up, down, activation = _part(block.mlp, "gate_proj", "up_proj", "down_proj", "act_fn")
     if not isinstance(activation, nn.SiLU | SiLUActivation):
         raise NotFusedError(f"its activation is {type(activation).__name__}")
     norm1, norm2 = _rms_norm(block.input_layernorm), _rms_norm(block.post_attention_layernorm)
     qkv, out, gated, narrowed = (
-        tuple(map(linears, layers)) for layers in ((q, k, v), (o,), (gate, up), (down,))
+        tuple(map(_linear, layers)) for layers in ((q, k, v), (o,), (gate, up), (down,))
     )  # fmt: skip
     size, scale, causal = block.self_attn.head_dim, block.self_attn.scaling, bool(block.self_attn.is_causal)
     swiglu, plain = SwiGLU(), block.forward
@@ -236,7 +213,7 @@ def _check_frozen(norm: nn.Module) -> None:
 # --------------------------------------------------------------------------------------------------------------- BERT
 
 
-def _bert(block: Any, window: int | None, linears: _Linears, last: bool) -> Forward:
+def _bert(block: Any, window: int | None, last: bool) -> Forward:
     attention, output1 = _part(block.attention, "self", "output")
     q, k, v, _ = _part(attention, "query", "key", "value", "dropout")
     o, norm1, dropout1 = _part(output1, "dense", "LayerNorm", "dropout")
@@ -249,7 +226,7 @@ def _bert(block: Any, window: int | None, linears: _Linears, last: bool) -> Forw
             raise NotFusedError(f"its norm is {type(norm).__name__}")
         _check_frozen(norm)
     qkv, out, widened, narrowed = (
-        tuple(map(linears, layers)) for layers in ((q, k, v), (o,), (up,), (down,))
+        tuple(map(_linear, layers)) for layers in ((q, k, v), (o,), (up,), (down,))
     )  # fmt: skip
     size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
     gelu, plain = Gelu(), block.forward

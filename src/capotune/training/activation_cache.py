@@ -137,7 +137,7 @@ def compute_pooled(
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths)
-    with reusing_memory(), assembled.reading(at_length=True):
+    with reusing_memory(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
             features[torch.as_tensor(chosen)] = model.features(batch, layers).float().cpu()
@@ -155,7 +155,7 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     order = sorted_order(rows.lengths)
     with (
         reusing_memory(),
-        assembled.reading(at_length=True),
+        assembled.reading(),
         _stop_at(assembled.model, architecture.blocks[block]) as caught,
     ):
         for done, chosen in enumerate(order):

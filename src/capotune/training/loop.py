@@ -114,7 +114,7 @@ def train(
     with (
         torch.random.fork_rng(devices=on_gpu),
         reusing_memory(),
-        assembled.reading(at_length=True),
+        assembled.reading(),
         checkpointing(checkpointed),
     ):
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
