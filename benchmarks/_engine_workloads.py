@@ -122,7 +122,8 @@ WORKLOADS = (
     Workload(
         "a",
         "Banking77, LoRA, one epoch",
-        f"MiniLM (22.6M) with a linear head, {LORA}; all 10,003 rows once, learning rate 2e-4. {ADAM}. As it comes: "
+        f"MiniLM (22.6M) with a linear head, {LORA}; all 10,003 rows once (or the steps that the "
+        "tables name), learning rate 2e-4. {ADAM}. As it comes: "
         "batches of 8, drawn at random, one round. Tuned: batches of 32, rows of like length together, glibc told to "
         "keep memory.",
         "minilm",
