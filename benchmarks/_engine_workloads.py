@@ -156,8 +156,8 @@ WORKLOADS = (
     Workload(
         "c",
         "Banking77, prompt tuning, 60 steps",
-        f"MiniLM with a linear head, 20 virtual tokens, learning rate 1e-3 (at 1e-2, Adam soon makes large differences of "
-        f"the last digits'). {ADAM}. Batches as in (a).",
+        "MiniLM with a linear head, 20 virtual tokens, learning rate 1e-3 (at 1e-2, Adam soon makes large differences "
+        f"of the last digits'). {ADAM}. Batches as in (a).",
         "minilm",
         "prompt-tuning",
         (Comparison(AS_IT_COMES, (TRAINER,)), Comparison(GROUPED, (TUNED,), 32, grouped=True)),
