@@ -19,7 +19,8 @@ def engine(content: dict[str, Any]) -> list[str]:
         "left out, where not said otherwise. Tokens are real ones, without padding. *Peak memory* is the whole "
         "process's, *held before* what it held when training began. "
         f"*{FLOOR.capitalize()}* is the floor: the products with frozen weights that a step can't do without "
-        "(`_engine_floor.py` says which, and what is left out).",
+        "(`_engine_floor.py` says which, and what is left out); one over a contender's share of it is the most by "
+        "which anything could be faster on the same batches.",
     ]
     for letter, work in content.items():
         lines += ["", f"### ({letter}) {work['title']}", "", f"{work['settings']} Data: {work['rows']}."]
