@@ -121,7 +121,7 @@ AS_IT_COMES, GROUPED = "as it comes", "tuned"
 WORKLOADS = (
     Workload(
         "a",
-        "Banking77, LoRA, one epoch",
+        "Banking77, LoRA",
         f"MiniLM (22.6M) with a linear head, {LORA}; all 10,003 rows once (or the steps that the "
         "tables name), learning rate 2e-4. {ADAM}. As it comes: "
         "batches of 8, drawn at random, one round. Tuned: batches of 32, rows of like length together, glibc told to "
