@@ -521,8 +521,8 @@ def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.Mo
     alone = differentiate(swiglu, (gate, up), grad=grad)
     monkeypatch.setattr(_native, "SHARE", 31)
     asked = []
-    fork_join = _native._fork_join()
-    monkeypatch.setattr(_native, "_fork_join", lambda: asked.append(1) or (fork_join if pool != "none" else None))
+    fork_join = _native.fork_join()
+    monkeypatch.setattr(_native, "fork_join", lambda: asked.append(1) or (fork_join if pool != "none" else None))
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, differentiate(swiglu, (gate, up), grad=grad), alone))

@@ -26,7 +26,7 @@ import torch
 from capotune.errors import SettingError
 
 __all__ = [
-    "Argument", "address", "as_rows", "check_shape", "dtype_code", "elementwise", "in_threads", "library",
+    "Argument", "address", "as_rows", "check_shape", "dtype_code", "elementwise", "fork_join", "in_threads", "library",
     "output_rows", "over_rows", "pointer", "products",
 ]  # fmt: skip
 
@@ -39,6 +39,7 @@ SOURCE_FLAGS = {
     # compiler that may count on it turns every loop into vectors.
     "elementwise_cpu": _LOOSE,
     "products_cpu": _LOOSE,
+    "products_amx": (),
 }
 # Named instruction sets rather than -march=native: they are part of the cached file's name, so that two machines that
 # share a home folder do not run each other's code.
@@ -46,7 +47,11 @@ SIMD_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"),
     "AVX2": ("-mavx2", "-mf16c"),
 }
-FMA_FLAGS = {"elementwise_cpu": ("-mfma",), "products_cpu": ("-mfma",)}
+MORE_SIMD_FLAGS = {
+    "elementwise_cpu": ("-mfma",),
+    "products_cpu": ("-mfma",),
+    "products_amx": ("-mfma", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+}
 COMPILE_SECONDS = 120
 # How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 10 to 30 µs of work, where waking a
 # thread of PyTorch's pool, which waits for the next product in a loop, costs some 5 µs.
@@ -77,7 +82,7 @@ def _compiled(source: Path) -> Path:
     if compiler is None:
         raise OSError("no C compiler found")
     simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
-    flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (FMA_FLAGS.get(source.stem, ()) if simd else ())
+    flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (MORE_SIMD_FLAGS.get(source.stem, ()) if simd else ())
     key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + source.read_bytes()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune"
     target = folder / f"{source.stem}-{key[:16]}.so"
@@ -128,16 +133,19 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 def elementwise(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The kernels of elementwise_cpu.c if they take these tensors: on the CPU, all fp32 or all bf16."""
     dtype = tensors[0].dtype
-    if dtype not in ELEMENTWISE_DTYPES or any(one.dtype != dtype or one.device.type != "cpu" for one in tensors):
-        return None
-    return library("elementwise_cpu")
+    return library("elementwise_cpu") if dtype in ELEMENTWISE_DTYPES and _on_cpu(tensors, dtype) else None
 
 
 def products(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The kernels of products_cpu.c if they take these tensors: on the CPU, fp32."""
-    if any(one.dtype != torch.float32 or one.device.type != "cpu" for one in tensors):
-        return None
-    return library("products_cpu")
+    return library("products_cpu") if _on_cpu(tensors, torch.float32) else None
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    for one in tensors:  # noqa: SIM110 - a step asks this a thousand times, and ``all`` takes twice as long
+        if one.dtype != dtype or not one.is_cpu:
+            return False
+    return True
 
 
 def dtype_code(tensor: torch.Tensor) -> int:
@@ -154,19 +162,23 @@ def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Sequence[Argument], rows
     """
     if rows == 0:
         return
-    layout = "".join("d" if type(argument) is float else "q" for argument in arguments)
-    function, block = getattr(lib, kernel), struct.pack(layout, *arguments)
+    function, block = getattr(lib, kernel), struct.pack(_layout(tuple(map(type, arguments))), *arguments)
     threads = min(torch.get_num_threads(), rows, rows * columns // SHARE)
-    fork_join = _fork_join() if threads > 1 else None
+    pool = fork_join() if threads > 1 else None
     sharer = library("elementwise_cpu")
-    if fork_join is None or sharer is None:
+    if pool is None or sharer is None:
         function(block, ctypes.c_int64(0), ctypes.c_int64(rows))
     else:
-        sharer.share_rows(fork_join, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
+        sharer.share_rows(pool, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
 
 
 @cache
-def _fork_join() -> Any:
+def _layout(kinds: tuple[type, ...]) -> str:
+    return "".join("d" if kind is float else "q" for kind in kinds)
+
+
+@cache
+def fork_join() -> Any:
     """GNU OpenMP's entry point, in the copy that PyTorch is linked with, whatever that file is called; else None."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from capotune.errors import DataError
 from capotune.kernels._native import address, elementwise, over_rows
+from capotune.kernels.linear import Rows, input_gradient
 
 _LOGITS_AT_ONCE = 2**23
 """Numbers in one chunk of logits: 32 MiB in fp32."""
@@ -61,13 +62,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        rows = max(1, _LOGITS_AT_ONCE // len(weight))
+        rows = max(1, min(_LOGITS_AT_ONCE // len(weight), len(hidden)))
+        space = torch.empty(rows, len(weight), dtype=hidden.dtype, device=hidden.device)  # the same for all chunks
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias).float()
+            chunk = hidden[part]
+            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk)]).float()
             losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)
             if gradient is not None:
-                gradient[part] = logits.to(weight.dtype) @ weight
+                gradient[part] = input_gradient(logits.to(weight.dtype), weight)
         ctx.save_for_backward(gradient)
         return losses
 

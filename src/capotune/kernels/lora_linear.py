@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.nn import functional
 
+from capotune.kernels.linear import Rows, input_gradient
 from capotune.kernels.low_rank import gather, project, update
 
 FrozenWeight = Callable[[torch.dtype], torch.Tensor]
@@ -106,9 +107,9 @@ class _LoraLinears(torch.autograd.Function):
         else:
             rows, kept = prologue.forward(*sources)
         low = project(rows, _stacked(trained[0::2])) if trained else None  # (rows, all ranks)
-        outs = []
+        shared, outs = Rows(rows), []
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
-            y = functional.linear(rows, layer.weight(rows.dtype), layer.bias)
+            y = shared.linear(layer.weight(rows.dtype), layer.bias)
             if layer.b is not None:
                 update(y, low_part, layer.b.t(), layer.scale)
             outs.append(y.view(*shape[:-1], y.shape[-1]))
@@ -137,8 +138,7 @@ class _LoraLinears(torch.autograd.Function):
                 project(grad, layer.b.t(), layer.scale, out=grad_low_part)
                 grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
             if needs_input:  # not below the lowest adapted layer
-                weight = layer.weight(grad.dtype)
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+                grad_x = input_gradient(grad, layer.weight(grad.dtype), onto=grad_x)
         a = _stacked(trained[0::2]) if trained else None
         if grad_x is not None and a is not None:
             update(grad_x, grad_low, a)

@@ -16,7 +16,7 @@ from capotune.kernels._native import Argument, address, check_shape, over_rows, 
 
 __all__ = ["gather", "project", "update"]
 
-_LANES = 8  # columns that one vector of products_cpu.c holds
+_LANES = 8  # columns that products_cpu.c takes together
 _MOST_RANKS = 48  # more are no longer small
 
 

@@ -3,29 +3,74 @@
  *
  * As in elementwise_cpu.c, a kernel gets its arguments as a struct of 8-byte fields and works on the items [first, last):
  * tokens, groups of columns, or pairs of sequence and head. Strides count numbers. Vectors are GCC's and Clang's own
- * type, which any processor can do; with AVX2 eight numbers are one register. */
+ * type, which any processor can do; with AVX2 or AVX-512 one is a register. Heads and columns come in eights. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { LANES = 8, TILE = 32, ROWS = 4 };
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { LEAST_LANES = 8, TILE = 32, ROWS = 4, MOST_RANKS = 48 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float short_vec __attribute__((vector_size(4 * LEAST_LANES)));
+typedef float short_loose __attribute__((vector_size(4 * LEAST_LANES), aligned(4)));
 
 INLINE vec load(const float *x) { return *(const loose *)x; }
-INLINE void store(float *x, vec value) { *(loose *)x = value; }
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE float sum(vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+INLINE float sum(vec x) {
+    float half[LANES / 2];
+    for (int i = 0; i < LANES / 2; i++) half[i] = x[i] + x[i + LANES / 2];
+    for (int wide = LANES / 4; wide; wide /= 2)
+        for (int i = 0; i < wide; i++) half[i] += half[i + wide];
+    return half[0];
+}
 
-/* Call body(rank, count) for ranks in eights, then fours, then one by one; count is a constant in each. */
-#define FOR_RANKS(ranks, body)                         \
-    do {                                               \
-        int64_t rank = 0;                              \
-        for (; rank + 8 <= ranks; rank += 8) body(8);  \
-        for (; rank + 4 <= ranks; rank += 4) body(4);  \
-        for (; rank < ranks; rank++) body(1);          \
-    } while (0)
+/* ----------------------------------------------------------------------------------------- what both are made of */
+
+/* out[r][c] (+)= sum_j a[r a_row + j a_step] b[j][c] for j from start to end, c < columns, a multiple of LEAST_LANES */
+struct multiply {
+    float *out;
+    int64_t out_stride;
+    const float *a;
+    int64_t a_row, a_step;
+    const float *b;
+    int64_t b_stride, start, end, columns;
+    int onto;
+};
+
+#define MULTIPLY_TILE(name, vec, loose, lanes)                                                                     \
+    INLINE void name(struct multiply m, int64_t row, int64_t column, int rows, int vectors) {                        \
+        vec total[ROWS][2];                                                                                          \
+        float *out = m.out + row * m.out_stride + column;                                                            \
+        for (int r = 0; r < rows; r++)                                                                               \
+            for (int l = 0; l < vectors; l++)                                                                        \
+                total[r][l] = m.onto ? *(const loose *)(out + r * m.out_stride + l * lanes) : (vec){0};              \
+        const float *a = m.a + row * m.a_row, *b = m.b + column;                                                     \
+        for (int64_t j = m.start; j < m.end; j++)                                                                    \
+            for (int r = 0; r < rows; r++)                                                                           \
+                for (int l = 0; l < vectors; l++)                                                                    \
+                    total[r][l] += a[r * m.a_row + j * m.a_step] * *(const loose *)(b + j * m.b_stride + l * lanes); \
+        for (int r = 0; r < rows; r++)                                                                               \
+            for (int l = 0; l < vectors; l++) *(loose *)(out + r * m.out_stride + l * lanes) = total[r][l];          \
+    }
+MULTIPLY_TILE(multiply_tile, vec, loose, LANES)
+MULTIPLY_TILE(multiply_short_tile, short_vec, short_loose, LEAST_LANES)
+
+INLINE void multiply_rows(struct multiply m, int64_t row, int rows) {
+    int64_t column = 0;
+    for (; column + 2 * LANES <= m.columns; column += 2 * LANES) multiply_tile(m, row, column, rows, 2);
+    for (; column + LANES <= m.columns; column += LANES) multiply_tile(m, row, column, rows, 1);
+    for (; column < m.columns; column += LEAST_LANES) multiply_short_tile(m, row, column, rows, 1);
+}
+
+static void multiply(struct multiply m, int64_t rows) {
+    if (rows == ROWS) multiply_rows(m, 0, ROWS);
+    else for (int64_t row = 0; row < rows; row++) multiply_rows(m, row, 1);
+}
 
 /* ---------------------------------------------------------------------------------------------------- by a low rank */
 
@@ -38,82 +83,73 @@ struct low_rank {
     double scale;
 };
 
-INLINE void project_ranks(const float *x, const float *matrix, int64_t columns, float scale, float *low, int count) {
-    vec total[8] = {{0}};
+/* Four tokens by two ranks at a time, so that few numbers are loaded for each product */
+INLINE void project_tile(const struct low_rank *a, int64_t row, int64_t rank, int rows, int ranks) {
+    const float *x = a->x + row * a->x_stride, *matrix = a->matrix + rank * a->columns;
+    vec total[ROWS][2] = {{{0}}};
     int64_t i = 0;
-    for (; i + LANES <= columns; i += LANES) {
-        vec numbers = load(x + i);
-        for (int r = 0; r < count; r++) total[r] += numbers * load(matrix + r * columns + i);
-    }
-    for (int r = 0; r < count; r++) {
-        float rest = sum(total[r]);
-        for (int64_t j = i; j < columns; j++) rest += x[j] * matrix[r * columns + j];
-        low[r] = scale * rest;
-    }
+    for (; i + LANES <= a->columns; i += LANES)
+        for (int r = 0; r < ranks; r++) {
+            vec numbers = load(matrix + r * a->columns + i);
+            for (int t = 0; t < rows; t++) total[t][r] += load(x + t * a->x_stride + i) * numbers;
+        }
+    for (int t = 0; t < rows; t++)
+        for (int r = 0; r < ranks; r++) {
+            float rest = sum(total[t][r]);
+            for (int64_t j = i; j < a->columns; j++) rest += x[t * a->x_stride + j] * matrix[r * a->columns + j];
+            a->low[(row + t) * a->low_stride + rank + r] = (float)a->scale * rest;
+        }
+}
+
+INLINE void project_rows(const struct low_rank *a, int64_t row, int rows) {
+    int64_t rank = 0;
+    for (; rank + 2 <= a->ranks; rank += 2) project_tile(a, row, rank, rows, 2);
+    if (rank < a->ranks) project_tile(a, row, rank, rows, 1);
 }
 
 /* low = scale x matrix^T, tokens [first, last) */
 void low_rank_project(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
-    for (int64_t row = first; row < last; row++) {
-        const float *x = a.x + row * a.x_stride;
-        float *low = a.low + row * a.low_stride, scale = (float)a.scale;
-#define BODY(count) project_ranks(x, a.matrix + rank * a.columns, a.columns, scale, low + rank, count)
-        FOR_RANKS(a.ranks, BODY);
-#undef BODY
-    }
-}
-
-INLINE void update_ranks(float *x, const float *matrix, int64_t columns, const float *low, float scale, int count) {
-    vec factor[8];
-    for (int r = 0; r < count; r++) factor[r] = all(scale * low[r]);
-    int64_t i = 0;
-    for (; i + LANES <= columns; i += LANES) {
-        vec total = load(x + i);
-        for (int r = 0; r < count; r++) total += factor[r] * load(matrix + r * columns + i);
-        store(x + i, total);
-    }
-    for (; i < columns; i++)
-        for (int r = 0; r < count; r++) x[i] += factor[r][0] * matrix[r * columns + i];
+    int64_t row = first;
+    for (; row + ROWS <= last; row += ROWS) project_rows(&a, row, ROWS);
+    for (; row < last; row++) project_rows(&a, row, 1);
 }
 
 /* x += scale low matrix, tokens [first, last) */
 void low_rank_update(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
-    for (int64_t row = first; row < last; row++) {
-        float *x = a.x + row * a.x_stride, scale = (float)a.scale;
-        const float *low = a.low + row * a.low_stride;
-#define BODY(count) update_ranks(x, a.matrix + rank * a.columns, a.columns, low + rank, scale, count)
-        FOR_RANKS(a.ranks, BODY);
-#undef BODY
+    int64_t whole = a.columns / LEAST_LANES * LEAST_LANES;
+    float scaled[ROWS * MOST_RANKS];
+    for (int64_t row = first; row < last; row += ROWS) {
+        int64_t count = last - row < ROWS ? last - row : ROWS;
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t r = 0; r < a.ranks; r++)
+                scaled[t * MOST_RANKS + r] = (float)a.scale * a.low[(row + t) * a.low_stride + r];
+        float *x = a.x + row * a.x_stride;
+        struct multiply change = {x, a.x_stride, scaled, MOST_RANKS, 1, a.matrix, a.columns, 0, a.ranks, whole, 1};
+        multiply(change, count);
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t i = whole; i < a.columns; i++)
+                for (int64_t r = 0; r < a.ranks; r++)
+                    x[t * a.x_stride + i] += scaled[t * MOST_RANKS + r] * a.matrix[r * a.columns + i];
     }
 }
 
-INLINE void gather_ranks(const struct low_rank *a, int64_t start, int64_t end, int64_t column, int64_t rank, int count) {
-    vec total[8];
-    float *matrix = a->matrix + rank * a->columns + column;
-    for (int r = 0; r < count; r++) total[r] = start ? load(matrix + r * a->columns) : (vec){0};
-    for (int64_t row = start; row < end; row++) {
-        vec numbers = load(a->x + row * a->x_stride + column);
-        const float *low = a->low + row * a->low_stride + rank;
-        for (int r = 0; r < count; r++) total[r] += numbers * low[r];
-    }
-    for (int r = 0; r < count; r++) store(matrix + r * a->columns, end == a->rows ? total[r] * (float)a->scale : total[r]);
-}
-
-/* matrix = scale low^T x, columns [8 first, 8 last): tile by tile of tokens, which stay in the cache for all columns */
+/* matrix = scale low^T x, groups [first, last) of columns: tile by tile of tokens, which stay in the cache for all ranks */
 void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
-    int64_t whole = a.columns / LANES, end_column = last < whole ? last : whole;
+    int64_t whole = a.columns / LEAST_LANES, from = first * LEAST_LANES, to = (last < whole ? last : whole) * LEAST_LANES;
     for (int64_t start = 0; start < a.rows; start += TILE) {
         int64_t end = start + TILE < a.rows ? start + TILE : a.rows;
-        for (int64_t group = first; group < end_column; group++) {
-#define BODY(count) gather_ranks(&a, start, end, group * LANES, rank, count)
-            FOR_RANKS(a.ranks, BODY);
-#undef BODY
+        for (int64_t rank = 0; rank < a.ranks; rank += ROWS) {
+            struct multiply sums = {a.matrix + rank * a.columns + from, a.columns, a.low + rank, 1, a.low_stride,
+                                    a.x + from, a.x_stride, start, end, to - from, start > 0};
+            multiply(sums, a.ranks - rank < ROWS ? a.ranks - rank : ROWS);
         }
     }
-    for (int64_t column = whole * LANES; last > whole && column < a.columns; column++)
+    for (int64_t rank = 0; rank < a.ranks; rank++)
+        for (int64_t i = from; i < to; i++) a.matrix[rank * a.columns + i] *= (float)a.scale;
+    for (int64_t column = whole * LEAST_LANES; last > whole && column < a.columns; column++)
         for (int64_t rank = 0; rank < a.ranks; rank++) {
             float total = 0.0f;
             for (int64_t row = 0; row < a.rows; row++) total += a.low[row * a.low_stride + rank] * a.x[row * a.x_stride + column];
@@ -150,43 +186,6 @@ static void transpose(const float *x, int64_t stride, int64_t length, int64_t pa
     }
 }
 
-/* out[r][c] (+)= sum_j a[r a_row + j a_step] b[j][c] for j from start to end, c < columns, a multiple of LANES */
-struct multiply {
-    float *out;
-    int64_t out_stride;
-    const float *a;
-    int64_t a_row, a_step;
-    const float *b;
-    int64_t b_stride, start, end, columns;
-    int onto;
-};
-
-INLINE void multiply_tile(struct multiply m, int64_t row, int64_t column, int rows, int vectors) {
-    vec total[ROWS][2];
-    float *out = m.out + row * m.out_stride + column;
-    for (int r = 0; r < rows; r++)
-        for (int l = 0; l < vectors; l++)
-            total[r][l] = m.onto ? load(out + r * m.out_stride + l * LANES) : (vec){0};
-    const float *a = m.a + row * m.a_row, *b = m.b + column;
-    for (int64_t j = m.start; j < m.end; j++)
-        for (int r = 0; r < rows; r++)
-            for (int l = 0; l < vectors; l++)
-                total[r][l] += a[r * m.a_row + j * m.a_step] * load(b + j * m.b_stride + l * LANES);
-    for (int r = 0; r < rows; r++)
-        for (int l = 0; l < vectors; l++) store(out + r * m.out_stride + l * LANES, total[r][l]);
-}
-
-INLINE void multiply_rows(struct multiply m, int64_t row, int rows) {
-    int64_t column = 0;
-    for (; column + 2 * LANES <= m.columns; column += 2 * LANES) multiply_tile(m, row, column, rows, 2);
-    for (; column < m.columns; column += LANES) multiply_tile(m, row, column, rows, 1);
-}
-
-static void multiply(struct multiply m, int64_t rows) {
-    if (rows == ROWS) multiply_rows(m, 0, ROWS);
-    else for (int64_t row = 0; row < rows; row++) multiply_rows(m, row, 1);
-}
-
 /* Row by row softmax of scale row[0..seen), zeros up to end. e^x as exp_negative of elementwise_cpu.c, which says why. */
 INLINE void softmax(float *row, int64_t seen, int64_t end, float scale) {
     float most = -INFINITY, total = 0.0f;
@@ -211,7 +210,7 @@ INLINE void softmax(float *row, int64_t seen, int64_t end, float scale) {
     for (int64_t j = seen; j < end; j++) row[j] = 0.0f;
 }
 
-INLINE int64_t whole_vectors(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+INLINE int64_t whole_vectors(int64_t length) { return (length + LEAST_LANES - 1) / LEAST_LANES * LEAST_LANES; }
 
 /* Weights of the queries i to i + count: softmax(scale q K^T), zeros where a query does not look; returns where all end */
 static int64_t weigh(const struct short_attention *a, const float *q, int64_t i, int64_t count, const float *keys,

@@ -27,7 +27,7 @@ from capotune.data.conversations import looks_like_generation
 from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.errors import CapotuneError, OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
-from capotune.kernels import compiled
+from capotune.kernels import described
 from capotune.methods import Start
 from capotune.models.load import find
 from capotune.models.stream import bytes_as_steps
@@ -106,7 +106,7 @@ def _run(
 ) -> dict[str, Any]:
     reset_peak_memory()
     record |= {
-        "environment": environment(),
+        "environment": environment() | {"kernels": described(pick_device())},
         "base": {
             "name": task_run.source.name,
             "fingerprint": fingerprint(task_run.source),
@@ -210,7 +210,7 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
         "torch": torch.__version__,
         # these decide how sequences are read and what computes the blocks, and so the last bits
         "transformers": record["environment"]["transformers"],
-        "kernels": "compiled" if assembled.model.device.type == "cpu" and compiled() else "PyTorch",
+        "kernels": described(assembled.model.device),
     }
 
 

@@ -1,0 +1,134 @@
+"""The products of linear layers with frozen weights: y = xWᵀ + bias, and on the way back the input's gradient g·W.
+
+On a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there (``products_amx.c``), each number as the sum
+of two of bf16. That keeps 16 bits of each, sums are fp32, and a product takes about half the time: PyTorch calls this
+precision "high" (``torch.set_float32_matmul_precision``), where GPUs take TF32 with 11 bits. Elsewhere, in other dtypes
+and for few rows the products are PyTorch's.
+
+Numbers below 1e-30 lose some of the 16 bits, since the unit knows no denormal numbers; an infinity gives NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from capotune.kernels._native import address, check_shape, fork_join, library
+
+__all__ = ["Rows", "input_gradient", "matrix_unit"]
+
+_SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
+_OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
+_FEWEST_ROWS = 48  # below, a product waits for the weight, and PyTorch's reads it as fast
+
+
+class Rows:
+    """x (rows, into), made ready once for all the layers that it enters."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+        self._strips: torch.Tensor | None = None
+
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x·weightᵀ + bias: weight (out, into), bias (out,) → (rows, out), a new tensor or ``out``.
+
+        Raises ``SettingError`` where shapes do not fit.
+        """
+        check_shape("weight", weight, (weight.shape[0], self.x.shape[1]))
+        if bias is not None:
+            check_shape("bias", bias, weight.shape[:1])
+        if out is not None:
+            check_shape("out", out, (len(self.x), len(weight)))
+        unit = _unit_for(self.x, weight, *(more for more in (bias, out) if more is not None))
+        if unit is None:
+            if out is None:
+                return functional.linear(self.x, weight, bias)
+            if bias is None:
+                return torch.mm(self.x, weight.t(), out=out)
+            return torch.addmm(bias, self.x, weight.t(), out=out)
+        out = torch.empty(len(self.x), len(weight), dtype=torch.float32) if out is None else out
+        ready = self._strips is not None
+        if self._strips is None:
+            self._strips = _room_for_strips(*self.x.shape)
+        _multiply(unit.linear, self.x, weight, bias, out, self._strips, onto=False, ready=ready)
+        return out
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """grad·weight: grad (rows, out), weight (out, into) → (rows, into), a new tensor, or added to ``onto`` in place.
+
+    Raises ``SettingError`` where shapes do not fit.
+    """
+    check_shape("weight", weight, (grad.shape[1], weight.shape[1]))
+    if onto is not None:
+        check_shape("onto", onto, (len(grad), weight.shape[1]))
+    unit = _unit_for(grad, weight, *(() if onto is None else (onto,)))
+    if unit is None:
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
+    for start in range(0, len(weight), _OUT_AT_ONCE):
+        part = slice(start, start + _OUT_AT_ONCE)
+        strips = _room_for_strips(*grad[:, part].shape)
+        y = torch.empty(len(grad), weight.shape[1], dtype=torch.float32) if onto is None else onto
+        _multiply(
+            unit.linear_input_gradient, grad[:, part], weight[part], None, y, strips, onto=onto is not None, ready=False
+        )
+        onto = y
+    assert onto is not None
+    return onto
+
+
+@cache
+def matrix_unit() -> ctypes.CDLL | None:
+    """The kernels of products_amx.c where this machine and its system have what they need; else None."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    lib = library("products_amx")
+    return lib if lib is not None and lib.ask_for_amx() else None
+
+
+def _unit_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """The kernels where these are tensors for them; the first is that of the activations."""
+    if len(tensors[0]) < _FEWEST_ROWS or not tensors[0].is_cpu:
+        return None
+    for one in tensors:
+        if one.dtype != torch.float32 or one.stride(-1) != 1 or one.numel() == 0:
+            return None
+    return matrix_unit()
+
+
+def _room_for_strips(rows: int, terms: int) -> torch.Tensor:
+    """Two bf16 numbers for each fp32 one, in whole tiles; PyTorch's memory begins at a multiple of 64 bytes."""
+    return torch.empty(-(-rows // _SIDE) * _SIDE, -(-terms // _TERMS) * _TERMS, dtype=torch.float32)
+
+
+def _multiply(
+    function: ctypes._NamedFuncPointer,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    strips: torch.Tensor,
+    *,
+    onto: bool,
+    ready: bool,
+) -> None:
+    """Calls C with a ``struct product``."""
+    read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
+    written = (y.data_ptr(), y.stride(0), onto, strips.data_ptr())
+    product = struct.pack("13q", len(x), *weight.shape, *read, *written, ready)
+    function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
+
+
+@cache
+def _pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """What shares work out over threads, and whose threads: PyTorch's; null pointers for one thread."""
+    sharer, pool = library("elementwise_cpu"), fork_join()
+    if sharer is None or pool is None:
+        return ctypes.c_void_p(), ctypes.c_void_p()
+    return ctypes.cast(sharer.share_rows, ctypes.c_void_p), ctypes.cast(pool, ctypes.c_void_p)

@@ -1,0 +1,341 @@
+/* Products of fp32 matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies bf16 and adds
+ * up in fp32. So each number is taken as the sum of two of bf16, x = h + l, and
+ *
+ *     x w = h h' + h l' + l h'
+ *
+ * which keeps 16 bits of each, as PyTorch's float32_matmul_precision "high". linear.py says where it is used.
+ *
+ * A tile is 16 rows of 64 bytes. A strip is 16 rows or columns of a matrix along the whole sum: tiles of 32 terms, h and l
+ * in turn. There are two kinds, for the two factors, and left x right gives 16 x 16 sums:
+ *
+ *     left    [16 rows][32 terms]
+ *     right   [16 pairs of terms][16 columns][2 terms of the pair]
+ *
+ * Activations become strips once. Weights do so panel by panel, just before use, and no second copy of a model is made. */
+#define _GNU_SOURCE
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define INLINE static inline __attribute__((always_inline))
+enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, DEPTH = 256, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128 };
+typedef uint16_t bf16;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
+/* Linux gives a process the unit's registers when it asks. 0: this processor or system has none. */
+int64_t ask_for_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AVX512_BF16 = 1 << 5 };
+    unsigned a, b, c, d, more;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &more, &b, &c, &a)) return 0;
+    if (!(d & AMX_BF16) || !(d & AMX_TILE) || !(more & AVX512_BF16)) return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+static void configure(void) {
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {1, 0, {0}, {0}, {0}};
+    for (int tile = 0; tile < 8; tile++) { config.bytes[tile] = 64; config.rows[tile] = SIDE; }
+    _tile_loadconfig(&config);
+}
+
+/* ------------------------------------------------------------------------------------------------------ into strips */
+
+struct halves { __m512i h, l; };
+
+INLINE __m512i rounded(__m512i x) {  /* to bf16, whose bits are the upper half */
+    return _mm512_and_si512(_mm512_add_epi32(x, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32((int)0xffff0000));
+}
+
+INLINE __m512i upper_halves(__m512i a, __m512i b) {
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+                                         19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(a, odd, b);
+}
+
+/* 32 numbers, a before b, as h and l */
+INLINE struct halves split(__m512 a, __m512 b) {
+    __m512i ha = rounded((__m512i)a), hb = rounded((__m512i)b);
+    __m512 la = _mm512_sub_ps(a, (__m512)ha), lb = _mm512_sub_ps(b, (__m512)hb);
+    return (struct halves){upper_halves(ha, hb), (__m512i)_mm512_cvtne2ps_pbh(lb, la)};
+}
+
+INLINE struct halves split_row(const float *x, int64_t count) {
+    if (count >= TERMS) return split(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
+    return split(_mm512_maskz_loadu_ps(first_of(count), x), _mm512_maskz_loadu_ps(first_of(count - 16), x + 16));
+}
+
+/* 16 x 16 numbers of 4 bytes */
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        int at = (i & 4) ? i + 0 : i;
+        r[at] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[at + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+INLINE void store_tile(bf16 *to, const __m512i rows[SIDE]) {
+    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * TERMS, rows[i]);
+}
+
+/* One strip of rows of x (rows, terms), x_stride apart */
+static void left_strip(const float *x, int64_t x_stride, int64_t rows, int64_t terms, bf16 *to) {
+    for (int64_t start = 0; start < terms; start += TERMS, to += 2 * TILE)
+        for (int i = 0; i < SIDE; i++) {
+            struct halves both = split_row(x + (i < rows ? i : 0) * x_stride + start, i < rows ? terms - start : 0);
+            _mm512_store_si512(to + i * TERMS, both.h);
+            _mm512_store_si512(to + TILE + i * TERMS, both.l);
+        }
+}
+
+/* One strip of columns of x^T, which are rows of x (columns, terms) */
+static void right_strip_across(const float *x, int64_t x_stride, int64_t columns, int64_t terms, bf16 *to) {
+    for (int64_t start = 0; start < terms; start += TERMS, to += 2 * TILE) {
+        __m512i h[SIDE], l[SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            struct halves both = split_row(x + (i < columns ? i : 0) * x_stride + start, i < columns ? terms - start : 0);
+            h[i] = both.h;
+            l[i] = both.l;
+        }
+        transpose(h);
+        transpose(l);
+        store_tile(to, h);
+        store_tile(to + TILE, l);
+    }
+}
+
+/* Strips, so many numbers of bf16 apart, of all columns of x (terms, columns): a row of x at a time, as it lies in memory */
+static void right_strips(const float *x, int64_t x_stride, int64_t columns, int64_t terms, bf16 *to, int64_t apart) {
+    const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                                 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t term = 0; term < parts(terms, TERMS) * TERMS; term += 2) {
+        const float *row = x + term * x_stride;
+        bf16 *pair = to + term / TERMS * 2 * TILE + term % TERMS / 2 * TERMS;
+        for (int64_t column = 0; column < columns; column += SIDE, pair += apart) {
+            __builtin_prefetch(row + AHEAD * x_stride + column); /* a processor sees streams in rows, and not from row to row */
+            __builtin_prefetch(row + (AHEAD + 1) * x_stride + column);
+            __mmask16 mask = first_of(columns - column);
+            __m512 even = _mm512_maskz_loadu_ps(term < terms ? mask : 0, row + column);
+            __m512 odd = _mm512_maskz_loadu_ps(term + 1 < terms ? mask : 0, row + x_stride + column);
+            struct halves both = split(even, odd);
+            _mm512_store_si512(pair, _mm512_permutexvar_epi16(interleaved, both.h));
+            _mm512_store_si512(pair + TILE, _mm512_permutexvar_epi16(interleaved, both.l));
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------ strip x strip */
+
+/* sums (+)= left strips x right strips over so many tiles; sums are tiles [left][right], a strip's tiles follow each other */
+#define MULTIPLY(name, lefts, rights)                                                                                          \
+    static void name(const bf16 *l0, const bf16 *l1, const bf16 *r0, const bf16 *r1, int64_t tiles, float *sums, int onto) {   \
+        if (onto) { EACH(lefts, rights, LOAD_SUM) } else { EACH(lefts, rights, ZERO_SUM) }                                     \
+        for (int64_t i = 0; i < tiles; i++, l0 += 2 * TILE, l1 += 2 * TILE, r0 += 2 * TILE, r1 += 2 * TILE) {                  \
+            _tile_loadd(4, l0 + TILE, 64);                                                                                     \
+            _tile_loadd(6, r0, 64);                                                                                            \
+            if (lefts == 2) _tile_loadd(5, l1 + TILE, 64);                                                                     \
+            if (rights == 2) _tile_loadd(7, r1, 64);                                                                           \
+            EACH(lefts, rights, ADD)                                                                                           \
+            _tile_loadd(4, l0, 64);                                                                                            \
+            if (lefts == 2) _tile_loadd(5, l1, 64);                                                                            \
+            EACH(lefts, rights, ADD)                                                                                           \
+            _tile_loadd(6, r0 + TILE, 64);                                                                                     \
+            if (rights == 2) _tile_loadd(7, r1 + TILE, 64);                                                                    \
+            EACH(lefts, rights, ADD)                                                                                           \
+        }                                                                                                                      \
+        EACH(lefts, rights, STORE_SUM)                                                                                         \
+    }
+#define EACH(lefts, rights, what) \
+    what(0, 4, 6) if (rights == 2) { what(1, 4, 7) } if (lefts == 2) { what(2, 5, 6) } if (lefts == 2 && rights == 2) { what(3, 5, 7) }
+#define ZERO_SUM(sum, left, right) _tile_zero(sum);
+#define LOAD_SUM(sum, left, right) _tile_loadd(sum, sums + sum * SIDE * SIDE, 64);
+#define STORE_SUM(sum, left, right) _tile_stored(sum, sums + sum * SIDE * SIDE, 64);
+#define ADD(sum, left, right) _tile_dpbf16ps(sum, left, right);
+MULTIPLY(multiply_2_2, 2, 2)
+MULTIPLY(multiply_2_1, 2, 1)
+MULTIPLY(multiply_1_2, 1, 2)
+MULTIPLY(multiply_1_1, 1, 1)
+
+static void multiply(const bf16 *left, int64_t left_strip, int lefts, const bf16 *right, int64_t right_strip, int rights,
+                     int64_t tiles, float *sums, int onto) {
+    const bf16 *l1 = left + left_strip, *r1 = right + right_strip;
+    if (lefts == 2 && rights == 2) multiply_2_2(left, l1, right, r1, tiles, sums, onto);
+    else if (lefts == 2) multiply_2_1(left, l1, right, r1, tiles, sums, onto);
+    else if (rights == 2) multiply_1_2(left, l1, right, r1, tiles, sums, onto);
+    else multiply_1_1(left, l1, right, r1, tiles, sums, onto);
+}
+
+static void *room(int64_t bytes) {
+    void *space = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+    if (!space) abort();
+    return space;
+}
+
+/* --------------------------------------------------------------------------------------------------- x W^T and g W */
+
+struct product {
+    int64_t rows, out, into;  /* of the activations; W is (out, into) */
+    const float *x;           /* (rows, into), or g (rows, out) */
+    int64_t x_stride;
+    const float *weight;
+    int64_t weight_stride;
+    const float *bias;        /* (out,) or none */
+    float *y;                 /* (rows, out), or (rows, into) */
+    int64_t y_stride, onto;   /* onto: added to what is there */
+    bf16 *strips;             /* of the activations */
+    int64_t ready;            /* whether they are in it */
+};
+
+/* y = 16 x 16 sums + bias, or y += sums; across: the rows of the sums are y's columns */
+INLINE void write_sums(const struct product *a, const float *sums, int64_t row, int64_t column, int64_t columns, int across) {
+    int64_t rows = least(SIDE, a->rows - row);
+    __mmask16 mask = first_of(columns - column);
+    __m512 more = a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + column) : _mm512_setzero_ps();
+    __m512i r[SIDE];
+    for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(sums + i * SIDE);
+    if (across) transpose(r);
+    for (int i = 0; i < SIDE; i++) {
+        if (i >= rows) break;
+        float *y = a->y + (row + i) * a->y_stride + column;
+        __m512 sum = _mm512_add_ps((__m512)r[i], a->onto ? _mm512_maskz_loadu_ps(mask, y) : more);
+        _mm512_mask_storeu_ps(y, mask, sum);
+    }
+}
+
+/* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
+ * then two strips of activations after the other meet them all, chunk by chunk, so that theirs stay in the first-level one. */
+INLINE void run_panels(const struct product *a, int64_t first, int64_t last, int across) {
+    int64_t terms = across ? a->into : a->out, columns = across ? a->out : a->into, size = parts(terms, TERMS) * 2 * TILE;
+    int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms)));
+    bf16 *weights = room(together * 2 * size * sizeof(bf16));
+    float sums[MOST_TOGETHER * PAIR * PAIR] __attribute__((aligned(64)));
+    configure();
+    for (int64_t panel = first; panel < last; panel += together) {
+        int64_t left = panel * PAIR, strips = parts(least(together * PAIR, columns - left), SIDE);
+        strips = least(strips, (last - panel) * 2);
+        if (across)
+            for (int64_t s = 0, column = left; s < strips; s++, column += SIDE)
+                left_strip(a->weight + column * a->weight_stride, a->weight_stride, least(SIDE, columns - column), terms,
+                           weights + s * size);
+        else right_strips(a->weight + left, a->weight_stride, least(strips * SIDE, columns - left), terms, weights, size);
+        for (int64_t row = 0; row < a->rows; row += PAIR) {
+            const bf16 *rows = a->strips + row / SIDE * size;
+            int row_strips = a->rows - row > SIDE ? 2 : 1;
+            for (int64_t start = 0; start < terms; start += DEPTH) {
+                int64_t tiles = parts(least(DEPTH, terms - start), TERMS), at = start * 2 * SIDE;
+                for (int64_t s = 0; s < strips; s += 2) {
+                    int column_strips = strips - s > 1 ? 2 : 1;
+                    float *sum = sums + s * SIDE * PAIR;
+                    if (across) multiply(weights + s * size + at, size, column_strips, rows + at, size, row_strips, tiles, sum, start > 0);
+                    else multiply(rows + at, size, row_strips, weights + s * size + at, size, column_strips, tiles, sum, start > 0);
+                }
+            }
+            for (int r = 0; r < row_strips; r++)
+                for (int64_t s = 0; s < strips; s++)
+                    write_sums(a, sums + (s / 2 * 4 + (across ? s % 2 * 2 + r : r * 2 + s % 2)) * SIDE * SIDE, row + r * SIDE,
+                               left + s * SIDE, columns, across);
+        }
+    }
+    _tile_release();
+    free(weights);
+}
+
+/* y = x W^T + bias: W's rows are the left strips, x's the right ones. Items of the stages are strips, then panels. */
+static void linear_strips(const void *arguments, int64_t first, int64_t last) {
+    const struct product a = *(const struct product *)arguments;
+    int64_t size = parts(a.into, TERMS) * 2 * TILE;
+    for (int64_t strip = first; strip < last; strip++)
+        right_strip_across(a.x + strip * SIDE * a.x_stride, a.x_stride, least(SIDE, a.rows - strip * SIDE), a.into,
+                           a.strips + strip * size);
+}
+
+static void linear_panels(const void *arguments, int64_t first, int64_t last) {
+    run_panels(arguments, first, last, 1);
+}
+
+/* y = g W or y += g W: g's rows are the left strips, W's columns the right ones */
+static void gradient_strips(const void *arguments, int64_t first, int64_t last) {
+    const struct product a = *(const struct product *)arguments;
+    int64_t size = parts(a.out, TERMS) * 2 * TILE;
+    for (int64_t strip = first; strip < last; strip++)
+        left_strip(a.x + strip * SIDE * a.x_stride, a.x_stride, least(SIDE, a.rows - strip * SIDE), a.out,
+                   a.strips + strip * size);
+}
+
+static void gradient_panels(const void *arguments, int64_t first, int64_t last) {
+    run_panels(arguments, first, last, 0);
+}
+
+/* ------------------------------------------------------------------------------------------------------------ threads */
+
+typedef void kernel(const void *arguments, int64_t first, int64_t last);
+typedef void sharer(void *fork_join, kernel *stage, const void *arguments, int64_t items, int64_t threads);
+
+/* share is share_rows of elementwise_cpu.c, or none for one thread */
+static void run(kernel *stage, const void *arguments, int64_t items, sharer *share, void *fork_join, int64_t threads) {
+    if (share && threads > 1 && items > 1) share(fork_join, stage, arguments, items, least(threads, items));
+    else stage(arguments, 0, items);
+}
+
+/* Some of the strips, made and used by the same thread, so that they stay in its cache */
+struct part {
+    const struct product *whole;
+    int64_t strips;
+    int across;
+};
+
+static void run_part(const void *arguments, int64_t first, int64_t last) {
+    struct part part = *(const struct part *)arguments;
+    const struct product *whole = part.whole;
+    int64_t size = parts(part.across ? whole->into : whole->out, TERMS) * 2 * TILE;
+    int64_t from = first * part.strips, to = least(last * part.strips, parts(whole->rows, SIDE));
+    if (!whole->ready) (part.across ? linear_strips : gradient_strips)(whole, from, to);
+    struct product own = *whole;
+    own.rows = least(to * SIDE, whole->rows) - from * SIDE;
+    own.y += from * SIDE * own.y_stride;
+    own.strips += from * size;
+    run_panels(&own, 0, parts(part.across ? own.out : own.into, PAIR), part.across);
+}
+
+/* Many rows are shared out by rows, so that weights are read by every thread, and few by panels */
+static void run_product(const struct product *a, int across, sharer *share, void *fork_join, int64_t threads) {
+    int64_t strips = parts(a->rows, SIDE), panels = parts(across ? a->out : a->into, PAIR);
+    if (share && threads > 1 && a->rows >= threads * ROWS_FOR_ONE) {
+        struct part part = {a, parts(parts(strips, threads), 2) * 2, across};
+        share(fork_join, run_part, &part, parts(strips, part.strips), threads);
+        return;
+    }
+    if (!a->ready) run(across ? linear_strips : gradient_strips, a, strips, share, fork_join, threads);
+    run(across ? linear_panels : gradient_panels, a, panels, share, fork_join, threads);
+}
+
+void linear(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+    run_product(a, 1, share, fork_join, threads);
+}
+
+void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+    run_product(a, 0, share, fork_join, threads);
+}
