@@ -5,6 +5,8 @@ is learned and nowhere else; for layers that train the weight's gradient gᵀ·x
 layer, and no second forward pass where nothing below changes. All are plain 2-D products over the tokens of a batch put
 one after the other, into memory that is there already.
 
+``run_floor`` takes them in fp32 as PyTorch does, ``run_kernel_floor`` as capotune does where it has a kernel for them.
+
 Left out: attention's own products (two forward, four back), LoRA's skinny ones, unpacking of 4-bit weights, norms,
 activations, the softmax, the optimiser, solving a head. So no engine can reach it; it says how much there is to gain.
 """
@@ -12,6 +14,7 @@ activations, the softmax, the optimiser, solving a head. So no engine can reach 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,8 @@ from _engine_clock import Clock
 from _engine_data import NOT_LEARNED, VIRTUAL_TOKENS, Job
 from torch import nn
 from transformers import AutoConfig, AutoModel
+
+from capotune.kernels.linear import Rows, input_gradient, matrix_unit
 
 _READS_BLOCK_INPUT = re.compile(r"(query|key|value|[qkv]_proj)$")
 
@@ -50,16 +55,30 @@ class Space:
 
 
 def run_floor(job: Job, clock: Clock) -> None:
-    """Every batch's products."""
+    """Every batch's products, in fp32."""
+    _run(job, clock, multiply)
+
+
+def run_kernel_floor(job: Job, clock: Clock) -> None:
+    """Every batch's products, by capotune's kernels."""
+    _run(job, clock, multiply_by_kernels)
+
+
+def no_kernels() -> str | None:
+    """Why the second floor is the first, if so."""
+    return None if matrix_unit() else "no matrix unit here that capotune knows"
+
+
+def _run(job: Job, clock: Clock, product: Callable[[Product, int, Space], None]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers, head, space = backbone(job, device), output(job, device), Space(device)
 
     def step(epoch: int, tokens: int, learned: int) -> None:
         for layer in layers:
             if epoch == 0 or not layer.once:
-                multiply(layer, tokens, space)
+                product(layer, tokens, space)
         if head is not None:
-            multiply(head, learned, space)
+            product(head, learned, space)
 
     epochs = job.rows["epochs"][: 1 if job.workload.solved else None]
     sizes = [(epoch, *size(job, batch)) for epoch, batches in enumerate(epochs) for batch in batches]
@@ -87,6 +106,17 @@ def multiply(layer: Product, rows: int, space: Space) -> None:
     torch.mm(x, layer.weight.t(), out=y)
     if layer.input_gradient:
         torch.mm(y, layer.weight, out=space.of("gradient of x", rows, into))
+    if layer.weight_gradient:
+        torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
+
+
+def multiply_by_kernels(layer: Product, rows: int, space: Space) -> None:
+    """The same by ``capotune.kernels.linear``."""
+    out, into = layer.weight.shape
+    x, y = space.of("x", rows, into), space.of("y", rows, out)
+    Rows(x).linear(layer.weight, out=y)
+    if layer.input_gradient:
+        input_gradient(y, layer.weight)
     if layer.weight_gradient:
         torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
 

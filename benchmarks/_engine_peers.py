@@ -57,6 +57,7 @@ def missing(*packages: str, cuda: bool = False) -> Callable[[], str | None]:
 
 def run_trainer(job: Job, clock: Clock) -> None:
     """Transformers' Trainer over a PEFT model, or over a model whose last blocks train."""
+    torch.set_float32_matmul_precision(job.contender.options.get("precision", "highest"))
     tokenizer = AutoTokenizer.from_pretrained(job.base["folder"])
     collator: Any = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     if job.workload.classifies:

@@ -26,7 +26,8 @@ def prepare(work: Workload, folder: Path) -> dict[str, Any]:
     from _engine_ours import write_labelled, write_start
     from _engine_text import write_text
 
-    from capotune.device import environment
+    from capotune.device import environment, pick_device
+    from capotune.kernels import described
 
     if work.classifies and not work.data().is_dir():
         return {"absent": f"{work.data()} is not there"}
@@ -37,7 +38,8 @@ def prepare(work: Workload, folder: Path) -> dict[str, Any]:
     if work.method != "feature-extraction":
         write_start(work, folder)
     versions = {name: version for name in PACKAGES if (version := _version(name))}
-    return {"environment": environment(), "versions": versions, "rows": source}
+    machine = environment() | {"kernels": described(pick_device())}
+    return {"environment": machine, "versions": versions, "rows": source}
 
 
 def run(work: Workload, folder: Path, comparison: str, number: int) -> dict[str, Any]:
@@ -66,6 +68,10 @@ def _runner(name: str) -> tuple[Callable[..., None] | None, str | None]:
         from _engine_floor import run_floor
 
         return run_floor, None
+    if name == "kernel floor":
+        from _engine_floor import no_kernels, run_kernel_floor
+
+        return run_kernel_floor, no_kernels()
     from _engine_peers import PEERS
 
     peer, why_not = PEERS[name]

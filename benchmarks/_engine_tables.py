@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _engine_workloads import AS_IT_COMES, FLOOR, GROUPED, OURS
+from _engine_workloads import AS_IT_COMES, FLOOR, GROUPED, KERNEL_FLOOR, OURS
 
 from capotune.files import human_bytes
 
@@ -19,8 +19,11 @@ def engine(content: dict[str, Any]) -> list[str]:
         "left out, where not said otherwise. Tokens are real ones, without padding. *Peak memory* is the whole "
         "process's, *held before* what it held when training began. "
         f"*{FLOOR.capitalize()}* is the floor: the products with frozen weights that a step can't do without "
-        "(`_engine_floor.py` says which, and what is left out); one over a contender's share of it is the most by "
-        "which anything could be faster on the same batches.",
+        "(`_engine_floor.py` says which, and what is left out), in fp32 as PyTorch computes them; one over a peer's "
+        "share of it is the most by which anything could be faster with such products on the same batches. On a "
+        "processor with AMX capotune computes them at 16 bits (`kernels/linear.py`), which is a floor of its own; a "
+        "peer with *bf16 products* has PyTorch compute them at 8 bits "
+        "(`torch.set_float32_matmul_precision('medium')`).",
     ]
     for letter, work in content.items():
         lines += ["", f"### ({letter}) {work['title']}", "", f"{work['settings']} Data: {work['rows']}."]
@@ -78,6 +81,10 @@ def _table(comparison: dict[str, Any]) -> list[str]:
     floor = comparison["floor"]
     if "seconds" in floor:
         lines.append(f"| *{FLOOR}* | {_seconds(floor)} | – | – | – | – | – | 100% | – |")
+        kernels = comparison["kernel_floor"]
+        if "seconds" in kernels:
+            share = f"{floor['median'] / kernels['median']:.0%}"
+            lines.append(f"| *{KERNEL_FLOOR}* | {_seconds(kernels)} | – | – | – | – | – | {share} | – |")
     return lines + [_row(row) for row in comparison["rows"]]
 
 
@@ -130,4 +137,5 @@ def _losses(comparison: dict[str, Any]) -> str:
 def _machine(work: dict[str, Any]) -> str:
     machine = work["environment"]
     gpu = "" if machine["gpu"] == "none" else f", {machine['gpu']}"
-    return f"{machine['cpu']}{gpu}; " + ", ".join(f"{name} {found}" for name, found in work["versions"].items()) + "."
+    versions = ", ".join(f"{name} {found}" for name, found in work["versions"].items())
+    return f"{machine['cpu']}{gpu}, kernels {machine['kernels']}; {versions}."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-OURS, FLOOR = "capotune", "matrix products alone"
+OURS, FLOOR, KERNEL_FLOOR = "capotune", "matrix products alone", "matrix products alone, by capotune's kernels"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Comparison:
 
     @property
     def everyone(self) -> tuple[Contender, ...]:
-        """The floor and capotune too."""
-        first = (Contender(FLOOR, "floor"),)
+        """The floor, in fp32 and as capotune's kernels compute it where they do, and capotune too."""
+        first = (Contender(FLOOR, "floor"), Contender(KERNEL_FLOOR, "kernel floor"))
         if not any(one.name == OURS for one in self.contenders):
             first += (Contender(OURS, "capotune"),)
         return first + self.contenders
@@ -110,6 +110,10 @@ TRAINER = Contender("PEFT + Trainer", "trainer")
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """What capotune asks of glibc by itself: that memory which one tensor leaves goes to the next."""
 TUNED = Contender("PEFT + Trainer, tuned", "trainer", {"arguments": QUIET}, HEAP)
+BF16_PRODUCTS = Contender(
+    "PEFT + Trainer, tuned, bf16 products", "trainer", {"arguments": QUIET, "precision": "medium"}, HEAP
+)
+"""With ``torch.set_float32_matmul_precision("medium")``."""
 TRL = Contender("TRL SFTTrainer", "trl")
 TRL_TUNED = Contender("TRL SFTTrainer, tuned", "trl", {"arguments": {**QUIET, "gradient_checkpointing": False}}, HEAP)
 LIGER = Contender("PEFT + Trainer + Liger", "liger")
@@ -123,12 +127,13 @@ WORKLOADS = (
         "a",
         "Banking77, LoRA",
         f"MiniLM (22.6M) with a linear head, {LORA}; all 10,003 rows once (or the steps that the "
-        "tables name), learning rate 2e-4. {ADAM}. As it comes: "
+        "tables name), learning rate 2e-4. "
+        f"{ADAM}. As it comes: "
         "batches of 8, drawn at random, one round. Tuned: batches of 32, rows of like length together, glibc told to "
         "keep memory.",
         "minilm",
         "lora",
-        (Comparison(AS_IT_COMES, (TRAINER,), rounds=1), Comparison(GROUPED, (TUNED,), 32, grouped=True)),
+        (Comparison(AS_IT_COMES, (TRAINER,), rounds=1), Comparison(GROUPED, (TUNED, BF16_PRODUCTS), 32, grouped=True)),
         learning_rate=2e-4,
         rounds=2,
     ),
@@ -173,7 +178,7 @@ WORKLOADS = (
         "lora",
         (
             Comparison(AS_IT_COMES, (TRAINER, TRL, LIGER, UNSLOTH)),
-            Comparison(GROUPED, (TUNED, TRL_TUNED), grouped=True),
+            Comparison(GROUPED, (TUNED, TRL_TUNED, BF16_PRODUCTS), grouped=True),
         ),
         learning_rate=2e-3,
         steps=5,

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _engine_workloads import FLOOR, OURS, WORKLOADS, Comparison, Contender, Workload, workload
+from _engine_workloads import FLOOR, KERNEL_FLOOR, OURS, WORKLOADS, Comparison, Contender, Workload, workload
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.json"
@@ -93,8 +93,9 @@ def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[s
             if "seconds" not in found:
                 running.remove(contender)
     ours = runs[OURS][0]
-    floor = runs[FLOOR]
-    rows = [row(name, found, ours, processes.work) for name, found in runs.items() if name != FLOOR]
+    floor, kernel_floor = runs[FLOOR], runs[KERNEL_FLOOR]
+    floors = (FLOOR, KERNEL_FLOOR)
+    rows = [row(name, found, ours, processes.work) for name, found in runs.items() if name not in floors]
     with_ratios(rows, floor)
     return {
         "name": comparison.name,
@@ -102,6 +103,7 @@ def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[s
         "grouped": comparison.grouped,
         "rounds": rounds,
         "floor": timed(floor) if "seconds" in floor[0] else floor[0],
+        "kernel_floor": timed(kernel_floor) if "seconds" in kernel_floor[0] else kernel_floor[0],
         "equal_quality": equal_quality(rows, ours, processes.work),
         "rows": rows,
     }
