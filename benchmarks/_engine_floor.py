@@ -23,7 +23,7 @@ from _engine_data import NOT_LEARNED, VIRTUAL_TOKENS, Job
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from capotune.kernels.linear import Rows, input_gradient, matrix_unit
+from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
 
 _READS_BLOCK_INPUT = re.compile(r"(query|key|value|[qkv]_proj)$")
 
@@ -61,7 +61,8 @@ def run_floor(job: Job, clock: Clock) -> None:
 
 def run_kernel_floor(job: Job, clock: Clock) -> None:
     """Every batch's products, by capotune's kernels."""
-    _run(job, clock, multiply_by_kernels)
+    with sixteen_bits():
+        _run(job, clock, multiply_by_kernels)
 
 
 def no_kernels() -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from capotune.errors import SettingError
 from capotune.kernels import _native, linear
-from capotune.kernels.linear import Rows, input_gradient, matrix_unit
+from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
 
 ROUNDING = 2.0**-24
 """The largest relative error of one rounding to fp32."""
@@ -50,6 +50,13 @@ class Problem(NamedTuple):
     bias: Tensor
     grad: Tensor
     onto: Tensor
+
+
+@pytest.fixture(autouse=True)
+def rounded() -> Iterator[None]:
+    """Sixteen bits are enough in these tests; the one that they are not by themselves asks for a new context."""
+    with sixteen_bits():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -682,7 +689,8 @@ def test_in_a_thread_with_a_small_stack(threads: int) -> None:
 
     def work() -> None:
         torch.set_num_threads(threads)
-        found.extend(results(given_))
+        with sixteen_bits():
+            found.extend(results(given_))
 
     before = threading.stack_size(256 * 1024)
     try:
@@ -692,6 +700,30 @@ def test_in_a_thread_with_a_small_stack(threads: int) -> None:
     finally:
         threading.stack_size(before)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("native")
+def test_all_bits_where_nobody_said_that_sixteen_are_enough(called: list[str]) -> None:
+    """Nor in a thread that was started by one who did, nor after an error."""
+    found: list[list[Tensor]] = []
+
+    def fails() -> None:
+        with sixteen_bits():
+            raise KeyError
+
+    def work() -> None:
+        with pytest.raises(KeyError):
+            fails()
+        found.append(results(given_))
+
+    given_ = problem(70, 60, 50)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert called == []
+    assert len(found) == 1
+    results(given_)
+    assert called == BOTH_WAYS
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -1,9 +1,10 @@
 """The products of linear layers with frozen weights: y = xWᵀ + bias, and on the way back the input's gradient g·W.
 
-On a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there (``products_amx.c``), each number as the sum
-of two of bf16. That keeps 16 bits of each, sums are fp32, and a product takes about half the time: PyTorch calls this
-precision "high" (``torch.set_float32_matmul_precision``), where GPUs take TF32 with 11 bits. Elsewhere, in other dtypes
-and for few rows the products are PyTorch's.
+Inside ``sixteen_bits()``, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
+(``products_amx.c``), each number as the sum of two of bf16. That keeps 16 bits of each, sums are fp32, and a product
+takes about half the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs take
+TF32 with 11 bits. Training asks for it; what is evaluated and predicted has all 24 bits. Elsewhere, in other dtypes and
+for few rows the products are PyTorch's.
 
 Numbers below 1e-30 lose some of the 16 bits, since the unit knows no denormal numbers; an infinity gives NaN.
 """
@@ -12,6 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -19,11 +23,24 @@ from torch.nn import functional
 
 from capotune.kernels._native import address, check_shape, fork_join, library
 
-__all__ = ["Rows", "input_gradient", "matrix_unit"]
+__all__ = ["Rows", "input_gradient", "matrix_unit", "sixteen_bits"]
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
 _OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
 _FEWEST_ROWS = 48  # below, a product waits for the weight, and PyTorch's reads it as fast
+
+
+_enough = ContextVar("sixteen bits are enough", default=False)
+
+
+@contextmanager
+def sixteen_bits() -> Iterator[None]:
+    """Inside, in this thread, products may round each number to 16 bits. The way back is to be inside too."""
+    before = _enough.set(True)
+    try:
+        yield
+    finally:
+        _enough.reset(before)
 
 
 class Rows:
@@ -94,7 +111,7 @@ def matrix_unit() -> ctypes.CDLL | None:
 
 def _unit_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The kernels where these are tensors for them; the first is that of the activations."""
-    if len(tensors[0]) < _FEWEST_ROWS or not tensors[0].is_cpu:
+    if not _enough.get() or len(tensors[0]) < _FEWEST_ROWS or not tensors[0].is_cpu:
         return None
     for one in tensors:
         if one.dtype != torch.float32 or one.stride(-1) != 1 or one.numel() == 0:

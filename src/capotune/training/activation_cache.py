@@ -30,6 +30,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.data.batches import Rows, sorted_order
 from capotune.device import reusing_memory
 from capotune.errors import OutputError
+from capotune.kernels.linear import sixteen_bits
 from capotune.models.architecture import swap
 
 _FORMAT = 3
@@ -137,7 +138,7 @@ def compute_pooled(
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths)
-    with reusing_memory(), assembled.reading():
+    with reusing_memory(), sixteen_bits(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
             features[torch.as_tensor(chosen)] = model.features(batch, layers).float().cpu()
@@ -155,6 +156,7 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     order = sorted_order(rows.lengths)
     with (
         reusing_memory(),
+        sixteen_bits(),
         assembled.reading(),
         _stop_at(assembled.model, architecture.blocks[block]) as caught,
     ):

@@ -22,6 +22,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
 from capotune.device import reusing_memory
+from capotune.kernels.linear import sixteen_bits
 from capotune.models.architecture import with_forward
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
@@ -114,6 +115,7 @@ def train(
     with (
         torch.random.fork_rng(devices=on_gpu),
         reusing_memory(),
+        sixteen_bits(),
         assembled.reading(),
         checkpointing(checkpointed),
     ):
