@@ -27,6 +27,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the matrix unit: for tests of what is equal but for the order of sums. That products at 16 bits are near
+    is tested by themselves (test_linear.py)."""
+    from capotune.kernels import linear
+
+    monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+
+
 def _save(folder: Path, config: object) -> Path:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -73,6 +73,7 @@ def entries(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ pooled features
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("base", BASES)
 def test_cached_features_are_the_computed_ones(base: str, models: dict[str, Path], tmp_path: Path) -> None:
     assembled = features(models[base])
@@ -190,6 +191,7 @@ def test_a_base_moved_elsewhere_is_found_again(bert: Path, tickets: Path, tmp_pa
 # ------------------------------------------------------------------------------------------------------ boundary states
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("packing", [None, Quantization("nf4", 64, True)], ids=["fp32", "nf4"])
 @pytest.mark.parametrize("base", BASES)
 def test_starting_at_a_block_is_the_whole_forward_pass(

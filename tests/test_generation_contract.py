@@ -426,6 +426,7 @@ def test_an_adapter_of_another_base_or_packing_is_refused_and_the_model_is_as_it
         load_adapter(read_adapter(tmp_path / "other"), model=str(writers["llama"]), device=CPU)
 
 
+@pytest.mark.usefixtures("all_bits")
 def test_a_tokenizer_without_padding_trains_the_same(llama_writer: Path, tmp_path: Path) -> None:
     """What fills short rows is never read."""
     other = with_tokenizer(llama_writer, tmp_path / "other", pad=None, chat_template=CHATML)

@@ -416,6 +416,7 @@ def test_training_above_cached_layers_is_training_above_them(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
     "variant", ["features", "features, cached", "lora", "lora, dropout", "dora, dropout", "qlora", "prompt-tuning"]

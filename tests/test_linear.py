@@ -10,18 +10,24 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import Context
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import generation_helpers
+import helpers
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from capotune.config import LoraSettings
 from capotune.errors import SettingError
 from capotune.kernels import _native, linear
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
+from capotune.training import loop
 
 ROUNDING = 2.0**-24
 """The largest relative error of one rounding to fp32."""
@@ -723,7 +729,7 @@ def test_all_bits_where_nobody_said_that_sixteen_are_enough(called: list[str]) -
     assert called == []
     assert len(found) == 1
     results(given_)
-    assert called == BOTH_WAYS
+    assert called == [*BOTH_WAYS, BOTH_WAYS[1]]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -760,3 +766,44 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
     with pytest.raises(SettingError, match=r"bias has shape .*must be \(4,\)"):
         Rows(x).linear(weight, random(*shape))
     assert called == []
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_training_goes_as_with_all_bits(
+    base: str, bert: Path, llama_writer: Path, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly the same losses step by step; what is scored before, between and after has all bits."""
+    settings = LoraSettings(rank=4, target_modules=("all-linear",), learning_rate=1e-3, epochs=2, batch_size=16)
+    scored: list[int] = []
+    outputs = loop.outputs
+
+    def note(*given: Any) -> Tensor:
+        before = len(called)
+        found = outputs(*given)
+        scored.append(len(called) - before)
+        return found
+
+    monkeypatch.setattr(loop, "outputs", note)
+    runs = []
+    for unit in (True, False):
+        with monkeypatch.context() as patch:
+            if not unit:
+                patch.setattr(linear, "matrix_unit", lambda: None)
+            called.clear()
+            made = helpers if base == "bert" else generation_helpers
+            assembled = made.on_base(bert if base == "bert" else llama_writer, settings)
+            data = {
+                "train_examples": made.examples(assembled, 48),
+                "held_examples": made.examples(assembled, 16, seed=1),
+            }
+            state, losses = Context().run(helpers.fit, assembled, **data)
+            runs.append((losses, state.best_score))
+            assert bool(called) == unit
+    assert scored == [0] * 6  # at the start and after each epoch, twice
+    (near, near_score), (exact, exact_score) = runs
+    assert near == pytest.approx(exact, rel=1e-4)
+    assert near_score == pytest.approx(exact_score, rel=1e-4)

@@ -720,6 +720,7 @@ WRITING: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("plain", [True, False], ids=["plain head", "own logits"])
 @pytest.mark.parametrize(("variant", "base", "changes"), WRITING)
 def test_training_to_write(
@@ -815,6 +816,7 @@ def test_features(base: str, models: dict[str, Path], attended: list[int]) -> No
     torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize(
     ("variant", "base"), [("features-k1", "bert"), ("lora-layers", "llama"), ("lora-layers", "gpt2")]
 )

@@ -115,14 +115,13 @@ def train(
     with (
         torch.random.fork_rng(devices=on_gpu),
         reusing_memory(),
-        sixteen_bits(),
         assembled.reading(),
         checkpointing(checkpointed),
     ):
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
-            with _dropout(assembled):
+            with _dropout(assembled), sixteen_bits():
                 for chosen in order[state.batch :]:
                     set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
                     loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
