@@ -74,9 +74,11 @@ def _run(job: Job, clock: Clock, product: Callable[[Product, int, Space], None])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers, head, space = backbone(job, device), output(job, device), Space(device)
 
+    second_run = any(one.options.get("second_run") for one in job.comparison.contenders)
+
     def step(epoch: int, tokens: int, learned: int) -> None:
         for layer in layers:
-            if epoch == 0 or not layer.once:
+            if not layer.once or (epoch == 0 and not second_run):
                 product(layer, tokens, space)
         if head is not None:
             product(head, learned, space)

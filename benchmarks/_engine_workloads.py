@@ -203,10 +203,18 @@ WORKLOADS = (
         "f",
         "135M Llama, the last 2 blocks",
         f"{LLAMA}, {SFT}; the last two blocks and the norm train, 64 rows, 3 epochs, batches of 8, learning rate 1e-4. "
-        f"{ADAM}. capotune's computing of the frozen blocks is in its time.",
+        f"{ADAM}. capotune's computing of the frozen blocks is in its time; a second run (another learning rate, say) "
+        "finds them in the cache.",
         "llama",
         "feature-extraction",
-        (Comparison(AS_IT_COMES, (Contender("Trainer", "trainer"),)),),
+        (
+            Comparison(AS_IT_COMES, (Contender("Trainer", "trainer"),)),
+            Comparison(
+                "a second run on the same rows",
+                (Contender(OURS, "capotune", {"second_run": True}), Contender("Trainer", "trainer")),
+                rounds=1,
+            ),
+        ),
         learning_rate=1e-4,
         steps=8,
         epochs=3,

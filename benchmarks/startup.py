@@ -28,14 +28,15 @@ STAGES = ("imports", "first step")
 # then done. The imports are those that the command makes itself, a moment later.
 PROGRAM = """
 import os, sys, time
-import capotune.cli.main, capotune.training.run
+import capotune.training.run
+from capotune.cli.main import main
 from torch.optim.optimizer import register_optimizer_step_post_hook
 print("imports", time.time(), file=sys.stderr, flush=True)
 def stepped(*_):
     print("first step", time.time(), file=sys.stderr, flush=True)
     os._exit(0)
 register_optimizer_step_post_hook(stepped)
-sys.exit(capotune.cli.main.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
