@@ -26,8 +26,8 @@ def prepare(work: Workload, folder: Path) -> dict[str, Any]:
     from _engine_ours import write_labelled, write_start
     from _engine_text import write_text
 
+    from capotune import kernels
     from capotune.device import environment, pick_device
-    from capotune.kernels import described
 
     if work.classifies and not work.data().is_dir():
         return {"absent": f"{work.data()} is not there"}
@@ -38,6 +38,7 @@ def prepare(work: Workload, folder: Path) -> dict[str, Any]:
     if work.method != "feature-extraction":
         write_start(work, folder)
     versions = {name: version for name in PACKAGES if (version := _version(name))}
+    described = getattr(kernels, "described", lambda _: "of an earlier version")  # ``engine_profile.py`` profiles one
     machine = environment() | {"kernels": described(pick_device())}
     return {"environment": machine, "versions": versions, "rows": source}
 

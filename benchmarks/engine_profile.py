@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "engine-profile.json"
 STEPS = 5
 _SMALL = 64  # a product with a side up to this is one of a low rank
 KINDS = {
+    "large matrix products": ("matrix unit",),
     "attention": ("attention",),
     "low-rank products": ("low_rank_",),
     "norms": ("norm", "rsqrt", "pow", "mean"),
@@ -77,7 +78,9 @@ def profile_step(letter: str) -> dict[str, Any]:
         batch = np.array(job.rows["epochs"][0][2])
         if hasattr(model, "reading"):  # not in versions before it
             from capotune.device import reusing_memory
+            from capotune.kernels.linear import sixteen_bits
 
+            stack.enter_context(sixteen_bits())
             stack.enter_context(reusing_memory())
             stack.enter_context(model.reading())
             name_kernels(stack)
@@ -110,7 +113,18 @@ def name_kernels(stack: ExitStack) -> None:
 
     from torch.profiler import record_function
 
-    from capotune.kernels import _native, attention, cross_entropy, gelu, layer_norm, low_rank, rms_norm, rotary, swiglu
+    from capotune.kernels import (
+        _native,
+        attention,
+        cross_entropy,
+        gelu,
+        layer_norm,
+        linear,
+        low_rank,
+        rms_norm,
+        rotary,
+        swiglu,
+    )  # fmt: skip
 
     def named(lib: Any, kernel: str, *more: Any) -> None:
         with record_function(kernel):
@@ -119,6 +133,13 @@ def name_kernels(stack: ExitStack) -> None:
     plain = _native.over_rows
     for module in (attention, cross_entropy, gelu, layer_norm, low_rank, rms_norm, rotary, swiglu):
         stack.enter_context(patch.object(module, "over_rows", named))
+    multiply = linear._multiply
+
+    def multiply_named(*given: Any, **how: Any) -> None:
+        with record_function("matrix unit"):
+            multiply(*given, **how)
+
+    stack.enter_context(patch.object(linear, "_multiply", multiply_named))
 
 
 def main() -> None:
