@@ -124,7 +124,7 @@ def name_kernels(stack: ExitStack) -> None:
         rms_norm,
         rotary,
         swiglu,
-    )  # fmt: skip
+    )
 
     def named(lib: Any, kernel: str, *more: Any) -> None:
         with record_function(kernel):

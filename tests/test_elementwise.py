@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.rotary import rotary, rotary_backward, rotary_forward, rotary_reference
 from capotune.kernels.swiglu import SwiGLU, swiglu_backward, swiglu_forward, swiglu_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -31,15 +33,6 @@ SIZES = [(1, 1), (5, 3), (2, 17), (3, 577), (0, 6), (70, 64), (2, 5000)]
 """Rows, columns."""
 HEADS = [(1, 1, 2), (3, 2, 6), (5, 9, 64), (0, 2, 4), (17, 3, 34)]
 """Tokens, heads, numbers in a head."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small; the tests that share work out say so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -29,6 +29,8 @@ from capotune.kernels import _native, linear
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
 from capotune.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROUNDING = 2.0**-24
 """The largest relative error of one rounding to fp32."""
 HALVES = 2.0**-17
@@ -63,15 +65,6 @@ def rounded() -> Iterator[None]:
     """Sixteen bits are enough in these tests; the one that they are not by themselves asks for a new context."""
     with sixteen_bits():
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small; the test that shares work out says so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,19 +12,12 @@ from capotune.errors import SettingError
 from capotune.kernels import _native, low_rank
 from capotune.kernels.low_rank import gather, project, update
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROUNDING = 2.0**-24
 """The largest relative error of one rounding to fp32."""
 SIZES = [(1, 1, 1), (5, 7, 3), (3, 8, 8), (33, 16, 13), (32, 17, 48), (31, 100, 49), (70, 65, 5), (2, 300, 20)]
 """Rows, columns, ranks: below, at and beyond a vector of 8, a tile of 32 rows, and the limit of 48 ranks."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small; the test that shares work out says so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["native", "reference"])

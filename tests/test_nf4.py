@@ -32,6 +32,8 @@ from capotune.kernels.nf4 import (
     to_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 CPU = torch.device("cpu")
@@ -40,15 +42,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Whole blocks; more than one nested block; a short last block; odd counts; vectors; more than two dimensions.
 SHAPES = ((64, 128), (250, 128), (17, 33), (1,), (3, 5, 7), (3600, 9))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small: with more threads a busy machine spends the time waiting for the last one to start."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["native", "reference"])

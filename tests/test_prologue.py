@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -18,19 +18,12 @@ from capotune.kernels.lora_linear import FrozenWeight, LowRank, Prologue, lora_l
 from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.swiglu import SwiGLU, swiglu_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, WIDTH = 13, 20
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-13}
 """Of the largest number. fp32: some tens of terms in another order, roundings of 2^-24. bf16: a few roundings of 2^-9
 one after the other, where the plain expression rounds at other places."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["native", "reference"])

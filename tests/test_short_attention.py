@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,17 +17,10 @@ from capotune.kernels import _native
 from capotune.kernels import attention as attention_module
 from capotune.kernels.attention import Sequences, packed_attention, packed_attention_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 2e-6
 """Of the largest number, and of 1 at least: 70 terms of about 1, each rounded by 2^-24."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small; the test that shares work out says so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """The products of linear layers with frozen weights: y = xWᵀ + bias, and on the way back the input's gradient g·W.
 
 Inside ``sixteen_bits()``, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
-(``products_amx.c``), each number as the sum of two of bf16. That keeps 16 bits of each, sums are fp32, and a product
-takes about half the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs take
-TF32 with 11 bits. Training asks for it; what is evaluated and predicted has all 24 bits. Elsewhere, in other dtypes and
-for few rows the products are PyTorch's.
+(``products_amx.c``), each number as the sum of two of bf16. It keeps 16 bits of each, sums are fp32, and it takes half
+to three quarters of the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs
+take TF32 with 11 bits. Training steps and the computing of features and states that are kept ask for it. Elsewhere, in
+other dtypes and for few rows the products are PyTorch's.
 
 Numbers below 1e-30 lose some of the 16 bits, since the unit knows no denormal numbers; an infinity gives NaN.
 """
@@ -29,18 +29,17 @@ _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
 _OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
 _FEWEST_ROWS = 48  # below, a product waits for the weight, and PyTorch's reads it as fast
 
-
 _enough = ContextVar("sixteen bits are enough", default=False)
 
 
 @contextmanager
 def sixteen_bits() -> Iterator[None]:
     """Inside, in this thread, products may round each number to 16 bits. The way back is to be inside too."""
-    before = _enough.set(True)
+    token = _enough.set(True)
     try:
         yield
     finally:
-        _enough.reset(before)
+        _enough.reset(token)
 
 
 class Rows:
@@ -62,7 +61,7 @@ class Rows:
             check_shape("bias", bias, weight.shape[:1])
         if out is not None:
             check_shape("out", out, (len(self.x), len(weight)))
-        unit = _unit_for(self.x, weight, *(more for more in (bias, out) if more is not None))
+        unit = _unit_for(self.x, weight, bias, out)
         if unit is None:
             if out is None:
                 return functional.linear(self.x, weight, bias)
@@ -85,19 +84,15 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor 
     check_shape("weight", weight, (grad.shape[1], weight.shape[1]))
     if onto is not None:
         check_shape("onto", onto, (len(grad), weight.shape[1]))
-    unit = _unit_for(grad, weight, *(() if onto is None else (onto,)))
+    unit = _unit_for(grad, weight, onto)
     if unit is None:
         return grad @ weight if onto is None else onto.addmm_(grad, weight)
+    y = torch.empty(len(grad), weight.shape[1], dtype=torch.float32) if onto is None else onto
     for start in range(0, len(weight), _OUT_AT_ONCE):
         part = slice(start, start + _OUT_AT_ONCE)
-        strips = _room_for_strips(*grad[:, part].shape)
-        y = torch.empty(len(grad), weight.shape[1], dtype=torch.float32) if onto is None else onto
-        _multiply(
-            unit.linear_input_gradient, grad[:, part], weight[part], None, y, strips, onto=onto is not None, ready=False
-        )
-        onto = y
-    assert onto is not None
-    return onto
+        strips, more = _room_for_strips(*grad[:, part].shape), onto is not None or start > 0
+        _multiply(unit.linear_input_gradient, grad[:, part], weight[part], None, y, strips, onto=more, ready=False)
+    return y
 
 
 @cache
@@ -109,12 +104,12 @@ def matrix_unit() -> ctypes.CDLL | None:
     return lib if lib is not None and lib.ask_for_amx() else None
 
 
-def _unit_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The kernels where these are tensors for them; the first is that of the activations."""
-    if not _enough.get() or len(tensors[0]) < _FEWEST_ROWS or not tensors[0].is_cpu:
+def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
+    """The kernels where these are tensors for them; x are the activations."""
+    if not _enough.get() or len(x) < _FEWEST_ROWS or not x.is_cpu:
         return None
-    for one in tensors:
-        if one.dtype != torch.float32 or one.stride(-1) != 1 or one.numel() == 0:
+    for one in (x, *others):
+        if one is not None and (one.dtype != torch.float32 or one.stride(-1) != 1 or one.numel() == 0):
             return None
     return matrix_unit()
 

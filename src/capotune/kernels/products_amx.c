@@ -227,7 +227,7 @@ INLINE void write_sums(const struct product *a, const float *sums, int64_t row, 
 
 /* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
  * then two strips of activations after the other meet them all, chunk by chunk, so that theirs stay in the first-level one. */
-INLINE void run_panels(const struct product *a, int64_t first, int64_t last, int across) {
+INLINE void run_panels(const struct product *a, int across, int64_t first, int64_t last) {
     int64_t terms = across ? a->into : a->out, columns = across ? a->out : a->into, size = parts(terms, TERMS) * 2 * TILE;
     int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms)));
     bf16 *weights = room(together * 2 * size * sizeof(bf16));
@@ -263,73 +263,66 @@ INLINE void run_panels(const struct product *a, int64_t first, int64_t last, int
     free(weights);
 }
 
-/* y = x W^T + bias: W's rows are the left strips, x's the right ones. Items of the stages are strips, then panels. */
-static void linear_strips(const void *arguments, int64_t first, int64_t last) {
-    const struct product a = *(const struct product *)arguments;
-    int64_t size = parts(a.into, TERMS) * 2 * TILE;
-    for (int64_t strip = first; strip < last; strip++)
-        right_strip_across(a.x + strip * SIDE * a.x_stride, a.x_stride, least(SIDE, a.rows - strip * SIDE), a.into,
-                           a.strips + strip * size);
-}
-
-static void linear_panels(const void *arguments, int64_t first, int64_t last) {
-    run_panels(arguments, first, last, 1);
-}
-
-/* y = g W or y += g W: g's rows are the left strips, W's columns the right ones */
-static void gradient_strips(const void *arguments, int64_t first, int64_t last) {
-    const struct product a = *(const struct product *)arguments;
-    int64_t size = parts(a.out, TERMS) * 2 * TILE;
-    for (int64_t strip = first; strip < last; strip++)
-        left_strip(a.x + strip * SIDE * a.x_stride, a.x_stride, least(SIDE, a.rows - strip * SIDE), a.out,
-                   a.strips + strip * size);
-}
-
-static void gradient_panels(const void *arguments, int64_t first, int64_t last) {
-    run_panels(arguments, first, last, 0);
-}
-
 /* ------------------------------------------------------------------------------------------------------------ threads */
+
+/* across: y = x W^T + bias, W's rows are the left strips, x's the right ones; else y (+)= g W, g's rows are the left strips,
+ * W's columns the right ones */
+struct work {
+    const struct product *product;
+    int across;
+    int64_t strips;  /* of the activations in one part */
+};
+
+INLINE int64_t terms_of(struct work work) { return work.across ? work.product->into : work.product->out; }
+
+static void make_strips(const void *arguments, int64_t first, int64_t last) {
+    const struct work work = *(const struct work *)arguments;
+    const struct product *a = work.product;
+    int64_t terms = terms_of(work), size = parts(terms, TERMS) * 2 * TILE;
+    for (int64_t strip = first; strip < last; strip++)
+        (work.across ? right_strip_across : left_strip)(a->x + strip * SIDE * a->x_stride, a->x_stride,
+                                                        least(SIDE, a->rows - strip * SIDE), terms, a->strips + strip * size);
+}
+
+static void make_panels(const void *arguments, int64_t first, int64_t last) {
+    const struct work work = *(const struct work *)arguments;
+    if (work.across) run_panels(work.product, 1, first, last);
+    else run_panels(work.product, 0, first, last);
+}
+
+/* Some of the strips with all panels: made and used by the same thread, so that they stay in its cache */
+static void make_part(const void *arguments, int64_t first, int64_t last) {
+    const struct work work = *(const struct work *)arguments;
+    const struct product *a = work.product;
+    int64_t from = first * work.strips, to = least(last * work.strips, parts(a->rows, SIDE));
+    if (!a->ready) make_strips(&work, from, to);
+    struct product own = *a;
+    own.rows = least(to * SIDE, a->rows) - from * SIDE;
+    own.y += from * SIDE * own.y_stride;
+    own.strips += from * parts(terms_of(work), TERMS) * 2 * TILE;
+    struct work of_own = {&own, work.across, 0};
+    make_panels(&of_own, 0, parts(work.across ? own.out : own.into, PAIR));
+}
 
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
 typedef void sharer(void *fork_join, kernel *stage, const void *arguments, int64_t items, int64_t threads);
 
 /* share is share_rows of elementwise_cpu.c, or none for one thread */
-static void run(kernel *stage, const void *arguments, int64_t items, sharer *share, void *fork_join, int64_t threads) {
-    if (share && threads > 1 && items > 1) share(fork_join, stage, arguments, items, least(threads, items));
-    else stage(arguments, 0, items);
+static void run(kernel *stage, struct work work, int64_t items, sharer *share, void *fork_join, int64_t threads) {
+    if (share && threads > 1 && items > 1) share(fork_join, stage, &work, items, least(threads, items));
+    else stage(&work, 0, items);
 }
 
-/* Some of the strips, made and used by the same thread, so that they stay in its cache */
-struct part {
-    const struct product *whole;
-    int64_t strips;
-    int across;
-};
-
-static void run_part(const void *arguments, int64_t first, int64_t last) {
-    struct part part = *(const struct part *)arguments;
-    const struct product *whole = part.whole;
-    int64_t size = parts(part.across ? whole->into : whole->out, TERMS) * 2 * TILE;
-    int64_t from = first * part.strips, to = least(last * part.strips, parts(whole->rows, SIDE));
-    if (!whole->ready) (part.across ? linear_strips : gradient_strips)(whole, from, to);
-    struct product own = *whole;
-    own.rows = least(to * SIDE, whole->rows) - from * SIDE;
-    own.y += from * SIDE * own.y_stride;
-    own.strips += from * size;
-    run_panels(&own, 0, parts(part.across ? own.out : own.into, PAIR), part.across);
-}
-
-/* Many rows are shared out by rows, so that weights are read by every thread, and few by panels */
+/* Many rows are shared out by rows, so that every thread reads all weights, and few by panels */
 static void run_product(const struct product *a, int across, sharer *share, void *fork_join, int64_t threads) {
     int64_t strips = parts(a->rows, SIDE), panels = parts(across ? a->out : a->into, PAIR);
+    struct work work = {a, across, parts(parts(strips, threads), 2) * 2};
     if (share && threads > 1 && a->rows >= threads * ROWS_FOR_ONE) {
-        struct part part = {a, parts(parts(strips, threads), 2) * 2, across};
-        share(fork_join, run_part, &part, parts(strips, part.strips), threads);
+        run(make_part, work, parts(strips, work.strips), share, fork_join, threads);
         return;
     }
-    if (!a->ready) run(across ? linear_strips : gradient_strips, a, strips, share, fork_join, threads);
-    run(across ? linear_panels : gradient_panels, a, panels, share, fork_join, threads);
+    if (!a->ready) run(make_strips, work, strips, share, fork_join, threads);
+    run(make_panels, work, panels, share, fork_join, threads);
 }
 
 void linear(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
