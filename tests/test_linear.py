@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import mmap
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -90,11 +91,32 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture(scope="module")
+def some_unit(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels on this machine's matrix unit; where it has none, on one in software."""
+    if found := matrix_unit():
+        return found
+    compiler, processor = shutil.which("gcc"), Path("/proc/cpuinfo")
+    if compiler is None or not processor.is_file() or "avx512_bf16" not in processor.read_text():
+        pytest.skip("no matrix unit here, nor gcc and AVX-512 with bf16 for one in software")
+    flags = *_native.FLAGS, *_native.SIMD_FLAGS["AVX512"], *_native.MORE_SIMD_FLAGS["products_amx"]
+    header = Path(__file__).with_name("tiles_in_software.h")
+    made = tmp_path_factory.mktemp("unit") / "in_software.so"
+    _native._compile(
+        compiler, (*flags, "-include", str(header)), Path(linear.__file__).with_name("products_amx.c"), made
+    )
+    return ctypes.CDLL(str(made))
+
+
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
+def unit(some_unit: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test where there is a matrix unit."""
+    monkeypatch.setattr(linear, "matrix_unit", lambda: some_unit)
+
+
+@pytest.fixture
+def native(unit: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - it is asked for, not used
     """Runs a test on the matrix unit, also for few rows."""
-    if matrix_unit() is None:
-        pytest.skip("no matrix unit here")
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
 
 
@@ -501,11 +523,10 @@ def test_other_layouts_are_pytorchs(called: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------- who does the work
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("more", [-10, -1, 0, 1])
 def test_few_rows_are_pytorchs(more: int, called: list[str]) -> None:
     """Below the fewest that are worth it."""
-    if matrix_unit() is None:
-        pytest.skip("no matrix unit here")
     check(problem(linear._FEWEST_ROWS + more, 64, 64), "native" if more >= 0 else "reference")
     assert called == (BOTH_WAYS if more >= 0 else [])
 
