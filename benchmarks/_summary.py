@@ -81,10 +81,7 @@ def comparison(content: dict[str, Any], title: str) -> str:
             f"| {human_bytes(row['adapter_bytes'])} | {row['train_seconds']:.0f} "
             f"| {human_bytes(row['peak_memory_bytes'])} |"
         )
-    machine = content["environment"]
-    lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}"]
-    lines += ["", f"On {machine['cpu']}; torch {machine['torch']}, transformers {machine['transformers']}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_ending(content)])
 
 
 def expressions(content: dict[str, Any]) -> str:
@@ -105,10 +102,16 @@ def expressions(content: dict[str, Any]) -> str:
             f"| {row['trainable_parameters']:,} ({share:.1%}) | {human_bytes(row['adapter_bytes'])} "
             f"| {row['train_seconds']:.0f} | {human_bytes(row['peak_memory_bytes'])} |"
         )
+    return "\n".join([*lines, *_ending(content)])
+
+
+def _ending(content: dict[str, Any]) -> list[str]:
+    """Below a comparison's table: what to take, and where that was found."""
     machine = content["environment"]
-    lines += ["", f"Recommended: **{content['recommended']}**. {content['why']}"]
-    lines += ["", f"On {machine['cpu']}; torch {machine['torch']}, transformers {machine['transformers']}."]
-    return "\n".join(lines)
+    kernels = f", kernels {machine['kernels']}" if "kernels" in machine else ""  # not in the oldest results
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    recommended = f"Recommended: **{content['recommended']}**. {content['why']}"
+    return ["", recommended, "", f"On {machine['cpu']}{kernels}; {versions}."]
 
 
 def generation(content: dict[str, Any]) -> list[str]:

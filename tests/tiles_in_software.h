@@ -1,6 +1,6 @@
 /* AMX's tile registers and instructions in software, put before products_amx.c (-include) so that its kernels run where
- * no such unit is. What they need beside it, AVX-512 with bf16, computes one row of a tile product just as the unit does:
- * pairs of bf16, sums in fp32, no denormal numbers. */
+ * no such unit is. What they need beside it, AVX-512 with bf16, multiplies as the unit does: pairs of bf16, sums in fp32, no
+ * denormal numbers. It says nothing of the real unit's speed, of its registers' set-up, or of asking Linux for them. */
 #include <immintrin.h>
 #include <stdint.h>
 

@@ -286,6 +286,7 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
 
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
+    /* two calls, so that the compiler makes code for each way, without asking inside the loops */
     if (work.across) run_panels(work.product, 1, first, last);
     else run_panels(work.product, 0, first, last);
 }
