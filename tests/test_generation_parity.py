@@ -422,8 +422,8 @@ def test_training_above_cached_layers_is_training_above_them(
     "variant", ["features", "features, cached", "lora", "lora, dropout", "dora, dropout", "qlora", "prompt-tuning"]
 )
 def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: dict[str, Path]) -> None:
-    """Each block is computed twice, with the same dropout; losses and weights are those without it. GPT-2 has dropout
-    of its own."""
+    """Each block is computed twice, with the same dropout; losses and weights are those without it, by the blocks' own
+    code and by the kernels. GPT-2 has dropout of its own."""
     known: dict[str, MethodSettings] = {
         "features": FeatureExtractionSettings(trainable_layers=2, **LESS),
         "lora": LoraSettings(**LORA, **LESS),
@@ -434,7 +434,7 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
     }
     settings = known["features" if "features" in variant else variant]
     losses, ends, passes = [], [], []
-    for on, plain in ((False, True), (True, True), (True, False)):
+    for on, plain in ((False, True), (True, True), (False, False), (True, False)):
         assembled = on_base(writers[base], settings.model_copy(update={"gradient_checkpointing": on}))
         if plain:  # the blocks' own code, whose parts are called
             vars(assembled)["fusing"] = Fusing(why_not="calls are counted")
@@ -452,11 +452,11 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
         assert not any("forward" in vars(module) for module in assembled.model.modules())
     # six steps; the held-out rows are scored at the start and after each epoch
     assert passes[:2] == [6 + 3, 2 * 6 + 3]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-    for key in ends[0]:
-        torch.testing.assert_close(ends[1][key], ends[0][key], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ends[2][key], ends[0][key], rtol=1e-4, atol=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)  # Adam makes more of it in weights with hardly a gradient
+    for off, on in ((0, 1), (2, 3)):
+        assert losses[on] == pytest.approx(losses[off], rel=1e-6)
+        for key in ends[off]:
+            torch.testing.assert_close(ends[on][key], ends[off][key], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- bf16

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from commands import capo, start, tree, wait_until
+
+from capotune.training.checkpoint import load_checkpoint, save_checkpoint
+from capotune.training.loop import TrainingState
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on Unix")
 
@@ -194,3 +201,46 @@ def test_resume_wants_the_same_settings_and_something_to_go_on_with(
     ended = capo(*training(bert, tickets, 1), "--resume")
     assert ended.code == 2
     assert "no checkpoint in run/checkpoints" in ended.said
+
+
+def test_stopped_anywhere_while_an_old_checkpoint_is_removed(tmp_path: Path) -> None:
+    """Between any two of Python's instructions: nothing stays open, the newest is whole, the next save tidies up."""
+    save_checkpoint(tmp_path / "new", TrainingState(step=2))
+    save_checkpoint(tmp_path / "old", TrainingState(step=1))
+
+    def attempt(folder: Path, stop_at: int) -> int:
+        """How many instructions ran."""
+        for made, name in (("new", "step-2"), ("old", "step-1")):
+            shutil.copytree(tmp_path / made / name, folder / name)
+        ran = 0
+
+        def count(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal ran
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                ran += 1
+                if ran == stop_at:
+                    raise KeyboardInterrupt
+            return count
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            save_checkpoint(folder, TrainingState(step=2))
+        except KeyboardInterrupt:
+            assert ran == stop_at
+        finally:
+            sys.settrace(before)
+        return ran
+
+    instructions = attempt(tmp_path / "whole", 0)
+    assert sorted(tree(tmp_path / "whole")) == ["step-2", "step-2/state.json", "step-2/state.safetensors"]
+    for number in range(1, instructions + 1):
+        folder = tmp_path / str(number)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            attempt(folder, number)
+        assert not said, f"stopped at instruction {number} of {instructions}: {said[0].message}"
+        assert load_checkpoint(folder).step == 2
+        save_checkpoint(folder, TrainingState(step=2))
+        assert tree(folder) == tree(tmp_path / "whole")

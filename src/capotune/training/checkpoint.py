@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
             write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _NUMBERS}))
     for old in _all(folder):
         if old != target:
-            shutil.rmtree(old)
+            for name in _listed(old):
+                (old / name).unlink()
+            old.rmdir()
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -48,7 +50,13 @@ def load_checkpoint(folder: Path) -> TrainingState:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    names = [name for name in _listed(folder) if name.startswith("step-")]
+    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")))]
+
+
+def _listed(folder: Path) -> list[str]:
+    """Names in ``folder``; a signal that comes within glob, iterdir or rmtree may leave it open."""
+    return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
