@@ -46,11 +46,17 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    """``capo`` as a process of its own."""
+    """``capo`` as a process of its own, that says so when it leaves behind what nobody ends for it.
+
+    A file is closed as soon as nobody holds it, which Python warns of too: a signal between ``open`` and ``with`` does
+    that, in any program.
+    """
     command = [
         sys.executable,
         "-W",
-        "error::ResourceWarning",
+        "error:subprocess:ResourceWarning",  # ... is still running
+        "-W",
+        "error:Implicitly cleaning up:ResourceWarning",  # a temporary folder
         "-c",
         "import sys; from capotune.cli import main; sys.exit(main())",
     ]

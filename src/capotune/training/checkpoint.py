@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
             write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _NUMBERS}))
     for old in _all(folder):
         if old != target:
-            for name in _listed(old):
-                (old / name).unlink()
+            for path in old.iterdir():  # by rmtree, a signal may become an OSError
+                path.unlink()
             old.rmdir()
 
 
@@ -50,13 +49,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
 
 
 def _all(folder: Path) -> list[Path]:
-    names = [name for name in _listed(folder) if name.startswith("step-")]
-    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")))]
-
-
-def _listed(folder: Path) -> list[str]:
-    """Names in ``folder``; a signal that comes within glob, iterdir or rmtree may leave it open."""
-    return os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
