@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from capotune.kernels._native import Argument, address, as_rows, over_rows, products
 
-_MOST_LENGTH, _MOST_HEAD, _LANES = 512, 128, 8
+MOST_LENGTH, MOST_HEAD, _LANES = 512, 128, 8
 """Up to where products_cpu.c is faster, and the numbers in one of its vectors."""
 
 
@@ -112,7 +112,7 @@ def packed_attention(
 def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> CDLL | None:
     """The kernels for short sequences, where these are such."""
     size = q.shape[-1]
-    short = max(sequences.lengths, default=0) <= _MOST_LENGTH and size <= _MOST_HEAD and size % _LANES == 0
+    short = max(sequences.lengths, default=0) <= MOST_LENGTH and size <= MOST_HEAD and size % _LANES == 0
     return products(q, k, v) if short else None
 
 

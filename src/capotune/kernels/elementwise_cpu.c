@@ -47,6 +47,31 @@ void share_rows(void (*fork_join)(void (*)(void *), void *, unsigned, unsigned),
     fork_join(take_shares, &job, (unsigned)threads, 0);
 }
 
+/* A kernel to call: its arguments stand so many bytes after the first call, its items are shared out if they are worth it. */
+struct call {
+    void *kernel;
+    int64_t arguments, items, work;  /* items < 0: it shares itself out, as products_amx.c does */
+};
+
+/* Calls one after the other, as program.py writes them; threads: the most, each for so much work at least. */
+void run_program(const struct call *calls, int64_t count, void *fork_join, int64_t threads, int64_t least_work) {
+    typedef void kernel(const void *, int64_t, int64_t);
+    typedef void sharing_kernel(const void *, void *, void *, int64_t);
+    for (const struct call *call = calls; call < calls + count; call++) {
+        const void *arguments = (const char *)calls + call->arguments;
+        if (call->items < 0) {
+            ((sharing_kernel *)call->kernel)(arguments, fork_join ? (void *)share_rows : 0, fork_join, threads);
+            continue;
+        }
+        int64_t most = call->work / least_work < call->items ? call->work / least_work : call->items;
+        int64_t used = most < threads ? most : threads;
+        if (fork_join && used > 1)
+            share_rows((void (*)(void (*)(void *), void *, unsigned, unsigned))fork_join, (kernel *)call->kernel, arguments,
+                       call->items, used);
+        else ((kernel *)call->kernel)(arguments, 0, call->items);
+    }
+}
+
 /* -------------------------------------------------------------------------------------------------------- numbers */
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from capotune.kernels._native import address, check_shape, fork_join, library
 
-__all__ = ["Rows", "input_gradient", "matrix_unit", "sixteen_bits"]
+__all__ = ["Rows", "allowed_unit", "input_gradient", "matrix_unit", "sixteen_bits", "split_weight", "strip_numbers"]
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
 _OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
@@ -104,6 +104,27 @@ def matrix_unit() -> ctypes.CDLL | None:
     return lib if lib is not None and lib.ask_for_amx() else None
 
 
+def allowed_unit(x: torch.Tensor) -> ctypes.CDLL | None:
+    """The kernels of products_amx.c where activations x (rows, any) are for them, here and now; else None."""
+    return _unit_for(x)
+
+
+def strip_numbers(columns: int, terms: int) -> int:
+    """fp32 numbers that are as long as the strips of a matrix: two of bf16 for each, in whole tiles."""
+    return -(-columns // _SIDE) * _SIDE * -(-terms // _TERMS) * _TERMS
+
+
+def split_weight(unit: ctypes.CDLL, weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
+    """The strips of ``weight`` (out, into), fp32, as the unit wants them for xWᵀ, or for gW. With them as the
+    ``panels`` of ``struct product``, a product need not make them each time; they are as large as the weight."""
+    out, into = weight.shape
+    strips = torch.empty(strip_numbers(into, out) if input_gradient else strip_numbers(out, into))
+    product = struct.pack("14q", 0, out, into, 0, 0, weight.data_ptr(), weight.stride(0), *(0,) * 7)
+    split = unit.split_for_input_gradient if input_gradient else unit.split_for_linear
+    split(product, ctypes.c_void_p(strips.data_ptr()))
+    return strips
+
+
 def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
     """The kernels where these are tensors for them; x are the activations."""
     if not _enough.get() or len(x) < _FEWEST_ROWS or not x.is_cpu:
@@ -116,7 +137,7 @@ def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | No
 
 def _room_for_strips(rows: int, terms: int) -> torch.Tensor:
     """Two bf16 numbers for each fp32 one, in whole tiles; PyTorch's memory begins at a multiple of 64 bytes."""
-    return torch.empty(-(-rows // _SIDE) * _SIDE, -(-terms // _TERMS) * _TERMS, dtype=torch.float32)
+    return torch.empty(strip_numbers(rows, terms), dtype=torch.float32)
 
 
 def _multiply(
@@ -133,7 +154,7 @@ def _multiply(
     """Calls C with a ``struct product``."""
     read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
     written = (y.data_ptr(), y.stride(0), onto, strips.data_ptr())
-    product = struct.pack("13q", len(x), *weight.shape, *read, *written, ready)
+    product = struct.pack("14q", len(x), *weight.shape, *read, *written, ready, 0)
     function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
 
 

@@ -17,7 +17,7 @@ from capotune.kernels._native import Argument, address, check_shape, over_rows, 
 __all__ = ["gather", "project", "update"]
 
 _LANES = 8  # columns that products_cpu.c takes together
-_MOST_RANKS = 48  # more are no longer small
+MOST_RANKS = 48  # more are no longer small
 
 
 def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,7 +63,7 @@ def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tens
 
 def _kernels(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor) -> CDLL | None:
     """The C kernels, where these are the tensors for them."""
-    known = 0 < matrix.shape[0] <= _MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and low.stride(1) == 1
+    known = 0 < matrix.shape[0] <= MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and low.stride(1) == 1
     return products(x, low, matrix) if known else None
 
 

@@ -207,6 +207,7 @@ struct product {
     int64_t y_stride, onto;   /* onto: added to what is there */
     bf16 *strips;             /* of the activations */
     int64_t ready;            /* whether they are in it */
+    const bf16 *panels;       /* W's strips, as split_for_... makes them, or none */
 };
 
 /* y = 16 x 16 sums + bias, or y += sums; across: the rows of the sums are y's columns */
@@ -225,22 +226,30 @@ INLINE void write_sums(const struct product *a, const float *sums, int64_t row, 
     }
 }
 
+INLINE int64_t terms_of(const struct product *a, int across) { return across ? a->into : a->out; }
+INLINE int64_t columns_of(const struct product *a, int across) { return across ? a->out : a->into; }
+
+/* Strips of W for so many columns of y from the column left on */
+INLINE void split_weight(const struct product *a, int across, int64_t left, int64_t count, bf16 *to) {
+    int64_t terms = terms_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
+    if (!across) right_strips(a->weight + left, a->weight_stride, count, terms, to, size);
+    else for (int64_t column = 0; column < count; column += SIDE, to += size)
+        left_strip(a->weight + (left + column) * a->weight_stride, a->weight_stride, least(SIDE, count - column), terms, to);
+}
+
 /* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
  * then two strips of activations after the other meet them all, chunk by chunk, so that theirs stay in the first-level one. */
 INLINE void run_panels(const struct product *a, int across, int64_t first, int64_t last) {
-    int64_t terms = across ? a->into : a->out, columns = across ? a->out : a->into, size = parts(terms, TERMS) * 2 * TILE;
+    int64_t terms = terms_of(a, across), columns = columns_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
     int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms)));
-    bf16 *weights = room(together * 2 * size * sizeof(bf16));
+    bf16 *own = a->panels ? NULL : room(together * 2 * size * sizeof(bf16));
     float sums[MOST_TOGETHER * PAIR * PAIR] __attribute__((aligned(64)));
     configure();
     for (int64_t panel = first; panel < last; panel += together) {
         int64_t left = panel * PAIR, strips = parts(least(together * PAIR, columns - left), SIDE);
         strips = least(strips, (last - panel) * 2);
-        if (across)
-            for (int64_t s = 0, column = left; s < strips; s++, column += SIDE)
-                left_strip(a->weight + column * a->weight_stride, a->weight_stride, least(SIDE, columns - column), terms,
-                           weights + s * size);
-        else right_strips(a->weight + left, a->weight_stride, least(strips * SIDE, columns - left), terms, weights, size);
+        const bf16 *weights = a->panels ? a->panels + panel * 2 * size : own;
+        if (own) split_weight(a, across, left, least(strips * SIDE, columns - left), own);
         for (int64_t row = 0; row < a->rows; row += PAIR) {
             const bf16 *rows = a->strips + row / SIDE * size;
             int row_strips = a->rows - row > SIDE ? 2 : 1;
@@ -260,7 +269,7 @@ INLINE void run_panels(const struct product *a, int across, int64_t first, int64
         }
     }
     _tile_release();
-    free(weights);
+    free(own);
 }
 
 /* ------------------------------------------------------------------------------------------------------------ threads */
@@ -273,12 +282,10 @@ struct work {
     int64_t strips;  /* of the activations in one part */
 };
 
-INLINE int64_t terms_of(struct work work) { return work.across ? work.product->into : work.product->out; }
-
 static void make_strips(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
     const struct product *a = work.product;
-    int64_t terms = terms_of(work), size = parts(terms, TERMS) * 2 * TILE;
+    int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
     for (int64_t strip = first; strip < last; strip++)
         (work.across ? right_strip_across : left_strip)(a->x + strip * SIDE * a->x_stride, a->x_stride,
                                                         least(SIDE, a->rows - strip * SIDE), terms, a->strips + strip * size);
@@ -300,9 +307,9 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
     struct product own = *a;
     own.rows = least(to * SIDE, a->rows) - from * SIDE;
     own.y += from * SIDE * own.y_stride;
-    own.strips += from * parts(terms_of(work), TERMS) * 2 * TILE;
+    own.strips += from * parts(terms_of(a, work.across), TERMS) * 2 * TILE;
     struct work of_own = {&own, work.across, 0};
-    make_panels(&of_own, 0, parts(work.across ? own.out : own.into, PAIR));
+    make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));
 }
 
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
@@ -316,7 +323,7 @@ static void run(kernel *stage, struct work work, int64_t items, sharer *share, v
 
 /* Many rows are shared out by rows, so that every thread reads all weights, and few by panels */
 static void run_product(const struct product *a, int across, sharer *share, void *fork_join, int64_t threads) {
-    int64_t strips = parts(a->rows, SIDE), panels = parts(across ? a->out : a->into, PAIR);
+    int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR);
     struct work work = {a, across, parts(parts(strips, threads), 2) * 2};
     if (share && threads > 1 && a->rows >= threads * ROWS_FOR_ONE) {
         run(make_part, work, parts(strips, work.strips), share, fork_join, threads);
@@ -333,3 +340,7 @@ void linear(const struct product *a, sharer *share, void *fork_join, int64_t thr
 void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
     run_product(a, 0, share, fork_join, threads);
 }
+
+/* W's strips for either way, for those who keep them */
+void split_for_linear(const struct product *a, bf16 *to) { split_weight(a, 1, 0, a->out, to); }
+void split_for_input_gradient(const struct product *a, bf16 *to) { split_weight(a, 0, 0, a->into, to); }

@@ -157,6 +157,32 @@ void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
         }
 }
 
+/* ------------------------------------------------------------------------------------- what programs need beside these */
+
+struct copy_matrix {
+    const float *from;  /* (rows, columns) */
+    int64_t columns;
+    float *to;
+    int64_t to_row, to_column;  /* how far apart they lie there: 1 and rows for the transpose */
+};
+
+void copy_matrix(const void *arguments, int64_t first, int64_t last) {
+    const struct copy_matrix a = *(const struct copy_matrix *)arguments;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < a.columns; i++) a.to[row * a.to_row + i * a.to_column] = a.from[row * a.columns + i];
+}
+
+struct multiply_by {
+    int64_t columns;
+    const float *x, *factors;
+    float *y;  /* may be x */
+};
+
+void multiply_by(const void *arguments, int64_t first, int64_t last) {
+    const struct multiply_by a = *(const struct multiply_by *)arguments;
+    for (int64_t i = first * a.columns; i < last * a.columns; i++) a.y[i] = a.x[i] * a.factors[i];
+}
+
 /* -------------------------------------------------------------------------------------- attention of short sequences */
 
 struct short_attention {

@@ -26,6 +26,7 @@ from torch import nn
 from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
+from capotune.kernels.bert_block import BertBlock, LayerNorm
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears
@@ -46,6 +47,8 @@ from capotune.models.packing import (
 )
 
 Forward = Callable[..., torch.Tensor]
+_FEW_WEIGHTS = 2**25
+"""Of all blocks, up to which the matrix unit's form of them, 8 bytes each in training, is kept."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
     reasons: list[str] = []
     for block, window in zip(blocks, fusing.windows, strict=True):
         try:
-            _fuse(block, window, last=False)
+            _fuse(block, window, last=False, keep_strips=False)
         except NotFusedError as error:
             reasons.append(str(error))
     return reasons
@@ -112,9 +115,10 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
 def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
     """Inside, the kernels compute those of ``blocks`` that they can, as their layers are when this begins."""
     made: dict[nn.Module, Forward] = {}
+    small = sum(weight.numel() for block in blocks for weight in block.parameters()) <= _FEW_WEIGHTS
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
-            made[block] = _fuse(block, window, last=block is blocks[-1])
+            made[block] = _fuse(block, window, last=block is blocks[-1], keep_strips=small)
         except NotFusedError:
             continue
     with with_forward(made):
@@ -143,14 +147,21 @@ def _linear(layer: Any) -> LowRank:
     return changed.low_rank()
 
 
-def _fuse(block: Any, window: int | None, last: bool) -> Forward:
-    """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
+def _is_dense(layer: Any) -> bool:
+    """Whether the frozen weight lies in memory as fp32, (out, in)."""
+    base = layer.base_layer if isinstance(layer, LowRankLayer) else layer
+    return isinstance(base, nn.Linear) and base.weight.dtype == torch.float32
+
+
+def _fuse(block: Any, window: int | None, last: bool, keep_strips: bool) -> Forward:
+    """The ``forward`` to put in place of the block's own. ``keep_strips``: there is room for the matrix unit's form of
+    its weights. Raises ``NotFusedError``."""
     children = {name for name, _ in block.named_children()}
     try:
         if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
             return _llama(block, window, last)
         if children == {"attention", "intermediate", "output"}:
-            return _bert(block, window, last)
+            return _bert(block, window, last, keep_strips)
     except AttributeError as error:
         raise NotFusedError(f"its blocks are of another form ({error})") from None
     raise NotFusedError("its blocks are of another form")
@@ -213,7 +224,7 @@ def _check_frozen(norm: nn.Module) -> None:
 # --------------------------------------------------------------------------------------------------------------- BERT
 
 
-def _bert(block: Any, window: int | None, last: bool) -> Forward:
+def _bert(block: Any, window: int | None, last: bool, keep_strips: bool) -> Forward:
     attention, output1 = _part(block.attention, "self", "output")
     q, k, v, _ = _part(attention, "query", "key", "value", "dropout")
     o, norm1, dropout1 = _part(output1, "dense", "LayerNorm", "dropout")
@@ -230,6 +241,10 @@ def _bert(block: Any, window: int | None, last: bool) -> Forward:
     )  # fmt: skip
     size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
     gelu, plain = Gelu(), block.forward
+    whole = None
+    if window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
+        norms = tuple(LayerNorm(norm.weight, norm.bias, norm.eps) for norm in (norm1, norm2))
+        whole = BertBlock((qkv, out, widened, narrowed), norms, size, scale, causal=causal, keep_strips=keep_strips)
 
     def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
         """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""
@@ -237,6 +252,8 @@ def _bert(block: Any, window: int | None, last: bool) -> Forward:
         if sequences is None or any(one is not None for one in more):
             return plain(hidden_states, *more, **how)  # type: ignore[no-any-return]
         x = hidden_states[0]
+        if whole is not None and not (last and how.get("wanted") is not None) and whole.takes(x, sequences):
+            return whole(x, sequences, [one.p if one.training else 0.0 for one in (dropout1, dropout2)])[None]
         query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x,), qkv))
         mixed = packed_attention(query, key, value, sequences, causal=causal, scale=scale, window=window).flatten(1)
         if last and (wanted := how.get("wanted")) is not None:

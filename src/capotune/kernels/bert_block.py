@@ -1,0 +1,485 @@
+"""A whole BERT block as two programs of kernel calls: one forward, one back.
+
+    u = norm₁(x + m₁⊙o(attention(q, k, v of x)))        y = norm₂(u + m₂⊙down(gelu(up(u))))
+
+m₁ and m₂ are dropout's, or left out; every linear layer is frozen, with or without a low-rank change. It computes what
+``models.fused`` composes of one function for each part, but for the order of sums of gradients. Where steps are short,
+calling those functions takes as long as their work.
+
+It is for fp32 on a CPU with a matrix unit, where that one's precision is allowed (``linear.py``), and short sequences.
+
+For the way back the inputs of norms, of the activation and of attention are kept, as the parts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from capotune.kernels import linear
+from capotune.kernels._native import address, library
+from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
+from capotune.kernels.gelu import gelu_reference
+from capotune.kernels.layer_norm import add_layer_norm_reference
+from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers
+from capotune.kernels.lora_linear import LowRank, lora_reference
+from capotune.kernels.low_rank import MOST_RANKS
+from capotune.kernels.program import Affine, Program, symbol
+
+__all__ = ["BertBlock", "LayerNorm", "bert_block_reference"]
+
+_LANES = 8  # columns that products_cpu.c takes together
+
+
+class LayerNorm(NamedTuple):
+    """A frozen one: weight and bias (hidden,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+def bert_block_reference(
+    x: torch.Tensor,
+    groups: Sequence[Sequence[LowRank]],
+    norms: Sequence[LayerNorm],
+    sequences: Sequences,
+    head_size: int,
+    scale: float,
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """The definition in plain PyTorch, without dropout: x (tokens, hidden) → the same, the rest as in ``BertBlock``."""
+    query, key, value = (_linear_reference(x, layer).view(len(x), -1, head_size) for layer in groups[0])
+    mixed = packed_attention_reference(query, key, value, sequences, causal=causal, scale=scale).flatten(1)
+    u = add_layer_norm_reference(_linear_reference(mixed, *groups[1]), x, *norms[0])
+    wide = gelu_reference(_linear_reference(u, *groups[2]))
+    return add_layer_norm_reference(_linear_reference(wide, *groups[3]), u, *norms[1])
+
+
+def _linear_reference(x: torch.Tensor, layer: LowRank) -> torch.Tensor:
+    if layer.a is None or layer.b is None:
+        return functional.linear(x, layer.weight(x.dtype), layer.bias)
+    return lora_reference(x, layer.weight, layer.bias, layer.a, layer.b, layer.scale)
+
+
+class BertBlock:
+    """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone.
+
+    With ``keep_strips`` the matrix unit's form of all weights is kept, which takes twice their memory in training.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[LowRank]],
+        norms: Sequence[LayerNorm],
+        head_size: int,
+        scale: float,
+        *,
+        causal: bool,
+        keep_strips: bool,
+    ) -> None:
+        self.groups, self.norms = groups, norms
+        self.head_size, self.scale, self.causal, self.keep_strips = head_size, scale, causal, keep_strips
+        self.layers = [layer for group in self.groups for layer in group]
+        self.adapted = [layer for layer in self.layers if layer.a is not None]
+        weights = [layer.weight(torch.float32) for layer in self.layers]
+        tensors = [*weights, *(one for norm in norms for one in (norm.weight, norm.bias))]
+        ranks = [len(layer.a) for layer in self.adapted if layer.a is not None]
+        self._programs: dict[tuple[Any, tuple[bool, ...]], _Writer] = {}
+        self._strips: dict[tuple[int, bool], torch.Tensor] = {}
+        self._known = (
+            all(one.is_cpu and one.is_contiguous() for one in tensors)
+            and sum(ranks[:3]) <= MOST_RANKS
+            and max(ranks, default=0) <= MOST_RANKS
+            and 0 < head_size <= MOST_HEAD
+            and head_size % _LANES == 0
+            and scale > 0
+        )
+
+    def takes(self, x: torch.Tensor, sequences: Sequences) -> bool:
+        """Whether it is for such input (tokens, hidden), here and now."""
+        short = max(sequences.lengths, default=0) <= MOST_LENGTH
+        plain = self._known and short and x.dtype == torch.float32 and x.is_contiguous()
+        return plain and allowed_unit(x) is not None and library("products_cpu") is not None
+
+    def __call__(self, x: torch.Tensor, sequences: Sequences, dropout: Sequence[float] = (0.0, 0.0)) -> torch.Tensor:
+        """x (tokens, hidden) → the same; ``dropout``: the rates behind attention and behind ``down``. To be asked only
+        where it ``takes`` x."""
+        factors = [_dropout_factors(x, rate) for rate in dropout]
+        trained = [weight for layer in self.adapted for weight in (layer.a, layer.b)]
+        return _BertBlock.apply(self, sequences, *factors, x, *trained)  # type: ignore[no-any-return, no-untyped-call]
+
+    def written(self, write: Callable[..., _Writer], *how: bool) -> _Writer:
+        """The program that ``write`` gives for this block, written once."""
+        key = (write, how)
+        if key not in self._programs:
+            self._programs[key] = write(self, *how)
+        return self._programs[key]
+
+    def strips(self, layer: LowRank, *, input_gradient: bool) -> torch.Tensor:
+        """The matrix unit's form of its weight, made once."""
+        key = (id(layer), input_gradient)
+        if key not in self._strips:
+            unit = linear.matrix_unit()
+            assert unit is not None
+            self._strips[key] = split_weight(unit, layer.weight(torch.float32), input_gradient=input_gradient)
+        return self._strips[key]
+
+
+def _dropout_factors(x: torch.Tensor, rate: float) -> torch.Tensor | None:
+    """What PyTorch's dropout multiplies x by, from the same random numbers."""
+    return torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None
+
+
+class _BertBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block: BertBlock,
+        sequences: Sequences,
+        factors1: torch.Tensor | None,
+        factors2: torch.Tensor | None,
+        x: torch.Tensor,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        writer = block.written(_write_forward, factors1 is not None, factors2 is not None)
+        y, kept = torch.empty_like(x), writer.kept.space.tensor(len(x))
+        writer.run(sequences, trained, {"x": x, "y": y, "kept": kept, "factors0": factors1, "factors1": factors2})
+        ctx.save_for_backward(x, kept, factors1, factors2, *trained)
+        ctx.how = block, sequences
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if getattr(ctx, "went_back", False):  # it has written over what was kept
+            raise RuntimeError("a second way back through a block: run the forward pass again")
+        ctx.went_back = True
+        x, kept, factors1, factors2, *trained = ctx.saved_tensors
+        (block, sequences), needs_input = ctx.how, ctx.needs_input_grad[4]
+        writer = block.written(_write_backward, factors1 is not None, factors2 is not None, needs_input)
+        grad, grad_x, grads = grad.contiguous(), torch.empty_like(x), writer.grads.tensor(0)
+        tensors = {"x": x, "kept": kept, "factors0": factors1, "factors1": factors2}
+        writer.run(sequences, trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
+        of_trained = (
+            grads[start : start + one.numel()].view(one.shape)
+            for start, one in zip(writer.starts, trained, strict=True)
+        )
+        return None, None, None, None, grad_x if needs_input else None, *of_trained
+
+
+# ------------------------------------------------------------------------------------------------------------ matrices
+
+_TOKENS = symbol("tokens")
+_ROOM = symbol("room")  # tokens, rounded up so that every matrix begins at a multiple of 64 bytes
+_SIXTEEN = 16
+
+
+class _Matrix(NamedTuple):
+    """(tokens, columns) fp32, or what else is said; rows lie ``stride`` apart."""
+
+    address: Affine
+    columns: int
+    stride: int
+
+    def part(self, start: int, columns: int) -> _Matrix:
+        return _Matrix(self.address + 4 * start, columns, self.stride)
+
+
+class _Space:
+    """Matrices one after the other in one tensor; those of a fixed size come first."""
+
+    def __init__(self, name: str) -> None:
+        self._address = symbol(name)
+        self.fixed = self.columns = 0
+
+    def numbers(self, count: int) -> Affine:
+        """Address of so many numbers, whatever the tokens."""
+        assert not self.columns
+        found = self._address + 4 * self.fixed
+        self.fixed += -(-count // _SIXTEEN) * _SIXTEEN
+        return found
+
+    def matrix(self, columns: int) -> _Matrix:
+        """(tokens, columns), with room for whole tiles."""
+        found = self._address + _ROOM * (4 * self.columns) + 4 * self.fixed
+        self.columns += columns
+        return _Matrix(found, columns, columns)
+
+    def tensor(self, tokens: int) -> torch.Tensor:
+        """Memory for all."""
+        return torch.empty(self.fixed + _room(tokens) * self.columns, dtype=torch.float32)
+
+
+def _room(tokens: int) -> int:
+    return -(-tokens // _SIXTEEN) * _SIXTEEN
+
+
+def _given(name: str, columns: int) -> _Matrix:
+    return _Matrix(symbol(name), columns, columns)
+
+
+class _Kept:
+    """What the way back finds: for each group of layers x·Aᵀ, and the input of everything that is not linear."""
+
+    def __init__(self, block: BertBlock) -> None:
+        (hidden, inner), space = _widths(block), _Space("kept")
+        self.space = space
+        self.low = [space.matrix(_ranks(group)) for group in block.groups]
+        self.qkv = [space.matrix(hidden) for _ in range(3)]
+        self.mixed, self.totals = space.matrix(hidden), [space.matrix(hidden) for _ in range(2)]
+        self.means, self.roots = ([space.matrix(1) for _ in range(2)] for _ in range(2))
+        self.u, self.wide = space.matrix(hidden), space.matrix(inner)
+
+
+def _widths(block: BertBlock) -> tuple[int, int]:
+    """Hidden size and that between ``up`` and ``down``."""
+    inner, hidden = block.groups[2][0].weight(torch.float32).shape
+    return hidden, inner
+
+
+def _into(group: Sequence[LowRank]) -> int:
+    return group[0].weight(torch.float32).shape[1]
+
+
+def _ranks(group: Sequence[LowRank]) -> int:
+    return sum(0 if layer.a is None else len(layer.a) for layer in group)
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+class _Writer:
+    """Writes kernel calls into a program; arguments are the structs' of the C sources."""
+
+    def __init__(self, block: BertBlock) -> None:
+        self.block, self.program = block, Program()
+        self.scratch, self.kept, self.grads = _Space("scratch"), _Kept(block), _Space("grads")
+        self.starts = self._place_gradients()
+        """Where the gradients of the trained weights begin in ``grads``, in their order."""
+        products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), linear.matrix_unit()
+        assert products is not None
+        assert elementwise is not None
+        assert unit is not None
+        self.products, self.elementwise, self.unit = products, elementwise, unit
+        self._numbers = {id(layer): number for number, layer in enumerate(block.adapted)}
+        self._b_turned = {id(one): self.scratch.numbers(one.b.numel()) for one in block.adapted if one.b is not None}
+        self._turned = self.scratch.numbers(
+            max((one.b.numel() for one in block.adapted if one.b is not None), default=0)
+        )
+        self._a = [self.scratch.numbers(_ranks(group) * _into(group)) for group in block.groups]
+        self._strips = self.scratch.matrix(strip_numbers(_SIXTEEN, max(_widths(block))) // _SIXTEEN)
+
+    def run(
+        self, sequences: Sequences, trained: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor | None]
+    ) -> None:
+        """On these tensors, by their names in the program."""
+        tokens, longest = sum(sequences.lengths), max(sequences.lengths)
+        scratch = self.scratch.tensor(tokens)
+        values = {name: address(tensor) for name, tensor in tensors.items()}
+        values |= {"tokens": tokens, "room": _room(tokens), "longest": longest, "pairs": tokens * longest}
+        values |= {
+            "sequences": len(sequences.lengths),
+            "starts": address(sequences.starts),
+            "scratch": address(scratch),
+        }
+        for number, (a, b) in enumerate(zip(trained[0::2], trained[1::2], strict=True)):
+            values[f"a{number}"], values[f"b{number}"] = address(a), address(b)
+        self.program.run(values)
+
+    # --------------------------------------------------------------------------------------------------- linear layers
+
+    def turn_weights(self) -> None:
+        """Bᵀ of every layer, and the A of those that share an input one below the other."""
+        for group, stacked in zip(self.block.groups, self._a, strict=True):
+            start = 0
+            for layer in group:
+                if layer.a is not None and layer.b is not None:
+                    (rank, into), number = layer.a.shape, self._numbers[id(layer)]
+                    self._copy(symbol(f"a{number}"), rank, into, stacked + 4 * start * into, into, 1)
+                    self._turn(symbol(f"b{number}"), len(layer.b), rank, self._b_turned[id(layer)])
+                    start += rank
+
+    def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix]) -> None:
+        """Every layer of the group on x."""
+        layers, low = self.block.groups[group], self.kept.low[group]
+        if low.columns:
+            self._low_rank("low_rank_project", x, low, self._a[group])
+        for number, (layer, y, own) in enumerate(zip(layers, outs, _by_rank(low, layers), strict=True)):
+            self._product(layer, x, y, input_gradient=False, ready=number > 0, onto=False)
+            if own.columns:
+                self._low_rank("low_rank_update", y, own, self._b_turned[id(layer)], layer.scale)
+
+    def linears_backward(self, group: int, grads: Sequence[_Matrix], grad_x: _Matrix | None, *, onto: bool) -> _Matrix:
+        """From the gradients of their outputs those of B and, (+)=, of x; returns that of x·Aᵀ."""
+        layers, low = self.block.groups[group], self.kept.low[group]
+        grad_low = self.scratch.matrix(low.columns)
+        parts = zip(layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True)
+        for number, (layer, grad, own, grad_own) in enumerate(parts):
+            if own.columns:
+                self._low_rank("low_rank_project", grad, grad_own, self._b_turned[id(layer)], layer.scale)
+                self._low_rank("low_rank_gather", grad, own, self._turned, layer.scale)
+                self._turn(self._turned, own.columns, grad.columns, self._gradient(layer, 1))
+            if grad_x is not None:
+                self._product(layer, grad, grad_x, input_gradient=True, ready=False, onto=onto or number > 0)
+        if grad_x is not None and low.columns:
+            self._low_rank("low_rank_update", grad_x, grad_low, self._a[group])
+        return grad_low
+
+    def gradient_of_a(self, group: int, x: _Matrix, grad_low: _Matrix) -> None:
+        """Of all layers of the group together."""
+        if grad_low.columns:
+            first = next(layer for layer in self.block.groups[group] if layer.a is not None)
+            self._low_rank("low_rank_gather", x, grad_low, self._gradient(first, 0))
+
+    def _gradient(self, layer: LowRank, which: int) -> Affine:
+        """Address of the gradient of A (0) or B (1)."""
+        return symbol("grads") + 4 * self.starts[2 * self._numbers[id(layer)] + which]
+
+    def _place_gradients(self) -> list[int]:
+        """Where each begins; those of A of layers that share an input follow each other."""
+        starts = []
+        for group in self.block.groups:
+            start = self.grads.fixed
+            self.grads.numbers(_ranks(group) * _into(group))
+            for layer in group:
+                if layer.a is not None and layer.b is not None:
+                    starts += [start, self.grads.fixed]
+                    start += layer.a.numel()
+                    self.grads.numbers(layer.b.numel())
+        return starts
+
+    def _product(
+        self, layer: LowRank, x: _Matrix, y: _Matrix, *, input_gradient: bool, ready: bool, onto: bool
+    ) -> None:
+        """y (+)= xWᵀ + bias, or xW; ``ready``: the strips are x's."""
+        weight, keeps = layer.weight(torch.float32), self.block.keep_strips
+        panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
+        bias = None if input_gradient else layer.bias
+        kernel = self.unit.linear_input_gradient if input_gradient else self.unit.linear
+        read = (x.address, x.stride, address(weight), weight.stride(0), address(bias))
+        written = (y.address, y.stride, int(onto), self._strips.address, int(ready), address(panels))
+        self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written), -1)
+
+    def _low_rank(self, name: str, x: _Matrix, low: _Matrix, matrix: Affine, scale: float = 1.0) -> None:
+        """A kernel of ``low_rank.py``."""
+        groups = -(-x.columns // _LANES)
+        items, columns = (groups, groups * _LANES) if name == "low_rank_gather" else (_TOKENS, x.columns)
+        sizes = (_TOKENS, x.columns, low.columns)
+        arguments = (*sizes, x.address, low.address, matrix, x.stride, low.stride, float(scale))
+        self.program.call(getattr(self.products, name), arguments, items, _TOKENS * (columns * low.columns))
+
+    def _copy(self, source: Affine, rows: int, columns: int, to: Affine, to_row: int, to_column: int) -> None:
+        self.program.call(self.products.copy_matrix, (source, columns, to, to_row, to_column), rows, rows * columns)
+
+    def _turn(self, source: Affine, rows: int, columns: int, to: Affine) -> None:
+        """(rows, columns) → (columns, rows)."""
+        self._copy(source, rows, columns, to, 1, rows)
+
+    # ------------------------------------------------------------------------------------------------- all other parts
+
+    def multiply_by(self, x: _Matrix, factors: str, y: _Matrix) -> None:
+        arguments = (x.columns, x.address, symbol(factors), y.address)
+        self.program.call(self.products.multiply_by, arguments, _TOKENS, _TOKENS * x.columns)
+
+    def norm(self, number: int, x: _Matrix, residual: _Matrix, y: _Matrix) -> None:
+        norm, total, means, roots = self._of_norm(number)
+        read = (0, x.address, residual.address, address(norm.weight), address(norm.bias), x.columns, float(norm.eps))
+        written = (total.address, y.address, means.address, roots.address)
+        self.program.call(self.elementwise.add_layer_norm, (*read, *written), _TOKENS, _TOKENS * x.columns)
+
+    def norm_backward(self, number: int, grad: _Matrix, grad_x: _Matrix) -> None:
+        norm, total, means, roots = self._of_norm(number)
+        read = (0, grad.address, total.address, address(norm.weight), means.address, roots.address, grad.columns)
+        kernel = self.elementwise.add_layer_norm_backward
+        self.program.call(kernel, (*read, grad_x.address), _TOKENS, _TOKENS * grad.columns)
+
+    def _of_norm(self, number: int) -> tuple[LayerNorm, _Matrix, _Matrix, _Matrix]:
+        kept = self.kept
+        return self.block.norms[number], kept.totals[number], kept.means[number], kept.roots[number]
+
+    def gelu(self, x: _Matrix, y: _Matrix) -> None:
+        self.program.call(self.elementwise.gelu, (0, x.columns, x.address, y.address), _TOKENS, _TOKENS * x.columns)
+
+    def gelu_backward(self, grad: _Matrix, x: _Matrix) -> None:
+        """The gradient becomes that of x, and x becomes y."""
+        arguments = (0, x.columns, grad.address, x.address, grad.address, x.address)
+        self.program.call(self.elementwise.gelu_backward, arguments, _TOKENS, _TOKENS * x.columns)
+
+    def attention(self, out: _Matrix) -> None:
+        self._attend(self.products.short_attention, (out.address, 0, 0, 0, 0))
+
+    def attention_backward(self, grad: _Matrix, grads: Sequence[_Matrix]) -> None:
+        self._attend(self.products.short_attention_backward, (0, grad.address, *(one.address for one in grads)))
+
+    def _attend(self, kernel: Any, written: Sequence[Affine | int]) -> None:
+        block, qkv = self.block, self.kept.qkv
+        heads, hidden = qkv[0].columns // block.head_size, qkv[0].columns
+        sizes = (heads, 1, block.head_size, int(block.causal))
+        arguments: list[Affine | int | float] = [*sizes, symbol("starts"), *(one.address for one in qkv)]
+        arguments += [one.stride for one in qkv]
+        arguments += [float(block.scale), *written, symbol("longest")]
+        self.program.call(kernel, arguments, symbol("sequences") * heads, symbol("pairs") * hidden)
+
+
+def _write_forward(block: BertBlock, drops1: bool, drops2: bool) -> _Writer:
+    """Reads ``x`` and dropout's factors; writes ``y`` and ``kept``."""
+    writer = _Writer(block)
+    (hidden, inner), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
+    narrow, active = writer.scratch.matrix(hidden), writer.scratch.matrix(inner)
+    writer.turn_weights()
+    writer.linears(0, x, kept.qkv)
+    writer.attention(kept.mixed)
+    writer.linears(1, kept.mixed, [narrow])
+    if drops1:
+        writer.multiply_by(narrow, "factors0", narrow)
+    writer.norm(0, narrow, x, kept.u)
+    writer.linears(2, kept.u, [kept.wide])
+    writer.gelu(kept.wide, active)
+    writer.linears(3, active, [narrow])
+    if drops2:
+        writer.multiply_by(narrow, "factors1", narrow)
+    writer.norm(1, narrow, kept.u, _given("y", hidden))
+    return writer
+
+
+def _write_backward(block: BertBlock, drops1: bool, drops2: bool, needs_input: bool) -> _Writer:
+    """Reads what the forward program read and kept, and ``grad``, that of y; writes ``grad_x`` and ``grads``."""
+    writer = _Writer(block)
+    (hidden, inner), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
+    grad_u, dropped, grad_wide = (writer.scratch.matrix(columns) for columns in (hidden, hidden, inner))
+    grad_qkv, grad_x = [writer.scratch.matrix(hidden) for _ in range(3)], _given("grad_x", hidden)
+    writer.turn_weights()
+
+    writer.norm_backward(1, _given("grad", hidden), grad_u)
+    if drops2:
+        writer.multiply_by(grad_u, "factors1", dropped)
+    grad_low = writer.linears_backward(3, [dropped if drops2 else grad_u], grad_wide, onto=False)
+    writer.gelu_backward(grad_wide, kept.wide)
+    writer.gradient_of_a(3, kept.wide, grad_low)
+    grad_low = writer.linears_backward(2, [grad_wide], grad_u, onto=True)
+    writer.gradient_of_a(2, kept.u, grad_low)
+
+    writer.norm_backward(0, grad_u, grad_x)
+    if drops1:
+        writer.multiply_by(grad_x, "factors0", dropped)
+    grad_low = writer.linears_backward(1, [dropped if drops1 else grad_x], grad_u, onto=False)  # now that of mixed
+    writer.gradient_of_a(1, kept.mixed, grad_low)
+    writer.attention_backward(grad_u, grad_qkv)
+    grad_low = writer.linears_backward(0, grad_qkv, grad_x if needs_input else None, onto=True)
+    writer.gradient_of_a(0, x, grad_low)
+    return writer
+
+
+def _by_rank(low: _Matrix, group: Sequence[LowRank]) -> list[_Matrix]:
+    """The columns of each layer of the group, none where it has no low-rank change."""
+    found, start = [], 0
+    for layer in group:
+        rank = 0 if layer.a is None else len(layer.a)
+        found.append(low.part(start, rank))
+        start += rank
+    return found

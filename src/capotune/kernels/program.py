@@ -1,0 +1,96 @@
+"""Many kernel calls as one call of C.
+
+In a step of a small model a kernel works for some 10 µs, and Python takes as long to call it. A program is a list of
+calls, written once. What differs from run to run are a few numbers: how many rows there are, where tensors begin. Every
+argument is a sum of multiples of these symbols, so that a run is one small product of whole numbers and one C call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from capotune.kernels._native import SHARE, fork_join, library
+
+__all__ = ["Affine", "Program", "symbol"]
+
+_CALL = 4  # fields of a ``struct call``, of eight bytes as all others
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A sum of multiples of symbols; "" is 1."""
+
+    terms: tuple[tuple[str, int], ...]
+
+    def __add__(self, other: Affine | int) -> Affine:
+        more = dict(_affine(other).terms)
+        total = {name: more.pop(name, 0) + factor for name, factor in self.terms}
+        return Affine((*total.items(), *more.items()))
+
+    def __mul__(self, factor: int) -> Affine:
+        return Affine(tuple((name, factor * of_name) for name, of_name in self.terms))
+
+    __rmul__ = __mul__
+
+
+def symbol(name: str) -> Affine:
+    """The symbol itself."""
+    return Affine(((name, 1),))
+
+
+def _affine(number: Affine | int) -> Affine:
+    return number if isinstance(number, Affine) else Affine((("", number),))
+
+
+class Program:
+    """Calls of C kernels that are run in order."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, list[Affine], Affine, Affine]] = []
+        self._symbols: tuple[str, ...] = ()
+        self._matrix = np.empty((0, 0), np.int64)
+        """(fields, symbols)."""
+
+    def call(
+        self, kernel: Any, arguments: Sequence[Affine | int | float], items: Affine | int, work: Affine | int = 0
+    ) -> None:
+        """Add a call of ``kernel``, a function of a C library: the fields of its struct, the items to share out over
+        threads, and how many numbers all of them work on. ``items`` -1: the kernel shares itself out."""
+        fields = [_affine(_bits(one) if isinstance(one, float) else one) for one in arguments]
+        self._calls.append((ctypes.cast(kernel, ctypes.c_void_p).value, fields, _affine(items), _affine(work)))
+        self._symbols = ()
+
+    def run(self, values: Mapping[str, int]) -> None:
+        """Run all calls, with these numbers for the symbols. The caller keeps alive what addresses point to."""
+        if not self._symbols:
+            self._translate()
+        given = np.array([1, *(values[name] for name in self._symbols[1:])], np.int64)
+        fields = self._matrix @ given
+        sharer = library("elementwise_cpu")
+        assert sharer is not None
+        counts = (ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(SHARE))
+        where = ctypes.c_void_p(fields.ctypes.data)
+        sharer.run_program(where, ctypes.c_int64(len(self._calls)), fork_join(), *counts)
+
+    def _translate(self) -> None:
+        """From sums to one matrix: first the calls, then the arguments of each."""
+        calls, arguments, at = [], [], 8 * _CALL * len(self._calls)
+        for kernel, fields, items, work in self._calls:
+            calls += [_affine(kernel), _affine(at), items, work]
+            arguments += fields
+            at += 8 * len(fields)
+        rows = [dict(one.terms) for one in (*calls, *arguments)]
+        self._symbols = ("", *sorted({name for row in rows for name in row} - {""}))
+        self._matrix = np.array([[row.get(name, 0) for name in self._symbols] for row in rows], np.int64)
+
+
+def _bits(number: float) -> int:
+    """A double as the whole number of the same eight bytes."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])

@@ -1,0 +1,183 @@
+"""A whole BERT block by two programs of kernel calls: against the definition, and against its parts in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_linear import native, rounded, some_unit, unit
+from torch import Tensor
+from torch.nn import functional
+
+from capotune.kernels import bert_block, linear
+from capotune.kernels.attention import Sequences
+from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
+from capotune.kernels.linear import sixteen_bits
+from capotune.kernels.lora_linear import LowRank
+from capotune.kernels.program import Program, symbol
+
+__all__ = ["native", "rounded", "some_unit", "unit"]
+pytestmark = pytest.mark.usefixtures("one_thread", "native")
+RATES = (0.25, 0.5)
+
+
+class Made:
+    """A block of random layers, what goes in, and the gradient that comes back."""
+
+    def __init__(
+        self, lengths: Sequence[int], heads: int, size: int, inner: int, ranks: Sequence[int], *, causal: bool = False,
+        keep_strips: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.random = torch.Generator().manual_seed(seed)
+        hidden, self.sequences = heads * size, Sequences(tuple(lengths))
+        shapes = [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
+        layers = [self.layer(*shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
+        self.groups = tuple(layers[:3]), (layers[3],), (layers[4],), (layers[5],)
+        self.norms = [LayerNorm(1 + 0.1 * self.normal(hidden), 0.1 * self.normal(hidden), 1e-5) for _ in range(2)]
+        self.how: Any = {"head_size": size, "scale": size**-0.5, "causal": causal}
+        self.block = BertBlock(self.groups, self.norms, **self.how, keep_strips=keep_strips)
+        self.x, self.grad = self.normal(sum(lengths), hidden), self.normal(sum(lengths), hidden)
+        self.trained = [one for layer in layers if layer.a is not None for one in (layer.a, layer.b)]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random)
+
+    def layer(self, out: int, into: int, rank: int) -> LowRank:
+        weight, bias = self.normal(out, into) / into**0.5, self.normal(out)
+        if not rank:
+            return LowRank(weight.to, bias)
+        a, b = self.normal(rank, into) / into**0.5, self.normal(out, rank) / rank**0.5
+        return LowRank(weight.to, bias, a.requires_grad_(), b.requires_grad_(), 0.5)
+
+    def reference(self, x: Tensor) -> Tensor:
+        return bert_block_reference(x, self.groups, self.norms, self.sequences, **self.how)
+
+    def all_of(self, read: Callable[[Tensor], Tensor], *, needs_input: bool = True) -> list[Tensor]:
+        """The output, and the gradients of x and of what is trained."""
+        x = self.x.clone().requires_grad_(needs_input)
+        y = read(x)
+        wanted = [x, *self.trained] if needs_input else self.trained
+        return [y.detach(), *torch.autograd.grad(y, wanted, self.grad)]
+
+
+def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """In the mean square: a product at 16 bits is off by some 1e-5, and a block is six of them."""
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        off = float((one - other).norm() / other.norm().clamp_min(1e-6))
+        assert off <= tolerance, f"tensor {number} is off by {off:.1g}"
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([8, 16, 24, 64]),
+    inner=st.integers(1, 130),
+    ranks=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    causal=st.booleans(),
+    keep_strips=st.booleans(),
+    needs_input=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_it_is_the_definition(
+    lengths: list[int], heads: int, size: int, inner: int, ranks: list[int], causal: bool, keep_strips: bool,
+    needs_input: bool,
+) -> None:  # fmt: skip
+    made = Made(lengths, heads, size, inner, ranks, causal=causal, keep_strips=keep_strips)
+    if not needs_input and not made.trained:
+        return
+    assert made.block.takes(made.x, made.sequences)
+    expected = made.all_of(made.reference, needs_input=needs_input)
+    found = made.all_of(lambda x: made.block(x, made.sequences), needs_input=needs_input)
+    assert_near(found, expected, 3e-4)
+
+
+def test_strips_that_are_kept_change_no_bit() -> None:
+    found = []
+    for keep_strips in (True, False):
+        made = Made([17, 33, 5], 2, 16, 70, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
+        found.append(made.all_of(lambda x, made=made: made.block(x, made.sequences)))  # type: ignore[misc]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_it(threads: int) -> None:
+    made = Made([170, 33, 205], 4, 24, 300, [2, 2, 3, 4, 5, 6])
+
+    def read() -> list[Tensor]:
+        return made.all_of(lambda x: made.block(x, made.sequences))
+
+    alone = read()
+    torch.set_num_threads(threads)
+    for one, other in zip(read(), alone, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rates", [(0.25, 0.5), (0.25, 0.0), (0.0, 0.5)])
+def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    block, hidden = made.block, made.x.shape[1]
+
+    def reference(x: Tensor) -> Tensor:
+        """The definition in other words: dropout stands behind the output and the ``down`` layer."""
+        drawn = [functional.dropout(torch.ones(len(x), hidden), rate) for rate in rates]
+        parts = bert_block._linear_reference
+        query, key, value = (parts(x, layer).view(len(x), -1, 16) for layer in made.groups[0])
+        how = {"causal": False, "scale": made.how["scale"]}
+        mixed = bert_block.packed_attention_reference(query, key, value, made.sequences, **how).flatten(1)
+        u = bert_block.add_layer_norm_reference(drawn[0] * parts(mixed, *made.groups[1]), x, *made.norms[0])
+        wide = functional.gelu(parts(u, *made.groups[2]))
+        return bert_block.add_layer_norm_reference(drawn[1] * parts(wide, *made.groups[3]), u, *made.norms[1])
+
+    torch.manual_seed(1)
+    expected = made.all_of(reference)
+    torch.manual_seed(1)
+    assert_near(made.all_of(lambda x: block(x, made.sequences, rates)), expected, 3e-4)
+
+
+def test_it_is_not_gone_back_through_twice() -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    y = made.block(made.x, made.sequences)
+    torch.autograd.grad(y, made.trained, made.grad, retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward pass again"):
+        torch.autograd.grad(y, made.trained, made.grad)
+
+
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    assert made.block.takes(made.x, made.sequences)
+    assert not made.block.takes(made.x.double(), made.sequences)
+    assert not made.block.takes(torch.zeros(600, 32), Sequences((600,)))  # too long for its attention
+    assert not Made([50], 1, 20, 70, [0] * 6).block.takes(made.x, made.sequences)  # heads that are no whole vectors
+    assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).block.takes(made.x, made.sequences)  # not a low rank
+    monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)
+    assert not made.block.takes(made.x, made.sequences)
+    monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+    assert not made.block.takes(made.x, made.sequences)
+
+
+def test_a_program_is_what_its_symbols_say() -> None:
+    products = bert_block.library("products_cpu")
+    assert products is not None
+    program, source, to = Program(), torch.arange(12.0), torch.zeros(12)
+    rows = symbol("rows")
+    arguments = (symbol("from"), 3, symbol("to"), 1, rows)
+    program.call(products.copy_matrix, arguments, rows, 3 * rows)
+    for count in (4, 2):
+        program.run({"from": source.data_ptr(), "to": to.data_ptr(), "rows": count})
+        assert torch.equal(to[: 3 * count].view(3, count), source[: 3 * count].view(count, 3).t())
+    with pytest.raises(KeyError):
+        program.run({"from": 0, "to": 0})
+
+
+def test_sixteen_bits_must_be_allowed() -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    linear._enough.set(False)
+    assert not made.block.takes(made.x, made.sequences)
+    with sixteen_bits():
+        assert made.block.takes(made.x, made.sequences)
