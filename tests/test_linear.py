@@ -26,7 +26,7 @@ from torch import Tensor
 
 from capotune.config import LoraSettings
 from capotune.errors import SettingError
-from capotune.kernels import _native, linear
+from capotune.kernels import _native, bert_block, linear
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
 from capotune.training import loop
 
@@ -88,6 +88,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real(function, x, weight, bias, y, strips, onto=onto, ready=ready)
 
     monkeypatch.setattr(linear, "_multiply", note)
+    run = bert_block._Writer.run
+
+    def note_block(*given: Any) -> None:
+        names.append("a block")
+        run(*given)
+
+    monkeypatch.setattr(bert_block._Writer, "run", note_block)
     return names
 
 

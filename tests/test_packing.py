@@ -799,6 +799,7 @@ def test_what_a_writer_learns(variant: str, base: str, writers: dict[str, Path])
         assert held_out_score(assembled, given)[0] == pytest.approx(-mean, rel=1e-5)
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
 def test_features(base: str, models: dict[str, Path], attended: list[int]) -> None:
     """Of every layer, in the order of the rows."""
