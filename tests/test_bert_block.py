@@ -1,4 +1,4 @@
-"""A whole BERT block by two programs of kernel calls: against the definition, and against its parts in a model."""
+"""A whole BERT block by two programs of kernel calls: against the definition (in a model: test_linear.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from capotune.kernels.program import Program, symbol
 
 __all__ = ["native", "rounded", "some_unit", "unit"]
 pytestmark = pytest.mark.usefixtures("one_thread", "native")
-RATES = (0.25, 0.5)
 
 
 class Made:
@@ -154,6 +153,10 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made.block.takes(torch.zeros(600, 32), Sequences((600,)))  # too long for its attention
     assert not Made([50], 1, 20, 70, [0] * 6).block.takes(made.x, made.sequences)  # heads that are no whole vectors
     assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).block.takes(made.x, made.sequences)  # not a low rank
+    halved = Made([17, 33], 2, 16, 70, [0] * 6)
+    other = LowRank(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
+    groups = halved.groups[0], (other,), *halved.groups[2:]  # C would read two numbers as one
+    assert not BertBlock(groups, halved.norms, **halved.how, keep_strips=True).takes(made.x, made.sequences)
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)
     assert not made.block.takes(made.x, made.sequences)
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)

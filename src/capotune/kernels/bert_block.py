@@ -87,12 +87,13 @@ class BertBlock:
         self.layers = [layer for group in self.groups for layer in group]
         self.adapted = [layer for layer in self.layers if layer.a is not None]
         weights = [layer.weight(torch.float32) for layer in self.layers]
-        tensors = [*weights, *(one for norm in norms for one in (norm.weight, norm.bias))]
+        frozen = [*weights, *(one for norm in norms for one in (norm.weight, norm.bias))]
+        others = [one for layer in self.layers for one in (layer.bias, layer.a, layer.b) if one is not None]
         ranks = [len(layer.a) for layer in self.adapted if layer.a is not None]
         self._programs: dict[tuple[Any, tuple[bool, ...]], _Writer] = {}
         self._strips: dict[tuple[int, bool], torch.Tensor] = {}
         self._known = (
-            all(one.is_cpu and one.is_contiguous() for one in tensors)
+            all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in (*frozen, *others))
             and sum(ranks[:3]) <= MOST_RANKS
             and max(ranks, default=0) <= MOST_RANKS
             and 0 < head_size <= MOST_HEAD
