@@ -94,10 +94,11 @@ def test_it_is_the_definition(
     assert_near(found, expected, 1e-2)  # sums of few numbers may cancel; a wrong term is off by all of it
 
 
-def test_strips_that_are_kept_change_no_bit() -> None:
+@pytest.mark.parametrize(("size", "inner"), [(16, 70), (128, 300)])  # with more panels than are taken together
+def test_strips_that_are_kept_change_no_bit(size: int, inner: int) -> None:
     found = []
     for keep_strips in (True, False):
-        made = Made([17, 33, 5], 2, 16, 70, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
+        made = Made([17, 33, 5], 2, size, inner, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
         found.append(made.all_of(lambda x, made=made: made.block(x, made.sequences)))  # type: ignore[misc]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
