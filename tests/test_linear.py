@@ -1,4 +1,4 @@
-"""The products of frozen linear layers: against float64, on the matrix unit and in PyTorch, and which does the work."""
+"""The products of linear layers: against float64, on the matrix unit and in PyTorch, and which does the work."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
-from capotune.config import LoraSettings
+from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings
 from capotune.errors import SettingError
 from capotune.kernels import _native, bert_block, linear
-from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
+from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
 from capotune.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +40,7 @@ HALVES = 2.0**-17
 l at most 2^-17 beside what is left."""
 SPLIT = 2 * HALVES * (1 + 2.0**-8) + 2.0**-16
 """That of a product: either factor's, times the other or its h, and l l', which is left out."""
-BOTH_WAYS = ["linear", "linear_input_gradient"]
+ALL_WAYS = ["linear", "linear_input_gradient", "linear_weight_gradient"]
 SIZES = [
     (1, 1, 1), (2, 3, 17), (15, 31, 16), (16, 32, 32), (17, 33, 33), (31, 63, 15), (32, 64, 64), (33, 65, 31),
     (34, 95, 127), (48, 255, 257), (49, 256, 256), (70, 257, 255), (64, 511, 513), (47, 512, 512), (65, 513, 511),
@@ -183,8 +184,10 @@ def assert_near(found: Tensor, truth: Tensor, size: Tensor, terms: int, path: st
     assert found.isfinite().all()
 
 
-def check(given_: Problem, path: str, *, with_bias: bool = True, with_onto: bool = True) -> None:
-    """Both products against fp64."""
+def check(
+    given_: Problem, path: str, *, with_bias: bool = True, with_onto: bool = True, entered: Tensor | None = None
+) -> None:
+    """All products against fp64; ``entered``: what stands for x where the weight's gradient is taken."""
     x, weight, bias, grad, onto = given_
     x64, weight64, bias64, grad64, onto64 = (one.double() for one in given_)
     truth, size = x64 @ weight64.t(), x64.abs() @ weight64.abs().t()
@@ -197,6 +200,9 @@ def check(given_: Problem, path: str, *, with_bias: bool = True, with_onto: bool
     found = input_gradient(grad, weight, onto if with_onto else None)
     assert (found is onto) == with_onto
     assert_near(found, truth, size, grad.shape[1], path)
+    entered = x if entered is None else entered
+    truth, size = grad64.t() @ entered.double(), grad64.t().abs() @ entered.double().abs()
+    assert_near(weight_gradient(grad, entered), truth, size, len(x), path)
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -207,7 +213,7 @@ def check(given_: Problem, path: str, *, with_bias: bool = True, with_onto: bool
 def test_products(rows: int, into: int, out: int, more: bool, path: str, called: list[str]) -> None:
     """On the matrix unit where that is asked for; otherwise the tests of the C path would test PyTorch."""
     check(problem(rows, into, out), path, with_bias=more, with_onto=more)
-    assert list(dict.fromkeys(called)) == (BOTH_WAYS if path == "native" else [])
+    assert list(dict.fromkeys(called)) == (ALL_WAYS if path == "native" else [])
 
 
 few = st.integers(0, 70)
@@ -230,7 +236,7 @@ def test_products_of_any_size(
     matrices = zip((x, weight, grad, onto), strided, strict=True)
     x, weight, grad, onto = (slice_of(one) if inside else one for one, inside in matrices)
     check(Problem(x, weight, bias, grad, onto), path, with_bias=with_bias, with_onto=with_onto)
-    assert list(dict.fromkeys(called)) == (BOTH_WAYS if path == "native" and rows and into and out else [])
+    assert list(dict.fromkeys(called)) == (ALL_WAYS if path == "native" and rows and into and out else [])
 
 
 @pytest.mark.usefixtures("path")
@@ -238,8 +244,9 @@ def test_products_of_any_size(
 @pytest.mark.parametrize(("rows", "into", "out"), SIZES)
 def test_numbers_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bool, fine_weight: bool) -> None:
     """If those of the other factor have 8, and sums fit 24: so nothing but l l' is left out, at any place."""
-    fine = min(2**16 - 1, 2**22 // max(into, out))
+    fine = min(2**16 - 1, 2**22 // max(rows, into, out))
     x, grad = (whole(rows, columns, limit=fine if fine_x else 2, seed=columns) for columns in (into, out))
+    other = whole(rows, into, limit=fine if fine_weight else 2, seed=5)
     weight = whole(out, into, limit=fine if fine_weight else 2, seed=2)
     bias, onto = whole(out, limit=2**20, seed=3), whole(rows, into, limit=2**20, seed=4)
     expected = x.double() @ weight.double().t(), grad.double() @ weight.double()
@@ -247,6 +254,41 @@ def test_numbers_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bo
     assert torch.equal(Rows(x).linear(weight, bias).double(), expected[0] + bias)
     assert torch.equal(input_gradient(grad, weight).double(), expected[1])
     assert torch.equal(input_gradient(grad, weight, onto.clone()).double(), expected[1] + onto)
+    assert torch.equal(weight_gradient(grad, other).double(), grad.double().t() @ other.double())
+
+
+@pytest.mark.parametrize("trains", ["all", "weight", "bias", "x"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_layer_that_trains(trains: str, with_bias: bool, path: str, called: list[str]) -> None:
+    """Its output and gradients against PyTorch's in fp64; what needs no gradient gets none, and costs nothing."""
+    x, weight, bias, grad, _ = problem(66, 35, 50)
+    tensors = {"x": x.view(2, 33, 35), "weight": weight, "bias": bias if with_bias else None}
+    found, truth = ({}, {})
+    for one, dtype in ((found, torch.float32), (truth, torch.float64)):
+        layer = {
+            name: None if tensor is None else tensor.detach().to(dtype).requires_grad_(trains in ("all", name))
+            for name, tensor in tensors.items()
+        }
+        if all(tensor is None or not tensor.requires_grad for tensor in layer.values()):
+            return
+        one["y"] = (trained_linear if one is found else functional.linear)(layer["x"], layer["weight"], layer["bias"])
+        one["y"].backward(grad.view(2, 33, 50).to(dtype))
+        one |= {name: None if tensor is None else tensor.grad for name, tensor in layer.items()}
+    sizes = {
+        "y": (x.abs() @ weight.t().abs() + bias.abs(), 35), "x": (grad.abs() @ weight.abs(), 50),
+        "weight": (grad.t().abs() @ x.abs(), 66), "bias": (grad.abs().sum(0), 66),
+    }  # fmt: skip
+    for name, (size, terms) in sizes.items():
+        if truth[name] is None:
+            assert found[name] is None
+        else:
+            assert_near(found[name], truth[name], size.view(truth[name].shape).double(), terms, path)
+    asked = {
+        "linear": True,
+        "linear_input_gradient": trains in ("all", "x"),
+        "linear_weight_gradient": trains in ("all", "weight"),
+    }
+    assert called == ([name for name, needed in asked.items() if needed] if path == "native" else [])
 
 
 @pytest.mark.usefixtures("path")
@@ -282,7 +324,8 @@ def test_small_and_large_numbers(size: tuple[int, int, int], scale: float, weigh
     """As accurate as those about 1."""
     x, weight, bias, grad, onto = problem(*size)
     product = scale * weight_scale
-    check(Problem(x * scale, weight * weight_scale, bias * product, grad * scale, onto * product), path)
+    scaled = Problem(x * scale, weight * weight_scale, bias * product, grad * scale, onto * product)
+    check(scaled, path, entered=x * weight_scale)
 
 
 @pytest.mark.usefixtures("path")
@@ -433,7 +476,7 @@ def test_into_a_matrix_that_is_there(size: tuple[int, int, int], path: str, call
 def test_nothing_is_written_beyond_a_new_matrix(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """C gets one with NaN around it, and with it the room for strips."""
     x, weight, bias, grad, _ = problem(*size)
-    expected = Rows(x).linear(weight, bias), input_gradient(grad, weight)
+    expected = Rows(x).linear(weight, bias), input_gradient(grad, weight), weight_gradient(grad, x)
     surrounded: list[tuple[Tensor, int, Tensor]] = []
     real = linear._multiply
 
@@ -448,6 +491,7 @@ def test_nothing_is_written_beyond_a_new_matrix(size: tuple[int, int, int], monk
     monkeypatch.setattr(linear, "_multiply", move)
     Rows(x).linear(weight, bias)
     input_gradient(grad, weight)
+    weight_gradient(grad, x)
     for (larger, numbers, part), other in zip(surrounded, expected, strict=True):
         assert torch.equal(part, other)
         assert int(larger.isnan().sum()) == larger.numel() - numbers
@@ -492,6 +536,7 @@ def test_nothing_is_read_beyond_the_end(size: tuple[int, int, int]) -> None:
     def work() -> None:
         Rows(x).linear(weight, bias, out=out)
         input_gradient(grad, weight, onto)
+        weight_gradient(grad, x)
 
     assert exit_status(work) == 0
     assert exit_status(lambda: ctypes.string_at(out.data_ptr(), out.numel() * 4 + 1)) == -signal.SIGSEGV  # of the wall
@@ -504,7 +549,7 @@ def test_a_row_for_all(path: str, called: list[str]) -> None:
     for one in (weight, weights):
         assert torch.equal(Rows(x).linear(one, bias), Rows(x.contiguous()).linear(one.contiguous(), bias))
         assert torch.equal(input_gradient(grad, one), input_gradient(grad.contiguous(), one.contiguous()))
-    assert called == (["linear", "linear", *BOTH_WAYS[1:], *BOTH_WAYS[1:]] * 2 if path == "native" else [])
+    assert called == (([ALL_WAYS[0]] * 2 + [ALL_WAYS[1]] * 2) * 2 if path == "native" else [])
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -516,7 +561,7 @@ def transposed(x: Tensor) -> Tensor:
 def test_other_layouts_are_pytorchs(called: list[str]) -> None:
     x, weight, bias, grad, onto = problem(50, 40, 65)
     check(Problem(transposed(x), weight, bias, transposed(grad), onto), "reference")
-    check(Problem(x, transposed(weight), bias, grad, onto), "reference")
+    check(Problem(x, transposed(weight), bias, grad, onto), "reference", entered=transposed(x))
     check(Problem(x[:, ::2], weight[:, ::2], bias, grad[:, :1].expand(50, 65), onto[:, ::2]), "reference")
     spread = torch.stack([bias, bias], 1)[:, 0]
     assert torch.equal(Rows(x).linear(weight, spread), torch.nn.functional.linear(x, weight, bias))
@@ -535,7 +580,7 @@ def test_other_layouts_are_pytorchs(called: list[str]) -> None:
 def test_few_rows_are_pytorchs(more: int, called: list[str]) -> None:
     """Below the fewest that are worth it."""
     check(problem(linear._FEWEST_ROWS + more, 64, 64), "native" if more >= 0 else "reference")
-    assert called == (BOTH_WAYS if more >= 0 else [])
+    assert called == (ALL_WAYS if more >= 0 else [])
 
 
 @pytest.mark.parametrize("size", [(0, 9, 5), (60, 0, 5), (60, 9, 0), (0, 0, 0)])
@@ -649,9 +694,10 @@ def test_another_default_dtype_changes_nothing(default: torch.dtype) -> None:
 
 
 def results(given_: Problem) -> list[Tensor]:
-    """Both products, new and added."""
+    """All products, and one added."""
     x, weight, bias, grad, onto = given_
-    return [Rows(x).linear(weight, bias), input_gradient(grad, weight), input_gradient(grad, weight, onto.clone())]
+    output, gradient = Rows(x).linear(weight, bias), input_gradient(grad, weight)
+    return [output, gradient, input_gradient(grad, weight, onto.clone()), weight_gradient(grad, x)]
 
 
 FOR_THREADS = [(1, 9, 3), (16, 32, 32), (70, 300, 129), (250, 600, 545), (640, 257, 40), (911, 530, 65)]
@@ -750,7 +796,7 @@ def test_all_bits_where_nobody_said_that_sixteen_are_enough(called: list[str]) -
     assert called == []
     assert len(found) == 1
     results(given_)
-    assert called == [*BOTH_WAYS, BOTH_WAYS[1]]
+    assert called == [ALL_WAYS[0], ALL_WAYS[1], *ALL_WAYS[1:]]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -774,6 +820,8 @@ def test_shapes_that_do_not_fit(called: list[str]) -> None:
         input_gradient(grad[:, :3], weight, onto)
     with pytest.raises(SettingError, match=r"onto has shape \(49, 10\).*must be \(50, 10\)"):
         input_gradient(grad, weight, onto[:49])
+    with pytest.raises(SettingError, match=r"grad has shape \(49, 4\).*must be \(50, 4\)"):
+        weight_gradient(grad[:49], x)
     with pytest.raises(SettingError, match=r"onto has shape \(50, 9\).*must be \(50, 10\)"):
         input_gradient(grad, weight, onto[:, :9])
     assert called == []
@@ -793,12 +841,24 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoraSettings(rank=4, target_modules=("all-linear",), learning_rate=1e-3, epochs=2, batch_size=16),
+        FeatureExtractionSettings(trainable_layers=1, learning_rate=1e-3, epochs=2, batch_size=16),
+    ],
+    ids=lambda method: method.method,
+)
 @pytest.mark.parametrize("base", ["bert", "llama"])
 def test_training_goes_as_with_all_bits(
-    base: str, bert: Path, llama_writer: Path, called: list[str], monkeypatch: pytest.MonkeyPatch
+    base: str,
+    method: MethodSettings,
+    bert: Path,
+    llama_writer: Path,
+    called: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nearly the same losses step by step; what is scored before, between and after has all bits."""
-    settings = LoraSettings(rank=4, target_modules=("all-linear",), learning_rate=1e-3, epochs=2, batch_size=16)
     scored: list[int] = []
     outputs = loop.outputs
 
@@ -816,7 +876,7 @@ def test_training_goes_as_with_all_bits(
                 patch.setattr(linear, "matrix_unit", lambda: None)
             called.clear()
             made = helpers if base == "bert" else generation_helpers
-            assembled = made.on_base(bert if base == "bert" else llama_writer, settings)
+            assembled = made.on_base(bert if base == "bert" else llama_writer, method)
             data = {
                 "train_examples": made.examples(assembled, 48),
                 "held_examples": made.examples(assembled, 16, seed=1),
@@ -824,6 +884,7 @@ def test_training_goes_as_with_all_bits(
             state, losses = Context().run(helpers.fit, assembled, **data)
             runs.append((losses, state.best_score))
             assert bool(called) == unit
+            assert ("linear_weight_gradient" in called) == (unit and method.method == "feature-extraction")
     assert scored == [0] * 6  # at the start and after each epoch, twice
     (near, near_score), (exact, exact_score) = runs
     assert near == pytest.approx(exact, rel=1e-4)

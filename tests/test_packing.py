@@ -566,9 +566,14 @@ def test_parts(budget: int, seed: int) -> None:
         assert len(part) == 1 or longest * len(part) <= budget
         if number + 1 < len(parts):  # one more would not have fitted
             assert lengths[parts[number + 1][0]] * (len(part) + 1) > budget
-    assert [part.tolist() for part in sorted_order(lengths, budget)] == [
-        part.tolist() for part in parts_of(np.arange(200), lengths, budget)
-    ]
+
+
+@pytest.mark.parametrize(("device", "budget"), [("cpu", 768), ("cuda", 4096)])
+def test_inference_reads_by_length_as_much_as_the_device_likes(device: str, budget: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 900).tolist()
+    found = [part.tolist() for part in sorted_order(lengths, torch.device(device))]
+    assert found == [part.tolist() for part in parts_of(np.arange(900), lengths, budget)]
+    assert len(found) > 3
 
 
 def test_sequences_of_equal_length_keep_their_order() -> None:
@@ -684,6 +689,7 @@ EVERYWHERE = ("features-k1", "features-k2", "lora", "qlora", "prompt-labels")
 PAIRS = [(name, base) for base in ("bert", "llama", "gpt2") for name in STEPPED if base == "bert" or name in EVERYWHERE]
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize(("variant", "base"), PAIRS)
 def test_training(variant: str, base: str, models: dict[str, Path], attended: list[int]) -> None:
     settings = shorter(VARIANTS[variant])
@@ -698,6 +704,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("variant", "base"), [("lora", "bert"), ("features-k1", "llama"), ("prompt-labels", "gpt2")])
 def test_training_otherwise(how: str, variant: str, base: str, models: dict[str, Path], attended: list[int]) -> None:

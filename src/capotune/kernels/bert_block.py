@@ -13,6 +13,7 @@ For the way back the inputs of norms, of the activation and of attention are kep
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from capotune.kernels.lora_linear import LowRank, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
 from capotune.kernels.program import Affine, Program, symbol
 
-__all__ = ["BertBlock", "LayerNorm", "bert_block_reference"]
+__all__ = ["BertBlock", "LayerNorm", "Memory", "bert_block_reference"]
 
 _LANES = 8  # columns that products_cpu.c takes together
 
@@ -66,11 +67,35 @@ def _linear_reference(x: torch.Tensor, layer: LowRank) -> torch.Tensor:
     return lora_reference(x, layer.weight, layer.bias, layer.a, layer.b, layer.scale)
 
 
-class BertBlock:
-    """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone.
+class Memory:
+    """What the blocks of a model share: fp32 buffers that are lent again and again, the last returned first, which is
+    the likeliest to be in a cache. Tensors of some MB that PyTorch frees go back to the system, and that one hands them
+    out again page by page, zeroed.
 
-    With ``keep_strips`` the matrix unit's form of all weights is kept, which takes twice their memory in training.
+    With ``keep_strips`` blocks keep the matrix unit's form of their weights: twice their memory in training.
     """
+
+    def __init__(self, *, keep_strips: bool) -> None:
+        self.keep_strips = keep_strips
+        self._free: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._largest: dict[str, int] = defaultdict(int)
+
+    def lend(self, use: str, numbers: int) -> torch.Tensor:
+        """(numbers or more,), of any content."""
+        self._largest[use] = max(self._largest[use], numbers)
+        while self._free[use]:
+            found = self._free[use].pop()
+            if len(found) >= numbers:
+                return found
+        return torch.empty(self._largest[use], dtype=torch.float32)
+
+    def take_back(self, use: str, lent: torch.Tensor) -> None:
+        """Nobody reads or writes it any more. What never comes back is freed as any other tensor."""
+        self._free[use].append(lent)
+
+
+class BertBlock:
+    """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone."""
 
     def __init__(
         self,
@@ -80,10 +105,10 @@ class BertBlock:
         scale: float,
         *,
         causal: bool,
-        keep_strips: bool,
+        memory: Memory,
     ) -> None:
-        self.groups, self.norms = groups, norms
-        self.head_size, self.scale, self.causal, self.keep_strips = head_size, scale, causal, keep_strips
+        self.groups, self.norms, self.memory = groups, norms, memory
+        self.head_size, self.scale, self.causal = head_size, scale, causal
         self.layers = [layer for group in self.groups for layer in group]
         self.adapted = [layer for layer in self.layers if layer.a is not None]
         weights = [layer.weight(torch.float32) for layer in self.layers]
@@ -111,8 +136,27 @@ class BertBlock:
         """x (tokens, hidden) → the same; ``dropout``: the rates behind attention and behind ``down``. To be asked only
         where it ``takes`` x."""
         factors = [_dropout_factors(x, rate) for rate in dropout]
-        trained = [weight for layer in self.adapted for weight in (layer.a, layer.b)]
-        return _BertBlock.apply(self, sequences, *factors, x, *trained)  # type: ignore[no-any-return, no-untyped-call]
+        trained = [weight for layer in self.adapted for weight in (layer.a, layer.b) if weight is not None]
+        if torch.is_grad_enabled():
+            y: torch.Tensor = _BertBlock.apply(self, sequences, *factors, x, *trained)  # type: ignore[no-untyped-call]
+            return y
+        y, kept = self.forward(sequences, factors, x, trained)
+        self.memory.take_back("kept", kept)
+        return y
+
+    def forward(
+        self,
+        sequences: Sequences,
+        factors: Sequence[torch.Tensor | None],
+        x: torch.Tensor,
+        trained: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output, and what the way back reads, a lent buffer."""
+        writer = self.written(_write_forward, *(one is not None for one in factors))
+        y, kept = torch.empty_like(x), self.memory.lend("kept", writer.kept.space.numbers_for(len(x)))
+        tensors = {"x": x, "y": y, "kept": kept, "factors0": factors[0], "factors1": factors[1]}
+        writer.run(sequences, trained, tensors)
+        return y, kept
 
     def written(self, write: Callable[..., _Writer], *how: bool) -> _Writer:
         """The program that ``write`` gives for this block, written once."""
@@ -147,9 +191,7 @@ class _BertBlock(torch.autograd.Function):
         x: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
-        writer = block.written(_write_forward, factors1 is not None, factors2 is not None)
-        y, kept = torch.empty_like(x), writer.kept.space.tensor(len(x))
-        writer.run(sequences, trained, {"x": x, "y": y, "kept": kept, "factors0": factors1, "factors1": factors2})
+        y, kept = block.forward(sequences, (factors1, factors2), x, trained)
         ctx.save_for_backward(x, kept, factors1, factors2, *trained)
         ctx.how = block, sequences
         return y
@@ -163,9 +205,10 @@ class _BertBlock(torch.autograd.Function):
         x, kept, factors1, factors2, *trained = ctx.saved_tensors
         (block, sequences), needs_input = ctx.how, ctx.needs_input_grad[4]
         writer = block.written(_write_backward, factors1 is not None, factors2 is not None, needs_input)
-        grad, grad_x, grads = grad.contiguous(), torch.empty_like(x), writer.grads.tensor(0)
+        grad, grad_x, grads = grad.contiguous(), torch.empty_like(x), torch.empty(writer.grads.numbers_for(0))
         tensors = {"x": x, "kept": kept, "factors0": factors1, "factors1": factors2}
         writer.run(sequences, trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
+        block.memory.take_back("kept", kept)
         of_trained = (
             grads[start : start + one.numel()].view(one.shape)
             for start, one in zip(writer.starts, trained, strict=True)
@@ -211,9 +254,9 @@ class _Space:
         self.columns += columns
         return _Matrix(found, columns, columns)
 
-    def tensor(self, tokens: int) -> torch.Tensor:
-        """Memory for all."""
-        return torch.empty(self.fixed + _room(tokens) * self.columns, dtype=torch.float32)
+    def numbers_for(self, tokens: int) -> int:
+        """How many are needed for all."""
+        return self.fixed + _room(tokens) * self.columns
 
 
 def _room(tokens: int) -> int:
@@ -280,7 +323,7 @@ class _Writer:
     ) -> None:
         """On these tensors, by their names in the program."""
         tokens, longest = sum(sequences.lengths), max(sequences.lengths)
-        scratch = self.scratch.tensor(tokens)
+        scratch = self.block.memory.lend("scratch", self.scratch.numbers_for(tokens))
         values = {name: address(tensor) for name, tensor in tensors.items()}
         values |= {"tokens": tokens, "room": _room(tokens), "longest": longest, "pairs": tokens * longest}
         values |= {
@@ -291,6 +334,7 @@ class _Writer:
         for number, (a, b) in enumerate(zip(trained[0::2], trained[1::2], strict=True)):
             values[f"a{number}"], values[f"b{number}"] = address(a), address(b)
         self.program.run(values)
+        self.block.memory.take_back("scratch", scratch)
 
     # --------------------------------------------------------------------------------------------------- linear layers
 
@@ -358,7 +402,7 @@ class _Writer:
         self, layer: LowRank, x: _Matrix, y: _Matrix, *, input_gradient: bool, ready: bool, onto: bool
     ) -> None:
         """y (+)= xWᵀ + bias, or xW; ``ready``: the strips are x's."""
-        weight, keeps = layer.weight(torch.float32), self.block.keep_strips
+        weight, keeps = layer.weight(torch.float32), self.block.memory.keep_strips
         panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
         bias = None if input_gradient else layer.bias
         kernel = self.unit.linear_input_gradient if input_gradient else self.unit.linear

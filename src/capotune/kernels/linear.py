@@ -1,4 +1,4 @@
-"""The products of linear layers with frozen weights: y = xWᵀ + bias, and on the way back the input's gradient g·W.
+"""The products of linear layers: y = xWᵀ + bias, and on the way back the input's gradient g·W and the weight's gᵀ·x.
 
 Inside ``sixteen_bits()``, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
 (``products_amx.c``), each number as the sum of two of bf16. It keeps 16 bits of each, sums are fp32, and it takes half
@@ -17,13 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from capotune.kernels._native import address, check_shape, fork_join, library
 
-__all__ = ["Rows", "allowed_unit", "input_gradient", "matrix_unit", "sixteen_bits", "split_weight", "strip_numbers"]
+__all__ = [
+    "Rows", "allowed_unit", "input_gradient", "matrix_unit", "sixteen_bits", "split_weight", "strip_numbers",
+    "trained_linear", "weight_gradient",
+]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
 _OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
@@ -95,6 +99,43 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor 
     return y
 
 
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gradᵀ·x: grad (rows, out), x (rows, into) → (out, into).
+
+    Raises ``SettingError`` where shapes do not fit.
+    """
+    check_shape("grad", grad, (len(x), grad.shape[1]))
+    unit = _unit_for(x, grad)
+    if unit is None:
+        return grad.t() @ x
+    y, strips = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32), _room_for_strips(grad.shape[1], len(x))
+    _multiply(unit.linear_weight_gradient, grad, x, None, y, strips, onto=False, ready=False)
+    return y
+
+
+def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x·weightᵀ + bias for weights that train: x (..., into), weight (out, into), bias (out,) → (..., out)."""
+    y: torch.Tensor = _TrainedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _TrainedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return Rows(x).linear(weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x, weight), (needs_x, needs_weight, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            input_gradient(grad, weight) if needs_x else None,
+            weight_gradient(grad, x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
 @cache
 def matrix_unit() -> ctypes.CDLL | None:
     """The kernels of products_amx.c where this machine and its system have what they need; else None."""
@@ -154,7 +195,7 @@ def _multiply(
     """Calls C with a ``struct product``."""
     read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
     written = (y.data_ptr(), y.stride(0), onto, strips.data_ptr())
-    product = struct.pack("14q", len(x), *weight.shape, *read, *written, ready, 0)
+    product = struct.pack("14q", len(y), *weight.shape, *read, *written, ready, 0)
     function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
 
 

@@ -66,6 +66,13 @@ INLINE struct halves split(__m512 a, __m512 b) {
     return (struct halves){upper_halves(ha, hb), (__m512i)_mm512_cvtne2ps_pbh(lb, la)};
 }
 
+/* 16 numbers of one term and 16 of the next: each beside its neighbour */
+INLINE __m512i interleaved(__m512i terms) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, terms);
+}
+
 INLINE struct halves split_row(const float *x, int64_t count) {
     if (count >= TERMS) return split(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
     return split(_mm512_maskz_loadu_ps(first_of(count), x), _mm512_maskz_loadu_ps(first_of(count - 16), x + 16));
@@ -111,6 +118,26 @@ static void left_strip(const float *x, int64_t x_stride, int64_t rows, int64_t t
         }
 }
 
+/* One strip of rows of x^T, which are columns of x (terms, rows) */
+static void left_strip_across(const float *x, int64_t x_stride, int64_t rows, int64_t terms, bf16 *to) {
+    __mmask16 mask = first_of(rows);
+    for (int64_t start = 0; start < terms; start += TERMS, to += 2 * TILE) {
+        __m512i h[SIDE], l[SIDE];  /* of pairs of terms, then of rows */
+        for (int i = 0; i < SIDE; i++) {
+            int64_t term = start + 2 * i;
+            __m512 even = _mm512_maskz_loadu_ps(term < terms ? mask : 0, x + term * x_stride);
+            __m512 odd = _mm512_maskz_loadu_ps(term + 1 < terms ? mask : 0, x + (term + 1) * x_stride);
+            struct halves both = split(even, odd);
+            h[i] = interleaved(both.h);
+            l[i] = interleaved(both.l);
+        }
+        transpose(h);
+        transpose(l);
+        store_tile(to, h);
+        store_tile(to + TILE, l);
+    }
+}
+
 /* One strip of columns of x^T, which are rows of x (columns, terms) */
 static void right_strip_across(const float *x, int64_t x_stride, int64_t columns, int64_t terms, bf16 *to) {
     for (int64_t start = 0; start < terms; start += TERMS, to += 2 * TILE) {
@@ -129,8 +156,6 @@ static void right_strip_across(const float *x, int64_t x_stride, int64_t columns
 
 /* Strips, so many numbers of bf16 apart, of all columns of x (terms, columns): a row of x at a time, as it lies in memory */
 static void right_strips(const float *x, int64_t x_stride, int64_t columns, int64_t terms, bf16 *to, int64_t apart) {
-    const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                                 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t term = 0; term < parts(terms, TERMS) * TERMS; term += 2) {
         const float *row = x + term * x_stride;
         bf16 *pair = to + term / TERMS * 2 * TILE + term % TERMS / 2 * TERMS;
@@ -141,8 +166,8 @@ static void right_strips(const float *x, int64_t x_stride, int64_t columns, int6
             __m512 even = _mm512_maskz_loadu_ps(term < terms ? mask : 0, row + column);
             __m512 odd = _mm512_maskz_loadu_ps(term + 1 < terms ? mask : 0, row + x_stride + column);
             struct halves both = split(even, odd);
-            _mm512_store_si512(pair, _mm512_permutexvar_epi16(interleaved, both.h));
-            _mm512_store_si512(pair + TILE, _mm512_permutexvar_epi16(interleaved, both.l));
+            _mm512_store_si512(pair, interleaved(both.h));
+            _mm512_store_si512(pair + TILE, interleaved(both.l));
         }
     }
 }
@@ -194,7 +219,7 @@ static void *room(int64_t bytes) {
     return space;
 }
 
-/* --------------------------------------------------------------------------------------------------- x W^T and g W */
+/* ------------------------------------------------------------------------------------------------ x W^T, g W and g^T x */
 
 struct product {
     int64_t rows, out, into;  /* of the activations; W is (out, into) */
@@ -275,10 +300,10 @@ INLINE void run_panels(const struct product *a, int across, int64_t first, int64
 /* ------------------------------------------------------------------------------------------------------------ threads */
 
 /* across: y = x W^T + bias, W's rows are the left strips, x's the right ones; else y (+)= g W, g's rows are the left strips,
- * W's columns the right ones */
+ * W's columns the right ones; turned: g lies in memory as (out, rows) */
 struct work {
     const struct product *product;
-    int across;
+    int across, turned;
     int64_t strips;  /* of the activations in one part */
 };
 
@@ -286,9 +311,11 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
     const struct product *a = work.product;
     int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
+    void (*make)(const float *, int64_t, int64_t, int64_t, bf16 *) =
+        work.across ? right_strip_across : work.turned ? left_strip_across : left_strip;
     for (int64_t strip = first; strip < last; strip++)
-        (work.across ? right_strip_across : left_strip)(a->x + strip * SIDE * a->x_stride, a->x_stride,
-                                                        least(SIDE, a->rows - strip * SIDE), terms, a->strips + strip * size);
+        make(a->x + strip * SIDE * (work.turned ? 1 : a->x_stride), a->x_stride, least(SIDE, a->rows - strip * SIDE), terms,
+             a->strips + strip * size);
 }
 
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
@@ -308,7 +335,7 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
     own.rows = least(to * SIDE, a->rows) - from * SIDE;
     own.y += from * SIDE * own.y_stride;
     own.strips += from * parts(terms_of(a, work.across), TERMS) * 2 * TILE;
-    struct work of_own = {&own, work.across, 0};
+    struct work of_own = {&own, work.across, 0, 0};
     make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));
 }
 
@@ -322,9 +349,9 @@ static void run(kernel *stage, struct work work, int64_t items, sharer *share, v
 }
 
 /* Many rows are shared out by rows, so that every thread reads all weights, and few by panels */
-static void run_product(const struct product *a, int across, sharer *share, void *fork_join, int64_t threads) {
+static void run_product(const struct product *a, int across, int turned, sharer *share, void *fork_join, int64_t threads) {
     int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR);
-    struct work work = {a, across, parts(parts(strips, threads), 2) * 2};
+    struct work work = {a, across, turned, parts(parts(strips, threads), 2) * 2};
     if (share && threads > 1 && a->rows >= threads * ROWS_FOR_ONE) {
         run(make_part, work, parts(strips, work.strips), share, fork_join, threads);
         return;
@@ -334,11 +361,16 @@ static void run_product(const struct product *a, int across, sharer *share, void
 }
 
 void linear(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
-    run_product(a, 1, share, fork_join, threads);
+    run_product(a, 1, 0, share, fork_join, threads);
 }
 
 void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
-    run_product(a, 0, share, fork_join, threads);
+    run_product(a, 0, 0, share, fork_join, threads);
+}
+
+/* y (+)= g^T x for g (tokens, out) and x (tokens, into): that is g^T W with x as W */
+void linear_weight_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+    run_product(a, 0, 1, share, fork_join, threads);
 }
 
 /* W's strips for either way, for those who keep them */

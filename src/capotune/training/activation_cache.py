@@ -137,7 +137,7 @@ def compute_pooled(
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
-    order = sorted_order(rows.lengths)
+    order = sorted_order(rows.lengths, model.device)
     with reusing_memory(), sixteen_bits(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
@@ -153,7 +153,7 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     backbone, architecture = assembled.backbone, assembled.architecture
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
-    order = sorted_order(rows.lengths)
+    order = sorted_order(rows.lengths, assembled.model.device)
     with (
         reusing_memory(),
         sixteen_bits(),

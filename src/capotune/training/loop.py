@@ -164,7 +164,7 @@ def predict_logits(assembled: Assembled, rows: Rows, boundary: BoundaryStates | 
 @torch.no_grad()
 def outputs(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> torch.Tensor:
     """What the task keeps of each row, (rows, numbers) fp32 on the CPU, in the order of the rows."""
-    order = sorted_order(examples.rows.lengths)
+    order = sorted_order(examples.rows.lengths, assembled.model.device)
     found = []
     with assembled.reading(), _starting_at(assembled, examples.boundary) as give:
         for done, chosen in enumerate(order):
