@@ -71,7 +71,7 @@ def train(job: Job, clock: Clock) -> None:
         patch.object(loop, "held_out_score", lambda *_: (0.0,)),
     ):
         held = examples.take(torch.tensor([0]))
-        state = loop.start(model, held, 0)
+        state = loop.start(model, (0.0,), 0)
         if second:
             with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
         clock.begin()

@@ -28,7 +28,9 @@ STAGES = ("imports", "first step")
 # then done. The imports are those that the command makes itself, a moment later.
 PROGRAM = """
 import os, sys, time
-import capotune.training.run
+from capotune.device import collector_at_rest
+with collector_at_rest():
+    import capotune.training.run
 from capotune.cli.main import main
 from torch.optim.optimizer import register_optimizer_step_post_hook
 print("imports", time.time(), file=sys.stderr, flush=True)

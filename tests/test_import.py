@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from capotune.device import collector_at_rest
 
 WATCH = """
 import json, logging, os, sys, warnings, signal, threading
@@ -47,6 +50,22 @@ def test_importing_the_functions_and_the_command_line_changes_nothing(tmp_path: 
     found = in_a_new_process("import capotune.api, capotune.cli, capotune.comparison, capotune.report", tmp_path)
     assert found["changed"] == []
     assert not {"torch", "transformers", "datasets", "sklearn"} & set(found["heavy"])
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_the_collector_rests_and_is_then_as_it_was(at_work: bool) -> None:
+    """Also after an error, and one inside the other."""
+    was_at_work = gc.isenabled()
+    try:
+        (gc.enable if at_work else gc.disable)()
+        with pytest.raises(KeyError), collector_at_rest():  # noqa: PT012 - what is asked inside is the test
+            with collector_at_rest():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == at_work
+    finally:
+        (gc.enable if was_at_work else gc.disable)()
 
 
 def test_all_resolves() -> None:

@@ -56,7 +56,7 @@ def _request(settings: CompareSettings, method: str, out: Path, base_score: bool
 
 def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> str | None:
     """Run one technique's process to its end; why it failed, or None."""
-    command = [sys.executable, "-m", "capotune.training.run"]
+    command = [sys.executable, "-m", "capotune.training"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages,
         subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,19 @@ def reusing_memory() -> Iterator[None]:
             set_option(_MMAP_THRESHOLD, 2**25)
             set_option(_TRIM_THRESHOLD, 2**26)
             trim(0)
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Inside, Python's garbage collector does not run. PyTorch and Transformers are some thousand modules: while they
+    are imported it would look through them again and again, a tenth of the time, and all of them stay."""
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_at_work:
+            gc.enable()
 
 
 def environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capotune.config import CompareSettings, MethodSettings, RunSettings, TrainSettings, build, method_class, nearest
+from capotune.device import collector_at_rest
 from capotune.errors import SettingError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def train_run(
     settings: TrainSettings, method: MethodSettings, *, resume: bool = False, report: Reporter | None = None
 ) -> dict[str, Any]:
     """``train`` with settings already validated."""
-    from capotune.training.run import run
+    with collector_at_rest():
+        from capotune.training.run import run
 
     return run(settings, method, report or (lambda _: None), resume=resume)
 
@@ -90,7 +92,8 @@ def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
 
     ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
     """
-    from capotune.training.run import prepare
+    with collector_at_rest():
+        from capotune.training.run import prepare
 
     shared, method = _separate("lora", settings)
     found: dict[str, Any] = {}

@@ -130,8 +130,17 @@ class ClassificationRun(TaskRun):
             return Fitted(1.0, 1, held_score, also)
         _set_head(assembled, head)
         unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization)
+        if state is None:
+            # the solved head, in the model now, is the best so far
+            state = start(assembled, self.task.score(head.logits(features[held]), targets[held]), settings.seed)
+            _set_head(assembled, unfinished)
         del features
-        state = self._train(settings, assembled, unfinished, cache, report, state)
+        fit_examples, held_examples = (
+            with_boundary(self.train.take(rows), assembled, cache, report) for rows in (fit, held)
+        )
+        state = train_in_steps(
+            settings.out, assembled, fit_examples, held_examples, seed=settings.seed, state=state, report=report
+        )
         return Fitted(float(state.epoch), state.best_epoch, state.best_score[0], also)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Tested:  # noqa: ARG002
@@ -150,24 +159,6 @@ class ClassificationRun(TaskRun):
             scores.rows,
             self._predictions(logits),
         )
-
-    def _train(
-        self,
-        settings: TrainSettings,
-        assembled: Assembled,
-        unfinished: LinearHead,
-        cache: ActivationCache,
-        report: Reporter,
-        state: TrainingState | None,
-    ) -> TrainingState:
-        """Train in steps from the ``unfinished`` head; the solved one, in the model now, is the best so far."""
-        fit, held = (
-            with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
-        )
-        if state is None:
-            state = start(assembled, held, settings.seed)
-            _set_head(assembled, unfinished)
-        return train_in_steps(settings.out, assembled, fit, held, seed=settings.seed, state=state, report=report)
 
     def _start_features(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> torch.Tensor:
         """The training rows' features, for solving the head."""

@@ -165,7 +165,7 @@ class GenerationRun(TaskRun):
         fit, held = (
             with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
         )
-        state = state or start(assembled, held, settings.seed)
+        state = state or start(assembled, held_out_score(assembled, held), settings.seed)
         state = train_in_steps(settings.out, assembled, fit, held, seed=settings.seed, state=state, report=report)
         return Fitted(float(state.epoch), state.best_epoch, self.task.shown(state.best_score), also)
 

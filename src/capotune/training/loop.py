@@ -105,7 +105,7 @@ def train(
     weights = assembled.trainable()
     rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
     optimizer = make_optimizer(weights, rates, settings.weight_decay)
-    state = state or start(assembled, held_examples, seed)
+    state = state or start(assembled, held_out_score(assembled, held_examples), seed)
     _restore(state, weights, optimizer)
     per_epoch = math.ceil(len(train_examples.rows.sequences) / settings.batch_size)
     total = settings.epochs * per_epoch
@@ -142,10 +142,10 @@ def train(
     return state
 
 
-def start(assembled: Assembled, held_examples: Examples, seed: int) -> TrainingState:
-    """The state before the first step, with the model as it is now as the best so far."""
+def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
+    """The state before the first step, with the model as it is now, of this held-out ``score``, as the best so far."""
     state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
-    _keep_if_better(state, assembled.trainable(), held_out_score(assembled, held_examples), epoch=0)
+    _keep_if_better(state, assembled.trainable(), score, epoch=0)
     return state
 
 

@@ -1,9 +1,6 @@
 """One technique from settings to a run folder.
 
-    data → base → method attached → training → test score → adapter, run.json
-
-``python -m capotune.training.run`` does the same in a process of its own, for ``compare``: each technique's peak memory
-is then its own. It reads one JSON object of settings and writes one JSON object per event.
+data → base → method attached → training → test score → adapter, run.json
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +18,10 @@ import torch
 from capotune.adapters.assemble import Assembled, assemble, attach, hidden_size
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
-from capotune.config import MethodSettings, TaskName, TrainSettings, build, method_class
+from capotune.config import MethodSettings, TaskName, TrainSettings
 from capotune.data.conversations import looks_like_generation
 from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
-from capotune.errors import CapotuneError, OutputError, SettingError
+from capotune.errors import OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
 from capotune.methods import Start
@@ -36,7 +32,7 @@ from capotune.training.checkpoint import load_checkpoint
 from capotune.training.classification import ClassificationRun
 from capotune.training.generation import GenerationRun
 from capotune.training.loop import TrainingState
-from capotune.training.task_run import Event, Reporter, TaskRun, Tested
+from capotune.training.task_run import Reporter, TaskRun, Tested
 
 TASKS: dict[TaskName, type[TaskRun]] = {"classification": ClassificationRun, "generation": GenerationRun}
 MODELS: dict[TaskName, str] = {"classification": "minilm", "generation": "capo-tiny"}
@@ -233,26 +229,3 @@ def _write_predictions(path: Path, tested: Tested) -> None:
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def main() -> int:
-    """The process of one technique: settings on standard input, events on standard output."""
-    events, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the events
-
-    def report(event: Event) -> None:
-        print(json.dumps(event), file=events, flush=True)
-
-    request = json.load(sys.stdin)
-    try:
-        method = build(method_class(request["method"]), request["method_settings"])
-        run(build(TrainSettings, request["settings"]), method, report, base_score=request["base_score"])
-    except CapotuneError as error:
-        report({"kind": "error", "text": str(error)})
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
