@@ -21,8 +21,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results" / "engine-profile.json"
 STEPS = 5
+CALL_FIELDS = 4  # of a ``struct call``
 _SMALL = 64  # a product with a side up to this is one of a low rank
 KINDS = {
     "large matrix products": ("matrix unit",),
@@ -49,7 +52,6 @@ def kind(name: str, shapes: list[Any]) -> str:
 
 def profile_step(letter: str) -> dict[str, Any]:
     """Milliseconds of a step by kind, and of a step without the profiler."""
-    import numpy as np
     import torch
     from _engine_data import Job, without_dropout
     from _engine_ours import assembled, settings_of
@@ -121,6 +123,7 @@ def name_kernels(stack: ExitStack) -> None:
         layer_norm,
         linear,
         low_rank,
+        program,
         rms_norm,
         rotary,
         swiglu,
@@ -140,6 +143,44 @@ def name_kernels(stack: ExitStack) -> None:
             multiply(*given, **how)
 
     stack.enter_context(patch.object(linear, "_multiply", multiply_named))
+    stack.enter_context(patch.object(program.Program, "run", run_call_by_call))
+
+
+def run_call_by_call(program: Any, values: dict[str, int]) -> None:
+    """``Program.run``, each call by its name instead of all at once."""
+    import ctypes
+
+    import torch
+    from torch.profiler import record_function
+
+    from capotune.kernels import _native
+
+    program._symbols or program._translate()
+    fields = program._matrix @ np.array([1, *(values[name] for name in program._symbols[1:])], np.int64)
+    names = kernel_names()
+    sharer, counts = _native.library("elementwise_cpu"), (torch.get_num_threads(), _native.SHARE)
+    size = 8 * CALL_FIELDS
+    for number, (kernel, *_) in enumerate(program._calls):
+        fields[number * CALL_FIELDS + 1] -= number * size  # arguments are found from the first call on
+        with record_function(names[kernel]):
+            where = ctypes.c_void_p(fields.ctypes.data + number * size)
+            sharer.run_program(where, ctypes.c_int64(1), _native.fork_join(), *map(ctypes.c_int64, counts))
+
+
+def kernel_names() -> dict[int, str]:
+    """By address, all that were used."""
+    import ctypes
+
+    from capotune.kernels import _native
+
+    names = {}
+    for library in ("products_cpu", "elementwise_cpu", "products_amx"):
+        kernels = vars(_native.library(library)) if _native.library(library) else {}
+        for name, kernel in kernels.items():
+            if isinstance(kernel, ctypes._CFuncPtr):
+                address = ctypes.cast(kernel, ctypes.c_void_p).value
+                names[address] = f"matrix unit: {name}" if library == "products_amx" else name
+    return names
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import capotune
 from capotune.adapters import assemble as assemble_module
 from capotune.adapters.assemble import Assembled
 from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings
-from capotune.data.batches import Rows, parts_of
+from capotune.data.batches import Rows
 from capotune.errors import OutputError
 from capotune.models.load import Quantization, find, load_backbone
 from capotune.models.packing import Packing, packed
@@ -363,9 +363,7 @@ def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pyt
     assembled = features(bert)
     rows = rows_of(assembled)
     whole = activation_cache.compute_pooled(assembled, (0, -1), rows)
-    monkeypatch.setattr(
-        activation_cache, "sorted_order", lambda lengths, _device: parts_of(np.arange(len(lengths)), lengths, 20)
-    )
+    monkeypatch.setattr(activation_cache, "tokens_at_once", lambda _device: 20)
     torch.testing.assert_close(activation_cache.compute_pooled(assembled, (0, -1), rows), whole, rtol=0, atol=1e-6)
 
 

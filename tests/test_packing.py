@@ -566,14 +566,9 @@ def test_parts(budget: int, seed: int) -> None:
         assert len(part) == 1 or longest * len(part) <= budget
         if number + 1 < len(parts):  # one more would not have fitted
             assert lengths[parts[number + 1][0]] * (len(part) + 1) > budget
-
-
-@pytest.mark.parametrize(("device", "budget"), [("cpu", 768), ("cuda", 4096)])
-def test_inference_reads_by_length_as_much_as_the_device_likes(device: str, budget: int) -> None:
-    lengths = np.random.default_rng(0).integers(1, 40, 900).tolist()
-    found = [part.tolist() for part in sorted_order(lengths, torch.device(device))]
-    assert found == [part.tolist() for part in parts_of(np.arange(900), lengths, budget)]
-    assert len(found) > 3
+    assert [part.tolist() for part in sorted_order(lengths, budget)] == [
+        part.tolist() for part in parts_of(np.arange(200), lengths, budget)
+    ]
 
 
 def test_sequences_of_equal_length_keep_their_order() -> None:

@@ -134,10 +134,15 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     return batches
 
 
-def sorted_order(lengths: Sequence[int], device: torch.device) -> list[np.ndarray]:
-    """Row numbers of batches for inference: by length, as many rows as ``device`` likes to read at once."""
-    # what some hundred tokens leave is still in a CPU's caches when it is read again
-    return parts_of(np.arange(len(lengths)), lengths, 768 if device.type == "cpu" else 4096)
+def tokens_at_once(device: torch.device) -> int:
+    """How many are read at a time where nothing is learned: what some hundred of them leave is still in a CPU's caches
+    when it is read again, and a GPU likes more."""
+    return 768 if device.type == "cpu" else 4096
+
+
+def sorted_order(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
+    """Row numbers of batches for inference: by length, as many rows as fit ``token_budget`` padded tokens."""
+    return parts_of(np.arange(len(lengths)), lengths, token_budget)
 
 
 def parts_of(rows: np.ndarray, lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import Rows, sorted_order
+from capotune.data.batches import Rows, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.errors import OutputError
 from capotune.kernels.linear import sixteen_bits
@@ -137,7 +137,7 @@ def compute_pooled(
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
-    order = sorted_order(rows.lengths, model.device)
+    order = sorted_order(rows.lengths, tokens_at_once(model.device))
     with reusing_memory(), sixteen_bits(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
@@ -153,7 +153,7 @@ def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Pro
     backbone, architecture = assembled.backbone, assembled.architecture
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
-    order = sorted_order(rows.lengths, assembled.model.device)
+    order = sorted_order(rows.lengths, tokens_at_once(assembled.model.device))
     with (
         reusing_memory(),
         sixteen_bits(),

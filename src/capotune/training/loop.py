@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
-from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order
+from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.kernels.linear import sixteen_bits
 from capotune.models.architecture import with_forward
@@ -164,7 +164,7 @@ def predict_logits(assembled: Assembled, rows: Rows, boundary: BoundaryStates | 
 @torch.no_grad()
 def outputs(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> torch.Tensor:
     """What the task keeps of each row, (rows, numbers) fp32 on the CPU, in the order of the rows."""
-    order = sorted_order(examples.rows.lengths, assembled.model.device)
+    order = sorted_order(examples.rows.lengths, tokens_at_once(assembled.model.device))
     found = []
     with assembled.reading(), _starting_at(assembled, examples.boundary) as give:
         for done, chosen in enumerate(order):
