@@ -220,9 +220,8 @@ def profiles(content: dict[str, Any]) -> list[str]:
     """Milliseconds of a step by what they are for, before the engine was built and after, for both workloads."""
     lines = [
         "Workloads (a) and (d) of the engine, tuned; one step each, by PyTorch's profiler, which itself slows what is "
-        "made of many small operations. *Before*: the version that padded batches (commit cb00828); *after*: "
-        "this one, when BERT's blocks were still composed of their parts (commit 317be5b). "
-        "In brackets each kind's part of the step.",
+        "made of many small operations. *Before*: the version that padded batches (commit cb00828); *after*: this "
+        "one. In brackets each kind's part of the step.",
     ]
     for letter in "ad":
         steps = {label: content[label][letter] for label in ("before", "after")}
