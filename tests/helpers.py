@@ -53,7 +53,7 @@ def on_base(
 def accumulate(assembled: Assembled, given: Examples, chosen: np.ndarray, settings: MethodSettings) -> float:
     """The loop's, with the base reading as it does there."""
     with assembled.reading():
-        return loop.accumulate(assembled, given, chosen, settings)
+        return float(loop.accumulate(assembled, given, chosen, settings))
 
 
 def sequences(count: int, seed: int = 0, shortest: int = 3, longest: int = 14) -> list[list[int]]:

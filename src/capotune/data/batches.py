@@ -68,6 +68,9 @@ class Batch:
     """Packed: (1, tokens)."""
     targets: torch.Tensor | None = None
     """(rows,) classes, or flat labels (tokens,) with ``NOT_LEARNED`` where nothing is learned."""
+    learned: torch.Tensor | None = None
+    """Flat positions that are learned (n,), where targets are labels: found here, since to look for them on a GPU is to
+    wait for it."""
 
     @staticmethod
     def of_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Batch:
@@ -171,18 +174,20 @@ def collate(
     chosen = [[*prefix, *sequences[row]] for row in rows]
     lengths = Sequences(tuple(map(len, chosen)))
     wanted: torch.Tensor | None = None
+    learned: torch.Tensor | None = None
     if isinstance(targets, list):
         unlearned = [NOT_LEARNED] * len(prefix)
         wanted = torch.tensor([label for row in rows for label in (*unlearned, *targets[row])])
+        learned = (wanted != NOT_LEARNED).nonzero()[:, 0]
     elif targets is not None:
         wanted = targets[torch.as_tensor(rows)]
     if first_position is not None:
         ids = torch.tensor([[token for sequence in chosen for token in sequence]])
-        return Batch(ids, lengths, position_ids=lengths.positions(first_position)[None], targets=wanted)
+        return Batch(ids, lengths, position_ids=lengths.positions(first_position)[None], targets=wanted, learned=learned)
     longest = max(lengths.lengths)
     ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in chosen])
     mask = (torch.arange(longest) < torch.tensor(lengths.lengths)[:, None]).long()
-    return Batch(ids, lengths, mask, targets=wanted)
+    return Batch(ids, lengths, mask, targets=wanted, learned=learned)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _round(values, dtype: tl.constexpr):
-    """fp32 → ``dtype``, to nearest, ties to even. For bf16 in whole numbers: Triton's interpreter would cut off."""
-    if dtype == tl.bfloat16:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
+from capotune.kernels._triton_rounding import rounded
 
 
 @triton.jit
@@ -44,7 +36,7 @@ def dequantize_kernel(
     scale = _absmax(absmax, absmax_map, nested_absmax, offset, 2 * at // block_size, inside, nested)
     numbers = tl.interleave(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
     to = 2 * first + tl.arange(0, 2 * block)
-    tl.store(out + to, _round(numbers, out.dtype.element_ty), mask=to < n)
+    tl.store(out + to, rounded(numbers, out.dtype.element_ty), mask=to < n)
 
 
 @triton.jit
@@ -71,8 +63,8 @@ def linear_kernel(
         w_inside = (pair[:, None] < columns // 2) & (output[None, :] < outputs)
         byte = tl.load(codes + w_at, mask=w_inside, other=0).to(tl.int32)
         scale = _absmax(absmax, absmax_map, nested_absmax, offset, 2 * w_at // block_size, w_inside, nested)
-        high = _round(tl.load(table + (byte >> 4)) * scale, dtype)
-        low = _round(tl.load(table + (byte & 15)) * scale, dtype)
+        high = rounded(tl.load(table + (byte >> 4)) * scale, dtype)
+        low = rounded(tl.load(table + (byte & 15)) * scale, dtype)
         even = tl.load(x_at, mask=x_inside, other=0.0)
         odd = tl.load(x_at + 1, mask=x_inside, other=0.0)
         if widen:
@@ -80,4 +72,4 @@ def linear_kernel(
         total = tl.dot(even, high, total, input_precision="ieee")
         total = tl.dot(odd, low, total, input_precision="ieee")
     inside = (row[:, None] < rows) & (output[None, :] < outputs)
-    tl.store(y + row[:, None] * outputs + output[None, :], _round(total, dtype), mask=inside)
+    tl.store(y + row[:, None] * outputs + output[None, :], rounded(total, dtype), mask=inside)

@@ -6,7 +6,9 @@ With ``causal`` those are the ones up to i; with ``window`` the ones less than `
 
 There is no padding and no mask. Short sequences on a CPU have a kernel of their own (``products_cpu.c``): PyTorch's is
 made for long ones. Where one is longer, neighbours of equal length go through PyTorch's fused attention together, as a
-batch that is a view of the tokens; sequences sorted by length make few such groups.
+batch that is a view of the tokens; sequences sorted by length make few such groups. A GPU's kernels are told where each
+sequence starts and take all of them at once: flash attention for 16 bits (Dao 2023), for fp32 the memory-efficient one
+(Rabe and Staats 2021).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from capotune.kernels._native import Argument, address, as_rows, over_rows, prod
 
 MOST_LENGTH, MOST_HEAD, _LANES = 512, 128, 8
 """Up to where products_cpu.c is faster, and the numbers in one of its vectors."""
+_FLASH, _FLASH_HEAD = (torch.bfloat16, torch.float16), 256  # what flash attention takes
+_CAUSAL = 1  # of PyTorch's masks by number: from the top left corner
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,16 @@ class Sequences:
     def starts(self) -> torch.Tensor:
         """Where each sequence starts, and where the last ends: (sequences + 1,) int64."""
         return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    def starts_on(self, gpu: torch.device) -> torch.Tensor:
+        """The same there, int32, moved once for all the layers that ask."""
+        if gpu not in self._moved:
+            self._moved[gpu] = self.starts.to(gpu, torch.int32)
+        return self._moved[gpu]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, torch.Tensor]:
+        return {}
 
 
 def packed_attention_reference(
@@ -91,6 +105,11 @@ def packed_attention(
             return _ShortAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernels do not look
         return _PackedAttention.apply(q, k, v, sequences, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+    if q.is_cuda and len(q) > 0:
+        if q.dtype in _FLASH and q.shape[-1] <= _FLASH_HEAD and q.shape[-1] % 8 == 0 and scale > 0:
+            return _flash(q, k, v, sequences, causal, scale, window)
+        if q.dtype == torch.float32 and not narrow and q.shape[-1] % 4 == 0 and scale > 0:
+            return _efficient(q, k, v, sequences, causal, scale)
     sizes = [count * length for count, length in sequences.groups]
     parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), sequences.groups, strict=True)
     outs = []
@@ -107,6 +126,39 @@ def packed_attention(
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """PyTorch's op behind ``torch.nn.attention.varlen``, which PyTorch 2.9 does not have; with its own gradients."""
+    starts, longest = sequences.starts_on(q.device), max(sequences.lengths)
+    before = None if window is None else window - 1
+    sides = {"window_size_left": before, "window_size_right": 0 if causal else before}
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, causal, False, scale=scale, **({} if window is None else sides)
+    )[0]
+    return out
+
+
+def _efficient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, causal: bool, scale: float
+) -> torch.Tensor:
+    """PyTorch's op below its attention with ``SDPBackend.EFFICIENT_ATTENTION``; it knows no shared key-value heads."""
+    starts, longest = sequences.starts_on(q.device), max(sequences.lengths)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x if repeats == 1 else x.repeat_interleave(repeats, 1) for x in (k, v))
+    out: torch.Tensor = torch.ops.aten._efficient_attention_forward(
+        q[None], k[None], v[None], None, starts, starts, longest, longest, 0.0, _CAUSAL if causal else 0,
+        compute_log_sumexp=torch.is_grad_enabled(), scale=scale,
+    )[0]  # fmt: skip
+    return out[0]
 
 
 def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> CDLL | None:

@@ -7,7 +7,8 @@ a time, and while a chunk's are at hand its gradient ∂loss_i/∂h_i = (softmax
 the backward pass only scales what is kept: (tokens, hidden). W is frozen and gets no gradient. The idea of taking the
 gradient in the forward pass is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989, §3.2), there for trained W as well.
 
-On the CPU the way from a chunk's logits to losses and softmax_i − onehot_i is one C call; in PyTorch it takes eight.
+On the CPU the way from a chunk's logits to losses and softmax_i − onehot_i is one C call, on a GPU one kernel; in
+PyTorch it takes eight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError
+from capotune.kernels import elementwise_triton
 from capotune.kernels._native import address, elementwise, over_rows
 from capotune.kernels.linear import Rows, input_gradient
 
@@ -67,7 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             chunk = hidden[part]
-            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk)]).float()
+            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk)])
+            if not elementwise_triton.kernels_for(logits):  # which take any dtype
+                logits = logits.float()
             losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)
             if gradient is not None:
                 gradient[part] = input_gradient(logits.to(weight.dtype), weight)
@@ -84,12 +88,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def softmax_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, in_place: bool
 ) -> torch.Tensor:
-    """logits (n, vocabulary) fp32, targets (n,) int64 → losses (n,) fp32; outside of autograd.
+    """logits (n, vocabulary) fp32, on a GPU also bf16 or fp16; targets (n,) int64 → losses (n,) fp32; outside of
+    autograd.
 
-    With ``in_place`` the gradients of the losses replace the logits: softmax − onehot where nothing is smoothed. Raises
-    ``DataError`` for a target that is not in the vocabulary.
+    With ``in_place`` the gradients of the losses replace the logits: softmax − onehot where nothing is smoothed. For a
+    target that is not in the vocabulary ``DataError`` is raised on a CPU, and on a GPU, where to look would be to wait,
+    the loss is NaN.
     """
     _check_targets(targets, logits.shape[1])
+    if elementwise_triton.kernels_for(logits) and logits.stride(1) == 1:
+        return elementwise_triton.softmax_cross_entropy(logits, targets.contiguous(), label_smoothing, in_place)
     lib = elementwise(logits)
     if lib is None or not logits.is_contiguous():
         return softmax_cross_entropy_reference(logits, targets, label_smoothing, in_place)
@@ -110,14 +118,14 @@ def softmax_cross_entropy_reference(
         losses -= label_smoothing * logits.mean(1)
     if in_place:
         logits.sub_(total[:, None]).exp_()  # softmax
-        logits.scatter_add_(1, target, torch.full_like(target, -(1 - label_smoothing), dtype=torch.float32))
+        logits.scatter_add_(1, target, torch.full_like(target, -(1 - label_smoothing), dtype=logits.dtype))
         if label_smoothing:
             logits.sub_(label_smoothing / logits.shape[1])
     return losses
 
 
 def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """C would read beyond the logits' end. Elsewhere PyTorch looks itself, and on a GPU to ask would be to wait."""
+    """C would read beyond the logits' end. Elsewhere the kernels look themselves."""
     if targets.device.type != "cpu" or len(targets) == 0:
         return
     least, largest = (int(bound) for bound in targets.aminmax())

@@ -68,7 +68,7 @@ def add_layer_norm_forward(
     if lib is None:
         total = x + residual
         y, means, roots = torch.native_layer_norm(total, [columns], weight, bias, eps)
-        return y, (total, means[:, 0].float(), roots[:, 0].float())
+        return y, (total, means[:, 0], roots[:, 0])
     x, residual, weight, bias = (tensor.contiguous() for tensor in (x, residual, weight, bias))
     total, y, means, roots = torch.empty_like(x), torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
     read = (dtype_code(x), *map(address, (x, residual, weight, bias)), columns, float(eps))
@@ -83,11 +83,9 @@ def add_layer_norm_backward(grad: torch.Tensor, kept: Kept, weight: torch.Tensor
     check_shape("grad", grad, total.shape)
     lib = elementwise(grad, total, weight)
     if lib is None:
-        wide = torch.promote_types(total.dtype, torch.float32)
-        weighted = grad.to(wide) * weight.to(wide)
-        normal = (total.to(wide) - means[:, None]) * roots[:, None]
-        along = (weighted * normal).mean(1, keepdim=True)
-        return (roots[:, None] * (weighted - weighted.mean(1, keepdim=True) - normal * along)).to(total.dtype)
+        statistics, wanted = (means[:, None], roots[:, None]), [True, False, False]
+        given = (grad, total, weight.shape, *statistics, weight, None)
+        return torch.ops.aten.native_layer_norm_backward(*given, wanted)[0]  # type: ignore[no-any-return]
     grad, weight = grad.contiguous(), weight.contiguous()
     rows, columns = grad.shape
     grad_x = torch.empty_like(grad)

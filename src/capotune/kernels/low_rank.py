@@ -26,6 +26,9 @@ def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torc
     if out is not None:
         check_shape("out", out, (x.shape[0], matrix.shape[0]))
     lib = _kernels(x, x if out is None else out, matrix)
+    if lib is None and x.is_cuda:
+        out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device) if out is None else out
+        return torch.addmm(out, x, matrix.to(x.dtype).t(), beta=0, alpha=scale, out=out)  # beta 0: out is not read
     if lib is None:  # the rank first in memory: with it last, a CPU takes twice as long
         low = matrix.to(x.dtype) @ x.t()
         low = (low if scale == 1 else low.mul_(scale)).t()
@@ -55,7 +58,7 @@ def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tens
     matrix = torch.empty(low.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
     lib = _kernels(x, low, matrix)
     if lib is None:
-        return torch.mm(low.t(), x, out=matrix).mul_(scale)
+        return torch.addmm(matrix, low.t(), x, beta=0, alpha=scale, out=matrix)
     groups = -(-x.shape[1] // _LANES)
     over_rows(lib, "low_rank_gather", _arguments(x, low, matrix, scale), groups, low.numel() * _LANES)
     return matrix

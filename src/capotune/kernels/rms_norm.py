@@ -4,7 +4,7 @@
     dx = r·(g⊙w − x·r²·mean(g⊙w⊙x))
 
 For the backward pass x and r are kept; autograd would keep x once more in fp32, its square and its product with r. On
-the CPU each direction is one C call, elsewhere the same in PyTorch.
+the CPU each direction is one C call, on a GPU one kernel, elsewhere the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from capotune.kernels import elementwise_triton
 from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
 
 __all__ = ["RmsNorm", "rms_norm_reference"]
@@ -52,6 +53,9 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     """y like x, and the reciprocal roots, fp32 (rows,)."""
     rows, columns = prod(x.shape[:-1]), x.shape[-1]
     lib = elementwise(x, weight)
+    if lib is None and columns <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(x, weight):
+        y, roots = elementwise_triton.rms_norm(x.reshape(rows, columns).contiguous(), weight.contiguous(), eps)
+        return y.view(x.shape), roots
     if lib is None:
         wide = x.float().reshape(rows, columns)
         roots = torch.rsqrt(wide.pow(2).mean(-1) + eps)
@@ -67,6 +71,9 @@ def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, roots: 
     """The gradient of x, in its dtype."""
     rows, columns = prod(x.shape[:-1]), x.shape[-1]
     lib = elementwise(grad, x, weight)
+    if lib is None and columns <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(grad, x, weight):
+        matrices = (one.reshape(rows, columns).contiguous() for one in (grad, x))
+        return elementwise_triton.rms_norm_backward(*matrices, weight.contiguous(), roots).view(x.shape)
     if lib is None:
         wide, weighted, root = x.float(), grad.float() * weight.float(), roots.view(*x.shape[:-1], 1)
         return (root * (weighted - wide * (root**2 * (weighted * wide).mean(-1, keepdim=True)))).to(x.dtype)

@@ -5,7 +5,7 @@ With a head's halves (a, b) and those of cos and sin:
     y = (a·cos_a − b·sin_a,  b·cos_b + a·sin_b)        dx = (g_a·cos_a + g_b·sin_b,  g_b·cos_b − g_a·sin_a)
 
 For the backward pass cos and sin are kept, nothing else; autograd would keep the turned halves too. On the CPU each
-direction is one C call, elsewhere the same in PyTorch.
+direction is one C call, on a GPU one kernel, elsewhere the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from capotune.kernels import elementwise_triton
 from capotune.kernels._native import address, as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows
 
 __all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_reference"]
@@ -73,10 +74,14 @@ def _turn(
     check_shape("x", x, (tokens, heads, size // 2 * 2))
     written = output_rows(out, tokens, heads * size)
     lib = elementwise(x, cos, sin, out)
-    if lib is None:
+    triton = lib is None and heads * size <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(x, cos, sin, out)
+    if lib is None and not triton:
         out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
         return out
     read, cos, sin = as_rows(x, tokens, heads * size), cos.contiguous(), sin.contiguous()
+    if triton:
+        elementwise_triton.rotary(read, cos, sin, written, heads, transposed=transposed)
+        return out
     sizes = (dtype_code(x), heads, size // 2)
     strides = (read.stride(0), written.stride(0))
     pointers = (address(read), address(cos), address(sin), address(written))

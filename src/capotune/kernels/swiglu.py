@@ -3,8 +3,8 @@
     d gate = g·up·s·(1 + gate·(1 − s))        d up = g·gate·s
 
 For the backward pass gate and up are kept, nothing else; autograd would keep silu(gate) too. Both may be slices of the
-columns of one larger matrix, which is then read where it lies. On the CPU each direction is one C call, elsewhere the
-same in PyTorch.
+columns of one larger matrix, which is then read where it lies. On the CPU each direction is one C call, on a GPU one
+kernel, elsewhere the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch.nn import functional
 
+from capotune.kernels import elementwise_triton
 from capotune.kernels._native import (
     Argument,
     address,
@@ -66,10 +67,14 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
     check_shape("out", out, gate.shape)
     written = output_rows(out, rows, columns)
     lib = elementwise(gate, up, out)
-    if lib is None:
+    triton = lib is None and elementwise_triton.kernels_for(gate, up, out)
+    if lib is None and not triton:
         out.copy_(swiglu_reference(gate, up))
         return out
     read = [as_rows(tensor, rows, columns) for tensor in (gate, up)]
+    if triton:
+        elementwise_triton.swiglu(*read, written)
+        return out
     over_rows(lib, "swiglu", _arguments(*read, written), rows, columns)
     return out
 
@@ -94,12 +99,16 @@ def swiglu_backward(
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
     written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
     lib = elementwise(grad, gate, up, *out, again)
-    if lib is None:
+    triton = lib is None and elementwise_triton.kernels_for(grad, gate, up, *out, again)
+    if lib is None and not triton:
         found = *_backward_reference(grad, gate, up), swiglu_reference(gate, up)
         for target, values in zip((*out, again), found, strict=True):
             target.copy_(values)
         return out
     read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
+    if triton:
+        elementwise_triton.swiglu_backward(*read, *written)
+        return out
     over_rows(lib, "swiglu_backward", _arguments(*read, *written), rows, columns)
     return out
 

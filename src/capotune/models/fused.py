@@ -70,8 +70,6 @@ def try_fusing(backbone: Any, blocks: Sequence[nn.Module], packing: Packing) -> 
     """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head that holds ``blocks``."""
     if packing.first_position is None:
         return Fusing(why_not="sequences are padded")
-    if backbone.device.type != "cpu":
-        return Fusing(why_not="the kernels are a CPU's")
     tried = sequences_to_try(backbone.config)
     # some families treat late tokens in another way than early ones
     late = (getattr(backbone.config, "max_position_embeddings", None) or 0) - max(map(len, tried))

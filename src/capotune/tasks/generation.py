@@ -293,8 +293,9 @@ class Generation(Task):
 
     def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (learned tokens,) and the row of each. Logits are made where something is learned, nowhere else."""
+        learned = batch.learned
         assert batch.targets is not None
-        learned = (batch.targets != NOT_LEARNED).nonzero()[:, 0]
+        assert learned is not None
         wanted = batch.targets[learned]
         row = torch.searchsorted(batch.starts, learned, right=True) - 1
         at = learned - 1  # a token is predicted at the one before it; the first of a row is never learned

@@ -214,28 +214,31 @@ def _step(
     optimizer: torch.optim.Optimizer,
     settings: TrainingSettings,
 ) -> float:
-    """Forward and backward on the rows of one step, part by part, then clip and update; the step's loss."""
+    """Forward and backward on the rows of one step, part by part, then clip and update; the step's loss, for which a
+    GPU is waited for once, when it has been given all there is to do."""
     total = accumulate(assembled, examples, chosen, settings)
     nn.utils.clip_grad_norm_(weights.values(), settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return float(total)
 
 
-def accumulate(assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings) -> float:
-    """Add the gradient of the mean loss of all that the ``chosen`` rows learn; returns that loss.
+def accumulate(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings
+) -> torch.Tensor:
+    """Add the gradient of the mean loss of all that the ``chosen`` rows learn; returns that loss, a number in fp64.
 
     Every part's sum is divided by the units of the whole step, not by its own: the gradient is the one that a single
     pass over all rows gives, however the rows are shared out. To be called inside ``assembled.reading()``.
     """
-    task, total = assembled.task, 0.0
+    task, total = assembled.task, torch.zeros((), dtype=torch.float64, device=assembled.model.device)
     units = task.units(examples.targets, chosen.tolist())
     with _starting_at(assembled, examples.boundary) as give:
         for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
             batch = _batch(assembled, examples, part, give)
             loss = task.loss(assembled.model, batch, settings.label_smoothing) / units
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            total += loss.detach()
     return total
 
 
