@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from _engine_workloads import Comparison, Contender, Workload
 
+from capotune.device import compute_dtype, pick_device
+
+DEVICE = pick_device()
 NOT_LEARNED = -100
 VIRTUAL_TOKENS = 20
+
+
+def dtype_of(work: Workload) -> torch.dtype:
+    """What everybody computes in: fp32, and language models on a GPU in its 16 bits."""
+    return torch.float32 if work.classifies else compute_dtype(DEVICE)
 
 
 @dataclass(frozen=True)

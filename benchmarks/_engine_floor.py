@@ -5,7 +5,7 @@ is learned and nowhere else; for layers that train the weight's gradient gᵀ·x
 layer, and no second forward pass where nothing below changes. All are plain 2-D products over the tokens of a batch put
 one after the other, into memory that is there already.
 
-``run_floor`` takes them in fp32 as PyTorch does, ``run_kernel_floor`` as capotune does where it has a kernel for them.
+``run_floor`` takes them as PyTorch does, in fp32 (on a GPU those of language models in its 16 bits), ``run_kernel_floor`` as capotune does where it has a kernel for them.
 
 Left out: attention's own products (two forward, four back), LoRA's skinny ones, unpacking of 4-bit weights, norms,
 activations, the softmax, the optimiser, solving a head. So no engine can reach it; it says how much there is to gain.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from _engine_clock import Clock
-from _engine_data import NOT_LEARNED, VIRTUAL_TOKENS, Job
+from _engine_data import DEVICE, NOT_LEARNED, VIRTUAL_TOKENS, Job, dtype_of
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -42,20 +42,20 @@ class Product:
 class Space:
     """Matrices that are there already: the first rows of one block of memory for each use and width."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._blocks: dict[tuple[str, int], torch.Tensor] = {}
 
     def of(self, use: str, rows: int, columns: int) -> torch.Tensor:
         """(rows, columns) of some numbers, not zeros."""
         found = self._blocks.get((use, columns))
         if found is None or len(found) < rows:
-            found = self._blocks[use, columns] = torch.rand(rows, columns, device=self.device)
+            found = self._blocks[use, columns] = torch.rand(rows, columns, dtype=self.dtype, device=DEVICE)
         return found[:rows]
 
 
 def run_floor(job: Job, clock: Clock) -> None:
-    """Every batch's products, in fp32."""
+    """Every batch's products, as PyTorch takes them."""
     _run(job, clock, multiply)
 
 
@@ -71,8 +71,7 @@ def no_kernels() -> str | None:
 
 
 def _run(job: Job, clock: Clock, product: Callable[[Product, int, Space], None]) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers, head, space = backbone(job, device), output(job, device), Space(device)
+    layers, head, space = backbone(job), output(job), Space(dtype_of(job.workload))
 
     second_run = any(one.options.get("second_run") for one in job.comparison.contenders)
 
@@ -124,7 +123,7 @@ def multiply_by_kernels(layer: Product, rows: int, space: Space) -> None:
         torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
 
 
-def backbone(job: Job, device: torch.device) -> list[Product]:
+def backbone(job: Job) -> list[Product]:
     """Its linear layers in order."""
     work = job.workload
     config = AutoConfig.from_pretrained(job.base["folder"])
@@ -138,7 +137,7 @@ def backbone(job: Job, device: torch.device) -> list[Product]:
             bottom = block == lowest and _READS_BLOCK_INPUT.search(name) and work.method != "prompt-tuning"
             layers.append(
                 Product(
-                    torch.rand(module.weight.shape, device=device),
+                    torch.rand(module.weight.shape, dtype=dtype_of(work), device=DEVICE),
                     once=block < lowest,
                     input_gradient=block >= lowest and not bottom,
                     weight_gradient=block >= lowest and work.method == "feature-extraction",
@@ -147,11 +146,11 @@ def backbone(job: Job, device: torch.device) -> list[Product]:
     return layers
 
 
-def output(job: Job, device: torch.device) -> Product | None:
+def output(job: Job) -> Product | None:
     """The output layer, or the classifier's head, which trains; None where the head is solved and not stepped."""
     if job.workload.solved:
         return None
     config = AutoConfig.from_pretrained(job.base["folder"])
     outputs = len(job.base["labels"]) if job.workload.classifies else config.vocab_size
-    weight = torch.rand(outputs, config.hidden_size, device=device)
+    weight = torch.rand(outputs, config.hidden_size, dtype=dtype_of(job.workload), device=DEVICE)
     return Product(weight, weight_gradient=job.workload.classifies)

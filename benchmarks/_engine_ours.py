@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from _engine_clock import Clock
-from _engine_data import VIRTUAL_TOKENS, Job, without_dropout
+from _engine_data import DEVICE, VIRTUAL_TOKENS, Job, dtype_of, without_dropout
 from _engine_workloads import Workload
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,6 @@ from capotune.config import (
     TrainSettings,
 )
 from capotune.data.batches import Rows, epoch_order
-from capotune.device import pick_device
 from capotune.methods import Start
 from capotune.models.load import find, pooling
 from capotune.training import loop
@@ -82,7 +81,7 @@ def train(job: Job, clock: Clock) -> None:
 def solve_head(job: Job, clock: Clock) -> None:
     """Feature extraction from nothing cached to the solved head, and its accuracy on the test rows."""
     settings, method, task_run = labelled(job.workload, job.folder, FeatureExtractionSettings())
-    model = assemble(task_run.source, method, task_run.task, device=pick_device())
+    model = assemble(task_run.source, method, task_run.task, device=DEVICE)
     with tempfile.TemporaryDirectory() as folder:
         cache = ActivationCache(Path(folder), {})
         clock.begin()
@@ -111,7 +110,7 @@ def settings_of(work: Workload, batch_size: int, **options: Any) -> MethodSettin
 
 
 def assembled(work: Workload, settings: MethodSettings, base: dict[str, Any]) -> Assembled:
-    """The base with the method attached, in fp32."""
+    """The base with the method attached."""
     source = find("minilm" if work.classifies else base["folder"])
     tokens: list[int] = []
     if work.classifies:
@@ -120,7 +119,7 @@ def assembled(work: Workload, settings: MethodSettings, base: dict[str, Any]) ->
         tokens = task.tokenizer(", ".join(base["labels"]), add_special_tokens=False, verbose=False)["input_ids"]
     else:
         task = generation_task(source, None, 0)
-    model = assemble(source, settings, task, device=pick_device(), dtype=torch.float32)
+    model = assemble(source, settings, task, device=DEVICE, dtype=dtype_of(work))
     attach(model, Start(torch.Generator().manual_seed(0), tokens))
     return model
 

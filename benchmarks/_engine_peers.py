@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from _engine_clock import Clock
-from _engine_data import VIRTUAL_TOKENS, Job, without_dropout
+from _engine_data import DEVICE, VIRTUAL_TOKENS, Job, dtype_of, without_dropout
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -36,7 +36,6 @@ TARGETS = {
     "minilm": ["query", "key", "value", "dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _PATIENCE = 3  # epochs without a better accuracy after which a head's training stops
 
 
@@ -74,14 +73,14 @@ def run_trainer(job: Job, clock: Clock) -> None:
 
 
 def run_trl(job: Job, clock: Clock) -> None:
-    """TRL's SFTTrainer on a dataset that is tokenised already, in fp32."""
+    """TRL's SFTTrainer on a dataset that is tokenised already."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _noting(SFTTrainer, job, clock)(
             model=trainable_model(job),
-            args=SFTConfig(folder, bf16=False, **_arguments(job)),
+            args=SFTConfig(folder, **_arguments(job)),
             train_dataset=Dataset.from_list(_records(job)),
             processing_class=AutoTokenizer.from_pretrained(job.base["folder"]),
             callbacks=[_Times(clock)],
@@ -155,7 +154,7 @@ def trainable_model(job: Job) -> Any:
     if work.method == "feature-extraction":
         model.requires_grad_(False)
         for part in (*model.model.layers[-work.trainable_layers :], model.model.norm):
-            part.requires_grad_(True)
+            part.float().requires_grad_(True)  # as weights that train are everywhere
         return model
     return _with_adapter(job, model)
 
@@ -221,9 +220,9 @@ def language_model(job: Job) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=dtype_of(job.workload),
         )
-    return AutoModelForCausalLM.from_pretrained(job.base["folder"], dtype=torch.float32, **packing)
+    return AutoModelForCausalLM.from_pretrained(job.base["folder"], dtype=dtype_of(job.workload), **packing)
 
 
 def _with_adapter(job: Job, model: Any) -> Any:
@@ -280,6 +279,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "num_train_epochs": job.workload.epochs,
         "learning_rate": options.get("learning_rate", job.workload.learning_rate),
         "lr_scheduler_type": "linear",
+        "bf16": dtype_of(job.workload) == torch.bfloat16,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
