@@ -5,7 +5,8 @@ is learned and nowhere else; for layers that train the weight's gradient gᵀ·x
 layer, and no second forward pass where nothing below changes. All are plain 2-D products over the tokens of a batch put
 one after the other, into memory that is there already.
 
-``run_floor`` takes them as PyTorch does, in fp32 (on a GPU those of language models in its 16 bits), ``run_kernel_floor`` as capotune does where it has a kernel for them.
+``run_floor`` takes them as PyTorch does, in fp32 (on a GPU those of language models in its 16 bits),
+``run_kernel_floor`` as capotune does where it has a kernel for them.
 
 Left out: attention's own products (two forward, four back), LoRA's skinny ones, unpacking of 4-bit weights, norms,
 activations, the softmax, the optimiser, solving a head. So no engine can reach it; it says how much there is to gain.

@@ -25,8 +25,10 @@ from capotune.adapters.assemble import Assembled, attach
 from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.data.batches import Batch, collate
 from capotune.device import reusing_memory
+from capotune.kernels.lora_linear import LowRankLayer
 from capotune.methods import Start, make
 from capotune.methods.base import Method
+from capotune.methods.lora import LoraLinear
 from capotune.models import fused as fused_module
 from capotune.models.architecture import describe
 from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
@@ -213,6 +215,12 @@ def test_a_block_that_computes_something_else_is_found_out(name: str) -> None:
 
     block.__class__ = Other
     assert re.match(r"the model's blocks compute something else \(by 0\.0\d+\)", str(base_of(model).fusing.why_not))
+
+
+def test_an_adapted_layer_is_known_by_its_class() -> None:
+    """Since Python 3.12 ``isinstance`` with a protocol does not see a module's children; no block would be fused."""
+    assert LowRankLayer in LoraLinear.__mro__
+    assert not getattr(LowRankLayer, "_is_protocol", False)
 
 
 def test_a_trial_leaves_no_trace() -> None:

@@ -183,7 +183,8 @@ def collate(
         wanted = targets[torch.as_tensor(rows)]
     if first_position is not None:
         ids = torch.tensor([[token for sequence in chosen for token in sequence]])
-        return Batch(ids, lengths, position_ids=lengths.positions(first_position)[None], targets=wanted, learned=learned)
+        positions = lengths.positions(first_position)[None]
+        return Batch(ids, lengths, position_ids=positions, targets=wanted, learned=learned)
     longest = max(lengths.lengths)
     ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in chosen])
     mask = (torch.arange(longest) < torch.tensor(lengths.lengths)[:, None]).long()

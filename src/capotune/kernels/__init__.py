@@ -6,12 +6,15 @@ import torch
 
 from capotune.kernels._native import library
 from capotune.kernels.linear import matrix_unit
+from capotune.kernels.nf4_triton import available
 
 __all__ = ["described"]
 
 
 def described(device: torch.device) -> str:
     """Who computes a step there, for the record of a run: results differ in the last bits, and in time."""
+    if device.type != "cpu" and available(device):
+        return "PyTorch and Triton"
     if device.type != "cpu" or not all(library(name) for name in ("elementwise_cpu", "products_cpu")):
         return "PyTorch"
     return "compiled" if matrix_unit() is None else "compiled, with the products of linear layers at 16 bits by AMX"

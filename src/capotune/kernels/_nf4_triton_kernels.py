@@ -19,8 +19,10 @@ def _absmax(absmax, absmax_map, nested_absmax, offset, at, mask, nested: tl.cons
     if nested:
         code = tl.load(absmax + at, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_absmax + at // 256, mask=mask, other=0.0)
-        return tl.load(absmax_map + code) * scale + tl.load(offset)
-    return tl.load(absmax + at, mask=mask, other=0.0)
+        found = tl.load(absmax_map + code) * scale + tl.load(offset)
+    else:  # not after a return: the compiler wants one type, of what is left out too
+        found = tl.load(absmax + at, mask=mask, other=0.0)
+    return found
 
 
 @triton.jit

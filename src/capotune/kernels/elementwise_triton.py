@@ -8,7 +8,7 @@ the CPU, slowly: so they are tested where there is no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,10 +61,11 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
     _kernel("swiglu_kernel")[(rows, -(-columns // _TILE))](gate, up, out, *strides, columns, block=_TILE)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, y: Tensor) -> None:
-    """Matrices as in ``swiglu``; the last three are written, and may be the first three."""
-    rows, columns = gate.shape
-    matrices = (grad, gate, up, grad_gate, grad_up, y)
+def swiglu_backward(read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    """Matrices as in ``swiglu``: y's gradient, gate and up; the gradients of gate and up, and y, which may be the first
+    three."""
+    rows, columns = read[0].shape
+    matrices = (*read, *written)
     strides = (one.stride(0) for one in matrices)
     _kernel("swiglu_backward_kernel")[(rows, -(-columns // _TILE))](*matrices, *strides, columns, block=_TILE)
 

@@ -1,9 +1,9 @@
 """Frozen linear layers with a low-rank change: y = xWᵀ + bias + scale·(xAᵀ)Bᵀ.
 
 ``lora_linears`` is one autograd function for all layers that share an input (query, key and value; gate and up). Of
-all that autograd would keep for the plain expression (``lora_reference``) it keeps x once and the small products xAᵀ.
-It asks for no gradient of W, takes the small products of all layers in one, adds every change in place, and asks for
-the dense W anew in the backward pass, so that a 4-bit W never lives between the two.
+all that autograd would keep for the plain expression (``lora_reference``) it keeps x once, the small products xAᵀ, and
+A and B in x's dtype. It asks for no gradient of W, takes the small products of all layers in one, adds every change in
+place, and asks for the dense W anew in the backward pass, so that a 4-bit W never lives between the two.
 
 Where x is itself cheap to compute from what must be kept anyway (a norm of the block's input, an activation), a
 ``Prologue`` computes it inside the function, and once more on the way back; then x is not kept either.
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from capotune.kernels.linear import Rows, input_gradient
@@ -37,16 +38,22 @@ class LowRank:
     scale: float = 1.0
 
 
-@runtime_checkable
-class LowRankLayer(Protocol):
-    """A module around a frozen layer that may be such a one."""
+class LowRankLayer(nn.Module):
+    """A module around a frozen layer that may be such a one.
 
-    base_layer: Any
-    why_not_plain: str | None
-    """What it does in training beside W and the low-rank change, if anything."""
+    A base class and no protocol: since Python 3.12 ``isinstance`` with a protocol does not see a module's children.
+    """
+
+    base_layer: nn.Module
+
+    @property
+    def why_not_plain(self) -> str | None:
+        """What it does in training beside W and the low-rank change, if anything."""
+        raise NotImplementedError
 
     def low_rank(self) -> LowRank:
         """The layer as this file knows it."""
+        raise NotImplementedError
 
 
 class Prologue(Protocol):
@@ -106,14 +113,17 @@ class _LoraLinears(torch.autograd.Function):
             sources = (rows,)
         else:
             rows, kept = prologue.forward(*sources)
-        low = project(rows, _stacked(trained[0::2])) if trained else None  # (rows, all ranks)
-        shared, outs = Rows(rows), []
+        # in x's dtype, for the way back too: of bf16's a copy, which the loop's fp32 weights need once then
+        a = _stacked(trained[0::2]).to(rows.dtype) if trained else None
+        b = [one.to(rows.dtype) for one in trained[1::2]]
+        low = None if a is None else project(rows, a)  # (rows, all ranks)
+        shared, outs, b_in_turn = Rows(rows), [], iter(b)
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
             y = shared.linear(layer.weight(rows.dtype), layer.bias)
             if layer.b is not None:
-                update(y, low_part, layer.b.t(), layer.scale)
+                update(y, low_part, next(b_in_turn).t(), layer.scale)
             outs.append(y.view(*shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(*sources, *kept, low, *trained)
+        ctx.save_for_backward(*sources, *kept, low, a, *b)
         ctx.how = layers, prologue, len(sources), len(sources) + len(kept), shape
         return tuple(outs)
 
@@ -125,21 +135,21 @@ class _LoraLinears(torch.autograd.Function):
             raise RuntimeError("a second way back through lora_linears with a prologue: run the forward pass again")
         ctx.went_back = True
         saved = ctx.saved_tensors  # once: checkpointing gives them no second time
-        kept, (low, *trained) = saved[:count_kept], saved[count_kept:]
+        kept, (low, a, *b) = saved[:count_kept], saved[count_kept:]
         grad_low: Any = None if low is None else torch.empty_like(low)
-        needs_input = any(ctx.needs_input_grad[3 : len(ctx.needs_input_grad) - len(trained)])
+        needs_input = any(ctx.needs_input_grad[3 : len(ctx.needs_input_grad) - 2 * len(b)])
         grad_x: Any = None
         grads_b: list[torch.Tensor] = []
+        b_in_turn = iter(b)
         for layer, grad, low_part, grad_low_part in zip(
             layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True
         ):
             grad = grad.reshape(-1, grad.shape[-1])
             if layer.b is not None:
-                project(grad, layer.b.t(), layer.scale, out=grad_low_part)
+                project(grad, next(b_in_turn).t(), layer.scale, out=grad_low_part)
                 grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
             if needs_input:  # not below the lowest adapted layer
                 grad_x = input_gradient(grad, layer.weight(grad.dtype), onto=grad_x)
-        a = _stacked(trained[0::2]) if trained else None
         if grad_x is not None and a is not None:
             update(grad_x, grad_low, a)
         if prologue is None:
@@ -147,10 +157,11 @@ class _LoraLinears(torch.autograd.Function):
         elif grad_x is None:
             grad_sources, rows = (None,) * count, prologue.forward(*kept[:count])[0]
         else:
-            grad_sources, rows = prologue.backward(grad_x, kept, rows=bool(trained))
+            grad_sources, rows = prologue.backward(grad_x, kept, rows=a is not None)
         if a is None:
             return None, None, None, *grad_sources
-        grads_a = torch.split(gather(grad_low, rows).to(a.dtype), [one.shape[0] for one in trained[0::2]])
+        ranked = [layer.a for layer in layers if layer.a is not None]
+        grads_a = torch.split(gather(grad_low, rows).to(ranked[0].dtype), [len(one) for one in ranked])
         pairs = zip(grads_a, grads_b, strict=True)
         return None, None, None, *grad_sources, *(grad for pair in pairs for grad in pair)
 

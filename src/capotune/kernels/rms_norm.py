@@ -53,7 +53,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     """y like x, and the reciprocal roots, fp32 (rows,)."""
     rows, columns = prod(x.shape[:-1]), x.shape[-1]
     lib = elementwise(x, weight)
-    if lib is None and columns <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(x, weight):
+    if lib is None and elementwise_triton.kernels_for(x, weight) and columns <= elementwise_triton.WIDEST:
         y, roots = elementwise_triton.rms_norm(x.reshape(rows, columns).contiguous(), weight.contiguous(), eps)
         return y.view(x.shape), roots
     if lib is None:
@@ -71,9 +71,9 @@ def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, roots: 
     """The gradient of x, in its dtype."""
     rows, columns = prod(x.shape[:-1]), x.shape[-1]
     lib = elementwise(grad, x, weight)
-    if lib is None and columns <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(grad, x, weight):
-        matrices = (one.reshape(rows, columns).contiguous() for one in (grad, x))
-        return elementwise_triton.rms_norm_backward(*matrices, weight.contiguous(), roots).view(x.shape)
+    if lib is None and elementwise_triton.kernels_for(grad, x, weight) and columns <= elementwise_triton.WIDEST:
+        grad_rows, x_rows = (one.reshape(rows, columns).contiguous() for one in (grad, x))
+        return elementwise_triton.rms_norm_backward(grad_rows, x_rows, weight.contiguous(), roots).view(x.shape)
     if lib is None:
         wide, weighted, root = x.float(), grad.float() * weight.float(), roots.view(*x.shape[:-1], 1)
         return (root * (weighted - wide * (root**2 * (weighted * wide).mean(-1, keepdim=True)))).to(x.dtype)

@@ -74,13 +74,12 @@ def _turn(
     check_shape("x", x, (tokens, heads, size // 2 * 2))
     written = output_rows(out, tokens, heads * size)
     lib = elementwise(x, cos, sin, out)
-    triton = lib is None and heads * size <= elementwise_triton.WIDEST and elementwise_triton.kernels_for(x, cos, sin, out)
-    if lib is None and not triton:
-        out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
-        return out
     read, cos, sin = as_rows(x, tokens, heads * size), cos.contiguous(), sin.contiguous()
-    if triton:
+    if lib is None and elementwise_triton.kernels_for(x, cos, sin, out) and heads * size <= elementwise_triton.WIDEST:
         elementwise_triton.rotary(read, cos, sin, written, heads, transposed=transposed)
+        return out
+    if lib is None:
+        out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
         return out
     sizes = (dtype_code(x), heads, size // 2)
     strides = (read.stride(0), written.stride(0))

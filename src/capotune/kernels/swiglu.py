@@ -67,15 +67,13 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
     check_shape("out", out, gate.shape)
     written = output_rows(out, rows, columns)
     lib = elementwise(gate, up, out)
-    triton = lib is None and elementwise_triton.kernels_for(gate, up, out)
-    if lib is None and not triton:
+    gate_rows, up_rows = (as_rows(tensor, rows, columns) for tensor in (gate, up))
+    if lib is not None:
+        over_rows(lib, "swiglu", _arguments(gate_rows, up_rows, written), rows, columns)
+    elif elementwise_triton.kernels_for(gate, up, out):
+        elementwise_triton.swiglu(gate_rows, up_rows, written)
+    else:
         out.copy_(swiglu_reference(gate, up))
-        return out
-    read = [as_rows(tensor, rows, columns) for tensor in (gate, up)]
-    if triton:
-        elementwise_triton.swiglu(*read, written)
-        return out
-    over_rows(lib, "swiglu", _arguments(*read, written), rows, columns)
     return out
 
 
@@ -99,17 +97,15 @@ def swiglu_backward(
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
     written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
     lib = elementwise(grad, gate, up, *out, again)
-    triton = lib is None and elementwise_triton.kernels_for(grad, gate, up, *out, again)
-    if lib is None and not triton:
+    read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
+    if lib is not None:
+        over_rows(lib, "swiglu_backward", _arguments(*read, *written), rows, columns)
+    elif elementwise_triton.kernels_for(grad, gate, up, *out, again):
+        elementwise_triton.swiglu_backward(read, written)
+    else:
         found = *_backward_reference(grad, gate, up), swiglu_reference(gate, up)
         for target, values in zip((*out, again), found, strict=True):
             target.copy_(values)
-        return out
-    read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
-    if triton:
-        elementwise_triton.swiglu_backward(*read, *written)
-        return out
-    over_rows(lib, "swiglu_backward", _arguments(*read, *written), rows, columns)
     return out
 
 

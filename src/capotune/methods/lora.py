@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from capotune.config import LoraSettings, nearest
 from capotune.errors import SettingError
-from capotune.kernels.lora_linear import LowRank, lora_linears, lora_reference
+from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
@@ -30,7 +30,7 @@ _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pro
 """Layers that have one input, by the names that most families give them, in the order they are called."""
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(LowRankLayer):
     """A frozen linear layer (Linear, Conv1D or 4-bit) with a trainable low-rank change."""
 
     def __init__(self, base_layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> None:

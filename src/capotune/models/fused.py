@@ -136,7 +136,7 @@ def _window(block: nn.Module, told: dict[nn.Module, int | None]) -> int | None:
 def _linear(layer: Any) -> LowRank:
     """The kernels' layer of a model's."""
     changed = layer if isinstance(layer, LowRankLayer) else None
-    base = layer if changed is None else changed.base_layer
+    base: Any = layer if changed is None else changed.base_layer
     if type(base) not in (nn.Linear, Linear4bit):
         raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
     if isinstance(base, nn.Linear) and base.weight.requires_grad:

@@ -67,7 +67,9 @@ class SequenceClassifier(nn.Module):
         """
         layers = layers or self.feature_layers
         inputs = inputs or batch.inputs
-        pooled = pooled_positions(batch.starts, self.pooling, self.virtual_tokens)
+        pooled = pooled_positions(batch.sequences.starts, self.pooling, self.virtual_tokens)
+        if pooled is not None:
+            pooled = pooled.to(batch.input_ids.device)
         if layers == (-1,):
             states = [batch.states(self.backbone, pooled, inputs)]
         else:

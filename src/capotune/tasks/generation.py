@@ -277,9 +277,10 @@ class Generation(Task):
         return sum(label != NOT_LEARNED for row in rows for label in targets[row])
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Of each row the sum of its losses and the number of its learned tokens, (rows, 2)."""
-        losses, row = self._losses(model, batch, 0.0)
-        sums = torch.zeros(len(batch.starts) - 1, 2, device=losses.device)
+        """Of each row the sum of its losses and the number of its learned tokens, (rows, 2) on the CPU: a GPU would add
+        them in any order."""
+        losses, row = (found.cpu() for found in self._losses(model, batch, 0.0))
+        sums = torch.zeros(len(batch.starts) - 1, 2)
         return sums.index_add_(0, row, torch.stack([losses, torch.ones_like(losses)], 1))
 
     def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the losses

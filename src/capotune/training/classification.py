@@ -183,7 +183,8 @@ class ClassificationRun(TaskRun):
         if assembled.method.parameters():
             return predict_logits(assembled, self._test.rows)
         with torch.no_grad():
-            logits: torch.Tensor = assembled.model.classifier(_pooled(assembled, self._test.rows, cache)).cpu()
+            features = _pooled(assembled, self._test.rows, cache).to(assembled.model.device)
+            logits: torch.Tensor = assembled.model.classifier(features).cpu()
         return logits
 
     def _predictions(self, logits: torch.Tensor) -> list[dict[str, object]]:

@@ -296,4 +296,5 @@ def _restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: 
         for key, weight in weights.items():
             weight.copy_(state.weights[key])
             if state.optimizer.get(key):
-                optimizer.state[weight] = {name: value.clone() for name, value in state.optimizer[key].items()}
+                moments = state.optimizer[key].items()  # read from a file, they are on the CPU
+                optimizer.state[weight] = {name: value.to(weight.device, copy=True) for name, value in moments}
