@@ -61,7 +61,7 @@ def profile_step(letter: str) -> dict[str, Any]:
 
     from capotune.data.batches import Rows
     from capotune.training import loop
-    from capotune.training.optimizer import make_optimizer
+    from capotune.training import optimizer as optimizers
 
     work = workload(letter, steps=5)
     comparison = work.comparison(GROUPED)
@@ -76,7 +76,11 @@ def profile_step(letter: str) -> dict[str, Any]:
         targets = torch.tensor(job.rows["targets"]) if work.classifies else job.rows["targets"]
         examples = loop.Examples(Rows(job.rows["sequences"], model.task.pad_id), targets)
         weights = model.trainable()
-        optimizer = make_optimizer(weights, dict.fromkeys(weights, 1e-4), 0.0)
+        rates = dict.fromkeys(weights, 1e-4)
+        if hasattr(optimizers, "FlatAdamW"):  # not in versions before it
+            to_update: tuple[Any, ...] = (stack.enter_context(optimizers.FlatAdamW(weights, rates, 0.0)),)
+        else:
+            to_update = (weights, optimizers.make_optimizer(weights, rates, 0.0))
         batch = np.array(job.rows["epochs"][0][2])
         if hasattr(model, "reading"):  # not in versions before it
             from capotune.device import reusing_memory
@@ -89,7 +93,7 @@ def profile_step(letter: str) -> dict[str, Any]:
 
         def step() -> float:
             began = time.perf_counter()
-            loop._step(model, examples, batch, weights, optimizer, settings)
+            loop._step(model, examples, batch, *to_update, settings)
             return time.perf_counter() - began
 
         step()

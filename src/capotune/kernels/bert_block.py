@@ -234,6 +234,14 @@ class _Matrix(NamedTuple):
         return _Matrix(self.address + 4 * start, columns, self.stride)
 
 
+class _Small(NamedTuple):
+    """One side of a low-rank change: low (tokens, ranks), none where it has no columns, and matrix (ranks, any)."""
+
+    low: _Matrix
+    matrix: Affine | int
+    scale: float = 1.0
+
+
 class _Space:
     """Matrices one after the other in one tensor; those of a fixed size come first."""
 
@@ -261,6 +269,9 @@ class _Space:
 
 def _room(tokens: int) -> int:
     return -(-tokens // _SIXTEEN) * _SIXTEEN
+
+
+_NONE = _Small(_Matrix(symbol("tokens") * 0, 0, 0), 0)
 
 
 def _given(name: str, columns: int) -> _Matrix:
@@ -352,27 +363,29 @@ class _Writer:
     def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix]) -> None:
         """Every layer of the group on x."""
         layers, low = self.block.groups[group], self.kept.low[group]
-        if low.columns:
-            self._low_rank("low_rank_project", x, low, self._a[group])
+        made = _Small(low, self._a[group])
         for number, (layer, y, own) in enumerate(zip(layers, outs, _by_rank(low, layers), strict=True)):
-            self._product(layer, x, y, input_gradient=False, ready=number > 0, onto=False)
-            if own.columns:
-                self._low_rank("low_rank_update", y, own, self._b_turned[id(layer)], layer.scale)
+            change = _Small(own, self._b_turned.get(id(layer), 0), layer.scale)
+            ready = number > 0
+            self._product(layer, x, y, _NONE if ready else made, change, input_gradient=False, ready=ready, onto=False)
 
     def linears_backward(self, group: int, grads: Sequence[_Matrix], grad_x: _Matrix | None, *, onto: bool) -> _Matrix:
         """From the gradients of their outputs those of B and, (+)=, of x; returns that of x·Aᵀ."""
         layers, low = self.block.groups[group], self.kept.low[group]
-        grad_low = self.scratch.matrix(low.columns)
+        grad_low, done = self.scratch.matrix(low.columns), 0
         parts = zip(layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True)
         for number, (layer, grad, own, grad_own) in enumerate(parts):
-            if own.columns:
+            made = _Small(grad_own, self._b_turned.get(id(layer), 0), layer.scale)
+            if grad_x is not None:
+                change = _Small(grad_own, self._a[group] + 4 * done * grad_x.columns)
+                more = onto or number > 0
+                self._product(layer, grad, grad_x, made, change, input_gradient=True, ready=False, onto=more)
+            elif own.columns:
                 self._low_rank("low_rank_project", grad, grad_own, self._b_turned[id(layer)], layer.scale)
+            if own.columns:
                 self._low_rank("low_rank_gather", grad, own, self._turned, layer.scale)
                 self._turn(self._turned, own.columns, grad.columns, self._gradient(layer, 1))
-            if grad_x is not None:
-                self._product(layer, grad, grad_x, input_gradient=True, ready=False, onto=onto or number > 0)
-        if grad_x is not None and low.columns:
-            self._low_rank("low_rank_update", grad_x, grad_low, self._a[group])
+            done += own.columns
         return grad_low
 
     def gradient_of_a(self, group: int, x: _Matrix, grad_low: _Matrix) -> None:
@@ -399,16 +412,28 @@ class _Writer:
         return starts
 
     def _product(
-        self, layer: LowRank, x: _Matrix, y: _Matrix, *, input_gradient: bool, ready: bool, onto: bool
+        self,
+        layer: LowRank,
+        x: _Matrix,
+        y: _Matrix,
+        made: _Small,
+        change: _Small,
+        *,
+        input_gradient: bool,
+        ready: bool,
+        onto: bool,
     ) -> None:
-        """y (+)= xWᵀ + bias, or xW; ``ready``: the strips are x's."""
+        """low = scale·x·matrixᵀ of what is ``made``; y (+)= xWᵀ + bias, or xW, + scale·low·matrix of the ``change``.
+        ``ready``: the strips are x's."""
         weight, keeps = layer.weight(torch.float32), self.block.memory.keep_strips
         panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
         bias = None if input_gradient else layer.bias
         kernel = self.unit.linear_input_gradient if input_gradient else self.unit.linear
         read = (x.address, x.stride, address(weight), weight.stride(0), address(bias))
         written = (y.address, y.stride, int(onto), self._strips.address, int(ready), address(panels))
-        self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written), -1)
+        added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
+        found = (made.low.columns, made.low.address, made.matrix, float(made.scale))
+        self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written, *added, *found), -1)
 
     def _low_rank(self, name: str, x: _Matrix, low: _Matrix, matrix: Affine, scale: float = 1.0) -> None:
         """A kernel of ``low_rank.py``."""

@@ -233,7 +233,66 @@ struct product {
     bf16 *strips;             /* of the activations */
     int64_t ready;            /* whether they are in it */
     const bf16 *panels;       /* W's strips, as split_for_... makes them, or none */
+    /* y += scale low matrix while y is at hand, for low (rows, ranks) and matrix (ranks, columns of y) */
+    int64_t ranks;
+    const float *low;
+    int64_t low_stride;
+    const float *matrix;
+    double scale;
+    /* made = made_scale x directions^T while x is, for made (rows, made_ranks), rows low_stride apart, and directions
+     * (made_ranks, terms); low may be some of its columns */
+    int64_t made_ranks;
+    float *made;
+    const float *directions;
+    double made_scale;
 };
+
+/* So many rows of made, which is said above */
+static void project(const struct product *a, int64_t terms, int64_t row, int64_t rows) {
+    enum { SOME = 4 };
+    for (int64_t r = 0; r < rows; r += SOME)
+        for (int64_t k = 0; k < a->made_ranks; k += SOME) {
+            const float *x[SOME], *directions[SOME];
+            for (int i = 0; i < SOME; i++) {
+                x[i] = a->x + (row + least(r + i, rows - 1)) * a->x_stride;
+                directions[i] = a->directions + least(k + i, a->made_ranks - 1) * terms;
+            }
+            __m512 sums[SIDE];
+            for (int i = 0; i < SIDE; i++) sums[i] = _mm512_setzero_ps();
+            for (int64_t start = 0; start < terms; start += SIDE) {
+                __mmask16 mask = first_of(terms - start);
+                __m512 along[SOME];
+                for (int j = 0; j < SOME; j++) along[j] = _mm512_maskz_loadu_ps(mask, directions[j] + start);
+                for (int i = 0; i < SOME; i++) {
+                    __m512 numbers = _mm512_maskz_loadu_ps(mask, x[i] + start);
+                    for (int j = 0; j < SOME; j++) sums[SOME * i + j] = _mm512_fmadd_ps(numbers, along[j], sums[SOME * i + j]);
+                }
+            }
+            transpose((__m512i *)sums);
+            for (int i = 1; i < SIDE; i++) sums[0] = _mm512_add_ps(sums[0], sums[i]);
+            float found[SIDE];
+            _mm512_storeu_ps(found, _mm512_mul_ps(sums[0], _mm512_set1_ps((float)a->made_scale)));
+            for (int64_t i = 0; i < least(SOME, rows - r); i++)
+                for (int64_t j = 0; j < least(SOME, a->made_ranks - k); j++)
+                    a->made[(row + r + i) * a->low_stride + k + j] = found[SOME * i + j];
+        }
+}
+
+/* sums += scale low matrix, in fp32: 16 rows, of which so many are, by the 16 columns from column on */
+INLINE void add_change(const struct product *a, __m512i r[SIDE], int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       __mmask16 mask) {
+    const float *low = a->low + row * a->low_stride;
+    __m512 scale = _mm512_set1_ps((float)a->scale);
+    for (int64_t k = 0; k < a->ranks; k++, low++) {
+        __m512 direction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, a->matrix + k * columns + column));
+        if (rows == SIDE) /* apart, so that all sums stay in registers */
+            for (int i = 0; i < SIDE; i++)
+                r[i] = (__m512i)_mm512_fmadd_ps(_mm512_set1_ps(low[i * a->low_stride]), direction, (__m512)r[i]);
+        else
+            for (int i = 0; i < SIDE; i++)
+                if (i < rows) r[i] = (__m512i)_mm512_fmadd_ps(_mm512_set1_ps(low[i * a->low_stride]), direction, (__m512)r[i]);
+    }
+}
 
 /* y = 16 x 16 sums + bias, or y += sums; across: the rows of the sums are y's columns */
 INLINE void write_sums(const struct product *a, const float *sums, int64_t row, int64_t column, int64_t columns, int across) {
@@ -243,6 +302,7 @@ INLINE void write_sums(const struct product *a, const float *sums, int64_t row, 
     __m512i r[SIDE];
     for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(sums + i * SIDE);
     if (across) transpose(r);
+    if (a->ranks) add_change(a, r, row, rows, column, columns, mask);
     for (int i = 0; i < SIDE; i++) {
         if (i >= rows) break;
         float *y = a->y + (row + i) * a->y_stride + column;
@@ -313,9 +373,11 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
     int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
     void (*make)(const float *, int64_t, int64_t, int64_t, bf16 *) =
         work.across ? right_strip_across : work.turned ? left_strip_across : left_strip;
-    for (int64_t strip = first; strip < last; strip++)
-        make(a->x + strip * SIDE * (work.turned ? 1 : a->x_stride), a->x_stride, least(SIDE, a->rows - strip * SIDE), terms,
-             a->strips + strip * size);
+    for (int64_t strip = first; strip < last; strip++) {
+        int64_t rows = least(SIDE, a->rows - strip * SIDE);
+        make(a->x + strip * SIDE * (work.turned ? 1 : a->x_stride), a->x_stride, rows, terms, a->strips + strip * size);
+        if (a->made_ranks) project(a, terms, strip * SIDE, rows);
+    }
 }
 
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
@@ -334,6 +396,7 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
     struct product own = *a;
     own.rows = least(to * SIDE, a->rows) - from * SIDE;
     own.y += from * SIDE * own.y_stride;
+    own.low += from * SIDE * own.low_stride;
     own.strips += from * parts(terms_of(a, work.across), TERMS) * 2 * TILE;
     struct work of_own = {&own, work.across, 0, 0};
     make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));

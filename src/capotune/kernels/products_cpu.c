@@ -14,9 +14,10 @@ enum { LANES = 16 };
 #else
 enum { LANES = 8 };
 #endif
-enum { LEAST_LANES = 8, TILE = 32, ROWS = 4, MOST_RANKS = 48 };
+enum { LEAST_LANES = 8, TILE = 32, ROWS = 4, KEYS = 8, MOST_RANKS = 48 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t whole_vec __attribute__((vector_size(4 * LANES)));
 typedef float short_vec __attribute__((vector_size(4 * LEAST_LANES)));
 typedef float short_loose __attribute__((vector_size(4 * LEAST_LANES), aligned(4)));
 
@@ -204,119 +205,132 @@ static float *room(int64_t numbers) {
     return space;
 }
 
-/* columns[c][j] = x[j][c] for j < length, zeros up to a whole vector */
-static void transpose(const float *x, int64_t stride, int64_t length, int64_t padded, int64_t size, float *columns) {
-    for (int64_t c = 0; c < size; c++) {
-        for (int64_t j = 0; j < length; j++) columns[c * padded + j] = x[j * stride + c];
-        for (int64_t j = length; j < padded; j++) columns[c * padded + j] = 0.0f;
-    }
+/* columns[c][i] = x[i][c] for the LANES rows x of one block of queries, zeros beyond count */
+static void turn(const float *x, int64_t stride, int64_t count, int64_t size, float *columns) {
+    for (int64_t c = 0; c < size; c++) *(loose *)(columns + c * LANES) = (vec){0};
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < size; c++) columns[c * LANES + i] = x[i * stride + c];
 }
 
-/* Row by row softmax of scale row[0..seen), zeros up to end. e^x as exp_negative of elementwise_cpu.c, which says why. */
-INLINE void softmax(float *row, int64_t seen, int64_t end, float scale) {
-    float most = -INFINITY, total = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < seen; j++) most = row[j] > most ? row[j] : most;
-#pragma omp simd reduction(+ : total)
+/* out[j] = sum_c x[j][c] columns[c], a vector over queries, for some keys or values x */
+INLINE void meet_some(const float *x, int64_t stride, const float *columns, int64_t size, float *out, int64_t out_stride, int some) {
+    vec total[KEYS] = {{0}};
+    for (int64_t c = 0; c < size; c++)
+        for (int j = 0; j < some; j++) total[j] += x[j * stride + c] * load(columns + c * LANES);
+    for (int j = 0; j < some; j++) *(loose *)(out + j * out_stride) = total[j];
+}
+
+static void meet(const float *x, int64_t stride, const float *columns, int64_t size, int64_t count, float *out, int64_t out_stride) {
+    int64_t j = 0;
+    for (; j + KEYS <= count; j += KEYS) meet_some(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, KEYS);
+    for (; j < count; j++) meet_some(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, 1);
+}
+
+INLINE vec chosen(whole_vec where, vec a, vec b) { return (vec)(((whole_vec)a & where) | ((whole_vec)b & ~where)); }
+
+/* e^x for x <= 0, as exp_negative of elementwise_cpu.c, which says why */
+INLINE vec exp_negative(vec x) {
+    const vec shift = (vec){0} + 0x1.8p23f;
+    vec shifted = x * 0x1.715476p0f + shift, n = shifted - shift;
+    vec r = (x - n * 0x1.62p-1f) - n * 0x1.c85fep-10f;
+    vec q = (((0x1.6a241ap-10f * r + 0x1.1239f2p-7f) * r + 0x1.5558f2p-5f) * r + 0x1.555492p-3f) * r;
+    vec power = (vec)(((whole_vec)shifted - (whole_vec)shift + 127) << 23);
+    vec e = ((q + 0x1.fffffcp-2f) * (r * r) + r + 1.0f) * power;
+    return chosen(x < -0x1.5d589ep6f, (vec){0}, e); /* of -infinity, NaN until here, too */
+}
+
+/* One block of queries: weights[j][i] = softmax over the keys j of scale q_i k_j, LANES queries beside each other; they see
+ * so many keys, which is returned. No sum runs along a vector: a short row would leave most of it empty. */
+static int64_t weigh(const struct short_attention *a, const float *q, int64_t i, int64_t length, const float *k, float *columns,
+                     float *weights, int64_t stride) {
+    int64_t count = length - i < LANES ? length - i : LANES, seen = a->causal ? i + count : length;
+    turn(q + i * a->q_stride, a->q_stride, count, a->size, columns);
+    meet(k, a->k_stride, columns, a->size, seen, weights, stride);
+    for (int64_t j = i + 1; a->causal && j < seen; j++)
+        for (int64_t lane = 0; lane < j - i; lane++) weights[j * stride + lane] = -INFINITY;
+    vec most = load(weights), total = {0};
+    for (int64_t j = 1; j < seen; j++) {
+        vec score = load(weights + j * stride);
+        most = chosen(score > most, score, most);
+    }
     for (int64_t j = 0; j < seen; j++) {
-        const float shift = 0x1.8p23f;
-        float x = scale * (row[j] - most);
-        float shifted = x * 0x1.715476p0f + shift, n = shifted - shift;
-        float r = (x - n * 0x1.62p-1f) - n * 0x1.c85fep-10f;
-        float q = (((0x1.6a241ap-10f * r + 0x1.1239f2p-7f) * r + 0x1.5558f2p-5f) * r + 0x1.555492p-3f) * r;
-        union { float f; uint32_t u; } bits = {shifted}, base = {shift}, power;
-        power.u = (bits.u - base.u + 127) << 23;
-        float e = ((q + 0x1.fffffcp-2f) * (r * r) + r + 1.0f) * power.f;
-        row[j] = x < -0x1.5d589ep6f ? 0.0f : e;
-        total += row[j];
+        vec e = exp_negative((float)a->scale * (load(weights + j * stride) - most));
+        *(loose *)(weights + j * stride) = e;
+        total += e;
     }
-    float inverse = 1.0f / total;
-#pragma omp simd
-    for (int64_t j = 0; j < seen; j++) row[j] *= inverse;
-    for (int64_t j = seen; j < end; j++) row[j] = 0.0f;
+    vec inverse = 1.0f / total;
+    for (int64_t j = 0; j < seen; j++) *(loose *)(weights + j * stride) *= inverse;
+    return seen;
 }
 
-INLINE int64_t whole_vectors(int64_t length) { return (length + LEAST_LANES - 1) / LEAST_LANES * LEAST_LANES; }
-
-/* Weights of the queries i to i + count: softmax(scale q K^T), zeros where a query does not look; returns where all end */
-static int64_t weigh(const struct short_attention *a, const float *q, int64_t i, int64_t count, const float *keys,
-                     int64_t length, int64_t padded, float *weights) {
-    int64_t end = a->causal ? whole_vectors(i + count) : padded;
-    struct multiply scores = {weights, padded, q + i * a->q_stride, a->q_stride, 1, keys, padded, 0, a->size, end, 0};
-    multiply(scores, count);
-    for (int64_t r = 0; r < count; r++)
-        softmax(weights + r * padded, a->causal ? i + r + 1 : length, end, (float)a->scale);
-    return end < length ? end : length;
+/* out[i] = sum_j weights[j][i] x[j] for the queries of a block */
+static void mix(const float *weights, int64_t stride, int64_t seen, const float *x, int64_t x_stride, int64_t count, float *out,
+                int64_t width, int64_t size) {
+    for (int64_t i = 0; i < count; i += ROWS) {
+        struct multiply mixed = {out + i * width, width, weights + i, 1, stride, x, x_stride, 0, seen, size, 0};
+        multiply(mixed, count - i < ROWS ? count - i : ROWS);
+    }
 }
 
 /* Items are pairs of sequence and key-value head; out of each query head's q_i: softmax(scale q_i K^T) V */
 void short_attention(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
-    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size, most = whole_vectors(a.longest);
-    float *keys = room(most * (a.size + ROWS)), *weights = keys + most * a.size;
+    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size;
+    float *columns = room(LANES * (a.size + a.longest)), *weights = columns + LANES * a.size;
     for (int64_t item = first; item < last; item++) {
-        int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start;
-        int64_t head = item % key_heads, padded = whole_vectors(length);
-        const float *v = a.v + start * a.v_stride + head * a.size;
-        transpose(a.k + start * a.k_stride + head * a.size, a.k_stride, length, padded, a.size, keys);
+        int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
+        const float *k = a.k + start * a.k_stride + head * a.size, *v = a.v + start * a.v_stride + head * a.size;
         for (int64_t h = head * a.shared; h < (head + 1) * a.shared; h++)
-            for (int64_t i = 0; i < length; i += ROWS) {
-                int64_t count = length - i < ROWS ? length - i : ROWS;
-                int64_t end = weigh(&a, a.q + start * a.q_stride + h * a.size, i, count, keys, length, padded, weights);
-                float *out = a.out + (start + i) * width + h * a.size;
-                struct multiply mixed = {out, width, weights, padded, 1, v, a.v_stride, 0, end, a.size, 0};
-                multiply(mixed, count);
+            for (int64_t i = 0; i < length; i += LANES) {
+                const float *q = a.q + start * a.q_stride + h * a.size;
+                int64_t seen = weigh(&a, q, i, length, k, columns, weights, LANES);
+                mix(weights, LANES, seen, v, a.v_stride, length - i < LANES ? length - i : LANES,
+                    a.out + (start + i) * width + h * a.size, width, a.size);
             }
     }
-    free(keys);
+    free(columns);
 }
 
-/* With P the softmax, computed again: dV = P^T dO, dP = dO V^T, dS = scale P (dP - sum(P dP)), dQ = dS K, dK = dS^T Q */
+/* With P the softmax, computed again: dV = P^T dO, dP = dO V^T, dS = scale P (dP - sum(P dP)), dQ = dS K, dK = dS^T Q.
+ * P and dS lie as [key][query]. */
 void short_attention_backward(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
     int64_t key_heads = a.heads / a.shared, width = a.heads * a.size, key_width = key_heads * a.size;
-    int64_t most = whole_vectors(a.longest);
-    float *keys = room(2 * most * (a.size + most)), *values = keys + most * a.size;
-    float *weights = values + most * a.size, *slopes = weights + most * most;
+    int64_t most = (a.longest + LANES - 1) / LANES * LANES;
+    float *columns = room(LANES * a.size + 2 * a.longest * most), *weights = columns + LANES * a.size;
+    float *slopes = weights + a.longest * most;
     for (int64_t item = first; item < last; item++) {
-        int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start;
-        int64_t head = item % key_heads, padded = whole_vectors(length);
+        int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
         const float *k = a.k + start * a.k_stride + head * a.size, *v = a.v + start * a.v_stride + head * a.size;
-        transpose(k, a.k_stride, length, padded, a.size, keys);
-        transpose(v, a.v_stride, length, padded, a.size, values);
         for (int64_t h = head * a.shared; h < (head + 1) * a.shared; h++) {
             const float *q = a.q + start * a.q_stride + h * a.size, *grad = a.grad + start * width + h * a.size;
-            for (int64_t i = 0; i < length; i += ROWS) {
-                int64_t count = length - i < ROWS ? length - i : ROWS;
-                float *p = weights + i * padded, *s = slopes + i * padded;
-                int64_t end = weigh(&a, q, i, count, keys, length, padded, p);
-                struct multiply of_weights = {
-                    s, padded, grad + i * width, width, 1, values, padded, 0, a.size, whole_vectors(end), 0};
-                multiply(of_weights, count);
-                for (int64_t r = 0; r < count; r++) {
-                    float *p_row = p + r * padded, *s_row = s + r * padded, along = 0.0f;
-#pragma omp simd reduction(+ : along)
-                    for (int64_t j = 0; j < end; j++) along += p_row[j] * s_row[j];
-#pragma omp simd
-                    for (int64_t j = 0; j < end; j++) s_row[j] = (float)a.scale * p_row[j] * (s_row[j] - along);
-                }
-                float *grad_q = a.grad_q + (start + i) * width + h * a.size;
-                struct multiply of_q = {grad_q, width, s, padded, 1, k, a.k_stride, 0, end, a.size, 0};
-                multiply(of_q, count);
+            for (int64_t i = 0; i < length; i += LANES) {
+                int64_t count = length - i < LANES ? length - i : LANES;
+                float *p = weights + i, *s = slopes + i;
+                int64_t seen = weigh(&a, q, i, length, k, columns, p, most);
+                turn(grad + i * width, width, count, a.size, columns);
+                meet(v, a.v_stride, columns, a.size, seen, s, most);
+                vec along = {0};
+                for (int64_t j = 0; j < seen; j++) along += load(p + j * most) * load(s + j * most);
+                for (int64_t j = 0; j < seen; j++)
+                    *(loose *)(s + j * most) = (float)a.scale * load(p + j * most) * (load(s + j * most) - along);
+                for (int64_t j = seen; j < length && j < seen + ROWS; j++) /* keys that are taken together with seen ones below */
+                    *(loose *)(p + j * most) = *(loose *)(s + j * most) = (vec){0};
+                mix(s, most, seen, k, a.k_stride, count, a.grad_q + (start + i) * width + h * a.size, width, a.size);
             }
             int onto = h > head * a.shared;
             for (int64_t j = 0; j < length; j += ROWS) {
                 int64_t count = length - j < ROWS ? length - j : ROWS;
                 /* queries before j do not look at it; of its own four, those that do not have zeros there */
                 int64_t from = a.causal ? j : 0, place = (start + j) * key_width + head * a.size;
-                struct multiply of_v = {
-                    a.grad_v + place, key_width, weights + j, 1, padded, grad, width, from, length, a.size, onto};
-                struct multiply of_k = {
-                    a.grad_k + place, key_width, slopes + j, 1, padded, q, a.q_stride, from, length, a.size, onto};
+                struct multiply of_v = {a.grad_v + place, key_width, weights + j * most, most, 1, grad, width, from, length,
+                                        a.size, onto};
+                struct multiply of_k = {a.grad_k + place, key_width, slopes + j * most, most, 1, q, a.q_stride, from, length,
+                                        a.size, onto};
                 multiply(of_v, count);
                 multiply(of_k, count);
             }
         }
     }
-    free(keys);
+    free(columns);
 }

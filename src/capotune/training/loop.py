@@ -26,7 +26,7 @@ from capotune.kernels.linear import sixteen_bits
 from capotune.models.architecture import with_forward
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
-from capotune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from capotune.training.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def train(
     assert settings.epochs is not None
     weights = assembled.trainable()
     rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
-    optimizer = make_optimizer(weights, rates, settings.weight_decay)
     state = state or start(assembled, held_out_score(assembled, held_examples), seed)
-    _restore(state, weights, optimizer)
     per_epoch = math.ceil(len(train_examples.rows.sequences) / settings.batch_size)
     total = settings.epochs * per_epoch
     device = assembled.model.device
@@ -117,14 +115,16 @@ def train(
         reusing_memory(),
         assembled.reading(),
         checkpointing(checkpointed),
+        FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
     ):
+        _restore(state, weights, optimizer)
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
             with _dropout(assembled), sixteen_bits():
                 for chosen in order[state.batch :]:
                     set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
-                    loss = _step(assembled, train_examples, chosen, weights, optimizer, settings)
+                    loss = _step(assembled, train_examples, chosen, optimizer, settings)
                     state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
                     if on_step and on_step(state, total, loss):
                         return _capture(state, weights, optimizer, device)
@@ -210,16 +210,13 @@ def _step(
     assembled: Assembled,
     examples: Examples,
     chosen: np.ndarray,
-    weights: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     settings: TrainingSettings,
 ) -> float:
     """Forward and backward on the rows of one step, part by part, then clip and update; the step's loss, for which a
     GPU is waited for once, when it has been given all there is to do."""
     total = accumulate(assembled, examples, chosen, settings)
-    nn.utils.clip_grad_norm_(weights.values(), settings.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(settings.max_grad_norm)
     return float(total)
 
 
@@ -277,24 +274,19 @@ def _keep_if_better(state: TrainingState, weights: dict[str, nn.Parameter], scor
 
 
 def _capture(
-    state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+    state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW, device: torch.device
 ) -> TrainingState:
     """Copy what lives in model, optimizer and generator into the state."""
     state.weights = {key: weight.detach().clone() for key, weight in weights.items()}
-    state.optimizer = {
-        key: {name: torch.as_tensor(value).clone() for name, value in optimizer.state[weight].items()}
-        for key, weight in weights.items()
-    }
+    state.optimizer = optimizer.moments()
     state.rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return state
 
 
-def _restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def _restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW) -> None:
     if not state.weights:
         return
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(state.weights[key])
-            if state.optimizer.get(key):
-                moments = state.optimizer[key].items()  # read from a file, they are on the CPU
-                optimizer.state[weight] = {name: value.to(weight.device, copy=True) for name, value in moments}
+    optimizer.set_moments(state.optimizer)
