@@ -13,7 +13,8 @@ def engine(content: dict[str, Any]) -> list[str]:
     """A section for each workload."""
     lines = [
         "Each run is a process of its own; contenders alternate. All contenders of a table have the same rows in the "
-        "same batches, the same first weights, optimiser and schedule, and fp32. The largest relative difference of a "
+        "same batches, the same first weights, optimiser and schedule, and fp32 (language models on a GPU: its 16 "
+        "bits). The largest relative difference of a "
         "step's loss from capotune's stands in the table; above a thousandth nothing is compared. Seconds are those of "
         "the training steps, medians with the smallest and largest (quartiles from four rounds on); the first step is "
         "left out, where not said otherwise. Tokens are real ones, without padding. *Peak memory* is the whole "

@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def everyone(self) -> tuple[Contender, ...]:
-        """The floor, in fp32 and as capotune's kernels compute it where they do, and capotune too."""
+        """The floor, as PyTorch computes it and as capotune's kernels do, and capotune too."""
         first = (Contender(FLOOR, "floor"), Contender(KERNEL_FLOOR, "kernel floor"))
         if not any(one.name == OURS for one in self.contenders):
             first += (Contender(OURS, "capotune"),)
