@@ -1,13 +1,14 @@
 """The training engine against peers: time, memory, and how near the floor of matrix products, at equal losses.
 
-    python benchmarks/engine.py [a b c d e f g] [--rounds N] [--steps N] [--quick]
+    python benchmarks/engine.py [a b c d e f g] [--rounds N] [--steps N] [--comparison NAME] [--quick]
 
 Workloads are in ``_engine_workloads.py``, peers in ``_engine_peers.py``. Every run is a process of its own, so its peak
 memory is its own; in each round all contenders of a comparison run one after the other, on the same rows in the same
 batches from the same first weights, with as many threads as PyTorch takes by itself. A peer whose losses differ from
 Capotune's by more than a thousandth at any step, or whose accuracy is above Capotune's, is not compared. The first step
 is timed apart and left out, unless a workload says otherwise. ``--quick`` runs three steps of small models and shows
-the result only; without it, a workload's part of ``results/engine.json`` is replaced when it is done.
+the result only; without it, a workload's part of ``results/engine.json`` is replaced when it is done, and with
+``--comparison`` that one table of it.
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def measure_workload(letter: str, options: argparse.Namespace) -> dict[str, Any]
         prepared = processes.prepare()
         if "environment" not in prepared:
             return {"title": work.title, **prepared}
-        comparisons = [measure(processes, one, options.rounds or one.rounds or work.rounds) for one in work.comparisons]
+        chosen = [one for one in work.comparisons if options.comparison in (None, one.name)]
+        comparisons = [measure(processes, one, options.rounds or one.rounds or work.rounds) for one in chosen]
     return {
         "title": work.title,
         "settings": work.words,
@@ -238,10 +240,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, shown and not written")
     parser.add_argument("--rounds", type=int, help="each contender's runs; each workload has its own number")
     parser.add_argument("--steps", type=int, help="optimiser steps in a run, the first one included")
+    parser.add_argument("--comparison", metavar="NAME", help="only this table of each workload, such as 'as it comes'")
     parser.add_argument("--out", type=Path, help="where to write, results/engine.json when left out")
     options = parser.parse_args()
     if unknown := set(options.workloads) - set(letters):
         parser.error(f"no workload {', '.join(sorted(unknown))}: there are {' '.join(letters)}")
+    chosen = [one for one in WORKLOADS if one.letter in (options.workloads or letters)]
+    if options.comparison and not all(options.comparison in [one.name for one in work.comparisons] for work in chosen):
+        names = "; ".join(f"{work.letter}: {', '.join(one.name for one in work.comparisons)}" for work in chosen)
+        parser.error(f"no table {options.comparison!r} in each of these workloads, which have: {names}")
     path = options.out or (None if options.quick else RESULTS)
     for letter in options.workloads or letters:
         found = measure_workload(letter, options)
@@ -251,6 +258,9 @@ def main() -> None:
             print(json.dumps(found, indent=1))
         elif "comparisons" in found:
             before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if options.comparison and letter in before:
+                tables = {one["name"]: one for one in (*before[letter]["comparisons"], *found["comparisons"])}
+                found["comparisons"] = list(tables.values())
             path.write_text(json.dumps(dict(sorted({**before, letter: found}.items())), indent=1) + "\n", "utf-8")
             print(path, file=sys.stderr)
 
