@@ -19,8 +19,8 @@ demo-generation: $(INSTALLED) ## the same for text that a small language model w
 	rm -rf demo-generation-out
 	$(BIN)/capo demo generation --out demo-generation-out
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## run the tests, a process for each core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: style types floors ## style, types (mypy strict) and the floors of the design (make -k check: all three, even if one fails)
 

@@ -16,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: where processes share the files out, one would end with it while the others wait."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nor does what is made once for many tests, before the cache of the first of them is set."""
