@@ -21,7 +21,19 @@ from capotune.kernels.lora_linear import LowRank
 from capotune.kernels.program import Program, symbol
 
 __all__ = ["native", "rounded", "some_unit", "unit"]
-pytestmark = pytest.mark.usefixtures("one_thread", "native")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, params=["matrix unit", "vectors"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on the matrix unit, and again without it by the kernel in fp32."""
+    if request.param == "matrix unit":
+        request.getfixturevalue("native")
+    else:
+        monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+        monkeypatch.setattr(linear, "_vectors_are_faster", lambda: True)
+        monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
+    return str(request.param)
 
 
 class Made:
@@ -83,19 +95,25 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_is_the_definition(
     lengths: list[int], heads: int, size: int, inner: int, ranks: list[int], causal: bool, keep_strips: bool,
-    needs_input: bool,
+    needs_input: bool, kernels: str,
 ) -> None:  # fmt: skip
+    keep_strips = keep_strips or kernels == "vectors"
     made = Made(lengths, heads, size, inner, ranks, causal=causal, keep_strips=keep_strips)
     if not needs_input and not made.trained:
         return
     assert made.block.takes(made.x, made.sequences)
     expected = made.all_of(made.reference, needs_input=needs_input)
     found = made.all_of(lambda x: made.block(x, made.sequences), needs_input=needs_input)
-    assert_near(found, expected, 1e-2)  # sums of few numbers may cancel; a wrong term is off by all of it
+    # sums of few numbers may cancel; a wrong term is off by all of it
+    assert_near(found, expected, 1e-2 if kernels == "matrix unit" else 1e-4)
 
 
 @pytest.mark.parametrize(("size", "inner"), [(16, 70), (128, 300)])  # with more panels than are taken together
-def test_strips_that_are_kept_change_no_bit(size: int, inner: int) -> None:
+def test_strips_that_are_kept_change_no_bit(size: int, inner: int, kernels: str) -> None:
+    if kernels == "vectors":
+        made = Made([17, 33, 5], 2, size, inner, [2, 0, 3, 4, 5, 6], keep_strips=False)
+        assert not made.block.takes(made.x, made.sequences)  # its kernel reads nothing else
+        return
     found = []
     for keep_strips in (True, False):
         made = Made([17, 33, 5], 2, size, inner, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
@@ -164,6 +182,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made.block.takes(made.x, made.sequences)
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+    monkeypatch.setattr(linear, "_vectors_are_faster", lambda: False)
     assert not made.block.takes(made.x, made.sequences)
 
 

@@ -141,7 +141,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What is known about this machine is found out anew, and again after the test."""
-    caches = matrix_unit, _native.library
+    caches = matrix_unit, linear._vectors_are_faster, _native.library
     for one in caches:
         one.cache_clear()
     yield

@@ -6,7 +6,8 @@ m₁ and m₂ are dropout's, or left out; every linear layer is frozen, with or 
 ``models.fused`` composes of one function for each part, but for the order of sums of gradients. Where steps are short,
 calling those functions takes as long as their work.
 
-It is for fp32 on a CPU with a matrix unit, where that one's precision is allowed (``linear.py``), and short sequences.
+It is for fp32 on a CPU and short sequences: with a matrix unit where that one's precision is allowed (``linear.py``),
+and with AVX2 where weights may be kept in panels, by a kernel in fp32 that is faster than PyTorch's for few rows.
 
 For the way back the inputs of norms, of the activation and of attention are kept, as the parts do.
 """
@@ -25,7 +26,7 @@ from capotune.kernels._native import address, library
 from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
-from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers
+from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers, vectors_allowed, weight_panels
 from capotune.kernels.lora_linear import LowRank, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
 from capotune.kernels.program import Affine, Program, symbol
@@ -72,7 +73,7 @@ class Memory:
     the likeliest to be in a cache. Tensors of some MB that PyTorch frees go back to the system, and that one hands them
     out again page by page, zeroed.
 
-    With ``keep_strips`` blocks keep the matrix unit's form of their weights: twice their memory in training.
+    With ``keep_strips`` blocks keep the kernels' form of their weights: twice their memory in training.
     """
 
     def __init__(self, *, keep_strips: bool) -> None:
@@ -130,7 +131,8 @@ class BertBlock:
         """Whether it is for such input (tokens, hidden), here and now."""
         short = max(sequences.lengths, default=0) <= MOST_LENGTH
         plain = self._known and short and x.dtype == torch.float32 and x.is_contiguous()
-        return plain and allowed_unit(x) is not None and library("products_cpu") is not None
+        by_kernels = allowed_unit(x) is not None or (self.memory.keep_strips and vectors_allowed(x))
+        return plain and by_kernels and library("products_cpu") is not None
 
     def __call__(self, x: torch.Tensor, sequences: Sequences, dropout: Sequence[float] = (0.0, 0.0)) -> torch.Tensor:
         """x (tokens, hidden) → the same; ``dropout``: the rates behind attention and behind ``down``. To be asked only
@@ -166,12 +168,14 @@ class BertBlock:
         return self._programs[key]
 
     def strips(self, layer: LowRank, *, input_gradient: bool) -> torch.Tensor:
-        """The matrix unit's form of its weight, made once."""
+        """The kernels' form of its weight, made once."""
         key = (id(layer), input_gradient)
         if key not in self._strips:
-            unit = linear.matrix_unit()
-            assert unit is not None
-            self._strips[key] = split_weight(unit, layer.weight(torch.float32), input_gradient=input_gradient)
+            unit, weight = linear.matrix_unit(), layer.weight(torch.float32)
+            if unit is None:
+                self._strips[key] = weight_panels(weight, input_gradient=input_gradient)
+            else:
+                self._strips[key] = split_weight(unit, weight, input_gradient=input_gradient)
         return self._strips[key]
 
 
@@ -319,7 +323,6 @@ class _Writer:
         products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), linear.matrix_unit()
         assert products is not None
         assert elementwise is not None
-        assert unit is not None
         self.products, self.elementwise, self.unit = products, elementwise, unit
         self._numbers = {id(layer): number for number, layer in enumerate(block.adapted)}
         self._b_turned = {id(one): self.scratch.numbers(one.b.numel()) for one in block.adapted if one.b is not None}
@@ -425,6 +428,9 @@ class _Writer:
     ) -> None:
         """low = scale·x·matrixᵀ of what is ``made``; y (+)= xWᵀ + bias, or xW, + scale·low·matrix of the ``change``.
         ``ready``: the strips are x's."""
+        if self.unit is None:
+            self._product_by_vectors(layer, x, y, made, change, input_gradient=input_gradient, onto=onto)
+            return
         weight, keeps = layer.weight(torch.float32), self.block.memory.keep_strips
         panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
         bias = None if input_gradient else layer.bias
@@ -434,6 +440,28 @@ class _Writer:
         added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
         found = (made.low.columns, made.low.address, made.matrix, float(made.scale))
         self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written, *added, *found), -1)
+
+    def _product_by_vectors(
+        self,
+        layer: LowRank,
+        x: _Matrix,
+        y: _Matrix,
+        made: _Small,
+        change: _Small,
+        *,
+        input_gradient: bool,
+        onto: bool,
+    ) -> None:
+        if made.low.columns:
+            assert isinstance(made.matrix, Affine)
+            self._low_rank("low_rank_project", x, made.low, made.matrix, made.scale)
+        (out, into), panels = layer.weight(torch.float32).shape, self.block.strips(layer, input_gradient=input_gradient)
+        terms, columns = (out, into) if input_gradient else (into, out)
+        read = (x.address, x.stride, address(panels), 0 if input_gradient else address(layer.bias))
+        written = (y.address, y.stride, int(onto))
+        added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
+        arguments = (_TOKENS, terms, columns, *read, *written, *added)
+        self.program.call(self.products.frozen_product, arguments, len(panels), _TOKENS * (terms * columns))
 
     def _low_rank(self, name: str, x: _Matrix, low: _Matrix, matrix: Affine, scale: float = 1.0) -> None:
         """A kernel of ``low_rank.py``."""

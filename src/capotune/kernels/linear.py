@@ -26,7 +26,7 @@ from capotune.kernels._native import address, check_shape, fork_join, library
 
 __all__ = [
     "Rows", "allowed_unit", "input_gradient", "matrix_unit", "sixteen_bits", "split_weight", "strip_numbers",
-    "trained_linear", "weight_gradient",
+    "trained_linear", "vectors_allowed", "weight_gradient", "weight_panels",
 ]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
@@ -164,6 +164,26 @@ def split_weight(unit: ctypes.CDLL, weight: torch.Tensor, *, input_gradient: boo
     split = unit.split_for_input_gradient if input_gradient else unit.split_for_linear
     split(product, ctypes.c_void_p(strips.data_ptr()))
     return strips
+
+
+@cache
+def _vectors_are_faster() -> bool:
+    """Whether ``frozen_product`` of products_cpu.c is faster here than PyTorch's product: so measured for AVX2."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and library("products_cpu") is not None
+
+
+def vectors_allowed(x: torch.Tensor) -> bool:
+    """Whether ``frozen_product`` is for activations x (rows, any), here and now. It computes in fp32; where bits are to
+    be PyTorch's, outside ``sixteen_bits``, it is not asked for either."""
+    return _enough.get() and len(x) >= _FEWEST_ROWS and x.is_cpu and x.dtype == torch.float32 and _vectors_are_faster()
+
+
+def weight_panels(weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
+    """``weight`` (out, into) as ``frozen_product`` wants it for xWᵀ, or for gW: (panels, terms, 16 columns), those beyond
+    the last column zero. As large as the weight."""
+    columns = weight.t() if input_gradient else weight
+    padded = functional.pad(columns, (0, 0, 0, -len(columns) % _SIDE))
+    return padded.view(-1, _SIDE, columns.shape[1]).transpose(1, 2).contiguous()
 
 
 def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:

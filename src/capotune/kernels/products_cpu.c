@@ -1,4 +1,5 @@
-/* Small fp32 products that a library for large ones does slowly: by a low rank, and attention over short sequences.
+/* fp32 products that a library for large ones does slowly: by a low rank, attention over short sequences, and those of few
+ * rows with a frozen weight.
  * low_rank.py and attention.py hold the same in PyTorch, and the tests hold the two together.
  *
  * As in elementwise_cpu.c, a kernel gets its arguments as a struct of 8-byte fields and works on the items [first, last):
@@ -156,6 +157,94 @@ void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
             for (int64_t row = 0; row < a.rows; row++) total += a.low[row * a.low_stride + rank] * a.x[row * a.x_stride + column];
             a.matrix[rank * a.columns + column] = total * (float)a.scale;
         }
+}
+
+/* ---------------------------------------------------------------------------------------------------- frozen weights */
+
+enum { DEPTH = 384, TILE_ROWS = 6, PANEL = 2 * LEAST_LANES };
+
+/* y (+)= x P + bias + scale low matrix: x W^T of a linear layer, or g W. A frozen P, (terms, columns), lies in panels of 16
+ * columns, [terms][16], the last one's columns that are too many zero: read in the order in which it lies. */
+struct frozen_product {
+    int64_t rows, terms, columns;
+    const float *x;          /* (rows, terms) */
+    int64_t x_stride;
+    const float *panels;
+    const float *bias;       /* (columns,) or none */
+    float *y;                /* (rows, columns) */
+    int64_t y_stride, onto;  /* onto: added to what is there */
+    int64_t ranks;
+    const float *low;        /* (rows, ranks) */
+    int64_t low_stride;
+    const float *matrix;     /* (ranks, columns) */
+    double scale;
+};
+
+/* sums += x panel, for some rows of x: 12 sums, one number of x and two vectors of the panel fill AVX2's 16 registers */
+INLINE void add_terms(short_vec sums[TILE_ROWS][2], const float *x, int64_t stride, int rows, const float *panel, int64_t terms) {
+    const float *lower = x + TILE_ROWS / 2 * stride;
+    for (int64_t j = 0; j < terms; j++, panel += PANEL) {
+        short_vec left = *(const short_loose *)panel, right = *(const short_loose *)(panel + LEAST_LANES);
+        for (int r = 0; r < rows; r++) {
+            float number = r < TILE_ROWS / 2 ? x[r * stride + j] : lower[(r - TILE_ROWS / 2) * stride + j];
+            sums[r][0] += number * left;
+            sums[r][1] += number * right;
+        }
+    }
+}
+
+/* Terms [start, start + terms) of some rows of one panel, those before are in y. bias: the panel's; directions: its scale
+ * matrix, with the last terms, else none. */
+INLINE void panel_tile(const struct frozen_product *a, int64_t row, int rows, int64_t panel, int64_t start, int64_t terms,
+                       const float *bias, const float *directions) {
+    int64_t column = panel * PANEL, count = a->columns - column;
+    float *y = a->y + row * a->y_stride + column, part[TILE_ROWS * PANEL] = {0};
+    int64_t stride = a->y_stride;
+    if (count < PANEL) { /* a panel that is not full has its sums in a place of their own */
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i++) part[r * PANEL + i] = y[r * stride + i];
+        y = part;
+        stride = PANEL;
+    }
+    short_vec sums[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < 2; l++)
+            sums[r][l] = *(const short_loose *)((start || a->onto ? y + r * stride : bias) + l * LEAST_LANES);
+    add_terms(sums, a->x + row * a->x_stride + start, a->x_stride, rows, a->panels + (panel * a->terms + start) * PANEL, terms);
+    if (directions) add_terms(sums, a->low + row * a->low_stride, a->low_stride, rows, directions, a->ranks);
+    for (int r = 0; r < rows; r++)
+        for (int l = 0; l < 2; l++) *(short_loose *)(y + r * stride + l * LEAST_LANES) = sums[r][l];
+    if (count < PANEL)
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < count; i++) a->y[(row + r) * a->y_stride + column + i] = part[r * PANEL + i];
+}
+
+/* Terms [start, start + terms) of all rows of a panel */
+static void panel_rows(const struct frozen_product *a, int64_t panel, int64_t start, int64_t terms) {
+    int64_t row = 0, column = panel * PANEL, count = a->columns - column < PANEL ? a->columns - column : PANEL;
+    float bias[PANEL] = {0}, scaled[MOST_RANKS * PANEL] = {0};
+    int changes = a->ranks && start + terms == a->terms;
+    for (int64_t i = 0; a->bias && i < count; i++) bias[i] = a->bias[column + i];
+    for (int64_t k = 0; changes && k < a->ranks; k++)
+        for (int64_t i = 0; i < count; i++) scaled[k * PANEL + i] = (float)a->scale * a->matrix[k * a->columns + column + i];
+    const float *directions = changes ? scaled : NULL;
+    for (; row + TILE_ROWS <= a->rows; row += TILE_ROWS) panel_tile(a, row, TILE_ROWS, panel, start, terms, bias, directions);
+    switch (a->rows - row) { /* the compiler is told how many rows, so that the sums stay in registers */
+    case 5: panel_tile(a, row, 5, panel, start, terms, bias, directions); break;
+    case 4: panel_tile(a, row, 4, panel, start, terms, bias, directions); break;
+    case 3: panel_tile(a, row, 3, panel, start, terms, bias, directions); break;
+    case 2: panel_tile(a, row, 2, panel, start, terms, bias, directions); break;
+    case 1: panel_tile(a, row, 1, panel, start, terms, bias, directions); break;
+    }
+}
+
+/* Panels [first, last), some of the terms at a time: their part of a panel stays in the first-level cache for all rows */
+void frozen_product(const void *arguments, int64_t first, int64_t last) {
+    const struct frozen_product a = *(const struct frozen_product *)arguments;
+    for (int64_t start = 0; start < a.terms; start += DEPTH) {
+        int64_t terms = a.terms - start < DEPTH ? a.terms - start : DEPTH;
+        for (int64_t panel = first; panel < last; panel++) panel_rows(&a, panel, start, terms);
+    }
 }
 
 /* ------------------------------------------------------------------------------------- what programs need beside these */
