@@ -179,8 +179,8 @@ def vectors_allowed(x: torch.Tensor) -> bool:
 
 
 def weight_panels(weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
-    """``weight`` (out, into) as ``frozen_product`` wants it for xWᵀ, or for gW: (panels, terms, 16 columns), those beyond
-    the last column zero. As large as the weight."""
+    """``weight`` (out, into) as ``frozen_product`` wants it for xWᵀ, or for gW: (panels, terms, 16 columns), those
+    beyond the last column zero. As large as the weight."""
     columns = weight.t() if input_gradient else weight
     padded = functional.pad(columns, (0, 0, 0, -len(columns) % _SIDE))
     return padded.view(-1, _SIDE, columns.shape[1]).transpose(1, 2).contiguous()
