@@ -47,11 +47,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the matrix unit: for tests of what is equal but for the order of sums. That products at 16 bits are near
-    is tested by themselves (test_linear.py)."""
+    """Blocks are composed of their parts, with PyTorch's products: for tests of how they are. That products at 16 bits
+    are near, and blocks in one call, is tested by themselves (test_linear.py, test_bert_block.py)."""
     from capotune.kernels import linear
 
     monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+    monkeypatch.setattr(linear, "_vectors_are_faster", lambda: False)
 
 
 def _save(folder: Path, config: object) -> Path:
