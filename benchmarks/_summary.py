@@ -61,8 +61,26 @@ def main() -> None:
         text = re.sub("(<!-- engine -->).*?(<!-- /engine -->)", rf"\1\n{block}\n\2", text, flags=re.DOTALL)
         sections += ["", "## The training engine against peers", "", *engine(content), ""]
         sections += ["`python benchmarks/engine.py`, `results/engine.json`."]
+    if (RESULTS / "engine-avx2.json").is_file():
+        content = json.loads((RESULTS / "engine-avx2.json").read_text(encoding="utf-8"))
+        sections += ["", "## The training engine without a matrix unit", "", *vectors(content)]
     readme.write_text(text, encoding="utf-8")
     (HERE / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
+
+
+def vectors(content: dict[str, Any]) -> list[str]:
+    """The short table of the engine on a processor with AVX2 alone."""
+    steps = ", ".join(f"{work['steps']} of ({letter})" for letter, work in content.items() if work["steps"])
+    found = [row["largest_relative_difference"] for work in content.values() for one in work["comparisons"]
+             for row in one["rows"] if "largest_relative_difference" in row]  # fmt: skip
+    return [
+        f"The same contenders on a processor with AVX2 alone, where all of them multiply in fp32. Steps: {steps}. The "
+        f"losses of a step differ by {max(found):.0e} at most.",
+        "",
+        engine_summary(content),
+        "",
+        "`python benchmarks/engine.py a c d --out benchmarks/results/engine-avx2.json`, `results/engine-avx2.json`.",
+    ]
 
 
 def comparison(content: dict[str, Any], title: str) -> str:

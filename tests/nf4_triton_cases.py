@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from capotune.config import LoraSettings
-from capotune.kernels import nf4, nf4_triton
+from capotune.kernels import _triton, nf4, nf4_triton
 from capotune.kernels.nf4 import Linear4bit, QuantizedTensor, dequantize_4bit, quantize_4bit
 from capotune.methods.lora import LoraLinear
 
@@ -104,7 +104,7 @@ def test_lora_on_a_packed_weight_answers_without_unpacking(monkeypatch: pytest.M
 
 def test_plain_pytorch_where_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q = packed((5, 64))
-    monkeypatch.setattr(nf4_triton, "_triton_is_there", lambda: False)
+    monkeypatch.setattr(_triton, "_triton_is_there", lambda: False)
     monkeypatch.setattr(nf4_triton, "_kernels", lambda: pytest.fail("Triton was imported"))
     assert torch.equal(dequantize_4bit(q, torch.float16), by_pytorch(q, torch.float16))
     assert not nf4_triton.fits(torch.zeros(1, 64, device=DEVICE), q)

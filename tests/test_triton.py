@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from capotune.kernels import elementwise_triton, nf4_triton
+from capotune.kernels import elementwise_triton
+from capotune.kernels._triton import available
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the extra 'test' brings Triton on Linux only")
@@ -29,7 +30,7 @@ def test_the_kernels_compute_what_pytorch_does(of: str) -> None:
 
 def test_the_cpu_has_its_own_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not nf4_triton.available(torch.device("cpu"))
+    assert not available(torch.device("cpu"))
     assert not elementwise_triton.kernels_for(torch.ones(2, 3))
 
 

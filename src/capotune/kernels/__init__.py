@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from capotune.kernels._native import library
+from capotune.kernels._triton import available
 from capotune.kernels.linear import matrix_unit
-from capotune.kernels.nf4_triton import available
 
 __all__ = ["described"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capotune.kernels.nf4_triton import available
+from capotune.kernels._triton import available
 
 __all__ = [
     "kernels_for", "rms_norm", "rms_norm_backward", "rotary", "softmax_cross_entropy", "swiglu", "swiglu_backward",

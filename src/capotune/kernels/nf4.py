@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from capotune.errors import ModelError, SettingError
 from capotune.kernels import nf4_triton
 from capotune.kernels._native import in_threads, library, pointer
+from capotune.kernels._triton import available
 
 __all__ = ["Linear4bit", "QuantizedTensor", "dequantize_4bit", "from_checkpoint", "quantize_4bit", "to_checkpoint"]
 
@@ -178,7 +179,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
     if dtype not in WEIGHT_DTYPES.values():
         raise SettingError(f"cannot dequantise to {dtype}; allowed: {', '.join(WEIGHT_DTYPES)}")
     device = q.codes.device
-    triton = nf4_triton.available(device)
+    triton = available(device)
     lib = library("nf4_cpu") if device.type == "cpu" and not triton else None
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=device)

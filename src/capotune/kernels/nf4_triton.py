@@ -7,24 +7,23 @@ itself, when double-quantised, as a product and a sum with two roundings (hence 
 memory, not for arithmetic, and reading W in 4 bits moves a quarter of the bytes of bf16. W is unpacked in registers,
 rounded to x's dtype as a dense W would be, and the sum runs in fp32; against the dense product only its order differs.
 
-With ``TRITON_INTERPRET=1`` in the environment the kernels run on the CPU, slowly: that is how they are tested where
-there is no GPU. Elsewhere, and without Triton, ``available`` is false and plain PyTorch computes the same.
+Where Triton is not ``available`` (``_triton``) plain PyTorch computes the same.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from capotune.kernels._triton import available, interpreted
+
 if TYPE_CHECKING:
     from capotune.kernels.nf4 import QuantizedTensor
 
-__all__ = ["MOST_ROWS", "available", "dequantize", "fits", "linear"]
+__all__ = ["MOST_ROWS", "dequantize", "fits", "linear"]
 
 MOST_ROWS = 16
 """Rows of x that ``linear`` takes: the smallest tile of a tensor core."""
@@ -33,11 +32,6 @@ BYTES = 1024  # of codes per program of ``dequantize``
 OUTPUTS, PAIRS = 32, 64  # rows of W per program of ``linear``, and pairs of columns in one of its steps
 # A fused multiply-add in map · nested_absmax + offset would round once where the published format rounds twice.
 _OPTIONS = {"enable_fp_fusion": False}
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of ``device``."""
-    return (device.type == "cuda" or (device.type == "cpu" and _interpreted())) and _triton_is_there()
 
 
 def fits(x: Tensor, q: QuantizedTensor) -> bool:
@@ -67,7 +61,7 @@ def linear(x: Tensor, q: QuantizedTensor, table: Tensor, absmax_map: Tensor) -> 
     _kernels().linear_kernel[(-(-outputs // OUTPUTS),)](
         rows, q.codes, *_statistics(q, absmax_map), table, y, rows.shape[0], outputs, columns,
         block_size=q.block_size, nested=q.nested, block_rows=MOST_ROWS, block_out=OUTPUTS, block_pairs=PAIRS,
-        widen=_interpreted(), **_OPTIONS,
+        widen=interpreted(), **_OPTIONS,
     )  # fmt: skip
     return y.view(*x.shape[:-1], outputs)
 
@@ -76,15 +70,6 @@ def _statistics(q: QuantizedTensor, absmax_map: Tensor) -> tuple[Tensor, Tensor,
     """absmax, its map, nested absmax, offset; without double quantisation any pointer does for the last three."""
     nested = (q.nested_absmax, q.offset) if q.nested_absmax is not None and q.offset is not None else (q.absmax,) * 2
     return q.absmax, absmax_map, *nested
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache
