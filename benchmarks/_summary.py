@@ -79,7 +79,8 @@ def vectors(content: dict[str, Any]) -> list[str]:
         "",
         engine_summary(content),
         "",
-        "`python benchmarks/engine.py a c d --out benchmarks/results/engine-avx2.json`, `results/engine-avx2.json`.",
+        f"`python benchmarks/engine.py {' '.join(content)} --out benchmarks/results/engine-avx2.json`, "
+        "`results/engine-avx2.json`.",
     ]
 
 
