@@ -23,7 +23,8 @@ def frozen_product(
 ) -> None:  # fmt: skip
     """Calls C for ``shares`` ranges of the panels, one after the other."""
     lib = library("products_cpu")
-    assert lib is not None
+    if lib is None:
+        pytest.skip("no C compiler here")
     read = (x.data_ptr(), x.stride(0), panels.data_ptr(), address(bias))
     written = (y.data_ptr(), y.stride(0), int(onto))
     added = (low.shape[1], low.data_ptr(), low.stride(0), matrix.data_ptr())
