@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,14 +23,16 @@ from torch import nn
 import capotune
 from capotune.adapters import assemble as assemble_module
 from capotune.adapters.assemble import Assembled
-from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings
+from capotune.adapters.fingerprint import config_hash
+from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings, TrainSettings
 from capotune.data.batches import Rows
 from capotune.errors import OutputError
-from capotune.models.load import Quantization, find, load_backbone
+from capotune.models.load import Quantization, Source, find, load_backbone
 from capotune.models.packing import Packing, packed
 from capotune.training import activation_cache
 from capotune.training.activation_cache import ActivationCache, resume_from
 from capotune.training.loop import predict_logits
+from capotune.training.run import run
 
 BASES = ("bert", "llama", "gpt2")
 QUICK: dict[str, Any] = {"epochs": 2, "patience": 2, "batch_size": 8, "learning_rate": 5e-3, "head_learning_rate": 2e-2}
@@ -379,3 +383,58 @@ def test_the_model_is_whole_again_afterwards(bert: Path) -> None:
     with torch.no_grad():
         here, there = (model(**inputs).last_hidden_state for model in (assembled.model.backbone, backbone))
     assert_same_bits({"states": here}, {"states": there})
+
+
+def test_the_same_weights_read_otherwise_are_another_base(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    """Another activation in config.json: nothing of the first base may be served. Another name changes nothing."""
+    other, renamed = tmp_path / "other", tmp_path / "renamed"
+    for folder, change in ((other, {"hidden_act": "relu"}), (renamed, {"_name_or_path": "elsewhere"})):
+        shutil.copytree(bert, folder)
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    computed = [
+        run(
+            TrainSettings(model=str(base), data=str(tickets), out=tmp_path / f"out{at}"),
+            FeatureExtractionSettings(),
+        )["result"]["forward_rows"]
+        for at, base in enumerate((bert, renamed, other))
+    ]
+    assert computed[1] == 0
+    assert computed[0] == computed[2] > 0
+
+
+def test_code_that_comes_with_a_base_is_part_of_it(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "coded")
+    source = Source("coded", tmp_path / "coded")
+    plain = config_hash(source, with_code=False)
+    assert config_hash(source, with_code=True) == plain
+    (tmp_path / "coded" / "modeling.py").write_text("a = 1")
+    assert config_hash(source, with_code=False) == plain
+    assert config_hash(source, with_code=True) != plain
+
+
+def test_an_entry_taken_away_while_it_is_opened_is_computed_again(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembled = features(bert)
+    rows = rows_of(assembled)
+    expected = ActivationCache(tmp_path, {}).pooled(assembled, (0,), rows)
+
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("capotune.training.activation_cache.safe_open", gone)
+    cache = ActivationCache(tmp_path, {})
+    assert torch.equal(cache.pooled(assembled, (0,), rows), expected)
+    assert cache.forward_rows == len(rows.sequences)
+
+
+def test_what_a_killed_process_left_is_removed_after_days(bert: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / ".old", tmp_path / ".new"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assembled = features(bert)
+    ActivationCache(tmp_path, {}).pooled(assembled, (0,), rows_of(assembled))
+    assert not old.exists()
+    assert new.exists()

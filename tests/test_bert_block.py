@@ -13,6 +13,7 @@ from test_linear import native, rounded, some_unit, unit
 from torch import Tensor
 from torch.nn import functional
 
+from capotune.errors import SettingError
 from capotune.kernels import bert_block, linear
 from capotune.kernels.attention import Sequences
 from capotune.kernels.bert_block import BertBlock, LayerNorm, Memory, bert_block_reference
@@ -184,6 +185,24 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "matrix_unit", lambda: None)
     monkeypatch.setattr(linear, "_vectors_are_faster", lambda: False)
     assert not made.block.takes(made.x, made.sequences)
+
+
+def test_the_low_ranks_of_what_shares_an_input_are_few_in_all() -> None:
+    for ranks, few in (([24, 8, 24, 24, 24, 24], False), ([24, 0, 24, 24, 24, 24], True)):
+        made = Made([17, 33], 2, 16, 70, ranks)
+        assert made.block.takes(made.x, made.sequences) == few
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    for x, sequences in ((made.x, Sequences((17, 330))), (made.x[:, :16].contiguous(), made.sequences)):
+        with pytest.raises(SettingError, match="x has shape"):
+            made.block(x, sequences)
+
+
+def test_dropout_of_everything_is_zero() -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    assert made.block(made.x, made.sequences, (1.0, 1.0)).isfinite().all()
 
 
 def test_a_program_is_what_its_symbols_say() -> None:

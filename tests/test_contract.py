@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -403,7 +404,7 @@ def test_whole_run_resumes(
             patch.setattr(task_run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             whole_run(variant, tickets, bert, out, report=crash)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}-epoch-1"]
     assert not (out / "adapter").exists()
     whole_run(variant, tickets, bert, out, resume=True)
     assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
@@ -488,11 +489,41 @@ def test_damaged_checkpoint_is_refused(name: str, damage: str, bert: Path, tmp_p
     assembled = on_base(bert, VARIANTS["prompt-labels"])
     state, _ = fit(assembled, on_step=lambda state, *_: state.step == 2)
     save_checkpoint(tmp_path, state)
-    path = tmp_path / "step-2" / name
+    path = tmp_path / "step-2-epoch-0" / name
     whole = path.read_bytes()
     path.unlink() if damage == "missing" else path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(OutputError, match="damaged"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", "{}", '{"step": 1, "best_score": [0], "trained_score": [0], "other": 1}'])
+def test_a_checkpoint_of_other_numbers_is_refused(text: str, bert: Path, tmp_path: Path) -> None:
+    state, _ = fit(on_base(bert, VARIANTS["prompt-labels"]), on_step=lambda state, *_: state.step == 2)
+    save_checkpoint(tmp_path, state)
+    (tmp_path / "step-2-epoch-0" / "state.json").write_text(text)
+    with pytest.raises(OutputError, match="damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_state_after_an_epochs_score_replaces_the_one_before(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, TrainingState(step=4, batch=4))
+    save_checkpoint(tmp_path, TrainingState(step=4, epoch=1))
+    assert load_checkpoint(tmp_path).epoch == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("scores", [[math.nan] * 3, [math.nan, 0.5, math.nan]])
+def test_a_held_out_score_that_is_no_number_is_the_worst(
+    scores: list[float], bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembled = on_base(bert, VARIANTS["lora"])
+    given = itertools.chain(scores, itertools.repeat(math.nan))
+    monkeypatch.setattr(type(assembled.task), "score", lambda *_: (next(given),))
+    before = weights(assembled)
+    state, _ = fit(assembled)
+    assert state.best_epoch == (1 if 0.5 in scores else 0)
+    assert state.best_score == (0.5 if 0.5 in scores else -math.inf,)
+    assert all(torch.equal(value, weights(assembled)[key]) for key, value in before.items()) == (0.5 not in scores)
 
 
 def test_checkpoint_holds_the_whole_state(bert: Path, tmp_path: Path) -> None:

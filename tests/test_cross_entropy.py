@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from capotune.errors import DataError
+from capotune.errors import DataError, SettingError
 from capotune.kernels import _native, cross_entropy
 from capotune.kernels.cross_entropy import (
     linear_cross_entropy,
@@ -186,3 +186,13 @@ def test_targets_in_any_layout() -> None:
     torch.testing.assert_close(softmax_cross_entropy(logits, targets, 0.0, False), expected)
     columns = logits.t().contiguous().t()
     torch.testing.assert_close(softmax_cross_entropy(columns, targets, 0.0, False), expected)
+
+
+@pytest.mark.usefixtures("path")
+def test_targets_of_any_whole_number_and_one_for_each_row() -> None:
+    logits, targets = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
+    expected = softmax_cross_entropy(logits, targets, 0.0, False)
+    assert torch.equal(softmax_cross_entropy(logits, targets.int(), 0.0, False), expected)
+    for wrong in (targets[:3], targets.repeat(2)):
+        with pytest.raises(SettingError, match="targets has shape"):
+            softmax_cross_entropy(logits, wrong, 0.0, False)

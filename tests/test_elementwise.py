@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -520,3 +521,15 @@ def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.Mo
         torch.set_num_threads(threads)
         assert all(map(torch.equal, differentiate(swiglu, (gate, up), grad=grad), alone))
     assert len(asked) == 6
+
+
+@pytest.mark.usefixtures("native")
+def test_a_library_cut_short_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "capotune"
+    source = Path(_native.__file__).with_name("elementwise_cpu.c")
+    built = _native._compiled(source)
+    assert built.parent == folder
+    built.write_bytes(b"")
+    assert _native._loaded(source).swiglu
+    assert built.stat().st_size

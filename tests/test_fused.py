@@ -378,6 +378,12 @@ def test_one_trained_part_leaves_its_block_plain(name: str, part: str, calls: li
     assert_alike(found, expected)
 
 
+def test_a_bias_that_trains_leaves_its_block_plain() -> None:
+    base = Base(copy.deepcopy(family("bert").model), family("bert").packing, family("bert").fusing)
+    base.model.get_submodule("encoder.layer.1.output.dense").bias.requires_grad_()
+    assert why_not_fused(base.blocks, base.fusing) == ["its biases train"]
+
+
 def test_an_approximate_activation_is_not_the_exact_one() -> None:
     """Though of the same type."""
     model = copy.deepcopy(family("bert").model)

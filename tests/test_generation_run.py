@@ -211,7 +211,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
             patch.setattr(task_run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             start(method, colour_pairs, writers[base], out, answers=0, report=crash)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{6 if mid_epoch else 5}"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{6 if mid_epoch else 5}-epoch-1"]
     assert not (out / "adapter").exists()
     with pytest.raises(SettingError, match="the settings differ"):
         start(method, colour_pairs, writers[base], out, answers=0, resume=True, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -137,7 +138,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(
     folder.mkdir()
     checkpoints = folder / "run" / "checkpoints"
     with start(*training(bert, tickets, 12), cwd=folder) as process:
-        wait_until(lambda: any(int(path.name[5:]) >= 51 for path in checkpoints.glob("step-*")), process)
+        wait_until(lambda: any(int(path.name.split("-")[1]) >= 51 for path in checkpoints.glob("step-*")), process)
         code, said, seconds = stop(process, number)
     if number != signal.SIGKILL:
         assert code == 130
@@ -195,12 +196,23 @@ def test_resume_wants_the_same_settings_and_something_to_go_on_with(
     before = tree(tmp_path)
     other = capo(*training(bert, tickets, 1), "--resume", "--alpha", 3)
     assert other.code == 2
-    assert "the settings differ from those in run/run.json ('lora')" in other.said
+    assert "the settings differ from those in run/run.json: lora.alpha is 3.0 now and was " in other.said
     assert tree(tmp_path) == before
+    again = capo(*training(bert, tickets, 1))
+    assert again.code == 2
+    assert "run exists already: go on with the run that was stopped there with --resume" in again.said
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for part in ("data_sha256", "base"):  # as if another file, or another base, had been there
+        changed = {**record, part: {**record["base"], "fingerprint": "0"} if part == "base" else "0"}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(changed))
+        elsewhere = capo(*training(bert, tickets, 1), "--resume")
+        assert elsewhere.code == 2
+        assert f"run/run.json: {part}" in elsewhere.said
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert capo(*training(bert, tickets, 1), "--resume").code == 0
     ended = capo(*training(bert, tickets, 1), "--resume")
     assert ended.code == 2
-    assert "no checkpoint in run/checkpoints" in ended.said
+    assert "no checkpoint in run/checkpoints, the run in it is complete. Remove run" in ended.said
 
 
 def test_stopped_anywhere_while_an_old_checkpoint_is_removed(tmp_path: Path) -> None:
@@ -210,7 +222,7 @@ def test_stopped_anywhere_while_an_old_checkpoint_is_removed(tmp_path: Path) -> 
 
     def attempt(folder: Path, stop_at: int) -> int:
         """How many instructions ran."""
-        for made, name in (("new", "step-2"), ("old", "step-1")):
+        for made, name in (("new", "step-2-epoch-0"), ("old", "step-1-epoch-0")):
             shutil.copytree(tmp_path / made / name, folder / name)
         ran = 0
 
@@ -234,7 +246,8 @@ def test_stopped_anywhere_while_an_old_checkpoint_is_removed(tmp_path: Path) -> 
         return ran
 
     instructions = attempt(tmp_path / "whole", 0)
-    assert sorted(tree(tmp_path / "whole")) == ["step-2", "step-2/state.json", "step-2/state.safetensors"]
+    name = "step-2-epoch-0"
+    assert sorted(tree(tmp_path / "whole")) == [name, f"{name}/state.json", f"{name}/state.safetensors"]
     for number in range(1, instructions + 1):
         folder = tmp_path / str(number)
         with warnings.catch_warnings():

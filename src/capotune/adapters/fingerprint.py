@@ -10,6 +10,8 @@ from pathlib import Path
 from capotune.models.load import Source
 from capotune.models.shards import Shards, StoredTensor
 
+_NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
+
 
 def fingerprint(source: Source) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
@@ -27,6 +29,16 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for name in sorted(digests):
         total.update(digests[name])
+    return total.hexdigest()
+
+
+def config_hash(source: Source, *, with_code: bool) -> str:
+    """sha256 over what ``config.json`` says about computing (not over names and versions) and, ``with_code``, over the
+    folder's Python files: two bases of the same weights may compute differently."""
+    values = {name: value for name, value in source.config().items() if name not in _NAMES_IN_CONFIG}
+    total = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for path in sorted(source.folder.glob("*.py")) if with_code else ():
+        total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()
 
 

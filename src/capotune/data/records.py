@@ -197,14 +197,22 @@ def _decode(raw: bytes, path: Path, source: str) -> str:
     return text
 
 
+def _without_zeros(raw: bytes, path: Path) -> str:
+    """UTF-16 of European text is half zeros; where there are few, they are strays."""
+    if raw.count(0) * 4 > len(raw):
+        return f"convert it: {_iconv('UTF-16LE', path)}"
+    target = path.with_name(f"{path.stem}-clean{path.suffix}")
+    return f"take them out, if there is text around them: tr -d '\\000' < {_quote(path)} > {_quote(target)}"
+
+
 def _decode_bytes(raw: bytes, path: Path, source: str) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _decode_utf16(raw, source)
     if b"\0" in raw:
         raise DataError(
             f"{source}:{_line_at(raw, raw.index(0))}: a zero byte, which no text has. This is a binary file (a sheet "
-            "under another name?) or UTF-16 without its byte-order mark. Allowed: UTF-8, or UTF-16 with the mark. "
-            f"Export it as UTF-8, or convert it: {_iconv('UTF-16LE', path)}"
+            "under another name?), a damaged one or UTF-16 without its byte-order mark. Allowed: UTF-8, or UTF-16 with "
+            f"the mark. Export it as UTF-8, or {_without_zeros(raw, path)}"
         )
     try:
         return raw.decode("utf-8-sig")

@@ -70,10 +70,19 @@ def library(name: str) -> ctypes.CDLL | None:
     if os.environ.get("CAPOTUNE_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.c"))))
+        return _loaded(Path(__file__).with_name(f"{name}.c"))
     except (OSError, subprocess.SubprocessError) as error:
-        log.info("%s runs in plain PyTorch, slower: the C kernels could not be built (%s)", name, error)
+        log.info("%s runs in plain PyTorch, slower: the C kernels could not be built or loaded (%s)", name, error)
         return None
+
+
+def _loaded(source: Path) -> ctypes.CDLL:
+    path = _compiled(source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut short when the machine went down after it was built
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(source)))
 
 
 def _compiled(source: Path) -> Path:

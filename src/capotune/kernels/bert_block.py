@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from capotune.kernels import linear
-from capotune.kernels._native import address, library
+from capotune.kernels._native import address, check_shape, library
 from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
@@ -120,7 +120,7 @@ class BertBlock:
         self._strips: dict[tuple[int, bool], torch.Tensor] = {}
         self._known = (
             all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in (*frozen, *others))
-            and sum(ranks[:3]) <= MOST_RANKS
+            and _ranks(groups[0]) <= MOST_RANKS
             and max(ranks, default=0) <= MOST_RANKS
             and 0 < head_size <= MOST_HEAD
             and head_size % _LANES == 0
@@ -137,6 +137,7 @@ class BertBlock:
     def __call__(self, x: torch.Tensor, sequences: Sequences, dropout: Sequence[float] = (0.0, 0.0)) -> torch.Tensor:
         """x (tokens, hidden) → the same; ``dropout``: the rates behind attention and behind ``down``. To be asked only
         where it ``takes`` x."""
+        check_shape("x", x, (sum(sequences.lengths), len(self.norms[0].weight)))
         factors = [_dropout_factors(x, rate) for rate in dropout]
         trained = [weight for layer in self.adapted for weight in (layer.a, layer.b) if weight is not None]
         if torch.is_grad_enabled():
@@ -181,6 +182,8 @@ class BertBlock:
 
 def _dropout_factors(x: torch.Tensor, rate: float) -> torch.Tensor | None:
     """What PyTorch's dropout multiplies x by, from the same random numbers."""
+    if rate == 1:
+        return torch.zeros_like(x)
     return torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from capotune.errors import DataError
 from capotune.kernels import elementwise_triton
-from capotune.kernels._native import address, elementwise, over_rows
+from capotune.kernels._native import address, check_shape, elementwise, over_rows
 from capotune.kernels.linear import Rows, input_gradient
 
 _LOGITS_AT_ONCE = 2**23
@@ -95,6 +95,8 @@ def softmax_cross_entropy(
     target that is not in the vocabulary ``DataError`` is raised on a CPU, and on a GPU, where to look would be to wait,
     the loss is NaN.
     """
+    check_shape("targets", targets, (len(logits),))
+    targets = targets.long()
     _check_targets(targets, logits.shape[1])
     if elementwise_triton.kernels_for(logits) and logits.stride(1) == 1:
         return elementwise_triton.softmax_cross_entropy(logits, targets.contiguous(), label_smoothing, in_place)

@@ -141,6 +141,8 @@ def _linear(layer: Any) -> LowRank:
         raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
     if isinstance(base, nn.Linear) and base.weight.requires_grad:
         raise NotFusedError("its weights train")
+    if base.bias is not None and base.bias.requires_grad:
+        raise NotFusedError("its biases train")
     if changed is None:
         return LowRank(base.borrowed_weight if isinstance(base, Linear4bit) else base.weight.to, base.bias)
     if changed.why_not_plain is not None:

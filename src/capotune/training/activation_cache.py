@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from capotune.errors import OutputError
 from capotune.kernels.linear import sixteen_bits
 from capotune.models.architecture import swap
 
-_FORMAT = 3
+_FORMAT = 4
+_ABANDONED_SECONDS = 2 * 24 * 3600
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
 
@@ -96,15 +98,16 @@ class ActivationCache:
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor("values"), float(file.metadata()["seconds"])
-        except SafetensorError:
+        except (OSError, SafetensorError):  # damaged, or taken away by someone a moment ago
             return None
 
     def _write(self, name: str, values: torch.Tensor, seconds: float) -> None:
         if self.folder is None:
             return
-        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary = self.folder / f".{name}.{uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.folder)
             save_file({"values": values.contiguous()}, temporary, metadata={"seconds": f"{seconds:.3f}"})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -116,6 +119,14 @@ class ActivationCache:
                 f"the cache {self.folder} cannot be written: {error} ({values.nbytes:,} bytes). "
                 "Free space, set CAPOTUNE_CACHE to another folder, or give --no-cache."
             ) from None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Entries that a killed process left half-written, days ago."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):  # someone else removed it
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ _NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Write ``folder/step-N``; then remove the older ones."""
-    target = folder / f"step-{state.step}"
+    """Write ``folder/step-N-epoch-E``; then remove the older ones.
+
+    E tells a state at the end of an epoch's last batch from the one that has the epoch's score too.
+    """
+    target = folder / f"step-{state.step}-epoch-{state.epoch}"
     if not target.exists():
         with output_folder(target) as new:
             write_atomic(new / "state.safetensors", save(_tensors(state)))
@@ -38,18 +42,17 @@ def load_checkpoint(folder: Path) -> TrainingState:
         raise OutputError(f"--resume: no checkpoint in {folder}. Start the run without --resume.")
     try:
         numbers: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(found[-1] / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        for name in ("best_score", "trained_score"):
+            numbers[name] = tuple(numbers[name])
+        return _state(numbers, load_file(found[-1] / "state.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(
-            f"--resume: the checkpoint {found[-1]} is damaged ({error}). Start without --resume."
+            f"--resume: the checkpoint {found[-1]} is damaged ({error!r}). Start without --resume."
         ) from None
-    for name in ("best_score", "trained_score"):
-        numbers[name] = tuple(numbers[name])
-    return _state(numbers, tensors)
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:

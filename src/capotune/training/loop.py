@@ -133,7 +133,8 @@ def train(
             state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
             state.waited = 0 if score > state.trained_score else state.waited + 1
             state.trained_score = max(score, state.trained_score)
-            _keep_if_better(state, weights, score, epoch=state.epoch)
+            if score > state.best_score:
+                _keep(state, weights, score, epoch=state.epoch)
             if on_epoch:
                 on_epoch(_capture(state, weights, optimizer, device), mean_loss, assembled.task.shown(score))
     with torch.no_grad():
@@ -145,7 +146,7 @@ def train(
 def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
     """The state before the first step, with the model as it is now, of this held-out ``score``, as the best so far."""
     state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
-    _keep_if_better(state, assembled.trainable(), score, epoch=0)
+    _keep(state, assembled.trainable(), score, epoch=0)
     return state
 
 
@@ -177,8 +178,10 @@ def outputs(assembled: Assembled, examples: Examples, progress: Progress | None 
 
 
 def held_out_score(assembled: Assembled, examples: Examples) -> Score:
-    """The task's score: higher is better, later numbers decide between equal earlier ones."""
-    return assembled.task.score(outputs(assembled, examples), examples.targets)
+    """The task's score: higher is better, later numbers decide between equal earlier ones. What is no number is worse
+    than any."""
+    score = assembled.task.score(outputs(assembled, examples), examples.targets)
+    return tuple(-math.inf if math.isnan(one) else one for one in score)
 
 
 @contextmanager
@@ -267,10 +270,10 @@ def _starting_at(
     return resume_from(assembled, assembled.method.first_trainable_block())
 
 
-def _keep_if_better(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:
-    if score > state.best_score:
-        state.best_score, state.best_epoch = score, epoch
-        state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
+def _keep(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:
+    """As the best so far."""
+    state.best_score, state.best_epoch = score, epoch
+    state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
 
 
 def _capture(

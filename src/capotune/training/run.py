@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from capotune.adapters.assemble import Assembled, assemble, attach, hidden_size
-from capotune.adapters.fingerprint import fingerprint
+from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.config import MethodSettings, TaskName, TrainSettings
 from capotune.data.conversations import looks_like_generation
@@ -59,8 +59,7 @@ def run(
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
     out = settings.out
-    if out.exists() and not resume:
-        raise OutputError(f"the output folder {out} exists already: choose another --out, or remove it first.")
+    _check_folder(out, resume)
     state = load_checkpoint(out / "checkpoints") if resume else None
     report({"kind": "stage", "text": "reading data"})
     settings, method, task_run = prepare(settings, method, report)
@@ -68,6 +67,13 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "method": method.method,
         method.method: method.model_dump(mode="json"),
+        "data_sha256": task_run.data_sha256,
+        "base": {
+            "name": task_run.source.name,
+            "fingerprint": fingerprint(task_run.source),
+            "config": config_hash(task_run.source, with_code=settings.trust_remote_code),
+            "packing": str(task_run.source.packing() or "full precision"),
+        },
     }
     if resume:
         _same_settings(out, record)
@@ -101,14 +107,7 @@ def _run(
     base_score: bool,
 ) -> dict[str, Any]:
     reset_peak_memory()
-    record |= {
-        "environment": environment() | {"kernels": described(pick_device())},
-        "base": {
-            "name": task_run.source.name,
-            "fingerprint": fingerprint(task_run.source),
-            "packing": str(task_run.source.packing() or "full precision"),
-        },
-    }
+    record["environment"] = environment() | {"kernels": described(pick_device())}
     write_atomic(settings.out / "run.json", _json(record))
     assembled, dtype = _load(settings, method, task_run, report)
     identity = _identity(record, assembled, dtype)
@@ -200,6 +199,7 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
     packing = assembled.method.quantization
     return {
         "base": record["base"]["fingerprint"],
+        "config": record["base"]["config"],
         "packing": asdict(packing) if packing else None,
         "device": assembled.model.device.type,
         "dtype": str(dtype),
@@ -210,16 +210,40 @@ def _identity(record: dict[str, Any], assembled: Assembled, dtype: torch.dtype) 
     }
 
 
+def _check_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds something else than what is asked for, with what can be done instead."""
+    stopped = any((out / "checkpoints").glob("step-*"))
+    if out.exists() and not resume:
+        go_on = "go on with the run that was stopped there with --resume, or " if stopped else ""
+        raise OutputError(f"the output folder {out} exists already: {go_on}choose another --out, or remove it first.")
+    if resume and out.exists() and not stopped:
+        is_complete = (out / "adapter").exists()
+        why = "the run in it is complete" if is_complete else "the run in it was stopped before its first checkpoint"
+        raise OutputError(
+            f"--resume: no checkpoint in {out / 'checkpoints'}, {why}. Remove {out} or choose another --out, and start "
+            "without --resume."
+        )
+
+
 def _same_settings(out: Path, record: dict[str, Any]) -> None:
     try:
         before = json.loads((out / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"--resume: {out / 'run.json'} cannot be read ({error}).") from None
     for part, values in record.items():
-        if before.get(part) != values:
+        if (there := before.get(part)) != values:
             raise SettingError(
-                f"--resume: the settings differ from those in {out / 'run.json'} ('{part}'). Give the same."
+                f"--resume: the settings differ from those in {out / 'run.json'}: {_difference(part, there, values)}. "
+                "Give the same data, base and settings, or begin anew with another --out."
             )
+
+
+def _difference(part: str, there: Any, here: Any) -> str:
+    """The first value of a record's part that is another one now."""
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return f"{part} is {here} now and was {there}"
+    name = next(name for name in [*here, *there] if there.get(name) != here.get(name))
+    return f"{part}.{name} is {here.get(name)} now and was {there.get(name)}"
 
 
 def _write_predictions(path: Path, tested: Tested) -> None:

@@ -180,7 +180,8 @@ def _open_log(path: Path, state: TrainingState) -> TextIO:
     kept: list[str] = []
     if state.step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line).get("step", 0) > state.step:
+            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+            if entry.get("step", 0) > state.step or entry.get("epoch", 0) > state.epoch:
                 break
             kept.append(line)
     write_atomic(path, "".join(kept))
