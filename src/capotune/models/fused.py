@@ -12,6 +12,9 @@ runs.
 
 Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
 these alone.
+
+While a model is fused, one thread reads with it, and its frozen weights are neither changed nor moved: what the kernels
+made of them, and where they lie, is kept.
 """
 
 from __future__ import annotations
