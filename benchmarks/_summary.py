@@ -108,7 +108,7 @@ def expressions(content: dict[str, Any]) -> str:
     base = content["base_scores"]
     lines = [
         f"Requests in English, each for one Python expression: {content['train_rows']:,} to train on, and "
-        f"{content['test_rows']} to test whose phrasings do not occur in training.",
+        f"{content['test_rows']} others, whose phrasings do not occur in training, to answer.",
         "",
         "| technique | exact match | perplexity | trained weights | adapter | seconds | peak memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
