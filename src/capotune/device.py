@@ -68,9 +68,10 @@ def peak_memory_bytes() -> int:
 
 
 @contextmanager
-def reusing_memory() -> Iterator[None]:
+def reusing_memory(*, sparing: bool = False) -> Iterator[None]:
     """Inside, tensors below 8 MB that PyTorch frees on the CPU leave their memory to the next one, and larger ones give
-    it back to the system at once, where the C library is glibc.
+    it back to the system at once, where the C library is glibc. ``sparing``: those below 1 MB do; it takes longer, and
+    leaves no gaps of some MB where long rows make all tensors large.
 
     By itself glibc gives back what is free at the end of its heap, and the system hands it out again page by page,
     zeroed: 5 to 10 % of a step of small tensors. And it soon keeps tensors of up to 32 MB in the heap, where long-lived
@@ -87,7 +88,7 @@ def reusing_memory() -> Iterator[None]:
         yield
         return
     if not _reusing:
-        set_option(_MMAP_THRESHOLD, 2**23)
+        set_option(_MMAP_THRESHOLD, 2**20 if sparing else 2**23)
         set_option(_TRIM_THRESHOLD, 2**31 - 1)
     _reusing += 1
     try:

@@ -29,7 +29,7 @@ from capotune.kernels.layer_norm import add_layer_norm_reference
 from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers, vectors_allowed, weight_panels
 from capotune.kernels.lora_linear import LowRank, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
-from capotune.kernels.program import Affine, Program, symbol
+from capotune.kernels.program import Affine, Program, kernel_address, symbol
 
 __all__ = ["BertBlock", "LayerNorm", "Memory", "bert_block_reference"]
 
@@ -366,14 +366,15 @@ class _Writer:
                     self._turn(symbol(f"b{number}"), len(layer.b), rank, self._b_turned[id(layer)])
                     start += rank
 
-    def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix]) -> None:
-        """Every layer of the group on x."""
+    def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix], before: Any = None) -> None:
+        """Every layer of the group on x, or on what the elementwise kernel ``before`` gives of it."""
         layers, low = self.block.groups[group], self.kept.low[group]
         made = _Small(low, self._a[group])
         for number, (layer, y, own) in enumerate(zip(layers, outs, _by_rank(low, layers), strict=True)):
             change = _Small(own, self._b_turned.get(id(layer), 0), layer.scale)
             ready = number > 0
-            self._product(layer, x, y, _NONE if ready else made, change, input_gradient=False, ready=ready, onto=False)
+            first = _NONE if ready else made
+            self._product(layer, x, y, first, change, input_gradient=False, ready=ready, onto=False, before=before)
 
     def linears_backward(self, group: int, grads: Sequence[_Matrix], grad_x: _Matrix | None, *, onto: bool) -> _Matrix:
         """From the gradients of their outputs those of B and, (+)=, of x; returns that of x·Aᵀ."""
@@ -428,10 +429,12 @@ class _Writer:
         input_gradient: bool,
         ready: bool,
         onto: bool,
+        before: Any = None,
     ) -> None:
         """low = scale·x·matrixᵀ of what is ``made``; y (+)= xWᵀ + bias, or xW, + scale·low·matrix of the ``change``.
         ``ready``: the strips are x's."""
         if self.unit is None:
+            assert before is None
             self._product_by_vectors(layer, x, y, made, change, input_gradient=input_gradient, onto=onto)
             return
         weight, keeps = layer.weight(torch.float32), self.block.memory.keep_strips
@@ -441,7 +444,7 @@ class _Writer:
         read = (x.address, x.stride, address(weight), weight.stride(0), address(bias))
         written = (y.address, y.stride, int(onto), self._strips.address, int(ready), address(panels))
         added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
-        found = (made.low.columns, made.low.address, made.matrix, float(made.scale))
+        found = (made.low.columns, made.low.address, made.matrix, float(made.scale), kernel_address(before))
         self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written, *added, *found), -1)
 
     def _product_by_vectors(
@@ -503,12 +506,19 @@ class _Writer:
         kept = self.kept
         return self.block.norms[number], kept.totals[number], kept.means[number], kept.roots[number]
 
-    def gelu(self, x: _Matrix, y: _Matrix) -> None:
-        self.program.call(self.elementwise.gelu, (0, x.columns, x.address, y.address), _TOKENS, _TOKENS * x.columns)
+    def linears_of_gelu(self, group: int, x: _Matrix, outs: Sequence[_Matrix]) -> None:
+        """Every layer of the group on gelu(x), which the matrix unit's kernel has of a few rows at a time only."""
+        kernel = self.elementwise.gelu
+        if self.unit is not None:
+            self.linears(group, x, outs, before=kernel)
+            return
+        active = self.scratch.matrix(x.columns)
+        self.program.call(kernel, (0, x.columns, x.address, active.address), _TOKENS, _TOKENS * x.columns)
+        self.linears(group, active, outs)
 
-    def gelu_backward(self, grad: _Matrix, x: _Matrix) -> None:
-        """The gradient becomes that of x, and x becomes y."""
-        arguments = (0, x.columns, grad.address, x.address, grad.address, x.address)
+    def gelu_backward(self, grad: _Matrix, x: _Matrix, *, again: bool) -> None:
+        """The gradient becomes that of x; with y ``again``, x becomes y."""
+        arguments = (0, x.columns, grad.address, x.address, grad.address, x.address if again else 0)
         self.program.call(self.elementwise.gelu_backward, arguments, _TOKENS, _TOKENS * x.columns)
 
     def attention(self, out: _Matrix) -> None:
@@ -530,8 +540,8 @@ class _Writer:
 def _write_forward(block: BertBlock, drops1: bool, drops2: bool) -> _Writer:
     """Reads ``x`` and dropout's factors; writes ``y`` and ``kept``."""
     writer = _Writer(block)
-    (hidden, inner), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
-    narrow, active = writer.scratch.matrix(hidden), writer.scratch.matrix(inner)
+    (hidden, _), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
+    narrow = writer.scratch.matrix(hidden)
     writer.turn_weights()
     writer.linears(0, x, kept.qkv)
     writer.attention(kept.mixed)
@@ -540,8 +550,7 @@ def _write_forward(block: BertBlock, drops1: bool, drops2: bool) -> _Writer:
         writer.multiply_by(narrow, "factors0", narrow)
     writer.norm(0, narrow, x, kept.u)
     writer.linears(2, kept.u, [kept.wide])
-    writer.gelu(kept.wide, active)
-    writer.linears(3, active, [narrow])
+    writer.linears_of_gelu(3, kept.wide, [narrow])
     if drops2:
         writer.multiply_by(narrow, "factors1", narrow)
     writer.norm(1, narrow, kept.u, _given("y", hidden))
@@ -560,7 +569,7 @@ def _write_backward(block: BertBlock, drops1: bool, drops2: bool, needs_input: b
     if drops2:
         writer.multiply_by(grad_u, "factors1", dropped)
     grad_low = writer.linears_backward(3, [dropped if drops2 else grad_u], grad_wide, onto=False)
-    writer.gelu_backward(grad_wide, kept.wide)
+    writer.gelu_backward(grad_wide, kept.wide, again=grad_low.columns > 0)
     writer.gradient_of_a(3, kept.wide, grad_low)
     grad_low = writer.linears_backward(2, [grad_wide], grad_u, onto=True)
     writer.gradient_of_a(2, kept.u, grad_low)

@@ -281,14 +281,23 @@ FOR_BOTH_DTYPES(gelu)
 struct gelu_backward {
     int64_t dtype, columns;
     const void *grad, *x;
-    void *grad_x, *y;
+    void *grad_x, *y;  /* y: or none */
 };
 
-/* dx = g (Phi(x) + x density(x)), and y = x Phi(x) once more while Phi is at hand. */
+/* dx = g (Phi(x) + x density(x)), and y = x Phi(x) once more while Phi is at hand, where it is asked for. */
 INLINE void gelu_backward_rows(struct gelu_backward a, int64_t first, int64_t last, int dtype) {
     for (int64_t row = first; row < last; row++) {
         const void *grad = at(a.grad, row * a.columns, dtype), *x = at(a.x, row * a.columns, dtype);
         void *grad_x = at(a.grad_x, row * a.columns, dtype), *y = at(a.y, row * a.columns, dtype);
+        if (!a.y) {
+#pragma omp simd
+            for (int64_t i = 0; i < a.columns; i++) {
+                float value = load(x, i, dtype), g = load(grad, i, dtype), density;
+                float phi = normal_distribution(value, &density);
+                store(grad_x, i, g * (phi + value * density), dtype);
+            }
+            continue;
+        }
 #pragma omp simd
         for (int64_t i = 0; i < a.columns; i++) {
             float value = load(x, i, dtype), g = load(grad, i, dtype), density;

@@ -160,7 +160,7 @@ def split_weight(unit: ctypes.CDLL, weight: torch.Tensor, *, input_gradient: boo
     ``panels`` of ``struct product``, a product need not make them each time; they are as large as the weight."""
     out, into = weight.shape
     strips = torch.empty(strip_numbers(into, out) if input_gradient else strip_numbers(out, into))
-    product = struct.pack("23q", 0, out, into, 0, 0, weight.data_ptr(), weight.stride(0), *(0,) * 16)
+    product = struct.pack("24q", 0, out, into, 0, 0, weight.data_ptr(), weight.stride(0), *(0,) * 17)
     split = unit.split_for_input_gradient if input_gradient else unit.split_for_linear
     split(product, ctypes.c_void_p(strips.data_ptr()))
     return strips
@@ -215,7 +215,7 @@ def _multiply(
     """Calls C with a ``struct product``."""
     read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
     written = (y.data_ptr(), y.stride(0), onto, strips.data_ptr())
-    product = struct.pack("23q", len(y), *weight.shape, *read, *written, ready, *(0,) * 10)
+    product = struct.pack("24q", len(y), *weight.shape, *read, *written, ready, *(0,) * 11)
     function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
 
 

@@ -24,6 +24,7 @@
 #define INLINE static inline __attribute__((always_inline))
 enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, DEPTH = 256, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128 };
 typedef uint16_t bf16;
+typedef void kernel(const void *arguments, int64_t first, int64_t last);
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -245,16 +246,21 @@ struct product {
     float *made;
     const float *directions;
     double made_scale;
+    /* x is what this gives of the x above, row by row, or none; x has no gaps between its rows then */
+    kernel *before;
 };
 
-/* So many rows of made, which is said above */
-static void project(const struct product *a, int64_t terms, int64_t row, int64_t rows) {
+/* The arguments of such kernels of elementwise_cpu.c, in fp32 */
+struct elementwise { int64_t dtype, columns; const float *x; float *y; };
+
+/* So many rows of made, which is said above, from as many of x */
+static void project(const struct product *a, const float *from, int64_t x_stride, int64_t terms, int64_t row, int64_t rows) {
     enum { SOME = 4 };
     for (int64_t r = 0; r < rows; r += SOME)
         for (int64_t k = 0; k < a->made_ranks; k += SOME) {
             const float *x[SOME], *directions[SOME];
             for (int i = 0; i < SOME; i++) {
-                x[i] = a->x + (row + least(r + i, rows - 1)) * a->x_stride;
+                x[i] = from + least(r + i, rows - 1) * x_stride;
                 directions[i] = a->directions + least(k + i, a->made_ranks - 1) * terms;
             }
             __m512 sums[SIDE];
@@ -373,11 +379,19 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
     int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
     void (*make)(const float *, int64_t, int64_t, int64_t, bf16 *) =
         work.across ? right_strip_across : work.turned ? left_strip_across : left_strip;
+    float *own = a->before ? room(SIDE * terms * sizeof(float)) : NULL;
     for (int64_t strip = first; strip < last; strip++) {
         int64_t rows = least(SIDE, a->rows - strip * SIDE);
-        make(a->x + strip * SIDE * (work.turned ? 1 : a->x_stride), a->x_stride, rows, terms, a->strips + strip * size);
-        if (a->made_ranks) project(a, terms, strip * SIDE, rows);
+        const float *x = a->x + strip * SIDE * (work.turned ? 1 : a->x_stride);
+        if (own) {
+            struct elementwise before = {0, terms, x, own};
+            a->before(&before, 0, rows);
+            x = own;
+        }
+        make(x, a->x_stride, rows, terms, a->strips + strip * size);
+        if (a->made_ranks) project(a, x, a->x_stride, terms, strip * SIDE, rows);
     }
+    free(own);
 }
 
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
@@ -402,7 +416,6 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
     make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));
 }
 
-typedef void kernel(const void *arguments, int64_t first, int64_t last);
 typedef void sharer(void *fork_join, kernel *stage, const void *arguments, int64_t items, int64_t threads);
 
 /* share is share_rows of elementwise_cpu.c, or none for one thread */

@@ -18,7 +18,7 @@ import torch
 
 from capotune.kernels._native import SHARE, fork_join, library
 
-__all__ = ["Affine", "Program", "symbol"]
+__all__ = ["Affine", "Program", "kernel_address", "symbol"]
 
 _CALL = 4  # fields of a ``struct call``, of eight bytes as all others
 
@@ -45,6 +45,11 @@ def symbol(name: str) -> Affine:
     return Affine(((name, 1),))
 
 
+def kernel_address(kernel: Any) -> int:
+    """Where a function of a C library begins; 0 for None."""
+    return ctypes.cast(kernel, ctypes.c_void_p).value or 0
+
+
 def _affine(number: Affine | int) -> Affine:
     return number if isinstance(number, Affine) else Affine((("", number),))
 
@@ -53,7 +58,7 @@ class Program:
     """Calls of C kernels that are run in order."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Any, list[Affine], Affine, Affine]] = []
+        self._calls: list[tuple[int, list[Affine], Affine, Affine]] = []
         self._symbols: tuple[str, ...] = ()
         self._matrix = np.empty((0, 0), np.int64)
         """(fields, symbols)."""
@@ -64,7 +69,7 @@ class Program:
         """Add a call of ``kernel``, a function of a C library: the fields of its struct, the items to share out over
         threads, and how many numbers all of them work on. ``items`` -1: the kernel shares itself out."""
         fields = [_affine(_bits(one) if isinstance(one, float) else one) for one in arguments]
-        self._calls.append((ctypes.cast(kernel, ctypes.c_void_p).value, fields, _affine(items), _affine(work)))
+        self._calls.append((kernel_address(kernel), fields, _affine(items), _affine(work)))
         self._symbols = ()
 
     def run(self, values: Mapping[str, int]) -> None:

@@ -27,11 +27,16 @@ class PromptEmbedding(nn.Module):
         self.prompt = nn.Parameter(prompt)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """ids (batch, tokens) → vectors (batch, tokens, hidden)."""
-        virtual = input_ids >= self.vocab_size
-        vectors: torch.Tensor = self.base_layer(input_ids.masked_fill(virtual, 0))
-        trained = self.prompt[(input_ids - self.vocab_size).clamp_min(0)].to(vectors.dtype)
-        return torch.where(virtual[..., None], trained, vectors)
+        """ids (batch, tokens) → vectors (batch, tokens, hidden).
+
+        A virtual token's vector is taken by a product with rows of one 1 and zeros otherwise: the prompt's gradient is
+        a product too then, and not a sum over rows that one thread picks up one by one.
+        """
+        virtual_ids = torch.arange(self.vocab_size, self.vocab_size + len(self.prompt), device=input_ids.device)
+        chosen = input_ids[..., None] == virtual_ids  # (batch, tokens, virtual tokens)
+        virtual = chosen.any(-1)
+        vectors: torch.Tensor = self.base_layer(input_ids.masked_fill(virtual, 0)).masked_fill(virtual[..., None], 0)
+        return vectors + (chosen.to(self.prompt.dtype) @ self.prompt).to(vectors.dtype)
 
 
 class PromptTuning(Method):

@@ -112,7 +112,7 @@ def train(
     checkpointed = assembled.blocks if settings.gradient_checkpointing else []
     with (
         torch.random.fork_rng(devices=on_gpu),
-        reusing_memory(),
+        reusing_memory(sparing=settings.gradient_checkpointing),
         assembled.reading(),
         checkpointing(checkpointed),
         FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
