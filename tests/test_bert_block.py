@@ -16,9 +16,10 @@ from torch.nn import functional
 from capotune.errors import SettingError
 from capotune.kernels import bert_block, linear
 from capotune.kernels.attention import Sequences
-from capotune.kernels.bert_block import BertBlock, LayerNorm, Memory, bert_block_reference
+from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
 from capotune.kernels.linear import sixteen_bits
 from capotune.kernels.lora_linear import LowRank
+from capotune.kernels.memory import Memory
 from capotune.kernels.program import Program, symbol
 
 __all__ = ["native", "rounded", "some_unit", "unit"]
@@ -51,7 +52,7 @@ class Made:
         self.groups = tuple(layers[:3]), (layers[3],), (layers[4],), (layers[5],)
         self.norms = [LayerNorm(1 + 0.1 * self.normal(hidden), 0.1 * self.normal(hidden), 1e-5) for _ in range(2)]
         self.how: Any = {"head_size": size, "scale": size**-0.5, "causal": causal}
-        self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory(keep_strips=keep_strips))
+        self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory(), keep_strips=keep_strips)
         self.x, self.grad = self.normal(sum(lengths), hidden), self.normal(sum(lengths), hidden)
         self.trained = [one for layer in layers if layer.a is not None for one in (layer.a, layer.b)]
 
@@ -176,7 +177,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     halved = Made([17, 33], 2, 16, 70, [0] * 6)
     other = LowRank(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
     groups = halved.groups[0], (other,), *halved.groups[2:]  # C would read two numbers as one
-    assert not BertBlock(groups, halved.norms, **halved.how, memory=Memory(keep_strips=True)).takes(
+    assert not BertBlock(groups, halved.norms, **halved.how, memory=Memory(), keep_strips=True).takes(
         made.x, made.sequences
     )
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)

@@ -14,7 +14,6 @@ For the way back the inputs of norms, of the activation and of attention are kep
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,9 +28,10 @@ from capotune.kernels.layer_norm import add_layer_norm_reference
 from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers, vectors_allowed, weight_panels
 from capotune.kernels.lora_linear import LowRank, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
+from capotune.kernels.memory import Memory
 from capotune.kernels.program import Affine, Program, kernel_address, symbol
 
-__all__ = ["BertBlock", "LayerNorm", "Memory", "bert_block_reference"]
+__all__ = ["BertBlock", "LayerNorm", "bert_block_reference"]
 
 _LANES = 8  # columns that products_cpu.c takes together
 
@@ -68,35 +68,10 @@ def _linear_reference(x: torch.Tensor, layer: LowRank) -> torch.Tensor:
     return lora_reference(x, layer.weight, layer.bias, layer.a, layer.b, layer.scale)
 
 
-class Memory:
-    """What the blocks of a model share: fp32 buffers that are lent again and again, the last returned first, which is
-    the likeliest to be in a cache. Tensors of some MB that PyTorch frees go back to the system, and that one hands them
-    out again page by page, zeroed.
-
-    With ``keep_strips`` blocks keep the kernels' form of their weights: twice their memory in training.
-    """
-
-    def __init__(self, *, keep_strips: bool) -> None:
-        self.keep_strips = keep_strips
-        self._free: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._largest: dict[str, int] = defaultdict(int)
-
-    def lend(self, use: str, numbers: int) -> torch.Tensor:
-        """(numbers or more,), of any content."""
-        self._largest[use] = max(self._largest[use], numbers)
-        while self._free[use]:
-            found = self._free[use].pop()
-            if len(found) >= numbers:
-                return found
-        return torch.empty(self._largest[use], dtype=torch.float32)
-
-    def take_back(self, use: str, lent: torch.Tensor) -> None:
-        """Nobody reads or writes it any more. What never comes back is freed as any other tensor."""
-        self._free[use].append(lent)
-
-
 class BertBlock:
-    """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone."""
+    """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone. ``memory`` is what the
+    blocks of a model share. With ``keep_strips`` it keeps the kernels' form of its weights: twice their memory in
+    training."""
 
     def __init__(
         self,
@@ -107,8 +82,9 @@ class BertBlock:
         *,
         causal: bool,
         memory: Memory,
+        keep_strips: bool,
     ) -> None:
-        self.groups, self.norms, self.memory = groups, norms, memory
+        self.groups, self.norms, self.memory, self.keep_strips = groups, norms, memory, keep_strips
         self.head_size, self.scale, self.causal = head_size, scale, causal
         self.layers = [layer for group in self.groups for layer in group]
         self.adapted = [layer for layer in self.layers if layer.a is not None]
@@ -131,7 +107,7 @@ class BertBlock:
         """Whether it is for such input (tokens, hidden), here and now."""
         short = max(sequences.lengths, default=0) <= MOST_LENGTH
         plain = self._known and short and x.dtype == torch.float32 and x.is_contiguous()
-        by_kernels = allowed_unit(x) is not None or (self.memory.keep_strips and vectors_allowed(x))
+        by_kernels = allowed_unit(x) is not None or (self.keep_strips and vectors_allowed(x))
         return plain and by_kernels and library("products_cpu") is not None
 
     def __call__(self, x: torch.Tensor, sequences: Sequences, dropout: Sequence[float] = (0.0, 0.0)) -> torch.Tensor:
@@ -437,7 +413,7 @@ class _Writer:
             assert before is None
             self._product_by_vectors(layer, x, y, made, change, input_gradient=input_gradient, onto=onto)
             return
-        weight, keeps = layer.weight(torch.float32), self.block.memory.keep_strips
+        weight, keeps = layer.weight(torch.float32), self.block.keep_strips
         panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
         bias = None if input_gradient else layer.bias
         kernel = self.unit.linear_input_gradient if input_gradient else self.unit.linear

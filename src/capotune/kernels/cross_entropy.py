@@ -22,9 +22,12 @@ from capotune.errors import DataError
 from capotune.kernels import elementwise_triton
 from capotune.kernels._native import address, check_shape, elementwise, over_rows
 from capotune.kernels.linear import Rows, input_gradient
+from capotune.kernels.memory import shared_memory
 
 _LOGITS_AT_ONCE = 2**23
 """Numbers in one chunk of logits: 32 MiB in fp32."""
+_LOGITS_IN_LENT_MEMORY = 2**25
+"""Where memory is lent (``memory.py``), so that a large chunk, for which W is read less often, costs no new pages."""
 
 
 def linear_cross_entropy_reference(
@@ -64,17 +67,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        rows = max(1, min(_LOGITS_AT_ONCE // len(weight), len(hidden)))
-        space = torch.empty(rows, len(weight), dtype=hidden.dtype, device=hidden.device)  # the same for all chunks
+        memory = shared_memory() if hidden.is_cpu and hidden.dtype == torch.float32 else None
+        most = _LOGITS_AT_ONCE if memory is None else _LOGITS_IN_LENT_MEMORY
+        rows = max(1, min(most // len(weight), len(hidden)))
+        if memory is None:
+            space = torch.empty(rows * len(weight), dtype=hidden.dtype, device=hidden.device)
+        else:
+            space = memory.lend("logits", rows * len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             chunk = hidden[part]
-            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk)])
+            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk) * len(weight)].view(len(chunk), -1))
             if not elementwise_triton.kernels_for(logits):  # which take any dtype
                 logits = logits.float()
             losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)
             if gradient is not None:
                 gradient[part] = input_gradient(logits.to(weight.dtype), weight)
+        if memory is not None:
+            memory.take_back("logits", space)
         ctx.save_for_backward(gradient)
         return losses
 

@@ -29,11 +29,12 @@ from torch import nn
 from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
-from capotune.kernels.bert_block import BertBlock, LayerNorm, Memory
+from capotune.kernels.bert_block import BertBlock, LayerNorm
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.linear import matrix_unit, trained_linear
 from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears
+from capotune.kernels.memory import Memory
 from capotune.kernels.nf4 import Linear4bit
 from capotune.kernels.rms_norm import RmsNorm
 from capotune.kernels.rotary import rotary
@@ -107,7 +108,7 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
     reasons: list[str] = []
     for block, window in zip(blocks, fusing.windows, strict=True):
         try:
-            _fuse(block, window, last=False, memory=Memory(keep_strips=False))
+            _fuse(block, window, last=False, memory=Memory(), keep_strips=False)
         except NotFusedError as error:
             reasons.append(str(error))
     return reasons
@@ -119,10 +120,10 @@ def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
     others the products of linear layers that train."""
     made: dict[nn.Module, Forward] = {}
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    memory = Memory(keep_strips=weights <= _FEW_WEIGHTS)
+    memory, keep_strips = Memory(), weights <= _FEW_WEIGHTS
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
-            made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory)
+            made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory, keep_strips=keep_strips)
         except NotFusedError:
             made |= {layer: _trained(layer) for layer in block.modules() if _trains(layer)} if matrix_unit() else {}
     with with_forward(made):
@@ -159,14 +160,14 @@ def _is_dense(layer: Any) -> bool:
     return isinstance(base, nn.Linear) and base.weight.dtype == torch.float32
 
 
-def _fuse(block: Any, window: int | None, last: bool, memory: Memory) -> Forward:
+def _fuse(block: Any, window: int | None, last: bool, memory: Memory, *, keep_strips: bool) -> Forward:
     """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
     children = {name for name, _ in block.named_children()}
     try:
         if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
             return _llama(block, window, last)
         if children == {"attention", "intermediate", "output"}:
-            return _bert(block, window, last, memory)
+            return _bert(block, window, last, memory, keep_strips=keep_strips)
     except AttributeError as error:
         raise NotFusedError(f"its blocks are of another form ({error})") from None
     raise NotFusedError("its blocks are of another form")
@@ -242,7 +243,7 @@ def _check_frozen(norm: nn.Module) -> None:
 # --------------------------------------------------------------------------------------------------------------- BERT
 
 
-def _bert(block: Any, window: int | None, last: bool, memory: Memory) -> Forward:
+def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_strips: bool) -> Forward:
     attention, output1 = _part(block.attention, "self", "output")
     q, k, v, _ = _part(attention, "query", "key", "value", "dropout")
     o, norm1, dropout1 = _part(output1, "dense", "LayerNorm", "dropout")
@@ -262,7 +263,8 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory) -> Forward
     whole = None
     if window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
         norms = tuple(LayerNorm(norm.weight, norm.bias, norm.eps) for norm in (norm1, norm2))
-        whole = BertBlock((qkv, out, widened, narrowed), norms, size, scale, causal=causal, memory=memory)
+        how_kept = {"memory": memory, "keep_strips": keep_strips}
+        whole = BertBlock((qkv, out, widened, narrowed), norms, size, scale, causal=causal, **how_kept)
 
     def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
         """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""

@@ -23,6 +23,7 @@ from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.kernels.linear import sixteen_bits
+from capotune.kernels.memory import lending
 from capotune.models.architecture import with_forward
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
@@ -113,6 +114,7 @@ def train(
     with (
         torch.random.fork_rng(devices=on_gpu),
         reusing_memory(sparing=settings.gradient_checkpointing),
+        nullcontext() if settings.gradient_checkpointing else lending(),
         assembled.reading(),
         checkpointing(checkpointed),
         FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
