@@ -83,9 +83,9 @@ def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) -> None:
     x, weight = random(rows, columns, dtype=dtype, scale=3), random(columns, dtype=dtype, seed=1)
-    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(weight, 1e-5)
-    y, kept = norm.forward(x)
-    (grad_x,), again = norm.backward(grad.clone(), (x, *kept), rows=True)
+    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(1e-5, learns=True)
+    y, kept = norm.forward(x, weight)
+    (grad_x, grad_weight), again = norm.backward(grad.clone(), (x, weight, *kept), rows=True)
     truth = true(exact_norm, (x,), weight, 1e-5, grad=grad)
     assert_near(y, truth[0], truth[0].abs(), 8)
     assert again is not None
@@ -102,11 +102,11 @@ def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) ->
 
 def test_a_norm_of_more_than_two_dimensions_and_one_too_wide(called: list[str]) -> None:
     x, weight = random(2, 3, 8), random(8, seed=1)
-    y, (roots,) = RmsNorm(weight, 1e-5).forward(x)
+    y, (roots,) = RmsNorm(1e-5).forward(x, weight)
     torch.testing.assert_close(y, rms_norm_reference(x, weight, 1e-5))
     assert roots.shape == (6,)
     wide, weight = random(1, elementwise_triton.WIDEST + 1), random(elementwise_triton.WIDEST + 1, seed=1)
-    torch.testing.assert_close(RmsNorm(weight, 1e-5).forward(wide)[0], rms_norm_reference(wide, weight, 1e-5))
+    torch.testing.assert_close(RmsNorm(1e-5).forward(wide, weight)[0], rms_norm_reference(wide, weight, 1e-5))
     assert called == ["rms_norm_kernel"]
 
 

@@ -344,18 +344,17 @@ def packed_batch(assembled: Assembled) -> Batch:
 
 
 @pytest.mark.parametrize("which", ["bert", "llama"])
-def test_trained_blocks_are_left_plain(which: str, request: pytest.FixtureRequest, calls: list[int]) -> None:
-    """And the frozen ones below them are fused."""
+def test_trained_blocks_are_fused(which: str, request: pytest.FixtureRequest, calls: list[int]) -> None:
+    """Like the frozen ones below them."""
     settings = FeatureExtractionSettings(trainable_layers=1)
     assembled = on_base(request.getfixturevalue(which), settings, attached=False)
     assert assembled.fusing.why_not is None
     attach(assembled, Start(torch.Generator().manual_seed(0), []))
-    count = len(assembled.blocks)
-    assert assembled.how_it_reads()["blocks"] == f"fused, 1 of {count} plain: its weights train"
+    assert assembled.how_it_reads()["blocks"] == "fused"
     shake(assembled)
     calls.clear()
     found, expected = features_both_ways(assembled)
-    assert len(calls) == 4 * (len(assembled.blocks) - 1) * 2
+    assert len(calls) == 4 * len(assembled.blocks) * 2
     assert_alike(found, expected)
 
 
@@ -368,20 +367,29 @@ def test_trained_blocks_are_left_plain(which: str, request: pytest.FixtureReques
         ("bert", "encoder.layer.1.attention.output.LayerNorm"),
     ],
 )
-def test_one_trained_part_leaves_its_block_plain(name: str, part: str, calls: list[int]) -> None:
-    """A linear layer's weight or a norm's; the other block is fused."""
+def test_one_trained_part_of_a_block(name: str, part: str, calls: list[int]) -> None:
+    """A linear layer's weight or a norm's."""
     base = Base(copy.deepcopy(family(name).model), family(name).packing, family(name).fusing)
     weight = base.model.get_submodule(part).weight.requires_grad_()
-    assert why_not_fused(base.blocks, base.fusing) == ["its weights train"]
+    assert why_not_fused(base.blocks, base.fusing) == []
     found, expected = (with_gradients(lambda by=by: base.read(by_kernels=by), [weight]) for by in (True, False))
-    assert len(calls) == 4
+    assert len(calls) == 4 * len(base.blocks)
     assert_alike(found, expected)
 
 
-def test_a_bias_that_trains_leaves_its_block_plain() -> None:
+def test_a_bias_that_trains_alone() -> None:
     base = Base(copy.deepcopy(family("bert").model), family("bert").packing, family("bert").fusing)
-    base.model.get_submodule("encoder.layer.1.output.dense").bias.requires_grad_()
-    assert why_not_fused(base.blocks, base.fusing) == ["its biases train"]
+    bias = base.model.get_submodule("encoder.layer.1.output.dense").bias.requires_grad_()
+    assert why_not_fused(base.blocks, base.fusing) == []
+    found, expected = (with_gradients(lambda by=by: base.read(by_kernels=by), [bias]) for by in (True, False))
+    assert_alike(found, expected)
+
+
+def test_a_trained_weight_below_a_low_rank_change_leaves_its_block_plain(llama: Path) -> None:
+    assembled = on_base(llama, LoraSettings(rank=2))
+    assembled.model.get_submodule(f"{assembled.architecture.blocks[1]}.mlp.up_proj").base_layer.weight.requires_grad_()
+    why = "weights below a low-rank change train"
+    assert assembled.how_it_reads()["blocks"] == f"fused, 1 of 2 plain: {why}"
 
 
 def test_an_approximate_activation_is_not_the_exact_one() -> None:
@@ -521,7 +529,7 @@ def test_pooled_behind_virtual_tokens(which: str, pool: Pooling, request: pytest
         ("llama", "qlora", {"rank": 2}, "fused"),
         ("gpt2", "lora", {"rank": 2}, "plain: its blocks are of another form"),
         ("bert", "lora", {"rank": 2, "dora": True}, "plain: DoRA's magnitudes is not among the kernels"),
-        ("llama", "feature-extraction", {"trainable_layers": 1}, "fused, 1 of 2 plain: its weights train"),
+        ("llama", "feature-extraction", {"trainable_layers": 1}, "fused"),
         ("bert", "feature-extraction", {}, "fused"),
     ],
 )

@@ -42,11 +42,12 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 @dataclass(frozen=True)
 class Case:
-    """A way to come from sources to the input of the layers."""
+    """A way to come from sources to the input of the layers. A ``norm``'s weight is the last source."""
 
     sources: int
     prologue: Callable[[torch.dtype], Prologue | None]
     plain: Callable[..., Tensor]
+    norm: bool = False
 
 
 def norm_weight(dtype: torch.dtype) -> Tensor:
@@ -55,11 +56,7 @@ def norm_weight(dtype: torch.dtype) -> Tensor:
 
 CASES = {
     "none": Case(1, lambda _: None, lambda x: x),
-    "rms norm": Case(
-        1,
-        lambda dtype: RmsNorm(norm_weight(dtype), 1e-5),
-        lambda x: rms_norm_reference(x, norm_weight(x.dtype), 1e-5),
-    ),
+    "rms norm": Case(1, lambda _: RmsNorm(1e-5, learns=True), lambda x, w: rms_norm_reference(x, w, 1e-5), norm=True),
     "swiglu": Case(2, lambda _: SwiGLU(), swiglu_reference),
     "gelu": Case(1, lambda _: Gelu(), gelu_reference),
 }
@@ -69,8 +66,10 @@ KINDS = {
     "mixed": [None, 3, None, 5],
     "frozen": [None, None],
     "only the first": [4, None],
+    "learned": [0, 0],
+    "learned among others": [0, 3, None],
 }
-"""Ranks of the layers; None: without a change."""
+"""Ranks of the layers; None: without a change; 0: weight and bias learn."""
 PAIRS = list(product(CASES, KINDS))
 OUTPUTS = (9, 16, 7, 11)
 
@@ -88,7 +87,12 @@ def layers_of(
         weight = (random(out, width, seed=10 + at) / width**0.5).to(dtype)
         bias = random(out, seed=20 + at, dtype=dtype) if at % 2 == 0 else None
         layer = LowRank(frozen(weight), bias)
-        if rank is not None:
+        if rank == 0:
+            for one in (weight, bias):
+                if one is not None:
+                    one.requires_grad_()
+            layer = replace(layer, learned=weight)
+        elif rank is not None:
             trained = torch.promote_types(dtype, torch.float32)
             a = (random(rank, width, seed=30 + at) / width**0.5).to(trained).requires_grad_()
             b = random(out, rank, seed=40 + at).to(trained).requires_grad_()
@@ -111,18 +115,20 @@ def plainly(x: Tensor, layers: Sequence[LowRank], weights: Sequence[Tensor]) -> 
 
 
 def trained_of(layers: Sequence[LowRank]) -> list[Tensor]:
-    return [one for layer in layers for one in (layer.a, layer.b) if one is not None]
+    own = [one for layer in layers for one in (layer.a, layer.b, layer.learned) if one is not None]
+    return own + [layer.bias for layer in layers if layer.bias is not None and layer.bias.requires_grad]
 
 
 def sources_of(case: Case, dtype: torch.dtype = torch.float32, rows: int = ROWS) -> list[Tensor]:
-    return [random(rows, WIDTH, seed=at, dtype=dtype) for at in range(case.sources)]
+    sources = [random(rows, WIDTH, seed=at, dtype=dtype) for at in range(case.sources)]
+    return [*sources, norm_weight(dtype)] if case.norm else sources
 
 
 def results(
     function: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor], layers: Sequence[LowRank],
     needs: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """Outputs, then the gradients of the sources (if these ``needs`` such) and of every A and B. The function gets
+    """Outputs, then the gradients of the sources (if these ``needs`` such) and of all that trains in layers. The function gets
     copies of the sources, which it may write over on the way back."""
     leaves = [one.detach().clone().requires_grad_(needs) for one in sources]
     outs = function(*(one * 1 for one in leaves))
@@ -307,17 +313,17 @@ def test_frozen_layers_ask_for_the_weight_once_each_way(name: str) -> None:
 def test_checkpointed(name: str, needs: bool) -> None:
     """Computed again on the way back: the same bits, though the way back writes over what it was given."""
     case = CASES[name]
-    layers, _ = layers_of([3, None, 2])
+    layers, _ = layers_of([3, 0, 2])
     below, _ = layers_of([None, None], width=WIDTH)
     below = [replace(one, weight=random(WIDTH, WIDTH, seed=at).to, bias=None) for at, one in enumerate(below)]
 
-    def block(x: Tensor) -> tuple[Tensor, ...]:
+    def block(x: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
         sources = lora_linears((x,), below[: case.sources])
-        return lora_linears(sources, layers, case.prologue(torch.float32))
+        return lora_linears((*sources, *norm), layers, case.prologue(torch.float32))
 
-    x = random(ROWS, WIDTH)
-    plain = results(block, [x], layers, needs)
-    again = results(lambda x: checkpoint(block, x, use_reentrant=False), [x], layers, needs)
+    given = [random(ROWS, WIDTH), *sources_of(case)[case.sources :]]
+    plain = results(block, given, layers, needs)
+    again = results(lambda *given: checkpoint(block, *given, use_reentrant=False), given, layers, needs)
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 

@@ -1,9 +1,9 @@
-"""Frozen linear layers with a low-rank change: y = xWᵀ + bias + scale·(xAᵀ)Bᵀ.
+"""Linear layers, frozen ones with a low-rank change or without, and such that learn: y = xWᵀ + bias + scale·(xAᵀ)Bᵀ.
 
 ``lora_linears`` is one autograd function for all layers that share an input (query, key and value; gate and up). Of
 all that autograd would keep for the plain expression (``lora_reference``) it keeps x once, the small products xAᵀ, and
-A and B in x's dtype. It asks for no gradient of W, takes the small products of all layers in one, adds every change in
-place, and asks for the dense W anew in the backward pass, so that a 4-bit W never lives between the two.
+A and B in x's dtype. It asks for no gradient of a frozen W, takes the small products of all layers in one, adds every
+change in place, and asks for the dense W anew in the backward pass, so that a 4-bit W never lives between the two.
 
 Where x is itself cheap to compute from what must be kept anyway (a norm of the block's input, an activation), a
 ``Prologue`` computes it inside the function, and once more on the way back; then x is not kept either.
@@ -11,7 +11,7 @@ Where x is itself cheap to compute from what must be kept anyway (a norm of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,23 +19,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from capotune.kernels.linear import Rows, input_gradient
+from capotune.kernels.linear import Rows, input_gradient, weight_gradient
 from capotune.kernels.low_rank import gather, project, update
 
 FrozenWeight = Callable[[torch.dtype], torch.Tensor]
-"""Gives the dense frozen weight (out, in) in the asked dtype."""
+"""Gives the dense weight (out, in) in the asked dtype."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer: frozen ``weight`` and ``bias`` (out,), trained ``a`` (rank, in) and ``b`` (out, rank); without a
-    change, both are None."""
+    """One layer: ``weight``, ``bias`` (out,), trained ``a`` (rank, in) and ``b`` (out, rank); without a change, both
+    are None. ``learned`` is the weight itself where it trains; the bias trains where it requires a gradient."""
 
     weight: FrozenWeight
     bias: torch.Tensor | None
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     scale: float = 1.0
+    learned: torch.Tensor | None = None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing but A and B trains."""
+        return self.learned is None and not (self.bias is not None and self.bias.requires_grad)
 
 
 class LowRankLayer(nn.Module):
@@ -64,7 +70,7 @@ class Prologue(Protocol):
 
     def backward(
         self, grad: torch.Tensor, kept: tuple[torch.Tensor, ...], *, rows: bool
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    ) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None]:
         """Gradients of the sources, and with ``rows`` the input once more. ``kept``: the sources, and what ``forward``
         added.
 
@@ -95,9 +101,12 @@ def lora_linears(
 ) -> tuple[torch.Tensor, ...]:
     """Several layers on one input: x (..., in) → (..., out) of each.
 
-    ``sources`` is x alone, or what the ``prologue`` computes x from, each of which then is (rows, any).
+    ``sources`` is x alone, or what the ``prologue`` computes x from, of which the first then is (rows, any).
     """
-    trained = [weight for layer in layers if layer.a is not None for weight in (layer.a, layer.b)]
+    ranked = [layer for layer in layers if layer.a is not None]
+    learned = [layer.learned for layer in layers if layer.learned is not None]
+    biases = [layer.bias for layer in layers if layer.bias is not None and layer.bias.requires_grad]
+    trained = [*(layer.a for layer in ranked), *(layer.b for layer in ranked), *learned, *biases]
     return _LoraLinears.apply(tuple(layers), prologue, len(sources), *sources, *trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -114,8 +123,9 @@ class _LoraLinears(torch.autograd.Function):
         else:
             rows, kept = prologue.forward(*sources)
         # in x's dtype, for the way back too: of bf16's a copy, which the loop's fp32 weights need once then
-        a = _stacked(trained[0::2]).to(rows.dtype) if trained else None
-        b = [one.to(rows.dtype) for one in trained[1::2]]
+        ranked = sum(layer.a is not None for layer in layers)
+        a = _stacked(trained[:ranked]).to(rows.dtype) if ranked else None
+        b = [one.to(rows.dtype) for one in trained[ranked : 2 * ranked]]
         low = None if a is None else project(rows, a)  # (rows, all ranks)
         shared, outs, b_in_turn = Rows(rows), [], iter(b)
         for layer, low_part in zip(layers, _by_rank(low, layers), strict=True):
@@ -137,33 +147,49 @@ class _LoraLinears(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing gives them no second time
         kept, (low, a, *b) = saved[:count_kept], saved[count_kept:]
         grad_low: Any = None if low is None else torch.empty_like(low)
-        needs_input = any(ctx.needs_input_grad[3 : len(ctx.needs_input_grad) - 2 * len(b)])
+        needs_input = any(ctx.needs_input_grad[3 : 3 + count])
         grad_x: Any = None
         grads_b: list[torch.Tensor] = []
         b_in_turn = iter(b)
+        rows_of_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         for layer, grad, low_part, grad_low_part in zip(
-            layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True
+            layers, rows_of_grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True
         ):
-            grad = grad.reshape(-1, grad.shape[-1])
             if layer.b is not None:
                 project(grad, next(b_in_turn).t(), layer.scale, out=grad_low_part)
                 grads_b.append(gather(low_part, grad, layer.scale).t().to(layer.b.dtype))
-            if needs_input:  # not below the lowest adapted layer
+            if needs_input:  # not below the lowest layer that trains
                 grad_x = input_gradient(grad, layer.weight(grad.dtype), onto=grad_x)
         if grad_x is not None and a is not None:
             update(grad_x, grad_low, a)
+        learns = any(layer.learned is not None for layer in layers)
         if prologue is None:
             grad_sources, rows = (None if grad_x is None else grad_x.view(shape),), kept[0]
         elif grad_x is None:
             grad_sources, rows = (None,) * count, prologue.forward(*kept[:count])[0]
         else:
-            grad_sources, rows = prologue.backward(grad_x, kept, rows=a is not None)
-        if a is None:
-            return None, None, None, *grad_sources
-        ranked = [layer.a for layer in layers if layer.a is not None]
-        grads_a = torch.split(gather(grad_low, rows).to(ranked[0].dtype), [len(one) for one in ranked])
-        pairs = zip(grads_a, grads_b, strict=True)
-        return None, None, None, *grad_sources, *(grad for pair in pairs for grad in pair)
+            grad_sources, rows = prologue.backward(grad_x, kept, rows=learns or a is not None)
+        return None, None, None, *grad_sources, *_trained_gradients(layers, rows_of_grads, rows, grad_low, grads_b)
+
+
+def _trained_gradients(
+    layers: Sequence[LowRank],
+    grads: Sequence[torch.Tensor],
+    rows: Any,
+    grad_low: torch.Tensor | None,
+    grads_b: Sequence[torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """Of every A, every B, the weights that learn and the biases that do, from the gradients of the outputs."""
+    ranked = [layer.a for layer in layers if layer.a is not None]
+    if grad_low is not None:
+        yield from torch.split(gather(grad_low, rows).to(ranked[0].dtype), [len(one) for one in ranked])
+    yield from grads_b
+    for layer, grad in zip(layers, grads, strict=True):
+        if layer.learned is not None:
+            yield weight_gradient(grad, rows)
+    for layer, grad in zip(layers, grads, strict=True):
+        if layer.bias is not None and layer.bias.requires_grad:
+            yield grad.sum(0)
 
 
 def _stacked(a: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Root mean square norm of a frozen weight (Zhang and Sennrich 2019), as Llama and its kin have it.
+"""Root mean square norm (Zhang and Sennrich 2019), as Llama and its kin have it.
 
     y = w ⊙ x·r        r = (mean(x²) + eps)^(−1/2), one per row
-    dx = r·(g⊙w − x·r²·mean(g⊙w⊙x))
+    dx = r·(g⊙w − x·r²·mean(g⊙w⊙x))        dw = Σ over rows of g ⊙ x·r
 
 For the backward pass x and r are kept; autograd would keep x once more in fp32, its square and its product with r. On
 the CPU each direction is one C call, on a GPU one kernel, elsewhere the same in PyTorch.
@@ -28,25 +28,30 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """The same, faster and with less kept, as the prologue of linear layers: x (..., hidden), ``weight`` (hidden,),
-    frozen → (..., hidden). Raises ``SettingError`` where the weight does not fit x."""
+    """The same, faster and with less kept, as the prologue of linear layers: x (..., hidden) and weight (hidden,) →
+    (..., hidden). Raises ``SettingError`` where the weight does not fit x."""
 
-    weight: torch.Tensor
     eps: float
+    learns: bool = False
+    """Whether the weight is to have a gradient."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """y, and r in fp32."""
-        check_shape("the norm's weight", self.weight, x.shape[-1:])
-        y, roots = _forward(x, self.weight, self.eps)
+        check_shape("the norm's weight", weight, x.shape[-1:])
+        y, roots = _forward(x, weight, self.eps)
         return y, (roots,)
 
     def backward(
         self, grad: torch.Tensor, kept: tuple[torch.Tensor, ...], *, rows: bool
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """The gradient of x, and y once more."""
-        x, roots = kept
-        y = _forward(x, self.weight, self.eps)[0] if rows else None
-        return (_backward(grad, x, self.weight, roots),), y
+    ) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None]:
+        """The gradients of x and, where it learns, of the weight, and y once more."""
+        x, weight, roots = kept
+        y = _forward(x, weight, self.eps)[0] if rows else None
+        of_weight = None
+        if self.learns:
+            products = grad.float().mul(x).reshape(-1, x.shape[-1])
+            of_weight = torch.mv(products.t(), roots).to(weight.dtype)
+        return (_backward(grad, x, weight, roots), of_weight), y
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,10 +5,10 @@ Two forms, told by the names of their parts, whatever the family is called:
 - Llama's:  x += o(attention(rotary(q, k), v of norm(x)));  x += down(silu(gate) · up of norm(x))      RMS norms
 - BERT's:   x = norm(x + o(attention(q, k, v of x)));       x = norm(x + down(gelu(up(x))))            layer norms
 
-Each linear layer is frozen, with or without a low-rank change. That a model computes just this is not believed but
-tried, as in ``models.packing``: on a few sequences, at early and at late positions, its own blocks and these must give
-the same. Blocks work so on packed sequences only; on anything else, as in a block of another form, the model's own code
-runs.
+Each linear layer is frozen, with or without a low-rank change, or learns as a whole. That a model computes just this is
+not believed but tried, as in ``models.packing``: on a few sequences, at early and at late positions, its own blocks and
+these must give the same. Blocks work so on packed sequences only; on anything else, as in a block of another form, the
+model's own code runs.
 
 Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
 these alone.
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
@@ -143,12 +144,12 @@ def _linear(layer: Any) -> LowRank:
     base: Any = layer if changed is None else changed.base_layer
     if type(base) not in (nn.Linear, Linear4bit):
         raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
-    if isinstance(base, nn.Linear) and base.weight.requires_grad:
-        raise NotFusedError("its weights train")
-    if base.bias is not None and base.bias.requires_grad:
-        raise NotFusedError("its biases train")
     if changed is None:
-        return LowRank(base.borrowed_weight if isinstance(base, Linear4bit) else base.weight.to, base.bias)
+        if isinstance(base, Linear4bit):
+            return LowRank(base.borrowed_weight, base.bias)
+        return LowRank(base.weight.to, base.bias, learned=base.weight if base.weight.requires_grad else None)
+    if any(weight.requires_grad for weight in base.parameters()):
+        raise NotFusedError("weights below a low-rank change train")
     if changed.why_not_plain is not None:
         raise NotFusedError(f"{changed.why_not_plain} is not among the kernels")
     return changed.low_rank()
@@ -202,7 +203,7 @@ def _llama(block: Any, window: int | None, last: bool) -> Forward:
     gate, up, down, activation = _part(block.mlp, "gate_proj", "up_proj", "down_proj", "act_fn")
     if not isinstance(activation, nn.SiLU | SiLUActivation):
         raise NotFusedError(f"its activation is {type(activation).__name__}")
-    norm1, norm2 = _rms_norm(block.input_layernorm), _rms_norm(block.post_attention_layernorm)
+    (norm1, weight1), (norm2, weight2) = map(_rms_norm, (block.input_layernorm, block.post_attention_layernorm))
     qkv, out, gated, narrowed = (
         tuple(map(_linear, layers)) for layers in ((q, k, v), (o,), (gate, up), (down,))
     )  # fmt: skip
@@ -215,29 +216,23 @@ def _llama(block: Any, window: int | None, last: bool) -> Forward:
         if sequences is None or more:
             return plain(hidden_states, *more, **how)  # type: ignore[no-any-return]
         x = hidden_states[0]
-        cos, sin = (turn[0] for turn in how["position_embeddings"])
-        query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x,), qkv, norm1))
+        cos, sin = (turn[0].to(x.dtype) for turn in how["position_embeddings"])
+        query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x, weight1), qkv, norm1))
         query, key = rotary(query, cos, sin), rotary(key, cos, sin)
         mixed = packed_attention(query, key, value, sequences, causal=causal, scale=scale, window=window).flatten(1)
         if last and (wanted := how.get("wanted")) is not None:
             x, mixed = x[wanted], mixed[wanted]
         x = x + lora_linears((mixed,), out)[0]
-        x = x + lora_linears(lora_linears((x,), gated, norm2), narrowed, swiglu)[0]
+        x = x + lora_linears(lora_linears((x, weight2), gated, norm2), narrowed, swiglu)[0]
         return x[None]
 
     return forward
 
 
-def _rms_norm(norm: Any) -> RmsNorm:
+def _rms_norm(norm: Any) -> tuple[RmsNorm, torch.Tensor]:
     if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "variance_epsilon"):
         raise NotFusedError(f"its norm is {type(norm).__name__}")
-    _check_frozen(norm)
-    return RmsNorm(norm.weight, norm.variance_epsilon)
-
-
-def _check_frozen(norm: nn.Module) -> None:
-    if any(weight.requires_grad for weight in norm.parameters()):
-        raise NotFusedError("its weights train")
+    return RmsNorm(norm.variance_epsilon, learns=norm.weight.requires_grad), norm.weight
 
 
 # --------------------------------------------------------------------------------------------------------------- BERT
@@ -254,17 +249,19 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_st
     for norm in (norm1, norm2):
         if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
             raise NotFusedError(f"its norm is {type(norm).__name__}")
-        _check_frozen(norm)
     qkv, out, widened, narrowed = (
         tuple(map(_linear, layers)) for layers in ((q, k, v), (o,), (up,), (down,))
     )  # fmt: skip
     size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
     gelu, plain = Gelu(), block.forward
     whole = None
-    if window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
+    frozen = not any(weight.requires_grad for norm in (norm1, norm2) for weight in norm.parameters()) and all(
+        layer.is_frozen for layer in (*qkv, *out, *widened, *narrowed)
+    )
+    if window is None and frozen and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
         norms = tuple(LayerNorm(norm.weight, norm.bias, norm.eps) for norm in (norm1, norm2))
-        how_kept = {"memory": memory, "keep_strips": keep_strips}
-        whole = BertBlock((qkv, out, widened, narrowed), norms, size, scale, causal=causal, **how_kept)
+        layers = (qkv, out, widened, narrowed)
+        whole = BertBlock(layers, norms, size, scale, causal=causal, memory=memory, keep_strips=keep_strips)
 
     def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
         """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""
@@ -286,4 +283,6 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_st
 
 
 def _add_norm(x: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    if any(weight.requires_grad for weight in norm.parameters()):
+        return functional.layer_norm(x + residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
