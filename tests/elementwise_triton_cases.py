@@ -94,6 +94,9 @@ def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) ->
     weighted = (grad * weight.double()).abs()
     along = x.double().abs() * root**2 * (weighted * x.double().abs()).mean(-1, keepdim=True)
     assert_near(grad_x, truth[1], root * (weighted + along), 8)
+    products = grad.double() * x.double() * root
+    assert grad_weight is not None
+    assert_near(grad_weight, products.sum(0), products.abs().sum(0), 8)
     torch.testing.assert_close(y, rms_norm_reference(x, weight, 1e-5), rtol=8 * ROUNDING[dtype], atol=0)
     assert called == ["rms_norm_kernel", "rms_norm_backward_kernel", "rms_norm_kernel"] or called == [
         "rms_norm_kernel", "rms_norm_kernel", "rms_norm_backward_kernel",

@@ -76,14 +76,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = linear._multiply
 
     def note(
-        function: ctypes._NamedFuncPointer, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, strips: Tensor,
+        function: ctypes._NamedFuncPointer, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
+        strips: Tensor | None,
         *, onto: bool, ready: bool,
     ) -> None:  # fmt: skip
         assert y.dtype == torch.float32, "C writes fp32"
         assert y.stride(1) == 1 or y.shape[1] == 1, "C writes rows"
         if not onto:
             y.fill_(torch.nan)
-        if not ready:
+        if not ready and strips is not None:
             strips.fill_(torch.nan)
         names.append(function.__name__)
         real(function, x, weight, bias, y, strips, onto=onto, ready=ready)
@@ -744,6 +745,37 @@ def test_shares_can_be_done_in_any_order(size: tuple[int, int, int], monkeypatch
         assert len(shared) >= 5
         assert all(items > 1 and 1 < by <= threads for items, by in shared)
         shared.clear()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("rows", "into", "out"), [(9, 48, 9000), (33, 65, 4097), (70, 40, 1537), (300, 33, 6145)])
+def test_threads_share_a_vocabulary_out(rows: int, into: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adds up outputs of its own: the numbers are small and whole, so that their sums are exact in any order.
+    Also where the last thread's share is shorter, and where ``onto`` has gaps between its rows."""
+    weight, grad = whole(out, into, limit=15, seed=1), whole(rows, out, limit=15, seed=2)
+    wide = whole(rows, into + 3, limit=2**16, seed=3)
+    expected = grad.double() @ weight.double()
+    shared: list[tuple[int, int]] = []
+    stage = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+    def backwards(_: int, kernel: int, arguments: int, items: int, threads: int) -> None:
+        shared.append((items, threads))
+        for item in reversed(range(items)):
+            stage(kernel)(arguments, item, item + 1)
+
+    sharer = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2)(backwards)
+    pools = [linear._pool(), (ctypes.cast(sharer, ctypes.c_void_p), ctypes.c_void_p())]
+    for pool in pools:
+        monkeypatch.setattr(linear, "_pool", lambda pool=pool: pool)
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(input_gradient(grad, weight).double(), expected)
+            onto = wide.clone()
+            input_gradient(grad, weight, onto[:, :into])
+            assert torch.equal(onto[:, :into].double(), expected + wide[:, :into])
+            assert torch.equal(onto[:, into:], wide[:, into:])
+    parts = -(-out // 1536)
+    assert [items for items, _ in shared] == [many for t in (2, 3, 7) for many in 2 * (min(t, parts), rows)]
 
 
 @pytest.mark.usefixtures("native")

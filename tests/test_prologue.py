@@ -42,7 +42,8 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 @dataclass(frozen=True)
 class Case:
-    """A way to come from sources to the input of the layers. A ``norm``'s weight is the last source."""
+    """A way to come from sources to the input of the layers. A ``norm``'s weight
+    is the last source."""
 
     sources: int
     prologue: Callable[[torch.dtype], Prologue | None]
@@ -56,7 +57,9 @@ def norm_weight(dtype: torch.dtype) -> Tensor:
 
 CASES = {
     "none": Case(1, lambda _: None, lambda x: x),
-    "rms norm": Case(1, lambda _: RmsNorm(1e-5, learns=True), lambda x, w: rms_norm_reference(x, w, 1e-5), norm=True),
+    "rms norm": Case(
+        1, lambda _: RmsNorm(1e-5, learns=True), lambda x, weight: rms_norm_reference(x, weight, 1e-5), norm=True
+    ),
     "swiglu": Case(2, lambda _: SwiGLU(), swiglu_reference),
     "gelu": Case(1, lambda _: Gelu(), gelu_reference),
 }
@@ -128,8 +131,8 @@ def results(
     function: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor], layers: Sequence[LowRank],
     needs: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """Outputs, then the gradients of the sources (if these ``needs`` such) and of all that trains in layers. The function gets
-    copies of the sources, which it may write over on the way back."""
+    """Outputs, then the gradients of the sources (if these ``needs`` such) and of all that trains in layers. The
+    function gets copies of the sources, which it may write over on the way back."""
     leaves = [one.detach().clone().requires_grad_(needs) for one in sources]
     outs = function(*(one * 1 for one in leaves))
     wanted = [*(leaves if needs else []), *trained_of(layers)]

@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
-_OUT_AT_ONCE = 1536  # outputs of a layer whose gradients become strips together: all of a vocabulary would not fit
+_MANY_OUTPUTS = 1536  # above, as in a vocabulary, the gradients of all outputs are not made ready together
 _FEWEST_ROWS = 48  # below, a product waits for the weight, and PyTorch's reads it as fast
 
 _enough = ContextVar("sixteen bits are enough", default=False)
@@ -92,10 +92,8 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor 
     if unit is None:
         return grad @ weight if onto is None else onto.addmm_(grad, weight)
     y = torch.empty(len(grad), weight.shape[1], dtype=torch.float32) if onto is None else onto
-    for start in range(0, len(weight), _OUT_AT_ONCE):
-        part = slice(start, start + _OUT_AT_ONCE)
-        strips, more = _room_for_strips(*grad[:, part].shape), onto is not None or start > 0
-        _multiply(unit.linear_input_gradient, grad[:, part], weight[part], None, y, strips, onto=more, ready=False)
+    strips = _room_for_strips(*grad.shape) if len(weight) <= _MANY_OUTPUTS else None
+    _multiply(unit.linear_input_gradient, grad, weight, None, y, strips, onto=onto is not None, ready=False)
     return y
 
 
@@ -207,14 +205,14 @@ def _multiply(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     y: torch.Tensor,
-    strips: torch.Tensor,
+    strips: torch.Tensor | None,
     *,
     onto: bool,
     ready: bool,
 ) -> None:
     """Calls C with a ``struct product``."""
     read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
-    written = (y.data_ptr(), y.stride(0), onto, strips.data_ptr())
+    written = (y.data_ptr(), y.stride(0), onto, address(strips))
     product = struct.pack("24q", len(y), *weight.shape, *read, *written, ready, *(0,) * 11)
     function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
 

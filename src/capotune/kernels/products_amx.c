@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, DEPTH = 256, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128 };
+enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, DEPTH = 256, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128, OUT_AT_ONCE = 1536 };
 typedef uint16_t bf16;
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
 
@@ -231,7 +231,7 @@ struct product {
     const float *bias;        /* (out,) or none */
     float *y;                 /* (rows, out), or (rows, into) */
     int64_t y_stride, onto;   /* onto: added to what is there */
-    bf16 *strips;             /* of the activations */
+    bf16 *strips;             /* of the activations; none: see linear_input_gradient */
     int64_t ready;            /* whether they are in it */
     const bf16 *panels;       /* W's strips, as split_for_... makes them, or none */
     /* y += scale low matrix while y is at hand, for low (rows, ranks) and matrix (ranks, columns of y) */
@@ -440,8 +440,65 @@ void linear(const struct product *a, sharer *share, void *fork_join, int64_t thr
     run_product(a, 1, 0, share, fork_join, threads);
 }
 
+/* g W for a W of very many rows, those of a vocabulary: every thread takes some of them, and its sums have a place of
+ * their own, so that weights become strips once; the strips of g are made of a part of them at a time */
+struct shares {
+    const struct product *product;
+    int64_t count;
+    float *places; /* (count - 1, rows, into): the first one's is y */
+};
+
+static void sum_shares(const void *arguments, int64_t first, int64_t last) {
+    const struct shares shares = *(const struct shares *)arguments;
+    const struct product *a = shares.product;
+    int64_t strips = parts(a->rows, SIDE), length = parts(parts(a->out, shares.count), TERMS) * TERMS;
+    bf16 *own_strips = room(strips * SIDE * OUT_AT_ONCE * 2 * sizeof(bf16));
+    for (int64_t share = first; share < last; share++) {
+        int64_t from = least(share * length, a->out), to = least(from + length, a->out);
+        struct product own = *a;
+        own.strips = own_strips;
+        if (share) {
+            own.y = shares.places + (share - 1) * a->rows * a->into;
+            own.y_stride = a->into;
+            own.onto = 0;
+            if (from == to) memset(own.y, 0, a->rows * a->into * sizeof(float));
+        }
+        for (int64_t start = from; start < to; start += OUT_AT_ONCE, own.onto = 1) {
+            own.out = least(OUT_AT_ONCE, to - start);
+            own.x = a->x + start;
+            own.weight = a->weight + start * a->weight_stride;
+            struct work work = {&own, 0, 0, 0};
+            make_strips(&work, 0, strips);
+            make_panels(&work, 0, parts(a->into, PAIR));
+        }
+    }
+    free(own_strips);
+}
+
+static void add_shares(const void *arguments, int64_t first, int64_t last) {
+    const struct shares shares = *(const struct shares *)arguments;
+    const struct product *a = shares.product;
+    for (int64_t share = 1; share < shares.count; share++)
+        for (int64_t row = first; row < last; row++) {
+            const float *found = shares.places + ((share - 1) * a->rows + row) * a->into;
+            for (int64_t i = 0; i < a->into; i++) a->y[row * a->y_stride + i] += found[i];
+        }
+}
+
 void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
-    run_product(a, 0, 0, share, fork_join, threads);
+    if (a->strips) {
+        run_product(a, 0, 0, share, fork_join, threads);
+        return;
+    }
+    struct shares shares = {a, share ? least(threads, parts(a->out, OUT_AT_ONCE)) : 1, NULL};
+    if (shares.count == 1) {
+        sum_shares(&shares, 0, 1);
+        return;
+    }
+    shares.places = room((shares.count - 1) * a->rows * a->into * sizeof(float));
+    share(fork_join, sum_shares, &shares, shares.count, shares.count);
+    share(fork_join, add_shares, &shares, a->rows, least(threads, a->rows));
+    free(shares.places);
 }
 
 /* y (+)= g^T x for g (tokens, out) and x (tokens, into): that is g^T W with x as W */
