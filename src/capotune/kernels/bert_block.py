@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from capotune.errors import SettingError
 from capotune.kernels import linear
 from capotune.kernels._native import address, check_shape, library
 from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
@@ -103,38 +104,51 @@ class BertBlock:
             and scale > 0
         )
 
-    def takes(self, x: torch.Tensor, sequences: Sequences) -> bool:
+    def takes(self, x: torch.Tensor, sequences: Sequences, wanted: torch.Tensor | None = None) -> bool:
         """Whether it is for such input (tokens, hidden), here and now."""
         short = max(sequences.lengths, default=0) <= MOST_LENGTH
-        plain = self._known and short and x.dtype == torch.float32 and x.is_contiguous()
+        some = wanted is None or len(wanted) > 0
+        plain = self._known and some and short and x.dtype == torch.float32 and x.is_contiguous()
         by_kernels = allowed_unit(x) is not None or (self.keep_strips and vectors_allowed(x))
         return plain and by_kernels and library("products_cpu") is not None
 
-    def __call__(self, x: torch.Tensor, sequences: Sequences, dropout: Sequence[float] = (0.0, 0.0)) -> torch.Tensor:
-        """x (tokens, hidden) → the same; ``dropout``: the rates behind attention and behind ``down``. To be asked only
-        where it ``takes`` x."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        dropout: Sequence[float] = (0.0, 0.0),
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (tokens, hidden) → the same, or the rows ``wanted`` of it alone: their numbers, int64, each once.
+
+        ``dropout``: the rates behind attention and behind ``down``. To be asked only where it ``takes`` x.
+        """
         check_shape("x", x, (sum(sequences.lengths), len(self.norms[0].weight)))
-        factors = [_dropout_factors(x, rate) for rate in dropout]
+        if wanted is not None:
+            check_rows(wanted, len(x))
+        factors = [_dropout_factors(x if wanted is None else x[: len(wanted)], rate) for rate in dropout]
         trained = [weight for layer in self.adapted for weight in (layer.a, layer.b) if weight is not None]
         if torch.is_grad_enabled():
-            y: torch.Tensor = _BertBlock.apply(self, sequences, *factors, x, *trained)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = _BertBlock.apply(self, sequences, wanted, *factors, x, *trained)  # type: ignore[no-untyped-call]
             return y
-        y, kept = self.forward(sequences, factors, x, trained)
+        y, kept = self.forward(sequences, wanted, factors, x, trained)
         self.memory.take_back("kept", kept)
         return y
 
     def forward(
         self,
         sequences: Sequences,
+        wanted: torch.Tensor | None,
         factors: Sequence[torch.Tensor | None],
         x: torch.Tensor,
         trained: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output, and what the way back reads, a lent buffer."""
-        writer = self.written(_write_forward, *(one is not None for one in factors))
-        y, kept = torch.empty_like(x), self.memory.lend("kept", writer.kept.space.numbers_for(len(x)))
-        tensors = {"x": x, "y": y, "kept": kept, "factors0": factors[0], "factors1": factors[1]}
-        writer.run(sequences, trained, tensors)
+        writer = self.written(_write_forward, *(one is not None for one in (wanted, *factors)))
+        y = x.new_empty(len(x) if wanted is None else len(wanted), x.shape[1])
+        kept = self.memory.lend("kept", writer.kept.space.numbers_for(len(x)))
+        tensors = {"x": x, "y": y, "kept": kept, "factors0": factors[0], "factors1": factors[1], "wanted": wanted}
+        writer.run(sequences, len(y), trained, tensors)
         return y, kept
 
     def written(self, write: Callable[..., _Writer], *how: bool) -> _Writer:
@@ -156,6 +170,23 @@ class BertBlock:
         return self._strips[key]
 
 
+def check_rows(wanted: torch.Tensor, rows: int) -> None:
+    """Raise ``SettingError`` unless these are numbers of so many rows: C would read beyond them."""
+    if wanted.dtype != torch.int64 or wanted.dim() != 1 or not wanted.is_contiguous():
+        raise SettingError(f"wanted: whole numbers of 64 bits, one after the other, not {wanted.dtype} {wanted.shape}.")
+    if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < rows):
+        raise SettingError(
+            f"wanted: numbers of rows from 0 to {rows - 1}, not {int(wanted.min())} to {int(wanted.max())}."
+        )
+
+
+def _places(wanted: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """For each of so many rows, which of the ``wanted`` ones it is; -1: none."""
+    if wanted is None:
+        return None
+    return torch.full((rows,), -1).index_copy_(0, wanted, torch.arange(len(wanted)))
+
+
 def _dropout_factors(x: torch.Tensor, rate: float) -> torch.Tensor | None:
     """What PyTorch's dropout multiplies x by, from the same random numbers."""
     if rate == 1:
@@ -169,13 +200,14 @@ class _BertBlock(torch.autograd.Function):
         ctx: Any,
         block: BertBlock,
         sequences: Sequences,
+        wanted: torch.Tensor | None,
         factors1: torch.Tensor | None,
         factors2: torch.Tensor | None,
         x: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
-        y, kept = block.forward(sequences, (factors1, factors2), x, trained)
-        ctx.save_for_backward(x, kept, factors1, factors2, *trained)
+        y, kept = block.forward(sequences, wanted, (factors1, factors2), x, trained)
+        ctx.save_for_backward(x, kept, wanted, factors1, factors2, *trained)
         ctx.how = block, sequences
         return y
 
@@ -185,23 +217,25 @@ class _BertBlock(torch.autograd.Function):
         if getattr(ctx, "went_back", False):  # it has written over what was kept
             raise RuntimeError("a second way back through a block: run the forward pass again")
         ctx.went_back = True
-        x, kept, factors1, factors2, *trained = ctx.saved_tensors
-        (block, sequences), needs_input = ctx.how, ctx.needs_input_grad[4]
-        writer = block.written(_write_backward, factors1 is not None, factors2 is not None, needs_input)
+        x, kept, wanted, factors1, factors2, *trained = ctx.saved_tensors
+        (block, sequences), needs_input = ctx.how, ctx.needs_input_grad[5]
+        some = (one is not None for one in (wanted, factors1, factors2))
+        writer = block.written(_write_backward, *some, needs_input)
         grad, grad_x, grads = grad.contiguous(), torch.empty_like(x), torch.empty(writer.grads.numbers_for(0))
-        tensors = {"x": x, "kept": kept, "factors0": factors1, "factors1": factors2}
-        writer.run(sequences, trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
+        tensors = {"x": x, "kept": kept, "factors0": factors1, "factors1": factors2, "places": _places(wanted, len(x))}
+        writer.run(sequences, len(grad), trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
         block.memory.take_back("kept", kept)
         of_trained = (
             grads[start : start + one.numel()].view(one.shape)
             for start, one in zip(writer.starts, trained, strict=True)
         )
-        return None, None, None, None, grad_x if needs_input else None, *of_trained
+        return None, None, None, None, None, grad_x if needs_input else None, *of_trained
 
 
 # ------------------------------------------------------------------------------------------------------------ matrices
 
 _TOKENS = symbol("tokens")
+_WANTED = symbol("wanted rows")
 _ROOM = symbol("room")  # tokens, rounded up so that every matrix begins at a multiple of 64 bytes
 _SIXTEEN = 16
 
@@ -296,6 +330,8 @@ class _Writer:
 
     def __init__(self, block: BertBlock) -> None:
         self.block, self.program = block, Program()
+        self.rows = _TOKENS
+        """That the next calls are for."""
         self.scratch, self.kept, self.grads = _Space("scratch"), _Kept(block), _Space("grads")
         self.starts = self._place_gradients()
         """Where the gradients of the trained weights begin in ``grads``, in their order."""
@@ -312,9 +348,13 @@ class _Writer:
         self._strips = self.scratch.matrix(strip_numbers(_SIXTEEN, max(_widths(block))) // _SIXTEEN)
 
     def run(
-        self, sequences: Sequences, trained: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor | None]
+        self,
+        sequences: Sequences,
+        wanted: int,
+        trained: Sequence[torch.Tensor],
+        tensors: Mapping[str, torch.Tensor | None],
     ) -> None:
-        """On these tensors, by their names in the program."""
+        """On these tensors, by their names in the program; so many rows are ``wanted``."""
         tokens, longest = sum(sequences.lengths), max(sequences.lengths)
         scratch = self.block.memory.lend("scratch", self.scratch.numbers_for(tokens))
         values = {name: address(tensor) for name, tensor in tensors.items()}
@@ -323,6 +363,7 @@ class _Writer:
             "sequences": len(sequences.lengths),
             "starts": address(sequences.starts),
             "scratch": address(scratch),
+            "wanted rows": wanted,
         }
         for number, (a, b) in enumerate(zip(trained[0::2], trained[1::2], strict=True)):
             values[f"a{number}"], values[f"b{number}"] = address(a), address(b)
@@ -421,7 +462,7 @@ class _Writer:
         written = (y.address, y.stride, int(onto), self._strips.address, int(ready), address(panels))
         added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
         found = (made.low.columns, made.low.address, made.matrix, float(made.scale), kernel_address(before))
-        self.program.call(kernel, (_TOKENS, *weight.shape, *read, *written, *added, *found), -1)
+        self.program.call(kernel, (self.rows, *weight.shape, *read, *written, *added, *found), -1)
 
     def _product_by_vectors(
         self,
@@ -442,16 +483,16 @@ class _Writer:
         read = (x.address, x.stride, address(panels), 0 if input_gradient else address(layer.bias))
         written = (y.address, y.stride, int(onto))
         added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
-        arguments = (_TOKENS, terms, columns, *read, *written, *added)
-        self.program.call(self.products.frozen_product, arguments, len(panels), _TOKENS * (terms * columns))
+        arguments = (self.rows, terms, columns, *read, *written, *added)
+        self.program.call(self.products.frozen_product, arguments, len(panels), self.rows * (terms * columns))
 
     def _low_rank(self, name: str, x: _Matrix, low: _Matrix, matrix: Affine, scale: float = 1.0) -> None:
         """A kernel of ``low_rank.py``."""
         groups = -(-x.columns // _LANES)
-        items, columns = (groups, groups * _LANES) if name == "low_rank_gather" else (_TOKENS, x.columns)
-        sizes = (_TOKENS, x.columns, low.columns)
+        items, columns = (groups, groups * _LANES) if name == "low_rank_gather" else (self.rows, x.columns)
+        sizes = (self.rows, x.columns, low.columns)
         arguments = (*sizes, x.address, low.address, matrix, x.stride, low.stride, float(scale))
-        self.program.call(getattr(self.products, name), arguments, items, _TOKENS * (columns * low.columns))
+        self.program.call(getattr(self.products, name), arguments, items, self.rows * (columns * low.columns))
 
     def _copy(self, source: Affine, rows: int, columns: int, to: Affine, to_row: int, to_column: int) -> None:
         self.program.call(self.products.copy_matrix, (source, columns, to, to_row, to_column), rows, rows * columns)
@@ -462,21 +503,31 @@ class _Writer:
 
     # ------------------------------------------------------------------------------------------------- all other parts
 
+    def take_wanted(self, x: _Matrix, y: _Matrix) -> None:
+        """Those rows of x that are wanted. y's rows are as many."""
+        arguments = (x.columns, x.address, symbol("wanted"), y.address)
+        self.program.call(self.products.take_rows, arguments, _WANTED, _WANTED * x.columns)
+
+    def put_wanted(self, x: _Matrix, y: _Matrix) -> None:
+        """To where x's rows were taken from; zeros in y's others."""
+        arguments = (x.columns, x.address, symbol("places"), y.address)
+        self.program.call(self.products.put_rows, arguments, _TOKENS, _TOKENS * x.columns)
+
     def multiply_by(self, x: _Matrix, factors: str, y: _Matrix) -> None:
         arguments = (x.columns, x.address, symbol(factors), y.address)
-        self.program.call(self.products.multiply_by, arguments, _TOKENS, _TOKENS * x.columns)
+        self.program.call(self.products.multiply_by, arguments, self.rows, self.rows * x.columns)
 
     def norm(self, number: int, x: _Matrix, residual: _Matrix, y: _Matrix) -> None:
         norm, total, means, roots = self._of_norm(number)
         read = (0, x.address, residual.address, address(norm.weight), address(norm.bias), x.columns, float(norm.eps))
         written = (total.address, y.address, means.address, roots.address)
-        self.program.call(self.elementwise.add_layer_norm, (*read, *written), _TOKENS, _TOKENS * x.columns)
+        self.program.call(self.elementwise.add_layer_norm, (*read, *written), self.rows, self.rows * x.columns)
 
     def norm_backward(self, number: int, grad: _Matrix, grad_x: _Matrix) -> None:
         norm, total, means, roots = self._of_norm(number)
         read = (0, grad.address, total.address, address(norm.weight), means.address, roots.address, grad.columns)
         kernel = self.elementwise.add_layer_norm_backward
-        self.program.call(kernel, (*read, grad_x.address), _TOKENS, _TOKENS * grad.columns)
+        self.program.call(kernel, (*read, grad_x.address), self.rows, self.rows * grad.columns)
 
     def _of_norm(self, number: int) -> tuple[LayerNorm, _Matrix, _Matrix, _Matrix]:
         kept = self.kept
@@ -489,13 +540,13 @@ class _Writer:
             self.linears(group, x, outs, before=kernel)
             return
         active = self.scratch.matrix(x.columns)
-        self.program.call(kernel, (0, x.columns, x.address, active.address), _TOKENS, _TOKENS * x.columns)
+        self.program.call(kernel, (0, x.columns, x.address, active.address), self.rows, self.rows * x.columns)
         self.linears(group, active, outs)
 
     def gelu_backward(self, grad: _Matrix, x: _Matrix, *, again: bool) -> None:
         """The gradient becomes that of x; with y ``again``, x becomes y."""
         arguments = (0, x.columns, grad.address, x.address, grad.address, x.address if again else 0)
-        self.program.call(self.elementwise.gelu_backward, arguments, _TOKENS, _TOKENS * x.columns)
+        self.program.call(self.elementwise.gelu_backward, arguments, self.rows, self.rows * x.columns)
 
     def attention(self, out: _Matrix) -> None:
         self._attend(self.products.short_attention, (out.address, 0, 0, 0, 0))
@@ -513,14 +564,21 @@ class _Writer:
         self.program.call(kernel, arguments, symbol("sequences") * heads, symbol("pairs") * hidden)
 
 
-def _write_forward(block: BertBlock, drops1: bool, drops2: bool) -> _Writer:
-    """Reads ``x`` and dropout's factors; writes ``y`` and ``kept``."""
+def _write_forward(block: BertBlock, some: bool, drops1: bool, drops2: bool) -> _Writer:
+    """Reads ``x``, dropout's factors and, for ``some`` rows, which are ``wanted``; writes ``y`` and ``kept``."""
     writer = _Writer(block)
     (hidden, _), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
     narrow = writer.scratch.matrix(hidden)
     writer.turn_weights()
     writer.linears(0, x, kept.qkv)
-    writer.attention(kept.mixed)
+    if some:
+        mixed, of_wanted = (writer.scratch.matrix(hidden) for _ in range(2))
+        writer.attention(mixed)
+        writer.take_wanted(mixed, kept.mixed)
+        writer.take_wanted(x, of_wanted)
+        writer.rows, x = _WANTED, of_wanted
+    else:
+        writer.attention(kept.mixed)
     writer.linears(1, kept.mixed, [narrow])
     if drops1:
         writer.multiply_by(narrow, "factors0", narrow)
@@ -533,14 +591,17 @@ def _write_forward(block: BertBlock, drops1: bool, drops2: bool) -> _Writer:
     return writer
 
 
-def _write_backward(block: BertBlock, drops1: bool, drops2: bool, needs_input: bool) -> _Writer:
-    """Reads what the forward program read and kept, and ``grad``, that of y; writes ``grad_x`` and ``grads``."""
+def _write_backward(block: BertBlock, some: bool, drops1: bool, drops2: bool, needs_input: bool) -> _Writer:
+    """Reads what the forward program read and kept (for ``some`` rows their ``places``), and ``grad``, that of y;
+    writes ``grad_x`` and ``grads``."""
     writer = _Writer(block)
     (hidden, inner), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
     grad_u, dropped, grad_wide = (writer.scratch.matrix(columns) for columns in (hidden, hidden, inner))
     grad_qkv, grad_x = [writer.scratch.matrix(hidden) for _ in range(3)], _given("grad_x", hidden)
+    top = writer.scratch.matrix(hidden) if some else grad_x  # of what the first norm is given beside attention's
     writer.turn_weights()
 
+    writer.rows = _WANTED if some else _TOKENS
     writer.norm_backward(1, _given("grad", hidden), grad_u)
     if drops2:
         writer.multiply_by(grad_u, "factors1", dropped)
@@ -550,12 +611,17 @@ def _write_backward(block: BertBlock, drops1: bool, drops2: bool, needs_input: b
     grad_low = writer.linears_backward(2, [grad_wide], grad_u, onto=True)
     writer.gradient_of_a(2, kept.u, grad_low)
 
-    writer.norm_backward(0, grad_u, grad_x)
+    writer.norm_backward(0, grad_u, top)
     if drops1:
-        writer.multiply_by(grad_x, "factors0", dropped)
-    grad_low = writer.linears_backward(1, [dropped if drops1 else grad_x], grad_u, onto=False)  # now that of mixed
+        writer.multiply_by(top, "factors0", dropped)
+    grad_mixed = grad_u
+    grad_low = writer.linears_backward(1, [dropped if drops1 else top], grad_mixed, onto=False)
     writer.gradient_of_a(1, kept.mixed, grad_low)
-    writer.attention_backward(grad_u, grad_qkv)
+    if some:
+        writer.rows, grad_mixed = _TOKENS, writer.scratch.matrix(hidden)
+        writer.put_wanted(grad_u, grad_mixed)
+        writer.put_wanted(top, grad_x)
+    writer.attention_backward(grad_mixed, grad_qkv)
     grad_low = writer.linears_backward(0, grad_qkv, grad_x if needs_input else None, onto=True)
     writer.gradient_of_a(0, x, grad_low)
     return writer

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __AVX512F__
@@ -260,6 +261,35 @@ void copy_matrix(const void *arguments, int64_t first, int64_t last) {
     const struct copy_matrix a = *(const struct copy_matrix *)arguments;
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < a.columns; i++) a.to[row * a.to_row + i * a.to_column] = a.from[row * a.columns + i];
+}
+
+struct take_rows {
+    int64_t columns;
+    const float *from;
+    const int64_t *rows; /* which of them */
+    float *to;
+};
+
+void take_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct take_rows a = *(const struct take_rows *)arguments;
+    for (int64_t row = first; row < last; row++)
+        memcpy(a.to + row * a.columns, a.from + a.rows[row] * a.columns, a.columns * sizeof(float));
+}
+
+struct put_rows {
+    int64_t columns;
+    const float *from;
+    const int64_t *places; /* for each row of to, which of from; -1: none, and zeros */
+    float *to;
+};
+
+void put_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct put_rows a = *(const struct put_rows *)arguments;
+    for (int64_t row = first; row < last; row++) {
+        float *to = a.to + row * a.columns;
+        if (a.places[row] < 0) memset(to, 0, a.columns * sizeof(float));
+        else memcpy(to, a.from + a.places[row] * a.columns, a.columns * sizeof(float));
+    }
 }
 
 struct multiply_by {

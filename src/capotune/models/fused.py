@@ -269,11 +269,12 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_st
         if sequences is None or any(one is not None for one in more):
             return plain(hidden_states, *more, **how)  # type: ignore[no-any-return]
         x = hidden_states[0]
-        if whole is not None and not (last and how.get("wanted") is not None) and whole.takes(x, sequences):
-            return whole(x, sequences, [one.p if one.training else 0.0 for one in (dropout1, dropout2)])[None]
+        wanted = how.get("wanted") if last else None
+        if whole is not None and whole.takes(x, sequences, wanted):
+            return whole(x, sequences, [one.p if one.training else 0.0 for one in (dropout1, dropout2)], wanted)[None]
         query, key, value = (part.view(len(x), -1, size) for part in lora_linears((x,), qkv))
         mixed = packed_attention(query, key, value, sequences, causal=causal, scale=scale, window=window).flatten(1)
-        if last and (wanted := how.get("wanted")) is not None:
+        if wanted is not None:
             x, mixed = x[wanted], mixed[wanted]
         x = _add_norm(dropout1(lora_linears((mixed,), out)[0]), x, norm1)
         wide = lora_linears((x,), widened)
