@@ -73,8 +73,24 @@ class Made:
         """The output, and the gradients of x and of what is trained."""
         x = self.x.clone().requires_grad_(needs_input)
         y = read(x)
-        wanted = [x, *self.trained] if needs_input else self.trained
-        return [y.detach(), *torch.autograd.grad(y, wanted, self.grad)]
+        leaves = [x, *self.trained] if needs_input else self.trained
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.grad[: len(y)])]
+
+
+def dropped(rows: int, hidden: int, rate: float) -> Tensor:
+    """What PyTorch's dropout multiplies by."""
+    return functional.dropout(torch.ones(rows, hidden), rate)
+
+
+def with_dropout(made: Made, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The definition in other words: dropout stands behind the output and the ``down`` layer."""
+    parts, size = bert_block._linear_reference, made.how["head_size"]
+    query, key, value = (parts(x, layer).view(len(x), -1, size) for layer in made.groups[0])
+    how = {"causal": made.how["causal"], "scale": made.how["scale"]}
+    mixed = bert_block.packed_attention_reference(query, key, value, made.sequences, **how).flatten(1)
+    u = bert_block.add_layer_norm_reference(factors[0] * parts(mixed, *made.groups[1]), x, *made.norms[0])
+    wide = functional.gelu(parts(u, *made.groups[2]))
+    return bert_block.add_layer_norm_reference(factors[1] * parts(wide, *made.groups[3]), u, *made.norms[1])
 
 
 def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
@@ -110,6 +126,51 @@ def test_it_is_the_definition(
     assert_near(found, expected, 1e-2 if kernels == "matrix unit" else 1e-4)
 
 
+@given(
+    lengths=st.lists(st.integers(5, 40), min_size=1, max_size=4),
+    ranks=st.sampled_from([[2, 0, 3, 4, 5, 6], [0] * 6, [0, 0, 0, 3, 0, 2]]),
+    rates=st.sampled_from([(0.0, 0.0), (0.25, 0.5)]),
+    needs_input=st.booleans(),
+    draw=st.data(),
+)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_some_rows_are_wanted(
+    lengths: list[int], ranks: list[int], rates: tuple[float, float], needs_input: bool, draw: st.DataObject,
+    kernels: str,
+) -> None:  # fmt: skip
+    """In any order: the rows of the whole output, and gradients as if nobody looked at the others."""
+    made = Made(lengths, 2, 16, 70, ranks)
+    if not needs_input and not made.trained:
+        return
+    tokens = sum(lengths)
+    count = draw.draw(st.integers(1, tokens))
+    wanted = torch.randperm(tokens, generator=made.random)[:count]
+
+    def reference(x: Tensor) -> Tensor:
+        """The wanted rows of dropout's factors are all that is drawn."""
+        drawn = [torch.ones(tokens, x.shape[1]).index_copy(0, wanted, dropped(count, x.shape[1], r)) for r in rates]
+        return with_dropout(made, x, drawn)[wanted]
+
+    torch.manual_seed(1)
+    expected = made.all_of(reference, needs_input=needs_input)
+    torch.manual_seed(1)
+    found = made.all_of(lambda x: made.block(x, made.sequences, rates, wanted), needs_input=needs_input)
+    assert_near(found, expected, 1e-2 if kernels == "matrix unit" else 1e-4)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        assert torch.equal(made.block(made.x, made.sequences, rates, wanted), found[0])
+
+
+def test_rows_that_are_none_are_refused() -> None:
+    made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
+    refused = [([50], "from 0 to 49, not 50 to 50"), ([3, -1], "not -1 to 3"), ([0.0], "float32"), ([[1]], "1, 1")]
+    for wanted, words in refused:
+        with pytest.raises(SettingError, match=words):
+            made.block(made.x, made.sequences, wanted=torch.tensor(wanted))
+    assert not made.block.takes(made.x, made.sequences, torch.tensor([], dtype=torch.int64))
+    assert made.block.takes(made.x, made.sequences, torch.tensor([0]))
+
+
 @pytest.mark.parametrize(("size", "inner"), [(16, 70), (128, 300)])  # with more panels than are taken together
 def test_strips_that_are_kept_change_no_bit(size: int, inner: int, kernels: str) -> None:
     if kernels == "vectors":
@@ -143,15 +204,7 @@ def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> Non
     block, hidden = made.block, made.x.shape[1]
 
     def reference(x: Tensor) -> Tensor:
-        """The definition in other words: dropout stands behind the output and the ``down`` layer."""
-        drawn = [functional.dropout(torch.ones(len(x), hidden), rate) for rate in rates]
-        parts = bert_block._linear_reference
-        query, key, value = (parts(x, layer).view(len(x), -1, 16) for layer in made.groups[0])
-        how = {"causal": False, "scale": made.how["scale"]}
-        mixed = bert_block.packed_attention_reference(query, key, value, made.sequences, **how).flatten(1)
-        u = bert_block.add_layer_norm_reference(drawn[0] * parts(mixed, *made.groups[1]), x, *made.norms[0])
-        wide = functional.gelu(parts(u, *made.groups[2]))
-        return bert_block.add_layer_norm_reference(drawn[1] * parts(wide, *made.groups[3]), u, *made.norms[1])
+        return with_dropout(made, x, [dropped(len(x), hidden, rate) for rate in rates])
 
     torch.manual_seed(1)
     expected = made.all_of(reference)
@@ -176,10 +229,17 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).block.takes(made.x, made.sequences)  # not a low rank
     halved = Made([17, 33], 2, 16, 70, [0] * 6)
     other = LowRank(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
-    groups = halved.groups[0], (other,), *halved.groups[2:]  # C would read two numbers as one
-    assert not BertBlock(groups, halved.norms, **halved.how, memory=Memory(), keep_strips=True).takes(
-        made.x, made.sequences
-    )
+    learned = LowRank(halved.groups[1][0].weight, torch.zeros(32), learned=torch.zeros(32, 32))
+    biased = LowRank(halved.groups[1][0].weight, torch.zeros(32).requires_grad_())
+    learned_norm = LayerNorm(torch.ones(32).requires_grad_(), torch.zeros(32), 1e-5)
+    as_it_is = halved.groups[1][0]
+    for layer, norm, takes in (
+        (as_it_is, halved.norms[0], True), (other, halved.norms[0], False),  # C would read two numbers as one
+        (learned, halved.norms[0], False), (biased, halved.norms[0], False), (as_it_is, learned_norm, False),
+    ):  # fmt: skip
+        groups = halved.groups[0], (layer,), *halved.groups[2:]
+        block = BertBlock(groups, [norm, halved.norms[1]], **halved.how, memory=Memory(), keep_strips=True)
+        assert block.takes(made.x, made.sequences) == takes
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)
     assert not made.block.takes(made.x, made.sequences)
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)

@@ -38,6 +38,7 @@ from capotune.config import (
 )
 from capotune.errors import AdapterError, OutputError
 from capotune.methods import Start
+from capotune.methods.prompt_tuning import PromptEmbedding
 from capotune.training import loop as loop_module
 from capotune.training import run as run_module
 from capotune.training import task_run as task_run_module
@@ -324,6 +325,25 @@ def test_lora_plus_gives_b_its_own_rate(bert: Path) -> None:
     rates = on_base(bert, VARIANTS["lora-plus"]).method.learning_rates()
     assert {rate for key, rate in rates.items() if "lora_A" in key} == {5e-3}
     assert {rate for key, rate in rates.items() if "lora_B" in key} == {4e-2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_is_more_rows_of_the_embedding(dtype: torch.dtype) -> None:
+    """In value to the bit, and in gradient: each vector's is the sum over its places, in the prompt's own fp32."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.nn.Embedding(11, 6).to(dtype).requires_grad_(False)
+    prompt = torch.randn(3, 6, generator=generator)
+    layer = PromptEmbedding(embedding, prompt.clone())
+    ids = torch.tensor([[11, 12, 13, 0, 4, 10], [13, 11, 11, 10, 2, 0]])
+    rows = torch.cat([embedding.weight, prompt.to(dtype)])
+    vectors = layer(ids)
+    assert vectors.dtype == dtype
+    assert torch.equal(vectors, rows[ids])
+    grad = torch.randn(vectors.shape, generator=generator).to(dtype)
+    (found,) = torch.autograd.grad(vectors, [layer.prompt], grad)
+    assert found.dtype == torch.float32
+    expected = torch.stack([grad[ids == 11 + number].double().sum(0) for number in range(3)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("base", BASES)

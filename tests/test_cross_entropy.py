@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -14,6 +16,7 @@ from capotune.kernels.cross_entropy import (
     softmax_cross_entropy,
     softmax_cross_entropy_reference,
 )
+from capotune.kernels.memory import lending, shared_memory
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
@@ -59,6 +62,44 @@ def test_it_is_the_definition(
         found.append((losses.detach(), leaf.grad))
     torch.testing.assert_close(found[0][0], found[1][0], **TOLERANCE[dtype])
     torch.testing.assert_close(found[0][1], found[1][1], **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_are_larger_in_lent_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is the same from call to call, and gone afterwards; only where it is of this dtype."""
+    monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", 3 * 50)
+    monkeypatch.setattr(cross_entropy, "_LOGITS_IN_LENT_MEMORY", 20 * 50)
+    chunks: list[tuple[int, int]] = []
+    real = cross_entropy.softmax_cross_entropy
+
+    def note(logits: torch.Tensor, *more: Any) -> torch.Tensor:
+        chunks.append((len(logits), logits.untyped_storage().data_ptr()))
+        return real(logits, *more)
+
+    monkeypatch.setattr(cross_entropy, "softmax_cross_entropy", note)
+    weight, states = torch.randn(50, 8).to(dtype), torch.randn(30, 8).to(dtype).requires_grad_()
+    targets, found = torch.arange(30), []
+
+    def read(count: int) -> None:
+        losses = linear_cross_entropy(states[:count], weight, None, targets[:count])
+        found.append((losses.detach(), *torch.autograd.grad(losses.sum(), states)))
+
+    read(30)
+    small = [3] * 10
+    assert [rows for rows, _ in chunks] == small
+    chunks.clear()
+    with lending():
+        read(30)
+        read(7)
+        read(30)
+    large = [20, 10, 7, 20, 10] if dtype == torch.float32 else [*small, 3, 3, 1, *small]
+    assert [rows for rows, _ in chunks] == large
+    if dtype == torch.float32:
+        assert len({place for _, place in chunks}) == 1
+    for one in (found[1], found[3]):
+        for lent, alone in zip(one, found[0], strict=True):
+            torch.testing.assert_close(lent, alone, **TOLERANCE[dtype])
+    assert shared_memory() is None
 
 
 def test_nothing_is_kept_when_no_gradient_is_asked_for() -> None:

@@ -6,7 +6,7 @@ import copy
 import ctypes
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,10 @@ import capotune
 from capotune import device as device_module
 from capotune.adapters.assemble import Assembled, attach
 from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
-from capotune.data.batches import Batch, collate
+from capotune.data.batches import Batch, Rows, collate
 from capotune.device import reusing_memory
 from capotune.kernels.lora_linear import LowRankLayer
+from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.methods.lora import LoraLinear
@@ -35,6 +36,7 @@ from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.load import Pooling
 from capotune.models.packing import Packing, packed, try_packing
 from capotune.tasks.classification import pooled_positions
+from capotune.training import loop
 from capotune.training.loop import checkpointing
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -372,6 +374,7 @@ def test_one_trained_part_of_a_block(name: str, part: str, calls: list[int]) -> 
     base = Base(copy.deepcopy(family(name).model), family(name).packing, family(name).fusing)
     weight = base.model.get_submodule(part).weight.requires_grad_()
     assert why_not_fused(base.blocks, base.fusing) == []
+    calls.clear()
     found, expected = (with_gradients(lambda by=by: base.read(by_kernels=by), [weight]) for by in (True, False))
     assert len(calls) == 4 * len(base.blocks)
     assert_alike(found, expected)
@@ -599,13 +602,14 @@ class Told:
         return 1
 
 
-def test_the_system_gets_memory_back_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sparing", "mapped"), [(False, 2**23), (True, 2**20)])
+def test_the_system_gets_memory_back_after_it(sparing: bool, mapped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after an exception; thresholds of what is kept and what is mapped."""
     told = Told()
     monkeypatch.setattr(ctypes, "CDLL", lambda _: told)
-    with reusing_memory():
+    with reusing_memory(sparing=sparing):
         inside = dict(told.calls)  # type: ignore[arg-type]
-    assert inside == {device_module._MMAP_THRESHOLD: 2**23, device_module._TRIM_THRESHOLD: 2**31 - 1}
+    assert inside == {device_module._MMAP_THRESHOLD: mapped, device_module._TRIM_THRESHOLD: 2**31 - 1}
     after = told.calls[2:]
     assert after[-1] == (0,)
     assert dict(after[:-1]) == {device_module._MMAP_THRESHOLD: 2**25, device_module._TRIM_THRESHOLD: 2**26}  # type: ignore[arg-type]
@@ -614,6 +618,33 @@ def test_the_system_gets_memory_back_after_it(monkeypatch: pytest.MonkeyPatch) -
         raise KeyError
     assert told.calls[-1] == (0,)
     assert len(told.calls) == 5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_is_sparing_with_memory_where_it_is_asked_to_be(
+    checkpointed: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradient checkpointing nothing is kept for the next step; without it, what is lent."""
+    asked: list[bool] = []
+
+    @contextmanager
+    def note(*, sparing: bool) -> Iterator[None]:
+        asked.append(sparing)
+        yield
+
+    monkeypatch.setattr(loop, "reusing_memory", note)
+    settings = LoraSettings(rank=2, gradient_checkpointing=checkpointed, epochs=1)
+    assembled = on_base(llama, settings)
+    examples = loop.Examples(Rows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
+    lent: list[bool] = []
+    loop.train(
+        assembled, examples, examples, assembled.method.settings, seed=0,
+        on_step=lambda *_: lent.append(shared_memory() is not None) or False,
+    )  # fmt: skip
+    assert asked == [checkpointed]
+    assert lent
+    assert set(lent) == {not checkpointed}
+    assert shared_memory() is None
 
 
 class Empty:

@@ -96,7 +96,9 @@ class BertBlock:
         self._programs: dict[tuple[Any, tuple[bool, ...]], _Writer] = {}
         self._strips: dict[tuple[int, bool], torch.Tensor] = {}
         self._known = (
-            all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in (*frozen, *others))
+            all(layer.is_frozen for layer in self.layers)
+            and not any(weight.requires_grad for norm in norms for weight in (norm.weight, norm.bias))
+            and all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in (*frozen, *others))
             and _ranks(groups[0]) <= MOST_RANKS
             and max(ranks, default=0) <= MOST_RANKS
             and 0 < head_size <= MOST_HEAD

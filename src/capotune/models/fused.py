@@ -255,10 +255,7 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_st
     size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
     gelu, plain = Gelu(), block.forward
     whole = None
-    frozen = not any(weight.requires_grad for norm in (norm1, norm2) for weight in norm.parameters()) and all(
-        layer.is_frozen for layer in (*qkv, *out, *widened, *narrowed)
-    )
-    if window is None and frozen and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
+    if window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
         norms = tuple(LayerNorm(norm.weight, norm.bias, norm.eps) for norm in (norm1, norm2))
         layers = (qkv, out, widened, narrowed)
         whole = BertBlock(layers, norms, size, scale, causal=causal, memory=memory, keep_strips=keep_strips)
