@@ -440,39 +440,41 @@ void linear(const struct product *a, sharer *share, void *fork_join, int64_t thr
     run_product(a, 1, 0, share, fork_join, threads);
 }
 
-/* g W for a W of very many rows, those of a vocabulary: every thread takes some of them, and its sums have a place of
- * their own, so that weights become strips once; the strips of g are made of a part of them at a time */
+/* y (+)= g W for the outputs [from, to), the strips of g made of a part of them at a time */
+static void add_outputs(struct product a, int64_t from, int64_t to, sharer *share, void *fork_join, int64_t threads) {
+    const float *g = a.x, *weight = a.weight;
+    bf16 *strips = a.strips = room(parts(a.rows, SIDE) * SIDE * OUT_AT_ONCE * 2 * sizeof(bf16));
+    for (int64_t start = from; start < to; start += OUT_AT_ONCE, a.onto = 1) {
+        a.out = least(OUT_AT_ONCE, to - start);
+        a.x = g + start;
+        a.weight = weight + start * a.weight_stride;
+        run_product(&a, 0, 0, share, fork_join, threads);
+    }
+    free(strips);
+}
+
+/* Every thread takes some of the outputs, a share, and its sums have a place of their own: so weights become strips once */
 struct shares {
     const struct product *product;
     int64_t count;
-    float *places; /* (count - 1, rows, into): the first one's is y */
+    float *places;  /* (count - 1, rows, into): the first one's is y */
 };
 
 static void sum_shares(const void *arguments, int64_t first, int64_t last) {
     const struct shares shares = *(const struct shares *)arguments;
     const struct product *a = shares.product;
-    int64_t strips = parts(a->rows, SIDE), length = parts(parts(a->out, shares.count), TERMS) * TERMS;
-    bf16 *own_strips = room(strips * SIDE * OUT_AT_ONCE * 2 * sizeof(bf16));
+    int64_t length = parts(parts(a->out, shares.count), TERMS) * TERMS;
     for (int64_t share = first; share < last; share++) {
         int64_t from = least(share * length, a->out), to = least(from + length, a->out);
         struct product own = *a;
-        own.strips = own_strips;
         if (share) {
             own.y = shares.places + (share - 1) * a->rows * a->into;
             own.y_stride = a->into;
             own.onto = 0;
             if (from == to) memset(own.y, 0, a->rows * a->into * sizeof(float));
         }
-        for (int64_t start = from; start < to; start += OUT_AT_ONCE, own.onto = 1) {
-            own.out = least(OUT_AT_ONCE, to - start);
-            own.x = a->x + start;
-            own.weight = a->weight + start * a->weight_stride;
-            struct work work = {&own, 0, 0, 0};
-            make_strips(&work, 0, strips);
-            make_panels(&work, 0, parts(a->into, PAIR));
-        }
+        add_outputs(own, from, to, NULL, NULL, 1);
     }
-    free(own_strips);
 }
 
 static void add_shares(const void *arguments, int64_t first, int64_t last) {
@@ -486,19 +488,14 @@ static void add_shares(const void *arguments, int64_t first, int64_t last) {
 }
 
 void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
-    if (a->strips) {
-        run_product(a, 0, 0, share, fork_join, threads);
-        return;
+    if (a->strips) run_product(a, 0, 0, share, fork_join, threads);
+    else if (!share || threads == 1 || parts(a->out, OUT_AT_ONCE) < threads) add_outputs(*a, 0, a->out, share, fork_join, threads);
+    else {
+        struct shares shares = {a, threads, room((threads - 1) * a->rows * a->into * sizeof(float))};
+        share(fork_join, sum_shares, &shares, threads, threads);
+        share(fork_join, add_shares, &shares, a->rows, least(threads, a->rows));
+        free(shares.places);
     }
-    struct shares shares = {a, share ? least(threads, parts(a->out, OUT_AT_ONCE)) : 1, NULL};
-    if (shares.count == 1) {
-        sum_shares(&shares, 0, 1);
-        return;
-    }
-    shares.places = room((shares.count - 1) * a->rows * a->into * sizeof(float));
-    share(fork_join, sum_shares, &shares, shares.count, shares.count);
-    share(fork_join, add_shares, &shares, a->rows, least(threads, a->rows));
-    free(shares.places);
 }
 
 /* y (+)= g^T x for g (tokens, out) and x (tokens, into): that is g^T W with x as W */
