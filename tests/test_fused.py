@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import on_base, sequences, shake
+from helpers import LABELS, on_base, sequences, shake
 from test_packing import GPT2, GROUPED, SMALL, batch_of, made
 from torch import Tensor, nn
 
 import capotune
 from capotune import device as device_module
-from capotune.adapters.assemble import Assembled, attach
+from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
 from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.data.batches import Batch, Rows, collate
 from capotune.device import reusing_memory
@@ -33,7 +33,7 @@ from capotune.methods.lora import LoraLinear
 from capotune.models import fused as fused_module
 from capotune.models.architecture import describe
 from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
-from capotune.models.load import Pooling
+from capotune.models.load import Pooling, find, pooling
 from capotune.models.packing import Packing, packed, try_packing
 from capotune.tasks.classification import pooled_positions
 from capotune.training import loop
@@ -358,6 +358,22 @@ def test_trained_blocks_are_fused(which: str, request: pytest.FixtureRequest, ca
     found, expected = features_both_ways(assembled)
     assert len(calls) == 4 * len(assembled.blocks) * 2
     assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("which", ["bert", "llama"])
+def test_trained_blocks_compute_in_fp32_above_a_base_of_16_bits(which: str, request: pytest.FixtureRequest) -> None:
+    """What is handed to them beside the states, the angles of rotary embedding, is of 16 bits."""
+    source = find(str(request.getfixturevalue(which)))
+    task = classification_task(source, LABELS, pooling(source), None, 0)
+    settings = FeatureExtractionSettings(trainable_layers=1)
+    assembled = assemble(source, settings, task, device=torch.device("cpu"), dtype=torch.bfloat16)
+    attach(assembled, Start(torch.Generator().manual_seed(0), []))
+    assert assembled.how_it_reads()["blocks"] == "fused"
+    found, expected = features_both_ways(assembled)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        off = float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-6))
+        assert off < 2e-2, off
 
 
 @pytest.mark.parametrize(

@@ -775,12 +775,12 @@ def test_threads_share_a_vocabulary_out(rows: int, into: int, out: int, monkeypa
             assert torch.equal(onto[:, :into].double(), expected + wide[:, :into])
             assert torch.equal(onto[:, into:], wide[:, into:])
     parts = -(-out // 1536)
+    for threads in (2, 3, 7):
+        assert ((threads, threads) in shared) == (parts >= threads)  # more threads share each part of the outputs out
     torch.set_num_threads(64)  # of that many outputs the last one has none
     given_ = whole(3, 64 * 1537, limit=15, seed=4), whole(64 * 1537, 8, limit=15, seed=5)
     assert torch.equal(input_gradient(*given_).double(), given_[0].double() @ given_[1].double())
     assert (64, 64) in shared
-    for threads in (2, 3, 7):
-        assert ((threads, threads) in shared) == (parts >= threads)  # more threads share each part of the outputs out
 
 
 @pytest.mark.usefixtures("native")
