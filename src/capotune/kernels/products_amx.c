@@ -22,7 +22,8 @@
 #include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, DEPTH = 256, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128, OUT_AT_ONCE = 1536 };
+enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128,
+       OUT_AT_ONCE = 1536, PANEL_LINES = 2 * PAIR, AWAKE = 4 };
 typedef uint16_t bf16;
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
 
@@ -175,11 +176,20 @@ static void right_strips(const float *x, int64_t x_stride, int64_t columns, int6
 
 /* ------------------------------------------------------------------------------------------------------ strip x strip */
 
-/* sums (+)= left strips x right strips over so many tiles; sums are tiles [left][right], a strip's tiles follow each other */
+/* Never read. A tile store that comes 2,700 cycles after the last one, or later, costs 1,000 more (measured: the stores'
+ * path falls asleep), and a long sum takes as many. So some tile is stored now and then meanwhile. */
+static _Thread_local float unread[SIDE * SIDE] __attribute__((aligned(64)));
+
+/* What is brought into the second-level cache beside the work: so many lines with each tile */
+struct ahead { const bf16 *from; int64_t lines; };
+
+/* sums = left strips x right strips over so many tiles; sums are tiles [left][right], a strip's tiles follow each other */
 #define MULTIPLY(name, lefts, rights)                                                                                          \
-    static void name(const bf16 *l0, const bf16 *l1, const bf16 *r0, const bf16 *r1, int64_t tiles, float *sums, int onto) {   \
-        if (onto) { EACH(lefts, rights, LOAD_SUM) } else { EACH(lefts, rights, ZERO_SUM) }                                     \
+    static void name(const bf16 *l0, const bf16 *l1, const bf16 *r0, const bf16 *r1, int64_t tiles, float *sums,               \
+                     struct ahead ahead) {                                                                                     \
+        EACH(lefts, rights, ZERO_SUM)                                                                                          \
         for (int64_t i = 0; i < tiles; i++, l0 += 2 * TILE, l1 += 2 * TILE, r0 += 2 * TILE, r1 += 2 * TILE) {                  \
+            for (int64_t line = 0; line < ahead.lines; line++, ahead.from += TERMS) __builtin_prefetch(ahead.from, 0, 2);      \
             _tile_loadd(4, l0 + TILE, 64);                                                                                     \
             _tile_loadd(6, r0, 64);                                                                                            \
             if (lefts == 2) _tile_loadd(5, l1 + TILE, 64);                                                                     \
@@ -191,13 +201,13 @@ static void right_strips(const float *x, int64_t x_stride, int64_t columns, int6
             _tile_loadd(6, r0 + TILE, 64);                                                                                     \
             if (rights == 2) _tile_loadd(7, r1 + TILE, 64);                                                                    \
             EACH(lefts, rights, ADD)                                                                                           \
+            if (i % AWAKE == AWAKE - 1) _tile_stored(6, unread, 64);                                                           \
         }                                                                                                                      \
         EACH(lefts, rights, STORE_SUM)                                                                                         \
     }
 #define EACH(lefts, rights, what) \
     what(0, 4, 6) if (rights == 2) { what(1, 4, 7) } if (lefts == 2) { what(2, 5, 6) } if (lefts == 2 && rights == 2) { what(3, 5, 7) }
 #define ZERO_SUM(sum, left, right) _tile_zero(sum);
-#define LOAD_SUM(sum, left, right) _tile_loadd(sum, sums + sum * SIDE * SIDE, 64);
 #define STORE_SUM(sum, left, right) _tile_stored(sum, sums + sum * SIDE * SIDE, 64);
 #define ADD(sum, left, right) _tile_dpbf16ps(sum, left, right);
 MULTIPLY(multiply_2_2, 2, 2)
@@ -206,12 +216,12 @@ MULTIPLY(multiply_1_2, 1, 2)
 MULTIPLY(multiply_1_1, 1, 1)
 
 static void multiply(const bf16 *left, int64_t left_strip, int lefts, const bf16 *right, int64_t right_strip, int rights,
-                     int64_t tiles, float *sums, int onto) {
+                     int64_t tiles, float *sums, struct ahead ahead) {
     const bf16 *l1 = left + left_strip, *r1 = right + right_strip;
-    if (lefts == 2 && rights == 2) multiply_2_2(left, l1, right, r1, tiles, sums, onto);
-    else if (lefts == 2) multiply_2_1(left, l1, right, r1, tiles, sums, onto);
-    else if (rights == 2) multiply_1_2(left, l1, right, r1, tiles, sums, onto);
-    else multiply_1_1(left, l1, right, r1, tiles, sums, onto);
+    if (lefts == 2 && rights == 2) multiply_2_2(left, l1, right, r1, tiles, sums, ahead);
+    else if (lefts == 2) multiply_2_1(left, l1, right, r1, tiles, sums, ahead);
+    else if (rights == 2) multiply_1_2(left, l1, right, r1, tiles, sums, ahead);
+    else multiply_1_1(left, l1, right, r1, tiles, sums, ahead);
 }
 
 static void *room(int64_t bytes) {
@@ -329,10 +339,12 @@ INLINE void split_weight(const struct product *a, int across, int64_t left, int6
 }
 
 /* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
- * then two strips of activations after the other meet them all, chunk by chunk, so that theirs stay in the first-level one. */
+ * then two strips of activations after the other meet them all. Where weights are strips already, one panel at a time does,
+ * and meanwhile the next one comes: some of its lines with every two strips of activations. */
 INLINE void run_panels(const struct product *a, int across, int64_t first, int64_t last) {
     int64_t terms = terms_of(a, across), columns = columns_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
-    int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms)));
+    int64_t together = a->panels ? 1 : most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms))), tiles = parts(terms, TERMS);
+    int64_t lines = a->panels ? parts(PANEL_LINES, parts(a->rows, PAIR)) : 0;
     bf16 *own = a->panels ? NULL : room(together * 2 * size * sizeof(bf16));
     float sums[MOST_TOGETHER * PAIR * PAIR] __attribute__((aligned(64)));
     configure();
@@ -344,14 +356,14 @@ INLINE void run_panels(const struct product *a, int across, int64_t first, int64
         for (int64_t row = 0; row < a->rows; row += PAIR) {
             const bf16 *rows = a->strips + row / SIDE * size;
             int row_strips = a->rows - row > SIDE ? 2 : 1;
-            for (int64_t start = 0; start < terms; start += DEPTH) {
-                int64_t tiles = parts(least(DEPTH, terms - start), TERMS), at = start * 2 * SIDE;
-                for (int64_t s = 0; s < strips; s += 2) {
-                    int column_strips = strips - s > 1 ? 2 : 1;
-                    float *sum = sums + s * SIDE * PAIR;
-                    if (across) multiply(weights + s * size + at, size, column_strips, rows + at, size, row_strips, tiles, sum, start > 0);
-                    else multiply(rows + at, size, row_strips, weights + s * size + at, size, column_strips, tiles, sum, start > 0);
-                }
+            int64_t brought = row / PAIR * lines;
+            struct ahead ahead = {weights + 2 * size + brought * tiles * TERMS,
+                                  panel + 1 < last && brought < PANEL_LINES ? lines : 0};
+            for (int64_t s = 0; s < strips; s += 2) {
+                int column_strips = strips - s > 1 ? 2 : 1;
+                float *sum = sums + s * SIDE * PAIR;
+                if (across) multiply(weights + s * size, size, column_strips, rows, size, row_strips, tiles, sum, ahead);
+                else multiply(rows, size, row_strips, weights + s * size, size, column_strips, tiles, sum, ahead);
             }
             for (int r = 0; r < row_strips; r++)
                 for (int64_t s = 0; s < strips; s++)
