@@ -25,25 +25,44 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
 
 /* -------------------------------------------------------------------------------------------------------- threads */
 
+/* Every thread has a part of the rows that lies at the same place in every job, so that it finds in its cache what it
+ * wrote in the last one; it takes that in shares, and then what is left of the others'. */
+struct part { _Alignas(64) int64_t next, end, taken; };
+
 struct job {
     void (*kernel)(const void *arguments, int64_t first, int64_t last);
     const void *arguments;
-    int64_t rows, share, next;
+    int64_t share, threads;
+    struct part *parts;
 };
 
+static _Thread_local int64_t own_part; /* of this thread in its last job */
+
 static void take_shares(void *data) {
-    struct job *job = data;
-    for (;;) {
-        int64_t first = __atomic_fetch_add(&job->next, job->share, __ATOMIC_RELAXED), last = first + job->share;
-        if (first >= job->rows) return;
-        job->kernel(job->arguments, first, last < job->rows ? last : job->rows);
+    const struct job *job = data;
+    for (int64_t tried = 0; tried < job->threads; tried++) { /* in the first job all ask for the first part */
+        int64_t number = (own_part + tried) % job->threads;
+        if (__atomic_exchange_n(&job->parts[number].taken, 1, __ATOMIC_RELAXED)) continue;
+        own_part = number;
+        break;
+    }
+    for (int64_t number = own_part; number < own_part + job->threads; number++) {
+        struct part *part = &job->parts[number % job->threads];
+        for (;;) {
+            int64_t first = __atomic_fetch_add(&part->next, job->share, __ATOMIC_RELAXED), last = first + job->share;
+            if (first >= part->end) break;
+            job->kernel(job->arguments, first, last < part->end ? last : part->end);
+        }
     }
 }
 
 /* Call the kernel over all rows with the threads of PyTorch's own pool; fork_join is GOMP_parallel of its library. */
 void share_rows(void (*fork_join)(void (*)(void *), void *, unsigned, unsigned),
                 void (*kernel)(const void *, int64_t, int64_t), const void *arguments, int64_t rows, int64_t threads) {
-    struct job job = {kernel, arguments, rows, (rows + 4 * threads - 1) / (4 * threads), 0}; /* rows may differ in work */
+    struct part parts[threads];
+    for (int64_t i = 0; i < threads; i++) parts[i] = (struct part){rows * i / threads, rows * (i + 1) / threads, 0};
+    /* rows may differ in work */
+    struct job job = {kernel, arguments, (rows + 4 * threads - 1) / (4 * threads), threads, parts};
     fork_join(take_shares, &job, (unsigned)threads, 0);
 }
 
