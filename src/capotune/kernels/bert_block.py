@@ -228,7 +228,7 @@ class _BertBlock(torch.autograd.Function):
         writer.run(sequences, len(grad), trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
         block.memory.take_back("kept", kept)
         of_trained = (
-            grads[start : start + one.numel()].view(one.shape)
+            grads.as_strided(one.shape, one.stride(), start)
             for start, one in zip(writer.starts, trained, strict=True)
         )
         return None, None, None, None, None, grad_x if needs_input else None, *of_trained
@@ -298,16 +298,24 @@ def _given(name: str, columns: int) -> _Matrix:
 
 
 class _Kept:
-    """What the way back finds: for each group of layers x·Aᵀ, and the input of everything that is not linear."""
+    """What the way back finds: Bᵀ of each layer, for each group of layers A and x·Aᵀ, and the input of everything that
+    is not linear."""
 
     def __init__(self, block: BertBlock) -> None:
         (hidden, inner), space = _widths(block), _Space("kept")
         self.space = space
+        self.b_turned = {id(one): space.numbers(one.b.numel()) for one in block.adapted if one.b is not None}
+        self.a = [self._place_of_a(block, group) for group in block.groups]
         self.low = [space.matrix(_ranks(group)) for group in block.groups]
         self.qkv = [space.matrix(hidden) for _ in range(3)]
         self.mixed, self.totals = space.matrix(hidden), [space.matrix(hidden) for _ in range(2)]
         self.means, self.roots = ([space.matrix(1) for _ in range(2)] for _ in range(2))
         self.u, self.wide = space.matrix(hidden), space.matrix(inner)
+
+    def _place_of_a(self, block: BertBlock, group: Sequence[LowRank]) -> Affine:
+        """Of those one below the other; one alone stays where it is."""
+        adapted = [number for number, layer in enumerate(block.adapted) if any(layer is one for one in group)]
+        return symbol(f"a{adapted[0]}") if len(adapted) == 1 else self.space.numbers(_ranks(group) * _into(group))
 
 
 def _widths(block: BertBlock) -> tuple[int, int]:
@@ -342,11 +350,9 @@ class _Writer:
         assert elementwise is not None
         self.products, self.elementwise, self.unit = products, elementwise, unit
         self._numbers = {id(layer): number for number, layer in enumerate(block.adapted)}
-        self._b_turned = {id(one): self.scratch.numbers(one.b.numel()) for one in block.adapted if one.b is not None}
         self._turned = self.scratch.numbers(
             max((one.b.numel() for one in block.adapted if one.b is not None), default=0)
         )
-        self._a = [self.scratch.numbers(_ranks(group) * _into(group)) for group in block.groups]
         self._strips = self.scratch.matrix(strip_numbers(_SIXTEEN, max(_widths(block))) // _SIXTEEN)
 
     def run(
@@ -376,21 +382,22 @@ class _Writer:
 
     def turn_weights(self) -> None:
         """Bᵀ of every layer, and the A of those that share an input one below the other."""
-        for group, stacked in zip(self.block.groups, self._a, strict=True):
+        for group, stacked in zip(self.block.groups, self.kept.a, strict=True):
             start = 0
             for layer in group:
                 if layer.a is not None and layer.b is not None:
                     (rank, into), number = layer.a.shape, self._numbers[id(layer)]
-                    self._copy(symbol(f"a{number}"), rank, into, stacked + 4 * start * into, into, 1)
-                    self._turn(symbol(f"b{number}"), len(layer.b), rank, self._b_turned[id(layer)])
+                    if rank < _ranks(group):
+                        self._copy(symbol(f"a{number}"), rank, into, stacked + 4 * start * into, into, 1)
+                    self._turn(symbol(f"b{number}"), len(layer.b), rank, self.kept.b_turned[id(layer)])
                     start += rank
 
     def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix], before: Any = None) -> None:
         """Every layer of the group on x, or on what the elementwise kernel ``before`` gives of it."""
         layers, low = self.block.groups[group], self.kept.low[group]
-        made = _Small(low, self._a[group])
+        made = _Small(low, self.kept.a[group])
         for number, (layer, y, own) in enumerate(zip(layers, outs, _by_rank(low, layers), strict=True)):
-            change = _Small(own, self._b_turned.get(id(layer), 0), layer.scale)
+            change = _Small(own, self.kept.b_turned.get(id(layer), 0), layer.scale)
             ready = number > 0
             first = _NONE if ready else made
             self._product(layer, x, y, first, change, input_gradient=False, ready=ready, onto=False, before=before)
@@ -401,13 +408,13 @@ class _Writer:
         grad_low, done = self.scratch.matrix(low.columns), 0
         parts = zip(layers, grads, _by_rank(low, layers), _by_rank(grad_low, layers), strict=True)
         for number, (layer, grad, own, grad_own) in enumerate(parts):
-            made = _Small(grad_own, self._b_turned.get(id(layer), 0), layer.scale)
+            made = _Small(grad_own, self.kept.b_turned.get(id(layer), 0), layer.scale)
             if grad_x is not None:
-                change = _Small(grad_own, self._a[group] + 4 * done * grad_x.columns)
+                change = _Small(grad_own, self.kept.a[group] + 4 * done * grad_x.columns)
                 more = onto or number > 0
                 self._product(layer, grad, grad_x, made, change, input_gradient=True, ready=False, onto=more)
             elif own.columns:
-                self._low_rank("low_rank_project", grad, grad_own, self._b_turned[id(layer)], layer.scale)
+                self._low_rank("low_rank_project", grad, grad_own, self.kept.b_turned[id(layer)], layer.scale)
             if own.columns:
                 self._low_rank("low_rank_gather", grad, own, self._turned, layer.scale)
                 self._turn(self._turned, own.columns, grad.columns, self._gradient(layer, 1))
@@ -601,7 +608,6 @@ def _write_backward(block: BertBlock, some: bool, drops1: bool, drops2: bool, ne
     grad_u, dropped, grad_wide = (writer.scratch.matrix(columns) for columns in (hidden, hidden, inner))
     grad_qkv, grad_x = [writer.scratch.matrix(hidden) for _ in range(3)], _given("grad_x", hidden)
     top = writer.scratch.matrix(hidden) if some else grad_x  # of what the first norm is given beside attention's
-    writer.turn_weights()
 
     writer.rows = _WANTED if some else _TOKENS
     writer.norm_backward(1, _given("grad", hidden), grad_u)
