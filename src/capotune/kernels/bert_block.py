@@ -228,8 +228,7 @@ class _BertBlock(torch.autograd.Function):
         writer.run(sequences, len(grad), trained, {**tensors, "grad": grad, "grad_x": grad_x, "grads": grads})
         block.memory.take_back("kept", kept)
         of_trained = (
-            grads.as_strided(one.shape, one.stride(), start)
-            for start, one in zip(writer.starts, trained, strict=True)
+            grads.as_strided(one.shape, one.stride(), start) for start, one in zip(writer.starts, trained, strict=True)
         )
         return None, None, None, None, None, grad_x if needs_input else None, *of_trained
 
