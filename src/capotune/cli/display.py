@@ -169,7 +169,9 @@ def show_run(record: dict[str, Any], out: Path) -> None:
         metric = "perplexity" if record["settings"]["task"] == "generation" else "accuracy"
         held_out = _number(metric, result["held_out_score"])
         grid.add_row(metric, f"{held_out} on the held-out rows (no test rows)")
-    grid.add_row("trained", f"{result['epochs']:g} epochs, {result['train_seconds']:.1f} s")
+    grid.add_row(
+        "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
+    )
     share = result["trainable_parameters"] / result["total_parameters"]
     grid.add_row("trainable", f"{result['trainable_parameters']:,} parameters, {share:.2%} of the base")
     grid.add_row("peak memory", human_bytes(result["peak_memory_bytes"]))

@@ -124,7 +124,9 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
     if pooling in ("cls", "last"):
         return states
     starts = starts - skip * torch.arange(len(starts), device=starts.device)
-    return torch.segment_reduce(states, pooling, offsets=starts)
+    every = torch.arange(len(states), device=states.device)
+    # not segment_reduce: on a CPU it takes eight times as long
+    return functional.embedding_bag(every, states, starts, mode=pooling, include_last_offset=True)
 
 
 @dataclass(frozen=True)
