@@ -198,6 +198,18 @@ def test_threads_share_it(threads: int) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kept_weights_are_read_for_some_rows_after_others(threads: int) -> None:
+    """So many numbers between the layers that a thread's rows of them do not fit into its cache together."""
+    torch.set_num_threads(threads)
+    found = []
+    for keep_strips in (True, False):
+        made = Made([170, 133, 205], 2, 16, 8200, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
+        found.append(made.all_of(lambda x, made=made: made.block(x, made.sequences)))  # type: ignore[misc]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("rates", [(0.25, 0.5), (0.25, 0.0), (0.0, 0.5)])
 def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])

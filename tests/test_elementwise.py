@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -508,15 +509,21 @@ def test_nothing_is_recorded_without_gradients() -> None:
     assert not any(y.requires_grad for y in plain)
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+def one_of_the_threads(work: int, data: int, _threads: int, _flags: int) -> None:
+    """A pool that gives fewer threads than it is asked for."""
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(data)
+
+
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("pool", ["PyTorch's", "none"])
+@pytest.mark.parametrize("pool", ["PyTorch's", "one of the threads", "none"])
 def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up, grad = (random(53, 31, seed=seed) for seed in range(3))
     alone = differentiate(swiglu, (gate, up), grad=grad)
     monkeypatch.setattr(_native, "SHARE", 31)
     asked = []
-    fork_join = _native.fork_join()
-    monkeypatch.setattr(_native, "fork_join", lambda: asked.append(1) or (fork_join if pool != "none" else None))
+    fork_join = {"PyTorch's": _native.fork_join(), "one of the threads": one_of_the_threads, "none": None}[pool]
+    monkeypatch.setattr(_native, "fork_join", lambda: asked.append(1) or fork_join)
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, differentiate(swiglu, (gate, up), grad=grad), alone))

@@ -22,8 +22,8 @@
 #include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128,
-       OUT_AT_ONCE = 1536, PANEL_LINES = 2 * PAIR, AWAKE = 4 };
+enum { SIDE = 16, TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8,
+       ROWS_FOR_ONE = 128, HELD = 1 << 20, OUT_AT_ONCE = 1536, PANEL_LINES = 2 * PAIR, AWAKE = 4 };
 typedef uint16_t bf16;
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
 
@@ -413,19 +413,22 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
     else run_panels(work.product, 0, first, last);
 }
 
-/* Some of the strips with all panels: made and used by the same thread, so that they stay in its cache */
+/* Some of the strips with all panels: made and used by the same thread, and few enough to stay in its cache */
 static void make_part(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
     const struct product *a = work.product;
-    int64_t from = first * work.strips, to = least(last * work.strips, parts(a->rows, SIDE));
-    if (!a->ready) make_strips(&work, from, to);
-    struct product own = *a;
-    own.rows = least(to * SIDE, a->rows) - from * SIDE;
-    own.y += from * SIDE * own.y_stride;
-    own.low += from * SIDE * own.low_stride;
-    own.strips += from * parts(terms_of(a, work.across), TERMS) * 2 * TILE;
-    struct work of_own = {&own, work.across, 0, 0};
-    make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));
+    int64_t all = parts(a->rows, SIDE), size = parts(terms_of(a, work.across), TERMS) * 2 * TILE;
+    for (int64_t from = first * work.strips; from < least(last * work.strips, all); from += work.strips) {
+        int64_t to = least(from + work.strips, all);
+        if (!a->ready) make_strips(&work, from, to);
+        struct product own = *a;
+        own.rows = least(to * SIDE, a->rows) - from * SIDE;
+        own.y += from * SIDE * own.y_stride;
+        own.low += from * SIDE * own.low_stride;
+        own.strips += from * size;
+        struct work of_own = {&own, work.across, 0, 0};
+        make_panels(&of_own, 0, parts(columns_of(&own, work.across), PAIR));
+    }
 }
 
 typedef void sharer(void *fork_join, kernel *stage, const void *arguments, int64_t items, int64_t threads);
@@ -436,11 +439,14 @@ static void run(kernel *stage, struct work work, int64_t items, sharer *share, v
     else stage(&work, 0, items);
 }
 
-/* Many rows are shared out by rows, so that every thread reads all weights, and few by panels */
+/* Many rows are shared out by rows, so that every thread reads all weights, and few by panels. Where weights are strips
+ * already, they are read anew for every part of a thread's rows, at most HELD numbers: cheaper than reading those anew. */
 static void run_product(const struct product *a, int across, int turned, sharer *share, void *fork_join, int64_t threads) {
-    int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR);
-    struct work work = {a, across, turned, parts(parts(strips, threads), 2) * 2};
-    if (share && threads > 1 && a->rows >= threads * ROWS_FOR_ONE) {
+    int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR), used = share ? threads : 1;
+    struct work work = {a, across, turned, 0};
+    if (a->rows >= used * ROWS_FOR_ONE) {
+        int64_t own = parts(strips, used), held = a->panels ? most(1, HELD / (2 * SIDE * terms_of(a, across))) : own;
+        work.strips = parts(parts(own, parts(own, held)), 2) * 2;
         run(make_part, work, parts(strips, work.strips), share, fork_join, threads);
         return;
     }
