@@ -64,7 +64,7 @@ class Made:
         if not rank:
             return LowRank(weight.to, bias)
         a, b = self.normal(rank, into) / into**0.5, self.normal(out, rank) / rank**0.5
-        return LowRank(weight.to, bias, a.requires_grad_(), b.requires_grad_(), 0.5)
+        return LowRank(weight.to, bias, unaligned(a).requires_grad_(), unaligned(b).requires_grad_(), 0.5)
 
     def reference(self, x: Tensor) -> Tensor:
         return bert_block_reference(x, self.groups, self.norms, self.sequences, **self.how)
@@ -75,6 +75,11 @@ class Made:
         y = read(x)
         leaves = [x, *self.trained] if needs_input else self.trained
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad[: len(y)])]
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same where the optimizer's one tensor for all weights may have it: at any number."""
+    return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
 
 
 def dropped(rows: int, hidden: int, rate: float) -> Tensor:
