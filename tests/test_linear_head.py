@@ -91,6 +91,48 @@ def test_the_default_tolerance_bounds_the_loss_in_single_precision(
     assert best <= float(objective(single, x, targets)) <= best * (1 + 1e-3)
 
 
+MANY_LABELS = (400, 150, 60)
+"""As many as the matrix unit takes, where there is one."""
+
+
+@pytest.mark.parametrize("sample", [768, 50])
+def test_sixteen_bits_are_enough_for_the_default_tolerance(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(*MANY_LABELS)
+    best = float(objective(solve(x, targets, 60, 1e-3, EXACT), x, targets))
+    head = solve(x.float(), targets, 60, 1e-3)
+    single = LinearHead(head.weight.double(), head.bias.double(), 1e-3)
+    assert best <= float(objective(single, x, targets)) <= best * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, MANY_LABELS])
+@pytest.mark.parametrize("sample", [768, 8])
+def test_a_start_near_by_leads_to_the_same_head(
+    shape: tuple[int, int, int], sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_head, "_SAMPLE", sample)
+    x, targets = problem(*shape)
+    most = slice(len(x) // 10, None)
+    near = solve(x[most], targets[most], shape[2], 1e-2)
+    expected, found = solve(x, targets, shape[2], 1e-2, EXACT), solve(x, targets, shape[2], 1e-2, EXACT, near)
+    torch.testing.assert_close(found.logits(x), expected.logits(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_start_near_by_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, targets = problem(400, 60, 7)
+    steps, real = [0], linear_head._line_search
+
+    def counted(*arguments: object) -> float:
+        steps[0] += 1
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear_head, "_line_search", counted)
+    solved = solve(x, targets, 7, 1e-3)
+    from_nothing, steps[0] = steps[0], 0
+    solve(x, targets, 7, 1e-3, near=solved)
+    assert steps[0] < from_nothing / 3
+
+
 def test_scale_and_shift_of_the_features_change_nothing() -> None:
     x, targets = problem(200, 15, 3)
     raw, plain = solve(x, targets, 3, 1e-2, EXACT), solve(standardised(x), targets, 3, 1e-2, EXACT)

@@ -126,7 +126,7 @@ class ClassificationRun(TaskRun):
         also = {"regularization": regularization}
         if not assembled.method.parameters():
             held_score = float((head.logits(features[held]).argmax(1) == targets[held]).float().mean())
-            _set_head(assembled, solve(features, targets, labels, regularization))
+            _set_head(assembled, solve(features, targets, labels, regularization, near=head))
             return Fitted(1.0, 1, held_score, also)
         _set_head(assembled, head)
         unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization)

@@ -14,7 +14,9 @@ How it is solved: by L-BFGS whose first guess of the inverse curvature is P⁻¹
 after the bound ½(I − 11ᵀ/labels) ⊗ Cov(x) + 2λ·I of D. Böhning, "Multinomial logistic regression algorithm", Annals of
 the Institute of Statistical Mathematics 44 (1992): the same shape, with the curvature found instead of the largest
 possible. Most of the work is done in the span of a sample of rows, with far fewer columns. If those are all rows, the
-best head lies in their span; if not, the full problem is solved from there, with P known in that span.
+best head lies in their span; if not, the full problem is solved from there, with P known in that span. Products keep
+16 bits of each number where a matrix unit has them faster (``kernels.linear``): the smallest tolerance asked for in
+training is far above that.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+
+from capotune.kernels.linear import Rows, input_gradient, sixteen_bits
 
 _PATH = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blown up
@@ -66,7 +70,7 @@ def choose_regularization(
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
     for regularization in _PATH:
         head = problem.minimize_in_span(head, regularization, problem.rough)
-        loss = float(functional.cross_entropy(_logits(held, head), held_targets))
+        loss = float(functional.cross_entropy(_logits(held, head).t(), held_targets))
         if loss < best_loss:
             best, best_loss, worse, chosen = head, loss, 0, regularization
         else:
@@ -77,10 +81,18 @@ def choose_regularization(
 
 
 def solve(
-    features: torch.Tensor, targets: torch.Tensor, labels: int, regularization: float, tolerance: float = 1e-4
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    labels: int,
+    regularization: float,
+    tolerance: float = 1e-4,
+    near: LinearHead | None = None,
 ) -> LinearHead:
-    """The best head for one λ: F is within about ``tolerance``·F of its minimum."""
+    """The best head for one λ: F is within about ``tolerance``·F of its minimum. ``near``: one to start from, such as
+    that of most of these rows; without it the path is followed."""
     problem = _Problem.of(features, targets)
+    if near is not None:
+        return problem.finish(problem.in_span(near), regularization, tolerance)
     head = problem.zeros(labels)
     for stronger in _PATH:
         if stronger > 2 * regularization:
@@ -108,10 +120,11 @@ class _Problem:
 
     @staticmethod
     def of(features: torch.Tensor, targets: torch.Tensor) -> _Problem:
-        mean, std = features.mean(0), features.std(0, correction=0)
+        mean, (rows, columns) = features.mean(0), features.shape
+        x = features - mean
+        std = torch.linalg.vector_norm(x, dim=0) / rows**0.5
         scale = torch.where(std > _SMALLEST_STD, std.reciprocal(), torch.zeros_like(std))
-        x = (features - mean).mul_(scale)
-        rows, columns = x.shape
+        x.mul_(scale)
         count = rows if rows <= max(_SAMPLE, columns // 4) else _SAMPLE
         sample = torch.arange(count, device=x.device) * rows // count
         basis = torch.linalg.qr(x[sample].t())[0]
@@ -132,6 +145,12 @@ class _Problem:
         """Other rows in the coordinates of ``z``."""
         return (features - self.mean).mul_(self.scale) @ self.basis
 
+    def in_span(self, head: LinearHead) -> torch.Tensor:
+        """What is of ``head`` in the coordinates of ``z``."""
+        weight = torch.where(self.scale > 0, head.weight / self.scale, 0)
+        bias = head.bias + head.weight @ self.mean
+        return torch.cat([weight @ self.basis, bias[:, None]], 1)
+
     def minimize_in_span(self, head: torch.Tensor, regularization: float, tolerance: float) -> torch.Tensor:
         """The best head (labels, columns + 1) within the span, from ``head``."""
 
@@ -143,17 +162,18 @@ class _Problem:
 
     def finish(self, head: torch.Tensor, regularization: float, tolerance: float) -> LinearHead:
         """The best of all heads, from one within the span, for features as they come."""
-        head = self.minimize_in_span(head, regularization, tolerance if self.exact else max(self.rough, tolerance))
+        head = self.minimize_in_span(head, regularization, tolerance if self.exact else min(self.rough, 10 * tolerance))
         head = torch.cat([head[:, :-1] @ self.basis.t(), head[:, -1:]], 1)
         if not self.exact:
             columns, span = self.basis.shape
-            rest = float(self.x.square().sum() / len(self.x) - self.variance.sum()) / (columns - span)
+            rest = float((self.scale > 0).sum() - self.variance.sum()) / (columns - span)
 
             def precondition(gradient: torch.Tensor, c: float) -> torch.Tensor:
                 outside = c * rest + 2 * regularization  # P is taken to be this times I outside the span
                 inside = (c * self.variance + 2 * regularization).reciprocal() - 1 / outside
                 weight = gradient[:, :-1]
-                weight = weight / outside + (weight @ self.basis * inside) @ self.basis.t()
+                within = input_gradient(weight.contiguous(), self.basis) * inside
+                weight = weight / outside + Rows(within).linear(self.basis)
                 return torch.cat([weight, gradient[:, -1:] / c], 1)
 
             head = _minimize(self.x, self.targets, head, regularization, precondition, tolerance)
@@ -179,14 +199,15 @@ def _minimize(
     before, before_p, step = head, head, head
     c = 0.0
     for number in range(_MAX_STEPS):
-        log_p = torch.log_softmax(logits, 1)
-        loss = -log_p[rows, targets].mean() + regularization * head[:, :-1].square().sum()
+        log_p = torch.log_softmax(logits, 0)
+        loss = -log_p[targets, rows].mean() + regularization * head[:, :-1].square().sum()
         residual = log_p.exp_()
         if number == 0:
             c = max(float((residual * (1 - residual)).mean()), 1e-8)
-        residual[rows, targets] -= 1
+        residual[targets, rows] -= 1
         residual /= len(x)
-        gradient = torch.cat([residual.t() @ x + 2 * regularization * head[:, :-1], residual.sum(0)[:, None]], 1)
+        weight = _gradient(residual, x).add_(head[:, :-1], alpha=2 * regularization)
+        gradient = torch.cat([weight, residual.sum(1)[:, None]], 1)
         preconditioned = precondition(gradient, c)
         if float(_dot(gradient, preconditioned)) <= 2 * tolerance * float(loss):
             break
@@ -229,16 +250,16 @@ def _line_search(
     """
     if not slope < 0:
         return 0.0
-    rows = torch.arange(len(logits), device=logits.device)
-    target = along[rows, targets].mean()
+    rows = torch.arange(len(targets), device=targets.device)
+    target = along[targets, rows].mean()
     w, d = head[:, :-1], direction[:, :-1]
     linear, square = 2 * regularization * _dot(w, d), 2 * regularization * _dot(d, d)
     low, high, t = 0.0, float("inf"), 1.0
     for _ in range(20):
-        p = torch.softmax(torch.add(logits, along, alpha=t), 1).mul_(along)
-        mean = p.sum(1)
+        p = torch.softmax(torch.add(logits, along, alpha=t), 0).mul_(along)
+        mean = p.sum(0)
         first = float(mean.mean() - target + linear + t * square)
-        second = float((p.mul_(along).sum(1) - mean.square()).mean() + square)
+        second = float((p.mul_(along).sum(0) - mean.square()).mean() + square)
         if abs(first) <= 0.1 * -slope:
             break
         low, high = (t, high) if first < 0 else (low, t)
@@ -249,8 +270,15 @@ def _line_search(
 
 
 def _logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """(rows, labels); multiplied as (labels, columns)·(columns, rows), a quarter faster on a CPU than the other way."""
-    return torch.addmm(head[:, -1:], head[:, :-1], x.t()).t().contiguous()
+    """(labels, rows): a matrix with few rows before one with many is the quicker way round on a CPU."""
+    with sixteen_bits():
+        return Rows(head[:, :-1]).linear(x).add_(head[:, -1:])
+
+
+def _gradient(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(labels, columns) of (labels, rows)."""
+    with sixteen_bits():
+        return input_gradient(residual, x)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
