@@ -24,8 +24,13 @@ from _engine_data import DEVICE, NOT_LEARNED, VIRTUAL_TOKENS, Job, dtype_of
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from capotune.kernels._native import address
+from capotune.kernels.frozen_linear import frozen_unit, kernel_form, strip_bytes
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
+from capotune.kernels.program import Program, symbol
 
+FEW = 48
+"""Rows, below which capotune leaves a product alone to PyTorch."""
 _READS_BLOCK_INPUT = re.compile(r"(query|key|value|[qkv]_proj)$")
 
 
@@ -63,7 +68,7 @@ def run_floor(job: Job, clock: Clock) -> None:
 def run_kernel_floor(job: Job, clock: Clock) -> None:
     """Every batch's products, by capotune's kernels."""
     with sixteen_bits():
-        _run(job, clock, multiply_by_kernels)
+        _run(job, clock, Kept() if job.workload.classifies else multiply_by_kernels)
 
 
 def no_kernels() -> str | None:
@@ -111,6 +116,36 @@ def multiply(layer: Product, rows: int, space: Space) -> None:
         torch.mm(y, layer.weight, out=space.of("gradient of x", rows, into))
     if layer.weight_gradient:
         torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
+
+
+class Kept:
+    """The same by ``capotune.kernels.frozen_linear``, in whose form the weights of small models are kept."""
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[int, bool], tuple[torch.Tensor, Program]] = {}
+
+    def __call__(self, layer: Product, rows: int, space: Space) -> None:
+        if layer.weight_gradient or rows < FEW:
+            multiply_by_kernels(layer, rows, space)
+            return
+        out, into = layer.weight.shape
+        x, y = space.of("x", rows, into), space.of("y", rows, out)
+        self._run(layer, x, y, input_gradient=False)
+        if layer.input_gradient:
+            self._run(layer, y, space.of("gradient of x", rows, into), input_gradient=True)
+
+    def _run(self, layer: Product, x: torch.Tensor, y: torch.Tensor, *, input_gradient: bool) -> None:
+        terms, key = x.shape[1], (id(layer), input_gradient)
+        if key not in self._forms:
+            unit, program = frozen_unit(), Program()
+            assert unit is not None
+            form = kernel_form(layer.weight, input_gradient=input_gradient)
+            read = (symbol("x"), terms, 0, symbol("strips"), 0, address(form), 0)
+            arguments = (symbol("rows"), terms, y.shape[1], *read, symbol("y"), y.shape[1], *(0,) * 10)
+            program.call(unit.frozen_product, arguments, -1)
+            self._forms[key] = form, program
+        strips = torch.empty(-(-len(x) // 16), strip_bytes(terms), dtype=torch.int8)
+        self._forms[key][1].run({"rows": len(x), "x": address(x), "strips": address(strips), "y": address(y)})
 
 
 def multiply_by_kernels(layer: Product, rows: int, space: Space) -> None:

@@ -179,12 +179,12 @@ def kernel_names() -> dict[int, str]:
     from capotune.kernels import _native
 
     names = {}
-    for library in ("products_cpu", "elementwise_cpu", "products_amx"):
+    for library in ("products_cpu", "elementwise_cpu", "products_amx", "frozen_amx"):
         kernels = vars(_native.library(library)) if _native.library(library) else {}
         for name, kernel in kernels.items():
             if isinstance(kernel, ctypes._CFuncPtr):
                 address = ctypes.cast(kernel, ctypes.c_void_p).value
-                names[address] = f"matrix unit: {name}" if library == "products_amx" else name
+                names[address] = f"matrix unit: {name}" if library.endswith("_amx") else name
     return names
 
 

@@ -363,6 +363,7 @@ def test_states_are_kept_without_padding_and_mapped(bert: Path, tmp_path: Path) 
     assert not padded[(3, 8).index(shorter), rows.lengths[shorter] :].any()
 
 
+@pytest.mark.usefixtures("all_bits")  # a matrix unit leaves a few rows to PyTorch
 def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)

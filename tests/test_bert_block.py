@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_linear import native, rounded, some_unit, unit
+from test_linear import native, rounded, some_frozen_unit, some_unit, unit
 from torch import Tensor
 from torch.nn import functional
 
 from capotune.errors import SettingError
-from capotune.kernels import bert_block, linear
+from capotune.kernels import bert_block, frozen_linear, linear
 from capotune.kernels.attention import Sequences
 from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
 from capotune.kernels.linear import sixteen_bits
@@ -22,7 +22,7 @@ from capotune.kernels.lora_linear import LowRank
 from capotune.kernels.memory import Memory
 from capotune.kernels.program import Program, symbol
 
-__all__ = ["native", "rounded", "some_unit", "unit"]
+__all__ = ["native", "rounded", "some_frozen_unit", "some_unit", "unit"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,7 +33,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         request.getfixturevalue("native")
     else:
         monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-        monkeypatch.setattr(linear, "_vectors_are_faster", lambda: True)
+        monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: True)
         monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
     return str(request.param)
 
@@ -43,7 +43,7 @@ class Made:
 
     def __init__(
         self, lengths: Sequence[int], heads: int, size: int, inner: int, ranks: Sequence[int], *, causal: bool = False,
-        keep_strips: bool = True, seed: int = 0,
+        seed: int = 0,
     ) -> None:  # fmt: skip
         self.random = torch.Generator().manual_seed(seed)
         hidden, self.sequences = heads * size, Sequences(tuple(lengths))
@@ -52,7 +52,7 @@ class Made:
         self.groups = tuple(layers[:3]), (layers[3],), (layers[4],), (layers[5],)
         self.norms = [LayerNorm(1 + 0.1 * self.normal(hidden), 0.1 * self.normal(hidden), 1e-5) for _ in range(2)]
         self.how: Any = {"head_size": size, "scale": size**-0.5, "causal": causal}
-        self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory(), keep_strips=keep_strips)
+        self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory())
         self.x, self.grad = self.normal(sum(lengths), hidden), self.normal(sum(lengths), hidden)
         self.trained = [one for layer in layers if layer.a is not None for one in (layer.a, layer.b)]
 
@@ -112,16 +112,14 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
     inner=st.integers(17, 130),
     ranks=st.lists(st.integers(0, 9), min_size=6, max_size=6),
     causal=st.booleans(),
-    keep_strips=st.booleans(),
     needs_input=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_is_the_definition(
-    lengths: list[int], heads: int, size: int, inner: int, ranks: list[int], causal: bool, keep_strips: bool,
-    needs_input: bool, kernels: str,
+    lengths: list[int], heads: int, size: int, inner: int, ranks: list[int], causal: bool, needs_input: bool,
+    kernels: str,
 ) -> None:  # fmt: skip
-    keep_strips = keep_strips or kernels == "vectors"
-    made = Made(lengths, heads, size, inner, ranks, causal=causal, keep_strips=keep_strips)
+    made = Made(lengths, heads, size, inner, ranks, causal=causal)
     if not needs_input and not made.trained:
         return
     assert made.block.takes(made.x, made.sequences)
@@ -176,20 +174,6 @@ def test_rows_that_are_none_are_refused() -> None:
     assert made.block.takes(made.x, made.sequences, torch.tensor([0]))
 
 
-@pytest.mark.parametrize(("size", "inner"), [(16, 70), (128, 300)])  # with more panels than are taken together
-def test_strips_that_are_kept_change_no_bit(size: int, inner: int, kernels: str) -> None:
-    if kernels == "vectors":
-        made = Made([17, 33, 5], 2, size, inner, [2, 0, 3, 4, 5, 6], keep_strips=False)
-        assert not made.block.takes(made.x, made.sequences)  # its kernel reads nothing else
-        return
-    found = []
-    for keep_strips in (True, False):
-        made = Made([17, 33, 5], 2, size, inner, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
-        found.append(made.all_of(lambda x, made=made: made.block(x, made.sequences)))  # type: ignore[misc]
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_it(threads: int) -> None:
     made = Made([170, 33, 205], 4, 24, 300, [2, 2, 3, 4, 5, 6])
@@ -204,15 +188,14 @@ def test_threads_share_it(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_kept_weights_are_read_for_some_rows_after_others(threads: int) -> None:
-    """So many numbers between the layers that a thread's rows of them do not fit into its cache together."""
+def test_weights_are_read_for_some_rows_after_others(threads: int) -> None:
+    """So many numbers between the layers that a thread's rows of them do not fit into its cache together: each row has
+    the bits that it has without the others."""
     torch.set_num_threads(threads)
-    found = []
-    for keep_strips in (True, False):
-        made = Made([170, 133, 205], 2, 16, 8200, [2, 0, 3, 4, 5, 6], keep_strips=keep_strips)
-        found.append(made.all_of(lambda x, made=made: made.block(x, made.sequences)))  # type: ignore[misc]
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    made = Made([170, 133, 205], 2, 16, 8200, [2, 0, 3, 4, 5, 6])
+    with torch.no_grad():
+        together, alone = made.block(made.x, made.sequences), made.block(made.x[:170], Sequences((170,)))
+    assert torch.equal(together[:170], alone)
 
 
 @pytest.mark.parametrize("rates", [(0.25, 0.5), (0.25, 0.0), (0.0, 0.5)])
@@ -255,13 +238,13 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         (learned, halved.norms[0], False), (biased, halved.norms[0], False), (as_it_is, learned_norm, False),
     ):  # fmt: skip
         groups = halved.groups[0], (layer,), *halved.groups[2:]
-        block = BertBlock(groups, [norm, halved.norms[1]], **halved.how, memory=Memory(), keep_strips=True)
+        block = BertBlock(groups, [norm, halved.norms[1]], **halved.how, memory=Memory())
         assert block.takes(made.x, made.sequences) == takes
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)
     assert not made.block.takes(made.x, made.sequences)
     monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-    monkeypatch.setattr(linear, "_vectors_are_faster", lambda: False)
+    monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: False)
     assert not made.block.takes(made.x, made.sequences)
 
 

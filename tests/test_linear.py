@@ -27,7 +27,8 @@ from torch.nn import functional
 
 from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings
 from capotune.errors import SettingError
-from capotune.kernels import _native, bert_block, linear
+from capotune.kernels import _native, bert_block, frozen_linear, linear
+from capotune.kernels.frozen_linear import frozen_unit
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
 from capotune.training import loop
 
@@ -108,19 +109,34 @@ def some_unit(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler, processor = shutil.which("gcc"), Path("/proc/cpuinfo")
     if compiler is None or not processor.is_file() or "avx512_bf16" not in processor.read_text():
         pytest.skip("no matrix unit here, nor gcc and AVX-512 with bf16 for one in software")
-    flags = *_native.FLAGS, *_native.SIMD_FLAGS["AVX512"], *_native.MORE_SIMD_FLAGS["products_amx"]
-    header = Path(__file__).with_name("tiles_in_software.h")
-    made = tmp_path_factory.mktemp("unit") / "in_software.so"
-    _native._compile(
-        compiler, (*flags, "-include", str(header)), Path(linear.__file__).with_name("products_amx.c"), made
-    )
+    return in_software("products_amx", compiler, tmp_path_factory.mktemp("unit"))
+
+
+@pytest.fixture(scope="module")
+def some_frozen_unit(some_unit: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels for frozen weights on the same."""
+    if matrix_unit() and (found := frozen_unit()):
+        return found
+    assert some_unit
+    return in_software("frozen_amx", shutil.which("gcc"), tmp_path_factory.mktemp("unit"))
+
+
+def in_software(name: str, compiler: str | None, folder: Path) -> ctypes.CDLL:
+    """The kernels of ``name``.c on a matrix unit in software."""
+    assert compiler is not None
+    flags = *_native.FLAGS, *_native.SIMD_FLAGS["AVX512"], *_native.MORE_SIMD_FLAGS[name], "-mavx512bf16"
+    header, made = Path(__file__).with_name("tiles_in_software.h"), folder / f"{name}.so"
+    source = Path(linear.__file__).with_name(f"{name}.c")
+    _native._compile(compiler, (*flags, "-include", str(header)), source, made)
     return ctypes.CDLL(str(made))
 
 
 @pytest.fixture
-def unit(some_unit: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def unit(some_unit: ctypes.CDLL, some_frozen_unit: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test where there is a matrix unit."""
+    real = frozen_linear.library
     monkeypatch.setattr(linear, "matrix_unit", lambda: some_unit)
+    monkeypatch.setattr(frozen_linear, "library", lambda name: some_frozen_unit if name == "frozen_amx" else real(name))
 
 
 @pytest.fixture
@@ -142,7 +158,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What is known about this machine is found out anew, and again after the test."""
-    caches = matrix_unit, linear._vectors_are_faster, _native.library
+    caches = matrix_unit, frozen_linear._vectors_are_faster, _native.library
     for one in caches:
         one.cache_clear()
     yield

@@ -1,8 +1,9 @@
-/* AMX's tile registers and instructions in software, put before products_amx.c (-include) so that its kernels run where
+/* AMX's tile registers and instructions in software, put before products_amx.c or frozen_amx.c (-include) so that its kernels run where
  * no such unit is. What they need beside it, AVX-512 with bf16, multiplies as the unit does: pairs of bf16, sums in fp32, no
  * denormal numbers. It says nothing of the real unit's speed, of its registers' set-up, or of asking Linux for them. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 static __thread __m512i software_tiles[8][16];
 
@@ -29,13 +30,28 @@ static inline void software_multiply(int sums, int left, int right) {
     }
 }
 
+/* sums[m][n] += sum over the fours k of left[m][k] right[k][n], of 8 bits */
+static inline void software_multiply_bytes(int sums, int left, int right) {
+    int32_t sum[16][16];
+    int8_t l[16][64], r[16][64];
+    memcpy(sum, software_tiles[sums], sizeof sum);
+    memcpy(l, software_tiles[left], sizeof l);
+    memcpy(r, software_tiles[right], sizeof r);
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 16; n++)
+            for (int k = 0; k < 64; k++) sum[m][n] += l[m][k] * r[k / 4][4 * n + k % 4];
+    memcpy(software_tiles[sums], sum, sizeof sum);
+}
+
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadd(tile, from, stride) software_load(tile, from, stride)
 #define _tile_stored(tile, to, stride) software_store(tile, to, stride)
 #define _tile_zero(tile) software_zero(tile)
 #define _tile_dpbf16ps(sums, left, right) software_multiply(sums, left, right)
+#define _tile_dpbssd(sums, left, right) software_multiply_bytes(sums, left, right)
 #define _tile_loadconfig(config) ((void)(config))
 #define _tile_release() ((void)0)

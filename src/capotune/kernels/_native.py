@@ -40,6 +40,7 @@ SOURCE_FLAGS = {
     "elementwise_cpu": _LOOSE,
     "products_cpu": _LOOSE,
     "products_amx": (),
+    "frozen_amx": (),
 }
 # Named instruction sets rather than -march=native: they are part of the cached file's name, so that two machines that
 # share a home folder do not run each other's code.
@@ -51,6 +52,7 @@ MORE_SIMD_FLAGS = {
     "elementwise_cpu": ("-mfma",),
     "products_cpu": ("-mfma",),
     "products_amx": ("-mfma", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "frozen_amx": ("-mfma", "-mamx-tile", "-mamx-int8"),
 }
 COMPILE_SECONDS = 120
 # How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 10 to 30 µs of work, where waking a
@@ -92,7 +94,8 @@ def _compiled(source: Path) -> Path:
         raise OSError("no C compiler found")
     simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
     flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (MORE_SIMD_FLAGS.get(source.stem, ()) if simd else ())
-    key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + source.read_bytes()).hexdigest()
+    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + content).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune"
     target = folder / f"{source.stem}-{key[:16]}.so"
     if not target.exists():

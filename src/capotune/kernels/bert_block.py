@@ -6,8 +6,8 @@ m₁ and m₂ are dropout's, or left out; every linear layer is frozen, with or 
 ``models.fused`` composes of one function for each part, but for the order of sums of gradients. Where steps are short,
 calling those functions takes as long as their work.
 
-It is for fp32 on a CPU and short sequences: with a matrix unit where that one's precision is allowed (``linear.py``),
-and with AVX2 where weights may be kept in panels, by a kernel in fp32 that is faster than PyTorch's for few rows.
+It is for fp32 on a CPU, short sequences, and models so small that their weights may be kept in the kernels' form too
+(``frozen_linear.py``): with a matrix unit where that one's precision is allowed, and with AVX2.
 
 For the way back the inputs of norms, of the activation and of attention are kept, as the parts do.
 """
@@ -21,12 +21,11 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import SettingError
-from capotune.kernels import linear
 from capotune.kernels._native import address, check_shape, library
 from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
+from capotune.kernels.frozen_linear import MOST_TERMS, allowed, frozen_unit, kernel_form, strip_bytes
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
-from capotune.kernels.linear import allowed_unit, split_weight, strip_numbers, vectors_allowed, weight_panels
 from capotune.kernels.lora_linear import LowRank, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
 from capotune.kernels.memory import Memory
@@ -71,8 +70,7 @@ def _linear_reference(x: torch.Tensor, layer: LowRank) -> torch.Tensor:
 
 class BertBlock:
     """The block of these layers: ``groups`` are q, k and v, then o, up and down, each alone. ``memory`` is what the
-    blocks of a model share. With ``keep_strips`` it keeps the kernels' form of its weights: twice their memory in
-    training."""
+    blocks of a model share."""
 
     def __init__(
         self,
@@ -83,9 +81,8 @@ class BertBlock:
         *,
         causal: bool,
         memory: Memory,
-        keep_strips: bool,
     ) -> None:
-        self.groups, self.norms, self.memory, self.keep_strips = groups, norms, memory, keep_strips
+        self.groups, self.norms, self.memory = groups, norms, memory
         self.head_size, self.scale, self.causal = head_size, scale, causal
         self.layers = [layer for group in self.groups for layer in group]
         self.adapted = [layer for layer in self.layers if layer.a is not None]
@@ -94,11 +91,12 @@ class BertBlock:
         others = [one for layer in self.layers for one in (layer.bias, layer.a, layer.b) if one is not None]
         ranks = [len(layer.a) for layer in self.adapted if layer.a is not None]
         self._programs: dict[tuple[Any, tuple[bool, ...]], _Writer] = {}
-        self._strips: dict[tuple[int, bool], torch.Tensor] = {}
+        self._forms: dict[tuple[int, bool], torch.Tensor] = {}
         self._known = (
             all(layer.is_frozen for layer in self.layers)
             and not any(weight.requires_grad for norm in norms for weight in (norm.weight, norm.bias))
             and all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in (*frozen, *others))
+            and max(max(weight.shape) for weight in weights) <= MOST_TERMS
             and _ranks(groups[0]) <= MOST_RANKS
             and max(ranks, default=0) <= MOST_RANKS
             and 0 < head_size <= MOST_HEAD
@@ -111,8 +109,7 @@ class BertBlock:
         short = max(sequences.lengths, default=0) <= MOST_LENGTH
         some = wanted is None or len(wanted) > 0
         plain = self._known and some and short and x.dtype == torch.float32 and x.is_contiguous()
-        by_kernels = allowed_unit(x) is not None or (self.keep_strips and vectors_allowed(x))
-        return plain and by_kernels and library("products_cpu") is not None
+        return plain and allowed(x) and library("products_cpu") is not None
 
     def __call__(
         self,
@@ -160,16 +157,12 @@ class BertBlock:
             self._programs[key] = write(self, *how)
         return self._programs[key]
 
-    def strips(self, layer: LowRank, *, input_gradient: bool) -> torch.Tensor:
+    def form(self, layer: LowRank, *, input_gradient: bool) -> torch.Tensor:
         """The kernels' form of its weight, made once."""
         key = (id(layer), input_gradient)
-        if key not in self._strips:
-            unit, weight = linear.matrix_unit(), layer.weight(torch.float32)
-            if unit is None:
-                self._strips[key] = weight_panels(weight, input_gradient=input_gradient)
-            else:
-                self._strips[key] = split_weight(unit, weight, input_gradient=input_gradient)
-        return self._strips[key]
+        if key not in self._forms:
+            self._forms[key] = kernel_form(layer.weight(torch.float32), input_gradient=input_gradient)
+        return self._forms[key]
 
 
 def check_rows(wanted: torch.Tensor, rows: int) -> None:
@@ -344,7 +337,7 @@ class _Writer:
         self.scratch, self.kept, self.grads = _Space("scratch"), _Kept(block), _Space("grads")
         self.starts = self._place_gradients()
         """Where the gradients of the trained weights begin in ``grads``, in their order."""
-        products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), linear.matrix_unit()
+        products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), frozen_unit()
         assert products is not None
         assert elementwise is not None
         self.products, self.elementwise, self.unit = products, elementwise, unit
@@ -352,7 +345,7 @@ class _Writer:
         self._turned = self.scratch.numbers(
             max((one.b.numel() for one in block.adapted if one.b is not None), default=0)
         )
-        self._strips = self.scratch.matrix(strip_numbers(_SIXTEEN, max(_widths(block))) // _SIXTEEN)
+        self._strips = self.scratch.matrix(strip_bytes(max(_widths(block))) // (4 * _SIXTEEN))
 
     def run(
         self,
@@ -462,15 +455,14 @@ class _Writer:
             assert before is None
             self._product_by_vectors(layer, x, y, made, change, input_gradient=input_gradient, onto=onto)
             return
-        weight, keeps = layer.weight(torch.float32), self.block.keep_strips
-        panels = self.block.strips(layer, input_gradient=input_gradient) if keeps else None
-        bias = None if input_gradient else layer.bias
-        kernel = self.unit.linear_input_gradient if input_gradient else self.unit.linear
-        read = (x.address, x.stride, address(weight), weight.stride(0), address(bias))
-        written = (y.address, y.stride, int(onto), self._strips.address, int(ready), address(panels))
+        (out, into), form = layer.weight(torch.float32).shape, self.block.form(layer, input_gradient=input_gradient)
+        terms, columns, bias = (out, into, None) if input_gradient else (into, out, layer.bias)
+        read = (x.address, x.stride, kernel_address(before), self._strips.address, int(ready))
+        written = (address(form), address(bias), y.address, y.stride, int(onto))
         added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
-        found = (made.low.columns, made.low.address, made.matrix, float(made.scale), kernel_address(before))
-        self.program.call(kernel, (self.rows, *weight.shape, *read, *written, *added, *found), -1)
+        found = (made.low.columns, made.low.address, made.matrix, float(made.scale))
+        arguments = (self.rows, terms, columns, *read, *written, *added, *found)
+        self.program.call(self.unit.frozen_product, arguments, -1)
 
     def _product_by_vectors(
         self,
@@ -486,7 +478,7 @@ class _Writer:
         if made.low.columns:
             assert isinstance(made.matrix, Affine)
             self._low_rank("low_rank_project", x, made.low, made.matrix, made.scale)
-        (out, into), panels = layer.weight(torch.float32).shape, self.block.strips(layer, input_gradient=input_gradient)
+        (out, into), panels = layer.weight(torch.float32).shape, self.block.form(layer, input_gradient=input_gradient)
         terms, columns = (out, into) if input_gradient else (into, out)
         read = (x.address, x.stride, address(panels), 0 if input_gradient else address(layer.bias))
         written = (y.address, y.stride, int(onto))

@@ -25,8 +25,7 @@ from torch.nn import functional
 from capotune.kernels._native import address, check_shape, fork_join, library
 
 __all__ = [
-    "Rows", "allowed_unit", "input_gradient", "matrix_unit", "sixteen_bits", "split_weight", "strip_numbers",
-    "trained_linear", "vectors_allowed", "weight_gradient", "weight_panels",
+    "Rows", "fit_for_kernels", "input_gradient", "matrix_unit", "sixteen_bits", "trained_linear", "weight_gradient",
 ]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
@@ -143,50 +142,14 @@ def matrix_unit() -> ctypes.CDLL | None:
     return lib if lib is not None and lib.ask_for_amx() else None
 
 
-def allowed_unit(x: torch.Tensor) -> ctypes.CDLL | None:
-    """The kernels of products_amx.c where activations x (rows, any) are for them, here and now; else None."""
-    return _unit_for(x)
-
-
-def strip_numbers(columns: int, terms: int) -> int:
-    """fp32 numbers that are as long as the strips of a matrix: two of bf16 for each, in whole tiles."""
-    return -(-columns // _SIDE) * _SIDE * -(-terms // _TERMS) * _TERMS
-
-
-def split_weight(unit: ctypes.CDLL, weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
-    """The strips of ``weight`` (out, into), fp32, as the unit wants them for xWᵀ, or for gW. With them as the
-    ``panels`` of ``struct product``, a product need not make them each time; they are as large as the weight."""
-    out, into = weight.shape
-    strips = torch.empty(strip_numbers(into, out) if input_gradient else strip_numbers(out, into))
-    product = struct.pack("24q", 0, out, into, 0, 0, weight.data_ptr(), weight.stride(0), *(0,) * 17)
-    split = unit.split_for_input_gradient if input_gradient else unit.split_for_linear
-    split(product, ctypes.c_void_p(strips.data_ptr()))
-    return strips
-
-
-@cache
-def _vectors_are_faster() -> bool:
-    """Whether ``frozen_product`` of products_cpu.c is faster here than PyTorch's product: so measured for AVX2."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and library("products_cpu") is not None
-
-
-def vectors_allowed(x: torch.Tensor) -> bool:
-    """Whether ``frozen_product`` is for activations x (rows, any), here and now. It computes in fp32; where bits are to
-    be PyTorch's, outside ``sixteen_bits``, it is not asked for either."""
-    return _enough.get() and len(x) >= _FEWEST_ROWS and x.is_cpu and x.dtype == torch.float32 and _vectors_are_faster()
-
-
-def weight_panels(weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
-    """``weight`` (out, into) as ``frozen_product`` wants it for xWᵀ, or for gW: (panels, terms, 16 columns), those
-    beyond the last column zero. As large as the weight."""
-    columns = weight.t() if input_gradient else weight
-    padded = functional.pad(columns, (0, 0, 0, -len(columns) % _SIDE))
-    return padded.view(-1, _SIDE, columns.shape[1]).transpose(1, 2).contiguous()
+def fit_for_kernels(x: torch.Tensor) -> bool:
+    """Whether activations x (rows, any) are such as kernels of sixteen bits are for, here and now: not a few rows."""
+    return _enough.get() and len(x) >= _FEWEST_ROWS and x.is_cpu and x.dtype == torch.float32
 
 
 def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:
     """The kernels where these are tensors for them; x are the activations."""
-    if not _enough.get() or len(x) < _FEWEST_ROWS or not x.is_cpu:
+    if not fit_for_kernels(x):
         return None
     for one in (x, *others):
         if one is not None and (one.dtype != torch.float32 or one.stride(-1) != 1 or one.numel() == 0):
@@ -196,7 +159,8 @@ def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | No
 
 def _room_for_strips(rows: int, terms: int) -> torch.Tensor:
     """Two bf16 numbers for each fp32 one, in whole tiles; PyTorch's memory begins at a multiple of 64 bytes."""
-    return torch.empty(strip_numbers(rows, terms), dtype=torch.float32)
+    numbers = -(-rows // _SIDE) * _SIDE * -(-terms // _TERMS) * _TERMS
+    return torch.empty(numbers, dtype=torch.float32)
 
 
 def _multiply(
@@ -213,7 +177,7 @@ def _multiply(
     """Calls C with a ``struct product``."""
     read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
     written = (y.data_ptr(), y.stride(0), onto, address(strips))
-    product = struct.pack("24q", len(y), *weight.shape, *read, *written, ready, *(0,) * 11)
+    product = struct.pack("13q", len(y), *weight.shape, *read, *written, ready)
     function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
 
 

@@ -31,6 +31,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.bert_block import BertBlock, LayerNorm
+from capotune.kernels.frozen_linear import bytes_of_form
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.linear import matrix_unit, trained_linear
@@ -53,8 +54,8 @@ from capotune.models.packing import (
 )
 
 Forward = Callable[..., torch.Tensor]
-_FEW_WEIGHTS = 2**25
-"""Of all blocks, up to which the matrix unit's form of them, 8 bytes each in training, is kept."""
+_MOST_KEPT = 2**28
+"""Bytes of the kernels' forms of all blocks' frozen weights, up to which they are kept for training."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def why_not_fused(blocks: Sequence[nn.Module], fusing: Fusing) -> list[str]:
     reasons: list[str] = []
     for block, window in zip(blocks, fusing.windows, strict=True):
         try:
-            _fuse(block, window, last=False, memory=Memory(), keep_strips=False)
+            _fuse(block, window, last=False, memory=None)
         except NotFusedError as error:
             reasons.append(str(error))
     return reasons
@@ -121,10 +122,10 @@ def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
     others the products of linear layers that train."""
     made: dict[nn.Module, Forward] = {}
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    memory, keep_strips = Memory(), weights <= _FEW_WEIGHTS
+    memory = Memory() if 2 * weights * bytes_of_form() <= _MOST_KEPT else None
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
-            made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory, keep_strips=keep_strips)
+            made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory)
         except NotFusedError:
             made |= {layer: _trained(layer) for layer in block.modules() if _trains(layer)} if matrix_unit() else {}
     with with_forward(made):
@@ -161,14 +162,15 @@ def _is_dense(layer: Any) -> bool:
     return isinstance(base, nn.Linear) and base.weight.dtype == torch.float32
 
 
-def _fuse(block: Any, window: int | None, last: bool, memory: Memory, *, keep_strips: bool) -> Forward:
-    """The ``forward`` to put in place of the block's own. Raises ``NotFusedError``."""
+def _fuse(block: Any, window: int | None, last: bool, memory: Memory | None) -> Forward:
+    """The ``forward`` to put in place of the block's own; with ``memory`` to share, frozen weights may be kept in the
+    kernels' form. Raises ``NotFusedError``."""
     children = {name for name, _ in block.named_children()}
     try:
         if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
             return _llama(block, window, last)
         if children == {"attention", "intermediate", "output"}:
-            return _bert(block, window, last, memory, keep_strips=keep_strips)
+            return _bert(block, window, last, memory)
     except AttributeError as error:
         raise NotFusedError(f"its blocks are of another form ({error})") from None
     raise NotFusedError("its blocks are of another form")
@@ -238,7 +240,7 @@ def _rms_norm(norm: Any) -> tuple[RmsNorm, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------------------- BERT
 
 
-def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_strips: bool) -> Forward:
+def _bert(block: Any, window: int | None, last: bool, memory: Memory | None) -> Forward:
     attention, output1 = _part(block.attention, "self", "output")
     q, k, v, _ = _part(attention, "query", "key", "value", "dropout")
     o, norm1, dropout1 = _part(output1, "dense", "LayerNorm", "dropout")
@@ -255,10 +257,10 @@ def _bert(block: Any, window: int | None, last: bool, memory: Memory, *, keep_st
     size, scale, causal = attention.attention_head_size, attention.scaling, bool(attention.is_causal)
     gelu, plain = Gelu(), block.forward
     whole = None
-    if window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
+    if memory is not None and window is None and all(_is_dense(layer) for layer in (q, k, v, o, up, down)):
         norms = tuple(LayerNorm(norm.weight, norm.bias, norm.eps) for norm in (norm1, norm2))
         layers = (qkv, out, widened, narrowed)
-        whole = BertBlock(layers, norms, size, scale, causal=causal, memory=memory, keep_strips=keep_strips)
+        whole = BertBlock(layers, norms, size, scale, causal=causal, memory=memory)
 
     def forward(hidden_states: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
         """(1, tokens, hidden) → the same, or (1, wanted, hidden)."""
