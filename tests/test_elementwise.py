@@ -241,7 +241,8 @@ def test_rotary(tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
     scale=st.sampled_from([1e-20, 1e-3, 1.0, 30.0, 1e4]),
 )  # fmt: skip
 def test_c_and_pytorch_agree(rows: int, columns: int, seed: int, dtype: torch.dtype, scale: float) -> None:
-    """Results in bf16 to one step where they do not cancel, and rotary's to the bit, both ways."""
+    """Results in bf16 to two steps where they do not cancel, since a factor that lies between two numbers of bf16 may be
+    rounded to either; rotary's to the bit, both ways."""
     a, b = (random(rows, columns, dtype=dtype, seed=seed + i, scale=scale) for i in range(2))
     weight, grad = random(columns, dtype=dtype, seed=seed), random(rows, columns, dtype=dtype, seed=seed + 2)
     pairs = [
@@ -251,7 +252,7 @@ def test_c_and_pytorch_agree(rows: int, columns: int, seed: int, dtype: torch.dt
     for fast, plain in pairs:
         torch.testing.assert_close(fast, plain, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=TINY)
         if dtype == torch.bfloat16:
-            assert steps_apart(*(torch.where(one.abs() > TINY, one, 0) for one in (fast, plain))) <= 1
+            assert steps_apart(*(torch.where(one.abs() > TINY, one, 0) for one in (fast, plain))) <= 2
     x, g = (one.repeat(1, 4).view(rows, 2, 2 * columns) for one in (a, grad))
     cos, sin = a.repeat(1, 2).contiguous(), random(rows, 2 * columns, dtype=dtype, seed=seed + 3)
     fast, plain = (differentiate(function, (x,), cos, sin, grad=g) for function in (rotary, rotary_reference))

@@ -1,4 +1,4 @@
-/* What products_amx.c and frozen_amx.c share: the set-up of AMX, Intel's matrix unit, and 16 x 16 numbers at a time. */
+/* What products_amx.c and frozen_amx.c share: the set-up of AMX, Intel's matrix unit, and threads. */
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <immintrin.h>
@@ -8,7 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
+
 enum { SIDE = 16, AWAKE = 4 };
 typedef void kernel(const void *arguments, int64_t first, int64_t last);
 typedef void sharer(void *fork_join, kernel *stage, const void *arguments, int64_t items, int64_t threads);
@@ -28,31 +29,6 @@ INLINE void configure(void) {
 /* Never read. A tile store that comes 2,700 cycles after the last one, or later, costs 1,000 more (measured: the stores'
  * path falls asleep), and a long sum takes as many. So some tile is stored now and then meanwhile. */
 static _Thread_local float unread[SIDE * SIDE] __attribute__((aligned(64)));
-
-/* 16 x 16 numbers of 4 bytes */
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
 
 INLINE void *room(int64_t bytes) {
     void *space = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);

@@ -11,7 +11,8 @@
 #include <string.h>
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
+
 /* Parts of a long row: within one sums are kept in fp32, which becomes vectors, and the parts are added in double. */
 #define FOR_BLOCKS(start, end, count) \
     for (int64_t start = 0, end; end = start + BLOCK < count ? start + BLOCK : count, start < count; start = end)

@@ -215,6 +215,11 @@ INLINE void write_sums(const struct product *a, const int32_t *sums, const float
     }
 }
 
+/* The lines of y that two strips of activations give with one of the weight, from memory while they are computed */
+INLINE void bring_lines(const struct product *a, int64_t row, int64_t column) {
+    for (int64_t r = row; r < least(row + PAIR, a->rows); r++) __builtin_prefetch(a->y + r * a->y_stride + column, 1);
+}
+
 /* Panels are 32 columns of y. Two strips of activations after the other meet both strips of a panel; meanwhile the next
  * panel comes, some of its lines with each tile. */
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
@@ -229,6 +234,7 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
             int two = a->rows - row > SIDE;
             for (int64_t column = panel * PAIR; column < least((panel + 1) * PAIR, a->columns); column += SIDE) {
                 const int8_t *weight = a->weight + column / SIDE * size;
+                bring_lines(a, row, column);
                 struct ahead ahead = {next, next < to ? lines : 0};
                 if (two) multiply(rows, rows + size, 2, weight, tiles, sums, ahead);
                 else multiply(rows, rows, 1, weight, tiles, sums, ahead);

@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
+
 #ifdef __AVX512F__
 enum { LANES = 16 };
 #else
@@ -71,8 +72,12 @@ INLINE void multiply_rows(struct multiply m, int64_t row, int rows) {
 }
 
 static void multiply(struct multiply m, int64_t rows) {
-    if (rows == ROWS) multiply_rows(m, 0, ROWS);
-    else for (int64_t row = 0; row < rows; row++) multiply_rows(m, row, 1);
+    switch (rows) { /* the compiler is told how many, so that the sums stay in registers */
+    case 4: multiply_rows(m, 0, 4); break;
+    case 3: multiply_rows(m, 0, 3); break;
+    case 2: multiply_rows(m, 0, 2); break;
+    case 1: multiply_rows(m, 0, 1); break;
+    }
 }
 
 /* ---------------------------------------------------------------------------------------------------- by a low rank */
@@ -326,9 +331,19 @@ static float *room(int64_t numbers) {
 
 /* columns[c][i] = x[i][c] for the LANES rows x of one block of queries, zeros beyond count */
 static void turn(const float *x, int64_t stride, int64_t count, int64_t size, float *columns) {
-    for (int64_t c = 0; c < size; c++) *(loose *)(columns + c * LANES) = (vec){0};
+    int64_t done = 0;
+#ifdef __AVX512F__
+    for (; done + LANES <= size; done += LANES) {
+        __m512i rows[LANES];
+        for (int i = 0; i < LANES; i++)
+            rows[i] = i < count ? _mm512_loadu_si512(x + i * stride + done) : _mm512_setzero_si512();
+        transpose(rows);
+        for (int i = 0; i < LANES; i++) _mm512_storeu_si512(columns + (done + i) * LANES, rows[i]);
+    }
+#endif
+    for (int64_t c = done; c < size; c++) *(loose *)(columns + c * LANES) = (vec){0};
     for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < size; c++) columns[c * LANES + i] = x[i * stride + c];
+        for (int64_t c = done; c < size; c++) columns[c * LANES + i] = x[i * stride + c];
 }
 
 /* out[j] = sum_c x[j][c] columns[c], a vector over queries, for some keys or values x */
@@ -342,7 +357,17 @@ INLINE void meet_some(const float *x, int64_t stride, const float *columns, int6
 static void meet(const float *x, int64_t stride, const float *columns, int64_t size, int64_t count, float *out, int64_t out_stride) {
     int64_t j = 0;
     for (; j + KEYS <= count; j += KEYS) meet_some(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, KEYS);
-    for (; j < count; j++) meet_some(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, 1);
+    x += j * stride;
+    out += j * out_stride;
+    switch (count - j) { /* one by one each sum would wait for its last term */
+    case 7: meet_some(x, stride, columns, size, out, out_stride, 7); break;
+    case 6: meet_some(x, stride, columns, size, out, out_stride, 6); break;
+    case 5: meet_some(x, stride, columns, size, out, out_stride, 5); break;
+    case 4: meet_some(x, stride, columns, size, out, out_stride, 4); break;
+    case 3: meet_some(x, stride, columns, size, out, out_stride, 3); break;
+    case 2: meet_some(x, stride, columns, size, out, out_stride, 2); break;
+    case 1: meet_some(x, stride, columns, size, out, out_stride, 1); break;
+    }
 }
 
 INLINE vec chosen(whole_vec where, vec a, vec b) { return (vec)(((whole_vec)a & where) | ((whole_vec)b & ~where)); }
