@@ -241,8 +241,8 @@ def test_rotary(tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
     scale=st.sampled_from([1e-20, 1e-3, 1.0, 30.0, 1e4]),
 )  # fmt: skip
 def test_c_and_pytorch_agree(rows: int, columns: int, seed: int, dtype: torch.dtype, scale: float) -> None:
-    """Results in bf16 to two steps where they do not cancel, since a factor that lies between two numbers of bf16 may be
-    rounded to either; rotary's to the bit, both ways."""
+    """Results in bf16 to two steps where they do not cancel, since a factor that lies between two numbers of bf16 may
+    be rounded to either; rotary's to the bit, both ways."""
     a, b = (random(rows, columns, dtype=dtype, seed=seed + i, scale=scale) for i in range(2))
     weight, grad = random(columns, dtype=dtype, seed=seed), random(rows, columns, dtype=dtype, seed=seed + 2)
     pairs = [

@@ -30,6 +30,7 @@ from capotune.errors import SettingError
 from capotune.kernels import _native, bert_block, frozen_linear, linear
 from capotune.kernels.frozen_linear import frozen_unit
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
+from capotune.models import fused
 from capotune.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -891,6 +892,25 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.usefixtures("native")
+def test_blocks_of_large_models_are_computed_by_their_parts(
+    bert: Path, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the matrix unit too, and nearly the same losses."""
+    runs = []
+    for small in (True, False):
+        monkeypatch.setattr(fused, "may_be_kept", lambda _weights, small=small: small)
+        called.clear()
+        method = LoraSettings(rank=4, target_modules=("all-linear",), epochs=1, batch_size=16)
+        assembled = helpers.on_base(bert, method)
+        examples = {"train_examples": helpers.examples(assembled, 48), "held_examples": helpers.examples(assembled, 8)}
+        _, losses = Context().run(helpers.fit, assembled, **examples)
+        assert ("a block" in called) == small
+        assert ("linear_input_gradient" in called) == (not small)
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
 @pytest.mark.usefixtures("native")

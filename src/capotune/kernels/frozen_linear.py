@@ -24,9 +24,9 @@ from capotune.kernels.linear import fit_for_kernels
 __all__ = [
     "MOST_TERMS",
     "allowed",
-    "bytes_of_form",
     "frozen_unit",
     "kernel_form",
+    "may_be_kept",
     "strip_bytes",
     "whole_numbers_reference",
 ]
@@ -53,9 +53,11 @@ def _vectors_are_faster() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and library("products_cpu") is not None
 
 
-def bytes_of_form() -> int:
-    """That the kernels' form of a weight, one way, takes for each number here."""
-    return 4 if frozen_unit() is None else 2
+def may_be_kept(weights: int) -> bool:
+    """Whether both forms of so many weights, of a whole model, may stand beside it: with a matrix unit up to 1 GiB,
+    since such machines are servers, and they halve a step's time; else up to 256 MiB."""
+    each, most = (4, 2**28) if frozen_unit() is None else (2, 2**30)
+    return 2 * each * weights <= most
 
 
 def kernel_form(weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.bert_block import BertBlock, LayerNorm
-from capotune.kernels.frozen_linear import bytes_of_form
+from capotune.kernels.frozen_linear import may_be_kept
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.linear import matrix_unit, trained_linear
@@ -54,8 +54,6 @@ from capotune.models.packing import (
 )
 
 Forward = Callable[..., torch.Tensor]
-_MOST_KEPT = 2**28
-"""Bytes of the kernels' forms of all blocks' frozen weights, up to which they are kept for training."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
     others the products of linear layers that train."""
     made: dict[nn.Module, Forward] = {}
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    memory = Memory() if 2 * weights * bytes_of_form() <= _MOST_KEPT else None
+    memory = Memory() if may_be_kept(weights) else None
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
             made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory)
