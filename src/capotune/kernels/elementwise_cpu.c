@@ -482,3 +482,54 @@ void softmax_cross_entropy(const void *arguments, int64_t first, int64_t last) {
         l[a.targets[row]] -= (float)(1.0 - a.smoothing);
     }
 }
+
+/* ------------------------------------------------------------------------------------- kept for the way back, kept.py */
+
+enum { LARGEST = 32767 };
+
+struct halve {
+    int64_t columns;
+    const float *x;
+    int16_t *numbers;
+    float *scales; /* of each row */
+};
+
+/* Rows of numbers below 1e-30 are 0, and NaN where one is not finite. */
+void halve(const void *arguments, int64_t first, int64_t last) {
+    const struct halve a = *(const struct halve *)arguments;
+    for (int64_t row = first; row < last; row++) {
+        const float *x = a.x + row * a.columns;
+        int16_t *numbers = a.numbers + row * a.columns;
+        uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < a.columns; i++) {
+            uint32_t bits = as_bits(x[i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float scale = most >= 0x7f800000 ? NAN : as_float(most) < 1e-30f ? 0.0f : as_float(most) / LARGEST;
+        float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        a.scales[row] = scale;
+        if (!(scale > 0.0f)) {
+            memset(numbers, 0, a.columns * sizeof(int16_t));
+            continue;
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++) numbers[i] = (int16_t)(int32_t)rintf(x[i] * inverse);
+    }
+}
+
+struct whole_again {
+    int64_t columns;
+    const int16_t *numbers;
+    const float *scales;
+    float *x;
+};
+
+void whole_again(const void *arguments, int64_t first, int64_t last) {
+    const struct whole_again a = *(const struct whole_again *)arguments;
+    for (int64_t row = first; row < last; row++) {
+        float scale = a.scales[row];
+#pragma omp simd
+        for (int64_t i = 0; i < a.columns; i++) a.x[row * a.columns + i] = scale * a.numbers[row * a.columns + i];
+    }
+}

@@ -22,12 +22,15 @@ from capotune.adapters.assemble import Assembled
 from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
+from capotune.kernels.kept import kept_in_16_bits
 from capotune.kernels.linear import sixteen_bits
 from capotune.kernels.memory import lending
 from capotune.models.architecture import with_forward
 from capotune.tasks.base import Score
 from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.training.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
+
+_MANY_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -238,10 +241,16 @@ def accumulate(
     with _starting_at(assembled, examples.boundary) as give:
         for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
             batch = _batch(assembled, examples, part, give)
-            loss = task.loss(assembled.model, batch, settings.label_smoothing) / units
+            with _keeping_less(examples.rows.lengths, part):
+                loss = task.loss(assembled.model, batch, settings.label_smoothing) / units
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return total
+
+
+def _keeping_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:
+    """With many tokens at a time, what is kept of each on a CPU is what counts in memory."""
+    return kept_in_16_bits() if sum(lengths[row] for row in part) >= _MANY_TOKENS else nullcontext()
 
 
 def _batch(
