@@ -291,7 +291,7 @@ def _given(name: str, columns: int) -> _Matrix:
 
 class _Kept:
     """What the way back finds: Bᵀ of each layer, for each group of layers A and x·Aᵀ, and the input of everything that
-    is not linear."""
+    is not linear; that of ``o`` and ``up`` where they have a low-rank change."""
 
     def __init__(self, block: BertBlock) -> None:
         (hidden, inner), space = _widths(block), _Space("kept")
@@ -300,9 +300,10 @@ class _Kept:
         self.a = [self._place_of_a(block, group) for group in block.groups]
         self.low = [space.matrix(_ranks(group)) for group in block.groups]
         self.qkv = [space.matrix(hidden) for _ in range(3)]
-        self.mixed, self.totals = space.matrix(hidden), [space.matrix(hidden) for _ in range(2)]
+        self.mixed, self.u = (space.matrix(hidden) if _ranks(group) else None for group in block.groups[1:3])
+        self.totals = [space.matrix(hidden) for _ in range(2)]
         self.means, self.roots = ([space.matrix(1) for _ in range(2)] for _ in range(2))
-        self.u, self.wide = space.matrix(hidden), space.matrix(inner)
+        self.wide = space.matrix(inner)
 
     def _place_of_a(self, block: BertBlock, group: Sequence[LowRank]) -> Affine:
         """Of those one below the other; one alone stays where it is."""
@@ -413,9 +414,10 @@ class _Writer:
             done += own.columns
         return grad_low
 
-    def gradient_of_a(self, group: int, x: _Matrix, grad_low: _Matrix) -> None:
+    def gradient_of_a(self, group: int, x: _Matrix | None, grad_low: _Matrix) -> None:
         """Of all layers of the group together."""
         if grad_low.columns:
+            assert x is not None
             first = next(layer for layer in self.block.groups[group] if layer.a is not None)
             self._low_rank("low_rank_gather", x, grad_low, self._gradient(first, 0))
 
@@ -569,25 +571,26 @@ def _write_forward(block: BertBlock, some: bool, drops1: bool, drops2: bool) -> 
     writer = _Writer(block)
     (hidden, _), kept, x = _widths(block), writer.kept, _given("x", _widths(block)[0])
     narrow = writer.scratch.matrix(hidden)
+    mixed, u = (one or writer.scratch.matrix(hidden) for one in (kept.mixed, kept.u))
     writer.turn_weights()
     writer.linears(0, x, kept.qkv)
     if some:
-        mixed, of_wanted = (writer.scratch.matrix(hidden) for _ in range(2))
-        writer.attention(mixed)
-        writer.take_wanted(mixed, kept.mixed)
+        of_all, of_wanted = (writer.scratch.matrix(hidden) for _ in range(2))
+        writer.attention(of_all)
+        writer.take_wanted(of_all, mixed)
         writer.take_wanted(x, of_wanted)
         writer.rows, x = _WANTED, of_wanted
     else:
-        writer.attention(kept.mixed)
-    writer.linears(1, kept.mixed, [narrow])
+        writer.attention(mixed)
+    writer.linears(1, mixed, [narrow])
     if drops1:
         writer.multiply_by(narrow, "factors0", narrow)
-    writer.norm(0, narrow, x, kept.u)
-    writer.linears(2, kept.u, [kept.wide])
+    writer.norm(0, narrow, x, u)
+    writer.linears(2, u, [kept.wide])
     writer.linears_of_gelu(3, kept.wide, [narrow])
     if drops2:
         writer.multiply_by(narrow, "factors1", narrow)
-    writer.norm(1, narrow, kept.u, _given("y", hidden))
+    writer.norm(1, narrow, u, _given("y", hidden))
     return writer
 
 
