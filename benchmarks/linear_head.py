@@ -119,8 +119,8 @@ def main() -> None:
         return value
 
     parts = x[fit], targets[fit], x[held], targets[held], labels
-    _, lam = measure("choose", lambda: choose_regularization(*parts))
-    heads["solve"] = measure("solve", lambda: solve(x, targets, labels, lam))
+    chosen, lam = measure("choose", lambda: choose_regularization(*parts))
+    heads["solve"] = measure("solve", lambda: solve(x, targets, labels, lam, near=chosen))
     plain = Plain()
     _, plain_lam = measure("plain choose", lambda: plain.choose(*parts))
     heads["plain solve"] = measure("plain solve", lambda: plain.solve(x, targets, labels, lam)[0])
