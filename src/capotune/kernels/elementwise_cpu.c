@@ -70,7 +70,7 @@ void share_rows(void (*fork_join)(void (*)(void *), void *, unsigned, unsigned),
 /* A kernel to call: its arguments stand so many bytes after the first call, its items are shared out if they are worth it. */
 struct call {
     void *kernel;
-    int64_t arguments, items, work;  /* items < 0: it shares itself out, as products_amx.c does */
+    int64_t arguments, items, work;  /* items < 0: it shares itself out, as frozen_amx.c does */
 };
 
 /* Calls one after the other, as program.py writes them; threads: the most, each for so much work at least. */

@@ -87,7 +87,7 @@ void split_frozen(const float *weight, int64_t weight_stride, int64_t columns, i
 
 /* ------------------------------------------------------------------------------------------------------ strip x strip */
 
-/* What is brought into the second-level cache beside the work: so many lines with each tile */
+/* What is brought into the second-level cache beside the work: so many lines with each tile of h and l */
 struct ahead { const int8_t *from; int64_t lines; };
 
 /* Sums of h h' in tiles 0 and 1, of h l' + l h' in 2 and 3, for one strip of activations or two, by one of the weight */
@@ -215,6 +215,11 @@ INLINE void write_sums(const struct product *a, const int32_t *sums, const float
     }
 }
 
+struct work {
+    const struct product *product;
+    int64_t strips;  /* of the activations in one part, where they are shared out by parts */
+};
+
 /* The lines of y that two strips of activations give with one of the weight, from memory while they are computed */
 INLINE void bring_lines(const struct product *a, int64_t row, int64_t column) {
     for (int64_t r = row; r < least(row + PAIR, a->rows); r++) __builtin_prefetch(a->y + r * a->y_stride + column, 1);
@@ -223,7 +228,7 @@ INLINE void bring_lines(const struct product *a, int64_t row, int64_t column) {
 /* Panels are 32 columns of y. Two strips of activations after the other meet both strips of a panel; meanwhile the next
  * panel comes, some of its lines with each tile. */
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
-    const struct product *a = *(const struct product *const *)arguments;
+    const struct product *a = ((const struct work *)arguments)->product;
     int64_t size = strip_bytes(a->terms), tiles = tiles_of(a->terms), pairs = parts(a->rows, PAIR), lines = parts(PAIR, pairs);
     int32_t sums[4 * SIDE * SIDE] __attribute__((aligned(64)));
     configure();
@@ -249,7 +254,7 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
 }
 
 static void make_strips(const void *arguments, int64_t first, int64_t last) {
-    const struct product *a = *(const struct product *const *)arguments;
+    const struct product *a = ((const struct work *)arguments)->product;
     float *own = a->before ? room(SIDE * a->terms * sizeof(float)) : NULL;
     for (int64_t strip = first; strip < last; strip++) {
         int64_t rows = least(SIDE, a->rows - strip * SIDE);
@@ -267,11 +272,6 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
 
 /* ------------------------------------------------------------------------------------------------------------ threads */
 
-struct work {
-    const struct product *product;
-    int64_t strips;  /* of the activations in one part */
-};
-
 /* Some of the strips with all panels: made and used by the same thread, and few enough to stay in its cache */
 static void make_part(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
@@ -285,8 +285,8 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
         own.y += from * SIDE * own.y_stride;
         own.low += from * SIDE * own.low_stride;
         own.strips += from * strip_bytes(a->terms);
-        const struct product *part = &own;
-        make_panels(&part, 0, parts(own.columns, PAIR));
+        struct work of_own = {&own, 0};
+        make_panels(&of_own, 0, parts(own.columns, PAIR));
     }
 }
 

@@ -4,7 +4,8 @@ Inside ``sixteen_bits()``, on a CPU with AMX, Intel's matrix unit, fp32 matrices
 (``products_amx.c``), each number as the sum of two of bf16. It keeps 16 bits of each, sums are fp32, and it takes half
 to three quarters of the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs
 take TF32 with 11 bits. Training steps and the computing of features and states that are kept ask for it. Elsewhere, in
-other dtypes and for few rows the products are PyTorch's.
+other dtypes and for few rows the products are PyTorch's. Frozen weights that are kept ready for the unit are multiplied
+otherwise (``frozen_linear.py``).
 
 Numbers below 1e-30 lose some of the 16 bits, since the unit knows no denormal numbers; an infinity gives NaN.
 """
@@ -37,7 +38,8 @@ _enough = ContextVar("sixteen bits are enough", default=False)
 
 @contextmanager
 def sixteen_bits() -> Iterator[None]:
-    """Inside, in this thread, products may round each number to 16 bits. The way back is to be inside too."""
+    """Inside, in this thread, products may round each number to 16 bits, of its own or, with weights that are kept, of
+    the largest in its row. The way back is to be inside too."""
     token = _enough.set(True)
     try:
         yield
