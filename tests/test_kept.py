@@ -96,7 +96,7 @@ def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]
         # a softmax's gradient is a difference of larger numbers, so that more than 2⁻¹⁶ is lost
         assert 0 < float((one - other).norm()) < 3e-4 * float(other.norm())
     assert (50, 64) in put_away
-    assert tuple(layer.weight.shape) not in put_away
+    assert not {(96, 64), (64, 96)} & set(put_away)  # PyTorch keeps the weight turned
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

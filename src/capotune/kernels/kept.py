@@ -74,8 +74,9 @@ def kept_in_16_bits() -> Iterator[None]:
 
 
 def _put_away(x: torch.Tensor) -> Any:
-    """Weights stay where they are, and so do buffers, which have no rows."""
-    activation = x.dim() > 1 and not isinstance(x, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu
+    """Weights stay where they are, turned ones too, and so do buffers, which have no rows."""
+    weight = isinstance(x if x._base is None else x._base, nn.Parameter)
+    activation = x.dim() > 1 and not weight and x.dtype == torch.float32 and x.is_cpu
     return halve(x) if activation and x.numel() >= _FEWEST and elementwise(x) is not None else x
 
 
