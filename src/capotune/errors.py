@@ -1,8 +1,21 @@
 """Every error a user can cause. One tree, readable in a minute.
 
-A message says four things: which setting or file (and line), what was given, what is allowed, what to do next.
-The command line prints the message alone and exits with code 2; from Python they are ordinary ``ValueError``s.
+    CapotuneError(ValueError)
+    ├── SettingError         a setting is unknown, out of range, or does not fit the model or the data
+    ├── DataError            data cannot be read, or its content cannot be trained on
+    ├── ModelError           a base model cannot be found, is incomplete, or has an unsupported shape
+    ├── AdapterError         an adapter is incomplete, damaged, or belongs to another base or task
+    ├── OutputError          a result cannot be written
+    └── MissingLibraryError  an optional library is needed
+
+An error carries what was wrong in parts, and each face renders them in its own words. Below the faces a setting is
+named in backticks, as Python names it: `max_length`, or `max_length=5` with its value. The command line shows these as
+flags (``--max-length 5``), a web page as fields.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -16,7 +29,49 @@ __all__ = [
 
 
 class CapotuneError(ValueError):
-    """Something the user gave cannot be used; the message says what, why, and what to do next."""
+    """Something the user gave cannot be used. ``str(error)`` is the whole message:
+
+        WHERE: `SETTING=GIVEN`: PROBLEM Allowed: ALLOWED. ADVICE
+
+    Args:
+        problem: one sentence or more that say what cannot be used and why; the only part that is always there.
+        setting: the setting that was given or is missing, by its name in Python (``max_length``).
+        given: the value it had; left out of the message when None.
+        allowed: what it may be.
+        where: the file, ``file:line``, or text that the problem is in.
+        advice: what to do next, in whole sentences.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        setting: str | None = None,
+        given: object = None,
+        allowed: str | None = None,
+        where: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        self.problem, self.setting, self.given = problem, setting, given
+        self.allowed, self.where, self.advice = allowed, where, advice
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        named = None if self.setting is None else f"`{self.setting}{'' if self.given is None else f'={self.given}'}`"
+        front = "".join(f"{part}: " for part in (self.where, named) if part)
+        allowed = f"Allowed: {self.allowed.rstrip('.')}." if self.allowed else ""
+        return " ".join(part for part in (front + self.problem, allowed, self.advice) if part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.parts())
+
+    def parts(self) -> dict[str, Any]:
+        """The arguments that make this error again."""
+        return {name: getattr(self, name) for name in ("problem", "setting", "given", "allowed", "where", "advice")}
+
+
+def _rebuild(cls: type[CapotuneError], parts: dict[str, Any]) -> CapotuneError:
+    return cls(parts.pop("problem"), **parts)
 
 
 class SettingError(CapotuneError):
