@@ -17,7 +17,15 @@ from _engine_workloads import Workload
 from safetensors.torch import load_file, save_file
 
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, generation_task
-from capotune.config import (
+from capotune.data.batches import Rows, epoch_order
+from capotune.engine import loop
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.loop import Examples, TrainingState
+from capotune.methods import Start
+from capotune.models.load import find, pooling
+from capotune.runs.run import prepare
+from capotune.runs.task_run import TaskRun, with_boundary
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
@@ -25,14 +33,6 @@ from capotune.config import (
     QloraSettings,
     TrainSettings,
 )
-from capotune.data.batches import Rows, epoch_order
-from capotune.methods import Start
-from capotune.models.load import find, pooling
-from capotune.training import loop
-from capotune.training.activation_cache import ActivationCache
-from capotune.training.loop import Examples, TrainingState
-from capotune.training.run import prepare
-from capotune.training.task_run import TaskRun, with_boundary
 
 # -------------------------------------------------------------------------------------------------------- a run
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.config import METHODS
 from capotune.report import ComparisonRow, recommend
+from capotune.settings import METHODS
 
 HERE = Path(__file__).parent
 BANKING77 = HERE.parents[1] / "shared" / "data" / "banking77"

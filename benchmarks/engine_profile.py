@@ -60,8 +60,8 @@ def profile_step(letter: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from capotune.data.batches import Rows
-    from capotune.training import loop
-    from capotune.training import optimizer as optimizers
+    from capotune.engine import loop
+    from capotune.engine import optimizer as optimizers
 
     work = workload(letter, steps=5)
     comparison = work.comparison(GROUPED)

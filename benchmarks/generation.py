@@ -22,9 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from capotune import config
+from capotune import settings as config
 from capotune.cli import main as capo
-from capotune.config import (
+from capotune.methods import METHODS
+from capotune.methods.feature_extraction import FeatureExtraction
+from capotune.runs.run import run
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
@@ -32,9 +35,6 @@ from capotune.config import (
     QloraSettings,
     TrainSettings,
 )
-from capotune.methods import METHODS
-from capotune.methods.feature_extraction import FeatureExtraction
-from capotune.training.run import run
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"

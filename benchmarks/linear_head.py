@@ -18,8 +18,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
-from capotune.training import linear_head
-from capotune.training.linear_head import LinearHead, choose_regularization, solve
+from capotune.engine import linear_head
+from capotune.engine.linear_head import LinearHead, choose_regularization, solve
 
 
 class Count:

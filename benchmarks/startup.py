@@ -30,7 +30,7 @@ PROGRAM = """
 import os, sys, time
 from capotune.device import collector_at_rest
 with collector_at_rest():
-    import capotune.training.run
+    import capotune.runs.run
 from capotune.cli.main import main
 from torch.optim.optimizer import register_optimizer_step_post_hook
 print("imports", time.time(), file=sys.stderr, flush=True)

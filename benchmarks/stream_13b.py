@@ -31,15 +31,15 @@ import torch
 from transformers import LlamaConfig
 
 from capotune.adapters.assemble import describe
-from capotune.config import QloraSettings
 from capotune.device import compute_dtype
+from capotune.engine.loop import checkpointing
 from capotune.kernels import _native
 from capotune.kernels.cross_entropy import linear_cross_entropy
 from capotune.methods import Start, make
 from capotune.models.load import Quantization, Source, load_causal_lm
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.stream import empty_model
-from capotune.training.loop import checkpointing
+from capotune.settings import QloraSettings
 
 BLOCKS, TOKENS, LIMIT_GIB = 40, 512, 12
 EVERY = 0.2  # seconds between two looks at the memory

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from capotune.adapters.assemble import Assembled, assemble, attach, generation_task
-from capotune.config import MethodSettings
 from capotune.data.batches import Encoded, Rows, sorted_order
 from capotune.data.conversations import Conversation, Pair, Sample, Samples
+from capotune.engine.loop import Examples
 from capotune.methods import Start
 from capotune.models.load import find
+from capotune.settings import MethodSettings
 from capotune.tasks.generation import Generation
-from capotune.training.loop import Examples
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\\nTools:' + tools | tojson + '<|im_end|>\\n' }}{% endif %}"

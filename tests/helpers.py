@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
-from capotune.config import MethodSettings
 from capotune.data.batches import Rows
+from capotune.engine import loop
+from capotune.engine.loop import Examples, TrainingState, predict_logits, train
 from capotune.methods import Start
 from capotune.models.load import Pooling, find, pooling
-from capotune.training import loop
-from capotune.training.loop import Examples, TrainingState, predict_logits, train
+from capotune.settings import MethodSettings
 
 LABELS = ("late", "broken", "money")
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from capotune.config import LoraSettings
 from capotune.kernels import _triton, nf4, nf4_triton
 from capotune.kernels.nf4 import Linear4bit, QuantizedTensor, dequantize_4bit, quantize_4bit
 from capotune.methods.lora import LoraLinear
+from capotune.settings import LoraSettings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -24,15 +24,15 @@ import capotune
 from capotune.adapters import assemble as assemble_module
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.fingerprint import config_hash
-from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings, TrainSettings
 from capotune.data.batches import Rows
+from capotune.engine import activation_cache
+from capotune.engine.activation_cache import ActivationCache, resume_from
+from capotune.engine.loop import predict_logits
 from capotune.errors import OutputError
 from capotune.models.load import Quantization, Source, find, load_backbone
 from capotune.models.packing import Packing, packed
-from capotune.training import activation_cache
-from capotune.training.activation_cache import ActivationCache, resume_from
-from capotune.training.loop import predict_logits
-from capotune.training.run import run
+from capotune.runs.run import run
+from capotune.settings import FeatureExtractionSettings, LoraSettings, QloraSettings, TrainSettings
 
 BASES = ("bert", "llama", "gpt2")
 QUICK: dict[str, Any] = {"epochs": 2, "patience": 2, "batch_size": 8, "learning_rate": 5e-3, "head_learning_rate": 2e-2}
@@ -424,7 +424,7 @@ def test_an_entry_taken_away_while_it_is_opened_is_computed_again(
     def gone(*_: object, **__: object) -> None:
         raise FileNotFoundError
 
-    monkeypatch.setattr("capotune.training.activation_cache.safe_open", gone)
+    monkeypatch.setattr("capotune.engine.activation_cache.safe_open", gone)
     cache = ActivationCache(tmp_path, {})
     assert torch.equal(cache.pooled(assembled, (0,), rows), expected)
     assert cache.forward_rows == len(rows.sequences)

@@ -489,7 +489,7 @@ def test_a_disk_that_fills_up_while_files_are_made_durable(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_disk_that_fills_up_while_the_log_grows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    import capotune.training.task_run as fit
+    import capotune.runs.task_run as fit
 
     monkeypatch.setattr(fit, "_open_log", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115
     refuse(place, ROW_TRAIN, "no space left on the disk while writing new/run")
@@ -530,7 +530,7 @@ def test_an_unknown_model_is_refused_fast_without_a_network(place: Place, tmp_pa
     """Neither the hub's offline switch nor a dead network makes anyone wait for retries."""
     program = "import sys, time\nfrom capotune.cli import main\nimport datasets\n"
     program += (
-        "import capotune.training.run\nstarted = time.monotonic()\ncode = main(sys.argv[1:])\n"
+        "import capotune.runs.run\nstarted = time.monotonic()\ncode = main(sys.argv[1:])\n"
         "print(round(time.monotonic() - started, 2), file=sys.stderr)\nsys.exit(code)"
     )
     environment = {

@@ -29,23 +29,23 @@ from safetensors.torch import load_file
 import capotune
 from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import load_adapter, read_adapter, save_adapter
-from capotune.config import (
+from capotune.engine import loop as loop_module
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.loop import TrainingState
+from capotune.engine.optimizer import set_learning_rate
+from capotune.errors import AdapterError, OutputError
+from capotune.methods import Start
+from capotune.methods.prompt_tuning import PromptEmbedding
+from capotune.runs import run as run_module
+from capotune.runs import task_run as task_run_module
+from capotune.runs.classification import ClassificationRun
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.errors import AdapterError, OutputError
-from capotune.methods import Start
-from capotune.methods.prompt_tuning import PromptEmbedding
-from capotune.training import loop as loop_module
-from capotune.training import run as run_module
-from capotune.training import task_run as task_run_module
-from capotune.training.checkpoint import load_checkpoint, save_checkpoint
-from capotune.training.classification import ClassificationRun
-from capotune.training.loop import TrainingState
-from capotune.training.optimizer import set_learning_rate
 
 QUICK: dict[str, Any] = {"epochs": 4, "patience": 4, "batch_size": 8, "head_learning_rate": 2e-2}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 5e-3, **QUICK}

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import capotune
 from capotune import device as device_module
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
-from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.data.batches import Batch, Rows, collate
 from capotune.device import reusing_memory
+from capotune.engine import loop
+from capotune.engine.loop import checkpointing
 from capotune.kernels.lora_linear import LowRankLayer
 from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
@@ -35,9 +36,8 @@ from capotune.models.architecture import describe
 from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.load import Pooling, find, pooling
 from capotune.models.packing import Packing, packed, try_packing
+from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.tasks.classification import pooled_positions
-from capotune.training import loop
-from capotune.training.loop import checkpointing
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOMETHING_ELSE = "the model's blocks compute something else (by "
@@ -519,7 +519,7 @@ def test_wanted_positions_are_those_of_all(name: str, which: str, calls: list[in
 @pytest.mark.parametrize("which", ["bert", "llama"])
 def test_pooled_behind_virtual_tokens(which: str, pool: Pooling, request: pytest.FixtureRequest) -> None:
     """The prompt's own positions are left out, by the kernels and by the model's own code."""
-    settings = capotune.config.PromptTuningSettings(num_virtual_tokens=3)
+    settings = capotune.settings.PromptTuningSettings(num_virtual_tokens=3)
     assembled = on_base(request.getfixturevalue(which), settings, pool=pool)
     shake(assembled)
     found, expected = features_both_ways(assembled)

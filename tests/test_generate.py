@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from capotune.config import DecodingSettings
 from capotune.errors import SettingError
 from capotune.evaluation import generate as module
 from capotune.evaluation.generate import context_length, generate, stream
 from capotune.methods.prompt_tuning import PromptEmbedding
+from capotune.settings import DecodingSettings
 
 VOCABULARY, CONTEXT, PAD, END = 40, 48, 0, 1
 LETTERS = "  ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop"

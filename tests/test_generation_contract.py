@@ -16,20 +16,20 @@ from torch import nn
 
 from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import load_adapter, load_plain, read_adapter, save_adapter, switch
-from capotune.config import (
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.loop import TrainingState, held_out_score
+from capotune.errors import AdapterError, SettingError
+from capotune.kernels.nf4 import Linear4bit
+from capotune.methods import Start
+from capotune.methods.lora import LoraLinear
+from capotune.models.load import find
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.errors import AdapterError, SettingError
-from capotune.kernels.nf4 import Linear4bit
-from capotune.methods import Start
-from capotune.methods.lora import LoraLinear
-from capotune.models.load import find
-from capotune.training.checkpoint import load_checkpoint, save_checkpoint
-from capotune.training.loop import TrainingState, held_out_score
 
 QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8, "warmup": 0.0}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 3e-2, **QUICK}

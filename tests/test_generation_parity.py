@@ -31,18 +31,18 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import load_adapter, read_adapter, save_adapter
-from capotune.config import (
+from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.loop import Examples, held_out_score, outputs, train
+from capotune.models.fused import Fusing
+from capotune.runs.task_run import with_boundary
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of
-from capotune.models.fused import Fusing
-from capotune.training.activation_cache import ActivationCache
-from capotune.training.loop import Examples, held_out_score, outputs, train
-from capotune.training.task_run import with_boundary
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 

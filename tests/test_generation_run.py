@@ -32,16 +32,16 @@ from transformers import AutoModelForCausalLM
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import RECORD, load_adapter, load_plain, read_adapter, switch
-from capotune.config import FeatureExtractionSettings, MethodSettings, TrainSettings, method_class
 from capotune.data.batches import Rows
 from capotune.data.conversations import Pair, load_samples, read_samples_to_score
+from capotune.engine.loop import Examples, train
 from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.models.load import find
-from capotune.training import run as run_module
-from capotune.training import task_run as task_run_module
-from capotune.training.generation import GenerationRun
-from capotune.training.loop import Examples, train
-from capotune.training.run import run
+from capotune.runs import run as run_module
+from capotune.runs import task_run as task_run_module
+from capotune.runs.generation import GenerationRun
+from capotune.runs.run import run
+from capotune.settings import FeatureExtractionSettings, MethodSettings, TrainSettings, method_class
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 METHODS: dict[str, MethodSettings] = {

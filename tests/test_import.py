@@ -47,7 +47,7 @@ def test_import_is_light_and_changes_nothing(statement: str, tmp_path: Path) -> 
 
 
 def test_importing_the_functions_and_the_command_line_changes_nothing(tmp_path: Path) -> None:
-    found = in_a_new_process("import capotune.api, capotune.cli, capotune.comparison, capotune.report", tmp_path)
+    found = in_a_new_process("import capotune.api, capotune.cli, capotune.runs.compare, capotune.report", tmp_path)
     assert found["changed"] == []
     assert not {"torch", "transformers", "datasets", "sklearn"} & set(found["heavy"])
 

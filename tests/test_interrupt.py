@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from commands import capo, start, tree, wait_until
 
-from capotune.training.checkpoint import load_checkpoint, save_checkpoint
-from capotune.training.loop import TrainingState
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.loop import TrainingState
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on Unix")
 
@@ -184,7 +184,7 @@ def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(
 def test_resume_wants_the_same_settings_and_something_to_go_on_with(
     bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import capotune.training.run as run
+    import capotune.runs.run as run
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from capotune.config import LoraSettings
+from capotune.engine import loop
 from capotune.kernels import kept
 from capotune.kernels._native import library
 from capotune.kernels.kept import halve, halved_reference, kept_in_16_bits, whole_again
-from capotune.training import loop
+from capotune.settings import LoraSettings
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

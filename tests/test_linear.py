@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings
+from capotune.engine import loop
 from capotune.errors import SettingError
 from capotune.kernels import _native, bert_block, frozen_linear, linear
 from capotune.kernels.frozen_linear import frozen_unit
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
 from capotune.models import fused
-from capotune.training import loop
+from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,6 @@ from helpers import CPU, LABELS, fit, on_base
 from torch import nn
 
 from capotune.adapters.assemble import assemble, classification_task
-from capotune.config import LoraSettings, QloraSettings
 from capotune.data.batches import Batch
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
@@ -26,6 +25,7 @@ from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count
 from capotune.models.load import EMBEDDED, Quantization, find, load_backbone, load_tokenizer, pooling
 from capotune.models.shards import Shards
+from capotune.settings import LoraSettings, QloraSettings
 
 PACKAGE, SHA256 = EMBEDDED["minilm"].package, EMBEDDED["minilm"].sha256
 MINILM_IS_THERE = importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None

@@ -17,11 +17,17 @@ from safetensors.torch import load_file, save_file
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import save_adapter
-from capotune.config import FeatureExtractionSettings, LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
 from capotune.errors import AdapterError, CapotuneError, DataError, OutputError, SettingError
 from capotune.kernels.nf4 import Linear4bit, dequantize_4bit, quantize_4bit
 from capotune.methods.lora import LoraLinear
 from capotune.models.load import find, load_causal_lm
+from capotune.settings import (
+    FeatureExtractionSettings,
+    LoraSettings,
+    MethodSettings,
+    PromptTuningSettings,
+    QloraSettings,
+)
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
 VARIANTS = {

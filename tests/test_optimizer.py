@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from capotune.training.optimizer import FlatAdamW, set_learning_rate
+from capotune.engine.optimizer import FlatAdamW, set_learning_rate
 
 SHAPES = {"a": (8, 5), "b": (1,), "c": (3, 4, 2), "d": (7, 8)}
 RATES = {"a": 1e-2, "b": 5e-2, "c": 1e-2, "d": 5e-2}

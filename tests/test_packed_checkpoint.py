@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import capotune
-from capotune.config import FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
 from capotune.device import compute_dtype
 from capotune.errors import ModelError, SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.models import stream
 from capotune.models.load import Quantization, find, load_backbone, load_causal_lm
 from capotune.models.shards import Shards
+from capotune.settings import FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
 
 NF4 = Quantization("nf4", 64, True)
 FAMILIES = ("llama", "bert", "gpt2")

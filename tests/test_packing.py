@@ -27,8 +27,10 @@ from torch.nn import functional
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.config import DecodingSettings, FeatureExtractionSettings, MethodSettings
 from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of, sorted_order
+from capotune.engine import loop as loop_module
+from capotune.engine.activation_cache import ActivationCache, compute_boundary, compute_pooled
+from capotune.engine.loop import Examples, held_out_score, outputs, predict_logits
 from capotune.errors import DataError
 from capotune.evaluation.generate import generate
 from capotune.kernels.attention import Sequences
@@ -36,10 +38,8 @@ from capotune.models import fused as fused_module
 from capotune.models import packing as packing_module
 from capotune.models.load import Pooling
 from capotune.models.packing import Packing, packed, try_packing
+from capotune.settings import DecodingSettings, FeatureExtractionSettings, MethodSettings
 from capotune.tasks.classification import Classification
-from capotune.training import loop as loop_module
-from capotune.training.activation_cache import ActivationCache, compute_boundary, compute_pooled
-from capotune.training.loop import Examples, held_out_score, outputs, predict_logits
 
 PADDED = Packing(None, "for this test")
 SMALL: dict[str, Any] = {
@@ -457,7 +457,7 @@ def test_copied_blocks_are_packed_too(name: str) -> None:
 
 
 REGISTERED = """
-import torch, capotune, capotune.api, capotune.models.packing, capotune.training.loop
+import torch, capotune, capotune.api, capotune.models.packing, capotune.engine.loop
 from transformers import AttentionInterface, AutoModel, LlamaConfig
 known = lambda: "capotune_packed" in AttentionInterface._global_mapping
 seen = [known()]

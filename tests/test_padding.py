@@ -10,15 +10,15 @@ import pytest
 import torch
 from helpers import logits, on_base, sequences, shake
 
-from capotune.config import (
+from capotune.data.batches import Batch, Rows, collate, epoch_order, sorted_order, tokens_at_once
+from capotune.models.load import Pooling
+from capotune.settings import (
     FeatureExtractionSettings,
     LoraSettings,
     MethodSettings,
     PromptTuningSettings,
     QloraSettings,
 )
-from capotune.data.batches import Batch, Rows, collate, epoch_order, sorted_order, tokens_at_once
-from capotune.models.load import Pooling
 from capotune.tasks.classification import pool, pooled_positions
 
 VARIANTS: dict[str, MethodSettings] = {

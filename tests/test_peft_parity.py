@@ -17,10 +17,10 @@ from torch import nn
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import save_adapter
-from capotune.config import LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
 from capotune.data.batches import collate
+from capotune.engine.loop import train
 from capotune.kernels.nf4 import Linear4bit
-from capotune.training.loop import train
+from capotune.settings import LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 12}
 VARIANTS: dict[str, MethodSettings] = {

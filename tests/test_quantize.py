@@ -17,7 +17,6 @@ from test_packed_checkpoint import FAMILIES, config_of, load, packed_layers, sta
 from torch import Tensor, nn
 
 import capotune
-from capotune import conversion
 from capotune.errors import CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.evaluation.divergence import compare_logits, compare_models, compare_states, read_text
 from capotune.kernels.nf4 import dequantize_4bit, quantize_4bit
@@ -27,6 +26,7 @@ from capotune.models.load import Quantization, find
 from capotune.models.quantize import layer_error, write_packed
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import Shards
+from capotune.runs import convert as conversion
 
 LAYERS = {"llama": 14, "bert": 12, "gpt2": 8}
 TEXT = "the parcel was late\nmy order is broken please help\nrefund the card\n"

@@ -42,7 +42,7 @@ def test_a_block_runs(number: int, folder: Path) -> None:
 def test_the_yaml_is_a_valid_configuration() -> None:
     import yaml
 
-    from capotune.config import CompareSettings, build
+    from capotune.settings import CompareSettings, build
 
     (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
     assert build(CompareSettings, yaml.safe_load(text)).lora.rank == 8

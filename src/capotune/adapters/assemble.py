@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from capotune.config import MethodSettings
 from capotune.errors import ModelError, SettingError
 from capotune.methods import Method, Start, Untouched, make
 from capotune.models.architecture import Architecture, describe, parameter_count
@@ -29,6 +28,7 @@ from capotune.models.load import (
 )
 from capotune.models.packing import Packing, packed, try_packing
 from capotune.models.stream import Progress
+from capotune.settings import MethodSettings
 from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
 from capotune.tasks.generation import PLAIN_TEMPLATE, Generation

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from capotune.adapters.assemble import assemble, attach
 from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base, save_adapter, task_of
-from capotune.config import FeatureExtractionSettings, LoraSettings, QloraSettings
 from capotune.errors import AdapterError, SettingError
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.methods import Start
@@ -42,6 +41,7 @@ from capotune.models.quantize import (
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import Shards, StoredTensor
 from capotune.models.stream import Progress, pack
+from capotune.settings import FeatureExtractionSettings, LoraSettings, QloraSettings
 
 ADAPTER = "adapter"
 """Folder of a merged classifier's head."""

@@ -29,13 +29,13 @@ from capotune.adapters.assemble import (
     peft_config,
 )
 from capotune.adapters.fingerprint import fingerprint
-from capotune.config import MethodSettings, build, method_class
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.files import human_bytes, output_folder, write_atomic
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import Start, Untouched, make
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.load import Pooling, Source, find
+from capotune.settings import MethodSettings, build, method_class
 
 FORMAT = 1
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.api.training import Reporter
-from capotune.config import MergeSettings, QuantizeSettings, build
+from capotune.settings import MergeSettings, QuantizeSettings, build
 
 
 def quantize(model: str, *, out: str | Path, progress: Reporter | None = None, **settings: Any) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def quantize(model: str, *, out: str | Path, progress: Reporter | None = None, *
     --help`` by name (``quant_type="fp4"``, ``report=True``, ``text="mine.txt"``). ``progress`` is called with events.
     Raises as ``train``.
     """
-    from capotune import conversion
+    from capotune.runs import convert as conversion
 
     built = build(QuantizeSettings, {"model": model, "out": out, **settings})
     return conversion.quantize(built, progress or (lambda _: None))
@@ -29,7 +29,7 @@ def merge(adapter: str | Path, *, out: str | Path, progress: Reporter | None = N
     ``capo merge --help`` by name (``requantize=True``, ``text="mine.txt"``, ``model="where/the/base/is"``). A
     classifier's head is at ``out/adapter``, an adapter of the merged model. Raises as ``train``.
     """
-    from capotune import conversion
+    from capotune.runs import convert as conversion
 
     built = build(MergeSettings, {"adapter": Path(adapter), "out": out, **settings})
     return conversion.merge(built, progress or (lambda _: None))

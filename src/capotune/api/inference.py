@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capotune.config import DecodingSettings, build, nearest
 from capotune.errors import AdapterError, DataError, ModelError, SettingError
+from capotune.settings import DecodingSettings, build, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ class Classifier:
         import numpy as np
 
         from capotune.data.batches import Rows
-        from capotune.training.loop import predict_logits
+        from capotune.engine.loop import predict_logits
 
         _check_texts(texts)
         if not len(texts):
@@ -419,7 +419,7 @@ def _evaluate_text(
 def _losses(assembled: Assembled, samples: Samples) -> tuple[list[float], list[int]]:
     """Of each sample the sum of its losses in nats and the number of its learned tokens, all its windows together."""
     from capotune.data.batches import Rows
-    from capotune.training.loop import Examples, outputs
+    from capotune.engine.loop import Examples, outputs
 
     task = assembled.generation
     parts = [(number, part) for number, of_sample in enumerate(task.encode(samples)) for part in of_sample]

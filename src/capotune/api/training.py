@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capotune.config import CompareSettings, MethodSettings, RunSettings, TrainSettings, build, method_class, nearest
 from capotune.device import collector_at_rest
 from capotune.errors import SettingError
+from capotune.settings import CompareSettings, MethodSettings, RunSettings, TrainSettings, build, method_class, nearest
 
 if TYPE_CHECKING:
     from capotune.report import Comparison
@@ -42,7 +42,7 @@ def train_run(
 ) -> dict[str, Any]:
     """``train`` with settings already validated."""
     with collector_at_rest():
-        from capotune.training.run import run
+        from capotune.runs.run import run
 
     return run(settings, method, report or (lambda _: None), resume=resume)
 
@@ -62,9 +62,9 @@ def compare_run(
     settings: CompareSettings, *, report: CompareReporter | None = None, command: str | None = None
 ) -> Comparison:
     """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it."""
-    from capotune.comparison import run_techniques
     from capotune.files import output_folder
     from capotune.report import write
+    from capotune.runs.compare import run_techniques
 
     if settings.test_fraction == 0 and settings.test is None:
         raise SettingError("--test-fraction 0 leaves no rows to compare on; allowed are values between 0 and 1.")
@@ -93,7 +93,7 @@ def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
     ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
     """
     with collector_at_rest():
-        from capotune.training.run import prepare
+        from capotune.runs.run import prepare
 
     shared, method = _separate("lora", settings)
     found: dict[str, Any] = {}

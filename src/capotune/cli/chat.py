@@ -17,8 +17,8 @@ import tyro
 
 from capotune.cli.flags import parse_repeating
 from capotune.cli.generate import decoding_of, show
-from capotune.config import DecodingSettings, nearest
 from capotune.errors import CapotuneError, DataError, SettingError
+from capotune.settings import DecodingSettings, nearest
 
 HELP = """\
 /adapter NAME   put another adapter on: a folder, or one beside this one by its name

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
-from capotune.config import MergeSettings, QuantizeSettings
 from capotune.files import human_bytes
+from capotune.settings import MergeSettings, QuantizeSettings
 
 SHOWN_LAYERS = 5
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.config import CompareSettings, FeatureExtractionSettings, LoraSettings, QloraSettings
+from capotune.settings import CompareSettings, FeatureExtractionSettings, LoraSettings, QloraSettings
 
 EXPRESSIONS = Path(capotune.__file__).parent / "examples" / "python_expressions.jsonl"
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from capotune.config import build, read_yaml
 from capotune.errors import SettingError
+from capotune.settings import build, read_yaml
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 

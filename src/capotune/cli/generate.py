@@ -11,8 +11,8 @@ from typing import Any
 import tyro
 
 from capotune.cli.flags import Json, parse_repeating
-from capotune.config import DecodingSettings
 from capotune.errors import DataError, SettingError
+from capotune.settings import DecodingSettings
 
 
 class Generate(DecodingSettings):

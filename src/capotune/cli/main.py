@@ -16,7 +16,8 @@ import tyro
 from pydantic import Field
 
 from capotune.cli.flags import Json, parse, take_config
-from capotune.config import (
+from capotune.errors import CapotuneError, DataError, SettingError
+from capotune.settings import (
     METHODS,
     CompareSettings,
     DataSettings,
@@ -26,7 +27,6 @@ from capotune.config import (
     method_class,
     nearest,
 )
-from capotune.errors import CapotuneError, DataError, SettingError
 
 HELP = """usage: capo COMMAND …
 

@@ -35,9 +35,9 @@ from transformers.generation import (
 )
 
 from capotune.adapters.assemble import Assembled
-from capotune.config import DecodingSettings
 from capotune.errors import SettingError
 from capotune.models.load import max_length
+from capotune.settings import DecodingSettings
 
 _TOKENS_AT_ONCE = 8192  # in one batch, answers included: bounds the memory of keys and values
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from capotune.config import MethodSettings
 from capotune.methods.base import Method, Start, Untouched
 from capotune.methods.feature_extraction import FeatureExtraction
 from capotune.methods.lora import Lora
 from capotune.methods.prompt_tuning import PromptTuning
 from capotune.methods.qlora import Qlora
+from capotune.settings import MethodSettings
 
 __all__ = ["METHODS", "Method", "Start", "Untouched", "make"]
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from capotune.config import MethodSettings
 from capotune.models.architecture import Architecture
 from capotune.models.load import Quantization
+from capotune.settings import MethodSettings
 
 
 @dataclass(frozen=True)

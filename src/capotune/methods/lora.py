@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from capotune.config import LoraSettings, nearest
 from capotune.errors import SettingError
 from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
+from capotune.settings import LoraSettings, nearest
 
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers that have one input, by the names that most families give them, in the order they are called."""

@@ -6,9 +6,9 @@ as long as it takes (``kernels.nf4``); what trains is plain LoRA in fp32.
 
 from __future__ import annotations
 
-from capotune.config import QloraSettings
 from capotune.methods.lora import Lora
 from capotune.models.load import Quantization
+from capotune.settings import QloraSettings
 
 
 class Qlora(Lora):

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 
-from capotune.config import nearest
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.models.packed import holds_4_bits, packed_weights, read_packed
 from capotune.models.shards import Shards
 from capotune.models.stream import Progress, check_complete, stream_packed, wrong_shape
+from capotune.settings import nearest
 
 Pooling = Literal["mean", "cls", "last", "max"]
 

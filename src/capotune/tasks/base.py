@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from capotune.config import TaskName
 from capotune.data.batches import Batch, Targets
+from capotune.settings import TaskName
 
 Score = tuple[float, ...]
 """Higher is better; later numbers decide between equal earlier ones."""

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from capotune.config import TaskName
 from capotune.data.batches import Batch, Targets
 from capotune.errors import DataError
 from capotune.models.load import Pooling
+from capotune.settings import TaskName
 from capotune.tasks.base import Score, Task
 
 

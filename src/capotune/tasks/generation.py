@@ -19,11 +19,11 @@ from jinja2 import TemplateError
 from torch import nn
 from torch.nn import functional
 
-from capotune.config import TaskName
 from capotune.data.batches import NOT_LEARNED, Batch, Encoded, Targets
 from capotune.data.conversations import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import DataError, SettingError
 from capotune.kernels.cross_entropy import linear_cross_entropy
+from capotune.settings import TaskName
 from capotune.tasks.base import Score, Task
 
 PLAIN_TEMPLATE = (

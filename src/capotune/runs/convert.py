@@ -12,7 +12,6 @@ import torch
 
 from capotune.adapters.merge import check_mergeable, save_head, write_merged
 from capotune.adapters.store import StoredAdapter, find_base, load_adapter, read_adapter
-from capotune.config import MergeSettings, QuantizeSettings
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.divergence import (
@@ -27,6 +26,7 @@ from capotune.files import output_folder, write_atomic
 from capotune.models.load import Quantization, Source, find, load_causal_lm
 from capotune.models.quantize import LayerError, write_packed
 from capotune.models.stream import bytes_as_steps
+from capotune.settings import MergeSettings, QuantizeSettings
 
 Event = dict[str, Any]
 Reporter = Callable[[Event], None]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from capotune.config import CompareSettings, RunSettings
 from capotune.errors import CapotuneError
+from capotune.settings import CompareSettings, RunSettings
 
 Reporter = Callable[[str, dict[str, Any]], None]
 """Called with the method's name and one of ``training.run``'s events, or ``{"kind": "failed", "text": …}``."""
@@ -56,7 +56,7 @@ def _request(settings: CompareSettings, method: str, out: Path, base_score: bool
 
 def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> str | None:
     """Run one technique's process to its end; why it failed, or None."""
-    command = [sys.executable, "-m", "capotune.training"]
+    command = [sys.executable, "-m", "capotune.runs"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages,
         subprocess.Popen(

@@ -18,21 +18,21 @@ import torch
 from capotune.adapters.assemble import Assembled, assemble, attach, hidden_size
 from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
-from capotune.config import MethodSettings, TaskName, TrainSettings
 from capotune.data.conversations import looks_like_generation
 from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
+from capotune.engine.activation_cache import ActivationCache, default_folder
+from capotune.engine.checkpoint import load_checkpoint
+from capotune.engine.loop import TrainingState
 from capotune.errors import OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
 from capotune.methods import Start
 from capotune.models.load import find
 from capotune.models.stream import bytes_as_steps
-from capotune.training.activation_cache import ActivationCache, default_folder
-from capotune.training.checkpoint import load_checkpoint
-from capotune.training.classification import ClassificationRun
-from capotune.training.generation import GenerationRun
-from capotune.training.loop import TrainingState
-from capotune.training.task_run import Reporter, TaskRun, Tested
+from capotune.runs.classification import ClassificationRun
+from capotune.runs.generation import GenerationRun
+from capotune.runs.task_run import Reporter, TaskRun, Tested
+from capotune.settings import MethodSettings, TaskName, TrainSettings
 
 TASKS: dict[TaskName, type[TaskRun]] = {"classification": ClassificationRun, "generation": GenerationRun}
 MODELS: dict[TaskName, str] = {"classification": "minilm", "generation": "capo-tiny"}

@@ -14,14 +14,14 @@ from typing import Any, TextIO
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.config import MethodSettings, TrainSettings
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.checkpoint import save_checkpoint
+from capotune.engine.loop import Examples, TrainingState, finished, train
 from capotune.errors import SettingError
 from capotune.files import write_atomic
 from capotune.models.load import Source
+from capotune.settings import MethodSettings, TrainSettings
 from capotune.tasks.base import Task
-from capotune.training.activation_cache import ActivationCache
-from capotune.training.checkpoint import save_checkpoint
-from capotune.training.loop import Examples, TrainingState, finished, train
 
 _CHECKPOINT_SECONDS = 300.0
 MOST_HELD_OUT = 500

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from capotune.config import TrainingSettings
+from capotune.settings import TrainingSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

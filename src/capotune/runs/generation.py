@@ -11,13 +11,6 @@ from pathlib import Path
 import torch
 
 from capotune.adapters.assemble import Assembled, generation_task
-from capotune.config import (
-    DecodingSettings,
-    FeatureExtractionSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    TrainSettings,
-)
 from capotune.data.batches import NOT_LEARNED, Encoded, Rows
 from capotune.data.conversations import (
     Conversation,
@@ -30,16 +23,15 @@ from capotune.data.conversations import (
 )
 from capotune.data.generation_report import inspect_samples
 from capotune.data.labelled import hold_out, normalised
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.loop import Examples, TrainingState, held_out_score, outputs, start
 from capotune.errors import DataError, SettingError
 from capotune.evaluation.answers import answer_rows
 from capotune.evaluation.generate import generate
 from capotune.evaluation.metrics import mean_interval, perplexity
 from capotune.methods import Untouched, make
 from capotune.models.load import find
-from capotune.tasks.generation import Generation
-from capotune.training.activation_cache import ActivationCache
-from capotune.training.loop import Examples, TrainingState, held_out_score, outputs, start
-from capotune.training.task_run import (
+from capotune.runs.task_run import (
     MOST_HELD_OUT,
     Fitted,
     Reporter,
@@ -49,6 +41,14 @@ from capotune.training.task_run import (
     train_in_steps,
     with_boundary,
 )
+from capotune.settings import (
+    DecodingSettings,
+    FeatureExtractionSettings,
+    MethodSettings,
+    PromptTuningSettings,
+    TrainSettings,
+)
+from capotune.tasks.generation import Generation
 
 _SHORT_ANSWER = 48  # tokens; answers that are mostly at most this long are compared word for word
 _SHOWN = 5  # prompts whose answers stand side by side on the page

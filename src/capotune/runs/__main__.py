@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 
-from capotune.config import TrainSettings, build, method_class
 from capotune.device import collector_at_rest
 from capotune.errors import CapotuneError
+from capotune.settings import TrainSettings, build, method_class
 
 with collector_at_rest():
-    from capotune.training.run import run
-    from capotune.training.task_run import Event
+    from capotune.runs.run import run
+    from capotune.runs.task_run import Event
 
 
 def main() -> int:

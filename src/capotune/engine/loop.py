@@ -19,16 +19,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from capotune.adapters.assemble import Assembled
-from capotune.config import TrainingSettings
 from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
+from capotune.engine.activation_cache import BoundaryStates, Progress, resume_from
+from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 from capotune.kernels.kept import kept_in_16_bits
 from capotune.kernels.linear import sixteen_bits
 from capotune.kernels.memory import lending
 from capotune.models.architecture import with_forward
+from capotune.settings import TrainingSettings
 from capotune.tasks.base import Score
-from capotune.training.activation_cache import BoundaryStates, Progress, resume_from
-from capotune.training.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 
 _MANY_TOKENS = 2048
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from capotune.engine.loop import TrainingState
 from capotune.errors import OutputError
 from capotune.files import output_folder, write_atomic
-from capotune.training.loop import TrainingState
 
 _NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum")
 

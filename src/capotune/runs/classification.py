@@ -10,18 +10,16 @@ from dataclasses import asdict
 import torch
 
 from capotune.adapters.assemble import Assembled, classification_task, readable_layers
-from capotune.config import MethodSettings, PromptTuningSettings, TrainSettings
 from capotune.data.batches import Rows
 from capotune.data.labelled import LabelledData, hold_out, load_labelled, normalised
 from capotune.data.report import inspect_data
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.linear_head import LinearHead, choose_regularization, solve
+from capotune.engine.loop import Examples, TrainingState, predict_logits, start
 from capotune.errors import ModelError, SettingError
 from capotune.evaluation.metrics import classification_scores, nearest_mean_logits, wilson_interval
 from capotune.models.load import find, pooling
-from capotune.tasks.classification import Classification
-from capotune.training.activation_cache import ActivationCache
-from capotune.training.linear_head import LinearHead, choose_regularization, solve
-from capotune.training.loop import Examples, TrainingState, predict_logits, start
-from capotune.training.task_run import (
+from capotune.runs.task_run import (
     MOST_HELD_OUT,
     Fitted,
     Reporter,
@@ -31,6 +29,8 @@ from capotune.training.task_run import (
     train_in_steps,
     with_boundary,
 )
+from capotune.settings import MethodSettings, PromptTuningSettings, TrainSettings
+from capotune.tasks.classification import Classification
 
 _EASY_START = 30.0  # times the best λ: a head that knows the rows by heart leaves the method nothing to learn
 
