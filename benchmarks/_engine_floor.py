@@ -140,9 +140,14 @@ class Kept:
             unit, program = frozen_unit(), Program()
             assert unit is not None
             form = kernel_form(layer.weight, input_gradient=input_gradient)
-            read = (symbol("x"), terms, 0, symbol("strips"), 0, address(form), 0)
-            arguments = (symbol("rows"), terms, y.shape[1], *read, symbol("y"), y.shape[1], *(0,) * 10)
-            program.call(unit.frozen_product, arguments, -1)
+            program.call(
+                unit.prepacked_product_int16, None, symbol("rows") * (terms * y.shape[1]),
+                rows=symbol("rows"), terms=terms, columns=y.shape[1], x=symbol("x"), x_stride=terms, activation=0,
+                strips=symbol("strips"), strips_ready=False, weight=address(form), bias=0,
+                y=symbol("y"), y_stride=y.shape[1], accumulate=False,
+                delta_ranks=0, delta_xa=0, delta_matrix=0, delta_scale=0,
+                projected_ranks=0, projected_xa=0, projected_matrix=0, projected_scale=0, xa_stride=0,
+            )  # fmt: skip
             self._forms[key] = form, program
         strips = torch.empty(-(-len(x) // 16), strip_bytes(terms), dtype=torch.int8)
         self._forms[key][1].run({"rows": len(x), "x": address(x), "strips": address(strips), "y": address(y)})

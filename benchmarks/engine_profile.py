@@ -25,7 +25,6 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "engine-profile.json"
 STEPS = 5
-CALL_FIELDS = 4  # of a ``struct call``
 _SMALL = 64  # a product with a side up to this is one of a low rank
 KINDS = {
     "large matrix products": ("matrix unit",),
@@ -134,9 +133,9 @@ def name_kernels(stack: ExitStack) -> None:
         swiglu,
     )
 
-    def named(lib: Any, kernel: str, *more: Any) -> None:
+    def named(lib: Any, kernel: str, *sizes: Any, **arguments: Any) -> None:
         with record_function(kernel):
-            plain(lib, kernel, *more)
+            plain(lib, kernel, *sizes, **arguments)
 
     plain = _native.over_rows
     for module in (attention, cross_entropy, gelu, layer_norm, low_rank, rms_norm, rotary, swiglu):
@@ -158,17 +157,18 @@ def run_call_by_call(program: Any, values: dict[str, int]) -> None:
     import torch
     from torch.profiler import record_function
 
-    from capotune.kernels import _native
+    from capotune.kernels import _native, abi
 
     program._symbols or program._translate()
     fields = program._matrix @ np.array([1, *(values[name] for name in program._symbols[1:])], np.int64)
     names = kernel_names()
     sharer, counts = _native.library("elementwise_cpu"), (torch.get_num_threads(), _native.SHARE)
-    size = 8 * CALL_FIELDS
-    for number, (kernel, *_) in enumerate(program._calls):
-        fields[number * CALL_FIELDS + 1] -= number * size  # arguments are found from the first call on
-        with record_function(names[kernel]):
-            where = ctypes.c_void_p(fields.ctypes.data + number * size)
+    call = abi.layout("call")
+    for at in range(0, len(program._calls) * call.size, call.size):
+        kernel, arguments = (fields[(at + call.offsets[name]) // 8 :] for name in ("kernel", "arguments"))
+        arguments[0] -= at  # they are found from the first call on
+        with record_function(names[kernel[0]]):
+            where = ctypes.c_void_p(fields.ctypes.data + at)
             sharer.run_program(where, ctypes.c_int64(1), _native.fork_join(), *map(ctypes.c_int64, counts))
 
 

@@ -271,8 +271,10 @@ def test_a_program_is_what_its_symbols_say() -> None:
     assert products is not None
     program, source, to = Program(), torch.arange(12.0), torch.zeros(12)
     rows = symbol("rows")
-    arguments = (symbol("from"), 3, symbol("to"), 1, rows)
-    program.call(products.copy_matrix, arguments, rows, 3 * rows)
+    program.call(
+        products.copy_matrix, rows, 3 * rows,
+        source=symbol("from"), columns=3, target=symbol("to"), row_stride=1, column_stride=rows,
+    )  # fmt: skip
     for count in (4, 2):
         program.run({"from": source.data_ptr(), "to": to.data_ptr(), "rows": count})
         assert torch.equal(to[: 3 * count].view(3, count), source[: 3 * count].view(count, 3).t())

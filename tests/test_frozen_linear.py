@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import struct
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from test_linear import native, some_frozen_unit, some_unit, unit
 from torch import Tensor
 
-from capotune.kernels import frozen_linear, linear
+from capotune.kernels import abi, frozen_linear, linear
 from capotune.kernels._native import address, library
 from capotune.kernels.frozen_linear import allowed, kernel_form, may_be_kept, strip_bytes, whole_numbers_reference
 from capotune.kernels.linear import sixteen_bits
@@ -36,17 +35,29 @@ def frozen_product(
     x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, onto: bool, low: Tensor, matrix: Tensor, scale: float,
     shares: int = 1,
 ) -> None:  # fmt: skip
-    """Calls C for ``shares`` ranges of the panels, one after the other."""
+    """Calls C with a sharer that gives it ``shares`` ranges of the panels, one after the other."""
     lib = library("products_cpu")
     if lib is None:
         pytest.skip("no C compiler here")
-    read = (x.data_ptr(), x.stride(0), panels.data_ptr(), address(bias))
-    written = (y.data_ptr(), y.stride(0), int(onto))
-    added = (low.shape[1], low.data_ptr(), low.stride(0), matrix.data_ptr())
-    block = struct.pack("14qd", len(x), x.shape[1], y.shape[1], *read, *written, *added, scale)
-    edges = [len(panels) * i // shares for i in range(shares + 1)]
-    for first, last in itertools.pairwise(edges):
-        lib.frozen_product(block, ctypes.c_int64(first), ctypes.c_int64(last))
+    arguments = {
+        "rows": len(x), "terms": x.shape[1], "columns": y.shape[1], "x": address(x), "x_stride": x.stride(0),
+        "panels": address(panels), "bias": address(bias), "y": address(y), "y_stride": y.stride(0), "accumulate": onto,
+        "ranks": low.shape[1], "xa": address(low), "xa_stride": low.stride(0), "matrix": address(matrix),
+        "scale": scale,
+    }  # fmt: skip
+    asked: list[int] = []
+
+    @ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2)
+    def one_after_the_other(_: int, work: int, block: int, items: int, threads: int) -> None:
+        kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(work)
+        asked.extend([items, threads])
+        for first, last in itertools.pairwise([items * i // threads for i in range(threads + 1)]):
+            kernel(block, first, last)
+
+    block = abi.kernel_layout("prepacked_product_fp32").pack(arguments)
+    lib.prepacked_product_fp32(block, one_after_the_other, None, shares)
+    used = min(shares, len(panels))
+    assert asked == ([len(panels), used] if used > 1 else [])
 
 
 @given(
@@ -123,7 +134,7 @@ def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
 
 
 class Product:
-    """``frozen_product`` of frozen_amx.c on these matrices; what it writes is NaN before."""
+    """``prepacked_product_int16`` on these matrices; what it writes is NaN before."""
 
     def __init__(self, x: Tensor, weight: Tensor, *, input_gradient: bool = False) -> None:
         self.x, self.columns = x, weight.t() if input_gradient else weight
@@ -143,13 +154,18 @@ class Product:
         assert lib is not None
         if made:
             self.low[:, :made] = torch.nan
-        sizes = (len(self.x), self.x.shape[1], len(self.columns), self.x.data_ptr(), self.x.stride(0))
-        strips = (kernel_address(before), self.strips.data_ptr(), int(ready), self.form.data_ptr(), address(self.bias))
-        written = (self.y.data_ptr(), self.y.stride(0), int(self.onto))
-        added = (len(self.matrix), self.low.data_ptr(), self.low.stride(0), self.matrix.data_ptr(), self.scale)
-        found = (made, self.low.data_ptr(), self.directions.data_ptr(), self.made_scale)
-        block = struct.pack("17qd3qd", *sizes, *strips, *written, *added, *found)
-        lib.frozen_product(block, *(linear._pool() if pool is None else pool), ctypes.c_int64(threads))
+        arguments = {
+            "rows": len(self.x), "terms": self.x.shape[1], "columns": len(self.columns),
+            "x": address(self.x), "x_stride": self.x.stride(0), "activation": kernel_address(before),
+            "strips": address(self.strips), "strips_ready": ready, "weight": address(self.form),
+            "bias": address(self.bias), "y": address(self.y), "y_stride": self.y.stride(0), "accumulate": self.onto,
+            "delta_ranks": len(self.matrix), "delta_xa": address(self.low), "delta_matrix": address(self.matrix),
+            "delta_scale": self.scale, "projected_ranks": made, "projected_xa": address(self.low),
+            "projected_matrix": address(self.directions), "projected_scale": self.made_scale,
+            "xa_stride": self.low.stride(0),
+        }  # fmt: skip
+        block = abi.kernel_layout("prepacked_product_int16").pack(arguments)
+        lib.prepacked_product_int16(block, *(linear._pool() if pool is None else pool), threads)
         assert (self.around[len(self.x)] == 7).all()
         assert (self.around[:, len(self.columns) :] == 7).all()
         assert (self.strips[-64:] == 77).all()

@@ -129,7 +129,7 @@ def in_software(name: str, compiler: str | None, folder: Path) -> ctypes.CDLL:
     header, made = Path(__file__).with_name("tiles_in_software.h"), folder / f"{name}.so"
     source = Path(linear.__file__).with_name(f"{name}.c")
     _native._compile(compiler, (*flags, "-include", str(header)), source, made)
-    return ctypes.CDLL(str(made))
+    return _native.open_library(made)
 
 
 @pytest.fixture

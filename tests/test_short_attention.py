@@ -31,9 +31,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = attention_module.over_rows
 
-    def note(lib: object, kernel: str, *rest: object) -> None:
+    def note(lib: object, kernel: str, *sizes: object, **arguments: object) -> None:
         names.append(kernel)
-        real(lib, kernel, *rest)  # type: ignore[arg-type]
+        real(lib, kernel, *sizes, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attention_module, "over_rows", note)
     return names

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import shutil
-import struct
 import subprocess
 import tempfile
 import threading
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 
 from capotune.errors import SettingError
+from capotune.kernels import abi
 
 __all__ = [
-    "Argument", "address", "as_rows", "check_shape", "dtype_code", "elementwise", "fork_join", "in_threads", "library",
-    "output_rows", "over_rows", "pointer", "products",
+    "address", "as_rows", "check_shape", "dtype_code", "elementwise", "fork_join", "in_threads", "library",
+    "open_library", "output_rows", "over_rows", "pointer", "products",
 ]  # fmt: skip
 
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
@@ -60,9 +60,6 @@ COMPILE_SECONDS = 120
 ELEMENTWISE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SHARE = 2**15
 
-# A field of a struct in elementwise_cpu.c or products_cpu.c, a double where it is a float; each has eight bytes.
-Argument = int | float
-
 log = logging.getLogger(__name__)
 
 
@@ -81,10 +78,20 @@ def library(name: str) -> ctypes.CDLL | None:
 def _loaded(source: Path) -> ctypes.CDLL:
     path = _compiled(source)
     try:
-        return ctypes.CDLL(str(path))
+        return open_library(path)
     except OSError:  # cut short when the machine went down after it was built
         path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_compiled(source)))
+        return open_library(_compiled(source))
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The kernels compiled from a source here, which all include abi.h but nf4_cpu.c. Raises ``AbiError`` where its
+    structs are not those that Python knows."""
+    lib = ctypes.CDLL(str(path))
+    if hasattr(lib, "abi_table"):
+        abi.check(lib)
+        abi.declare(lib)
+    return lib
 
 
 def _compiled(source: Path) -> Path:
@@ -165,28 +172,25 @@ def dtype_code(tensor: torch.Tensor) -> int:
     return ELEMENTWISE_DTYPES[tensor.dtype]
 
 
-def over_rows(lib: ctypes.CDLL, kernel: str, arguments: Sequence[Argument], rows: int, columns: int) -> None:
+def over_rows(lib: ctypes.CDLL, kernel: str, rows: int, columns: int, /, **arguments: abi.Value) -> None:
     """Call ``kernel`` of ``lib`` over all rows, of so many ``columns`` each, in threads of PyTorch's own OpenMP pool.
 
-    ``arguments`` are the fields of the struct of that name, in order. Threads of our own would be slower than none:
-    after a matrix product the pool's threads wait for the next one in a loop, for some milliseconds, and the new
-    threads would have to share the cores with them. Where PyTorch has another pool, one thread does all the work.
+    ``arguments`` are the fields of its struct in abi.h, by name. Threads of our own would be slower than none: after a
+    matrix product the pool's threads wait for the next one in a loop, for some milliseconds, and the new threads would
+    have to share the cores with them. Where PyTorch has another pool, one thread does all the work.
+
+    Raises ``AbiError`` where the arguments are not those of the kernel.
     """
     if rows == 0:
         return
-    function, block = getattr(lib, kernel), struct.pack(_layout(tuple(map(type, arguments))), *arguments)
+    function, block = getattr(lib, kernel), abi.kernel_layout(kernel).pack(arguments)
     threads = min(torch.get_num_threads(), rows, rows * columns // SHARE)
     pool = fork_join() if threads > 1 else None
     sharer = library("elementwise_cpu")
     if pool is None or sharer is None:
-        function(block, ctypes.c_int64(0), ctypes.c_int64(rows))
+        function(block, 0, rows)
     else:
         sharer.share_rows(pool, function, block, ctypes.c_int64(rows), ctypes.c_int64(threads))
-
-
-@cache
-def _layout(kinds: tuple[type, ...]) -> str:
-    return "".join("d" if kind is float else "q" for kind in kinds)
 
 
 @cache

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from capotune.kernels._native import Argument, address, as_rows, over_rows, products
+from capotune.kernels._native import address, as_rows, over_rows, products
 
 MOST_LENGTH, MOST_HEAD, _LANES = 512, 128, 8
 """Up to where products_cpu.c is faster, and the numbers in one of its vectors."""
@@ -184,16 +184,15 @@ class _ShortAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.how = sequences, causal, scale
         out = torch.empty(q.shape, dtype=q.dtype)
-        _run_short("short_attention", (q, k, v), sequences, causal, scale, (out, None, None, None, None))
+        _run_short("short_attention", (q, k, v), sequences, causal, scale, out=out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         qkv, grad, (sequences, causal, scale) = ctx.saved_tensors, grad.contiguous(), ctx.how
-        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in qkv]
-        written = (None, grad, *gradients)
-        _run_short("short_attention_backward", qkv, sequences, causal, scale, written)
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in qkv)
+        _run_short("short_attention_backward", qkv, sequences, causal, scale, grad=grad, gradients=gradients)
         return *gradients, None, None, None
 
 
@@ -203,20 +202,25 @@ def _run_short(
     sequences: Sequences,
     causal: bool,
     scale: float,
-    written: tuple[torch.Tensor | None, ...],
+    *,
+    out: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+    gradients: tuple[torch.Tensor | None, ...] = (None, None, None),
 ) -> None:
-    """``written``: where out is, or what is given of its gradient and where those of q, k and v are."""
-    q, k, v = qkv
-    lib = _short(q, k, v, sequences)
+    """Writes ``out``, or from its gradient ``grad`` the ``gradients`` of q, k and v."""
+    lib = _short(*qkv, sequences)
     assert lib is not None
-    (tokens, heads, size), key_heads = q.shape, k.shape[1]
-    rows = [as_rows(x, tokens, x.shape[1] * size) for x in (q, k, v)]
-    arguments: list[Argument] = [heads, heads // key_heads, size, causal]
-    arguments += map(address, (sequences.starts, *rows))
-    arguments += [x.stride(0) for x in rows]
+    (tokens, heads, size), key_heads = qkv[0].shape, qkv[1].shape[1]
+    q, k, v = (as_rows(x, tokens, x.shape[1] * size) for x in qkv)
     longest, items = max(sequences.lengths, default=0), len(sequences.lengths) * key_heads
-    arguments += [float(scale), *map(address, written), longest]
-    over_rows(lib, kernel, arguments, items, tokens * longest * heads * size // max(items, 1))
+    grad_q, grad_k, grad_v = map(address, gradients)
+    over_rows(
+        lib, kernel, items, tokens * longest * heads * size // max(items, 1),
+        heads=heads, heads_per_key=heads // key_heads, head_size=size, causal=causal,
+        starts=address(sequences.starts), q=address(q), k=address(k), v=address(v),
+        q_stride=q.stride(0), k_stride=k.stride(0), v_stride=v.stride(0), scale=scale,
+        out=address(out), grad=address(grad), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, longest=longest,
+    )  # fmt: skip
 
 
 class _PackedAttention(torch.autograd.Function):

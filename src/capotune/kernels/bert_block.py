@@ -459,12 +459,16 @@ class _Writer:
             return
         (out, into), form = layer.weight(torch.float32).shape, self.block.form(layer, input_gradient=input_gradient)
         terms, columns, bias = (out, into, None) if input_gradient else (into, out, layer.bias)
-        read = (x.address, x.stride, kernel_address(before), self._strips.address, int(ready))
-        written = (address(form), address(bias), y.address, y.stride, int(onto))
-        added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
-        found = (made.low.columns, made.low.address, made.matrix, float(made.scale))
-        arguments = (self.rows, terms, columns, *read, *written, *added, *found)
-        self.program.call(self.unit.frozen_product, arguments, -1)
+        self.program.call(
+            self.unit.prepacked_product_int16, None, self.rows * (terms * columns),
+            rows=self.rows, terms=terms, columns=columns, x=x.address, x_stride=x.stride,
+            activation=kernel_address(before), strips=self._strips.address, strips_ready=ready,
+            weight=address(form), bias=address(bias), y=y.address, y_stride=y.stride, accumulate=onto,
+            delta_ranks=change.low.columns, delta_xa=change.low.address, delta_matrix=change.matrix,
+            delta_scale=change.scale, projected_ranks=made.low.columns, projected_xa=made.low.address,
+            projected_matrix=made.matrix, projected_scale=made.scale,
+            xa_stride=change.low.stride,
+        )  # fmt: skip
 
     def _product_by_vectors(
         self,
@@ -482,22 +486,29 @@ class _Writer:
             self._low_rank("low_rank_project", x, made.low, made.matrix, made.scale)
         (out, into), panels = layer.weight(torch.float32).shape, self.block.form(layer, input_gradient=input_gradient)
         terms, columns = (out, into) if input_gradient else (into, out)
-        read = (x.address, x.stride, address(panels), 0 if input_gradient else address(layer.bias))
-        written = (y.address, y.stride, int(onto))
-        added = (change.low.columns, change.low.address, change.low.stride, change.matrix, float(change.scale))
-        arguments = (self.rows, terms, columns, *read, *written, *added)
-        self.program.call(self.products.frozen_product, arguments, len(panels), self.rows * (terms * columns))
+        self.program.call(
+            self.products.prepacked_product_fp32, None, self.rows * (terms * columns),
+            rows=self.rows, terms=terms, columns=columns, x=x.address, x_stride=x.stride, panels=address(panels),
+            bias=0 if input_gradient else address(layer.bias), y=y.address, y_stride=y.stride, accumulate=onto,
+            ranks=change.low.columns, xa=change.low.address, xa_stride=change.low.stride, matrix=change.matrix,
+            scale=change.scale,
+        )  # fmt: skip
 
     def _low_rank(self, name: str, x: _Matrix, low: _Matrix, matrix: Affine, scale: float = 1.0) -> None:
         """A kernel of ``low_rank.py``."""
         groups = -(-x.columns // _LANES)
         items, columns = (groups, groups * _LANES) if name == "low_rank_gather" else (self.rows, x.columns)
-        sizes = (self.rows, x.columns, low.columns)
-        arguments = (*sizes, x.address, low.address, matrix, x.stride, low.stride, float(scale))
-        self.program.call(getattr(self.products, name), arguments, items, self.rows * (columns * low.columns))
+        self.program.call(
+            getattr(self.products, name), items, self.rows * (columns * low.columns),
+            rows=self.rows, columns=x.columns, ranks=low.columns, x=x.address, xa=low.address, matrix=matrix,
+            x_stride=x.stride, xa_stride=low.stride, scale=scale,
+        )  # fmt: skip
 
     def _copy(self, source: Affine, rows: int, columns: int, to: Affine, to_row: int, to_column: int) -> None:
-        self.program.call(self.products.copy_matrix, (source, columns, to, to_row, to_column), rows, rows * columns)
+        self.program.call(
+            self.products.copy_matrix, rows, rows * columns,
+            source=source, columns=columns, target=to, row_stride=to_row, column_stride=to_column,
+        )  # fmt: skip
 
     def _turn(self, source: Affine, rows: int, columns: int, to: Affine) -> None:
         """(rows, columns) → (columns, rows)."""
@@ -507,29 +518,40 @@ class _Writer:
 
     def take_wanted(self, x: _Matrix, y: _Matrix) -> None:
         """Those rows of x that are wanted. y's rows are as many."""
-        arguments = (x.columns, x.address, symbol("wanted"), y.address)
-        self.program.call(self.products.take_rows, arguments, _WANTED, _WANTED * x.columns)
+        self.program.call(
+            self.products.select_rows, _WANTED, _WANTED * x.columns,
+            columns=x.columns, source=x.address, indices=symbol("wanted"), target=y.address,
+        )  # fmt: skip
 
     def put_wanted(self, x: _Matrix, y: _Matrix) -> None:
         """To where x's rows were taken from; zeros in y's others."""
-        arguments = (x.columns, x.address, symbol("places"), y.address)
-        self.program.call(self.products.put_rows, arguments, _TOKENS, _TOKENS * x.columns)
+        self.program.call(
+            self.products.scatter_rows, _TOKENS, _TOKENS * x.columns,
+            columns=x.columns, source=x.address, places=symbol("places"), target=y.address,
+        )  # fmt: skip
 
     def multiply_by(self, x: _Matrix, factors: str, y: _Matrix) -> None:
-        arguments = (x.columns, x.address, symbol(factors), y.address)
-        self.program.call(self.products.multiply_by, arguments, self.rows, self.rows * x.columns)
+        self.program.call(
+            self.products.multiply_by, self.rows, self.rows * x.columns,
+            columns=x.columns, x=x.address, factors=symbol(factors), y=y.address,
+        )  # fmt: skip
 
     def norm(self, number: int, x: _Matrix, residual: _Matrix, y: _Matrix) -> None:
         norm, total, means, roots = self._of_norm(number)
-        read = (0, x.address, residual.address, address(norm.weight), address(norm.bias), x.columns, float(norm.eps))
-        written = (total.address, y.address, means.address, roots.address)
-        self.program.call(self.elementwise.add_layer_norm, (*read, *written), self.rows, self.rows * x.columns)
+        self.program.call(
+            self.elementwise.add_layer_norm, self.rows, self.rows * x.columns,
+            dtype=0, x=x.address, residual=residual.address, weight=address(norm.weight), bias=address(norm.bias),
+            columns=x.columns, eps=norm.eps, total=total.address, y=y.address, means=means.address,
+            roots=roots.address,
+        )  # fmt: skip
 
     def norm_backward(self, number: int, grad: _Matrix, grad_x: _Matrix) -> None:
         norm, total, means, roots = self._of_norm(number)
-        read = (0, grad.address, total.address, address(norm.weight), means.address, roots.address, grad.columns)
-        kernel = self.elementwise.add_layer_norm_backward
-        self.program.call(kernel, (*read, grad_x.address), self.rows, self.rows * grad.columns)
+        self.program.call(
+            self.elementwise.add_layer_norm_backward, self.rows, self.rows * grad.columns,
+            dtype=0, grad=grad.address, total=total.address, weight=address(norm.weight), means=means.address,
+            roots=roots.address, columns=grad.columns, grad_x=grad_x.address,
+        )  # fmt: skip
 
     def _of_norm(self, number: int) -> tuple[LayerNorm, _Matrix, _Matrix, _Matrix]:
         kept = self.kept
@@ -542,28 +564,35 @@ class _Writer:
             self.linears(group, x, outs, before=kernel)
             return
         active = self.scratch.matrix(x.columns)
-        self.program.call(kernel, (0, x.columns, x.address, active.address), self.rows, self.rows * x.columns)
+        self.program.call(
+            kernel, self.rows, self.rows * x.columns, dtype=0, columns=x.columns, x=x.address, y=active.address
+        )
         self.linears(group, active, outs)
 
     def gelu_backward(self, grad: _Matrix, x: _Matrix, *, again: bool) -> None:
         """The gradient becomes that of x; with y ``again``, x becomes y."""
-        arguments = (0, x.columns, grad.address, x.address, grad.address, x.address if again else 0)
-        self.program.call(self.elementwise.gelu_backward, arguments, self.rows, self.rows * x.columns)
+        self.program.call(
+            self.elementwise.gelu_backward, self.rows, self.rows * x.columns,
+            dtype=0, columns=x.columns, grad=grad.address, x=x.address, grad_x=grad.address,
+            y=x.address if again else 0,
+        )  # fmt: skip
 
     def attention(self, out: _Matrix) -> None:
-        self._attend(self.products.short_attention, (out.address, 0, 0, 0, 0))
+        self._attend(self.products.short_attention, out.address, 0, (0, 0, 0))
 
     def attention_backward(self, grad: _Matrix, grads: Sequence[_Matrix]) -> None:
-        self._attend(self.products.short_attention_backward, (0, grad.address, *(one.address for one in grads)))
+        self._attend(self.products.short_attention_backward, 0, grad.address, [one.address for one in grads])
 
-    def _attend(self, kernel: Any, written: Sequence[Affine | int]) -> None:
-        block, qkv = self.block, self.kept.qkv
-        heads, hidden = qkv[0].columns // block.head_size, qkv[0].columns
-        sizes = (heads, 1, block.head_size, int(block.causal))
-        arguments: list[Affine | int | float] = [*sizes, symbol("starts"), *(one.address for one in qkv)]
-        arguments += [one.stride for one in qkv]
-        arguments += [float(block.scale), *written, symbol("longest")]
-        self.program.call(kernel, arguments, symbol("sequences") * heads, symbol("pairs") * hidden)
+    def _attend(self, kernel: Any, out: Affine | int, grad: Affine | int, grads: Sequence[Affine | int]) -> None:
+        block, (q, k, v), (grad_q, grad_k, grad_v) = self.block, self.kept.qkv, grads
+        heads = q.columns // block.head_size
+        self.program.call(
+            kernel, symbol("sequences") * heads, symbol("pairs") * q.columns,
+            heads=heads, heads_per_key=1, head_size=block.head_size, causal=block.causal, starts=symbol("starts"),
+            q=q.address, k=k.address, v=v.address, q_stride=q.stride, k_stride=k.stride, v_stride=v.stride,
+            scale=block.scale, out=out, grad=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+            longest=symbol("longest"),
+        )  # fmt: skip
 
 
 def _write_forward(block: BertBlock, some: bool, drops1: bool, drops2: bool) -> _Writer:

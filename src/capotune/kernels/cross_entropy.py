@@ -115,8 +115,11 @@ def softmax_cross_entropy(
         return softmax_cross_entropy_reference(logits, targets, label_smoothing, in_place)
     rows, columns = logits.shape
     targets, losses = targets.contiguous(), torch.empty(rows, dtype=torch.float32)
-    read = (address(logits), columns, address(targets), float(label_smoothing), in_place)
-    over_rows(lib, "softmax_cross_entropy", (*read, address(losses)), rows, columns)
+    over_rows(
+        lib, "softmax_cross_entropy", rows, columns,
+        logits=address(logits), columns=columns, targets=address(targets), smoothing=label_smoothing,
+        in_place=in_place, losses=address(losses),
+    )  # fmt: skip
     return losses
 
 

@@ -17,9 +17,9 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
 #define FOR_BLOCKS(start, end, count) \
     for (int64_t start = 0, end; end = start + BLOCK < count ? start + BLOCK : count, start < count; start = end)
 /* The dtype is a constant in either copy of the function, so that no loop asks for it. */
-#define FOR_BOTH_DTYPES(name)                                                     \
+#define FOR_BOTH_DTYPES(name, structure)                                          \
     void name(const void *arguments, int64_t first, int64_t last) {               \
-        const struct name a = *(const struct name *)arguments;                    \
+        const struct structure a = *(const struct structure *)arguments;          \
         if (a.dtype == FLOAT32) name##_rows(a, first, last, FLOAT32);             \
         else name##_rows(a, first, last, BFLOAT16);                               \
     }
@@ -31,7 +31,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
 struct part { _Alignas(64) int64_t next, end, taken; };
 
 struct job {
-    void (*kernel)(const void *arguments, int64_t first, int64_t last);
+    kernel *work;
     const void *arguments;
     int64_t share, threads;
     struct part *parts;
@@ -52,43 +52,29 @@ static void take_shares(void *data) {
         for (;;) {
             int64_t first = __atomic_fetch_add(&part->next, job->share, __ATOMIC_RELAXED), last = first + job->share;
             if (first >= part->end) break;
-            job->kernel(job->arguments, first, last < part->end ? last : part->end);
+            job->work(job->arguments, first, last < part->end ? last : part->end);
         }
     }
 }
 
 /* Call the kernel over all rows with the threads of PyTorch's own pool; fork_join is GOMP_parallel of its library. */
-void share_rows(void (*fork_join)(void (*)(void *), void *, unsigned, unsigned),
-                void (*kernel)(const void *, int64_t, int64_t), const void *arguments, int64_t rows, int64_t threads) {
+void share_rows(void *fork_join, kernel *work, const void *arguments, int64_t rows, int64_t threads) {
+    typedef void pool(void (*)(void *), void *, unsigned, unsigned);
     struct part parts[threads];
     for (int64_t i = 0; i < threads; i++) parts[i] = (struct part){rows * i / threads, rows * (i + 1) / threads, 0};
     /* rows may differ in work */
-    struct job job = {kernel, arguments, (rows + 4 * threads - 1) / (4 * threads), threads, parts};
-    fork_join(take_shares, &job, (unsigned)threads, 0);
+    struct job job = {work, arguments, (rows + 4 * threads - 1) / (4 * threads), threads, parts};
+    ((pool *)fork_join)(take_shares, &job, (unsigned)threads, 0);
 }
 
-/* A kernel to call: its arguments stand so many bytes after the first call, its items are shared out if they are worth it. */
-struct call {
-    void *kernel;
-    int64_t arguments, items, work;  /* items < 0: it shares itself out, as frozen_amx.c does */
-};
-
-/* Calls one after the other, as program.py writes them; threads: the most, each for so much work at least. */
-void run_program(const struct call *calls, int64_t count, void *fork_join, int64_t threads, int64_t least_work) {
-    typedef void kernel(const void *, int64_t, int64_t);
-    typedef void sharing_kernel(const void *, void *, void *, int64_t);
-    for (const struct call *call = calls; call < calls + count; call++) {
+/* Calls one after the other, as program.py writes them, each in at most so many threads, and one for least_work at least. */
+void run_program(const void *calls, int64_t count, void *fork_join, int64_t threads, int64_t least_work) {
+    sharer *share = fork_join ? share_rows : 0;
+    for (const struct call *call = calls; call < (const struct call *)calls + count; call++) {
         const void *arguments = (const char *)calls + call->arguments;
-        if (call->items < 0) {
-            ((sharing_kernel *)call->kernel)(arguments, fork_join ? (void *)share_rows : 0, fork_join, threads);
-            continue;
-        }
-        int64_t most = call->work / least_work < call->items ? call->work / least_work : call->items;
-        int64_t used = most < threads ? most : threads;
-        if (fork_join && used > 1)
-            share_rows((void (*)(void (*)(void *), void *, unsigned, unsigned))fork_join, (kernel *)call->kernel, arguments,
-                       call->items, used);
-        else ((kernel *)call->kernel)(arguments, 0, call->items);
+        int64_t used = most(1, least(threads, call->work / least_work));
+        if (call->items < 0) ((sharing_kernel *)call->kernel)(arguments, share, fork_join, used);
+        else share_out((kernel *)call->kernel, arguments, call->items, share, fork_join, used);
     }
 }
 
@@ -129,15 +115,6 @@ INLINE float exp_negative(float x) {
 
 /* ------------------------------------------------------------------------------------------------------- RMS norm */
 
-struct rms_norm {
-    int64_t dtype;
-    const void *x, *weight;
-    int64_t columns;
-    double eps;
-    void *y;
-    float *roots;
-};
-
 /* y = w * rounded(x r) with r = 1 / sqrt(mean(x^2) + eps), which is kept for the backward pass. */
 INLINE void rms_norm_rows(struct rms_norm a, int64_t first, int64_t last, int dtype) {
     for (int64_t row = first; row < last; row++) {
@@ -156,15 +133,7 @@ INLINE void rms_norm_rows(struct rms_norm a, int64_t first, int64_t last, int dt
             store(y, i, load(a.weight, i, dtype) * rounded(load(x, i, dtype) * root, dtype), dtype);
     }
 }
-FOR_BOTH_DTYPES(rms_norm)
-
-struct rms_norm_backward {
-    int64_t dtype;
-    const void *grad, *x, *weight;
-    const float *roots;
-    int64_t columns;
-    void *grad_x;
-};
+FOR_BOTH_DTYPES(rms_norm, rms_norm)
 
 /* dx = r (g w - x r^2 mean(g w x)) */
 INLINE void rms_norm_backward_rows(struct rms_norm_backward a, int64_t first, int64_t last, int dtype) {
@@ -184,18 +153,9 @@ INLINE void rms_norm_backward_rows(struct rms_norm_backward a, int64_t first, in
             store(grad_x, i, scale * (load(g, i, dtype) * load(w, i, dtype) - load(x, i, dtype) * along), dtype);
     }
 }
-FOR_BOTH_DTYPES(rms_norm_backward)
+FOR_BOTH_DTYPES(rms_norm_backward, rms_norm_backward)
 
 /* ----------------------------------------------------------------------------------------------------- layer norm */
-
-struct add_layer_norm {
-    int64_t dtype;
-    const void *x, *residual, *weight, *bias;
-    int64_t columns;
-    double eps;
-    void *total, *y;
-    float *means, *roots;
-};
 
 /* total = rounded(x + residual), y = w (total - mean) r + b with r = 1 / sqrt(mean((total - mean)^2) + eps). */
 INLINE void add_layer_norm_rows(struct add_layer_norm a, int64_t first, int64_t last, int dtype) {
@@ -228,15 +188,7 @@ INLINE void add_layer_norm_rows(struct add_layer_norm a, int64_t first, int64_t 
                   dtype);
     }
 }
-FOR_BOTH_DTYPES(add_layer_norm)
-
-struct add_layer_norm_backward {
-    int64_t dtype;
-    const void *grad, *total, *weight;
-    const float *means, *roots;
-    int64_t columns;
-    void *grad_x;
-};
+FOR_BOTH_DTYPES(add_layer_norm, add_layer_norm)
 
 /* With n = (total - mean) r: dx = r (g w - mean(g w) - n mean(g w n)) */
 INLINE void add_layer_norm_backward_rows(struct add_layer_norm_backward a, int64_t first, int64_t last, int dtype) {
@@ -263,7 +215,7 @@ INLINE void add_layer_norm_backward_rows(struct add_layer_norm_backward a, int64
                   root * (load(g, i, dtype) * load(w, i, dtype) - offset - (load(x, i, dtype) - mean) * slope), dtype);
     }
 }
-FOR_BOTH_DTYPES(add_layer_norm_backward)
+FOR_BOTH_DTYPES(add_layer_norm_backward, add_layer_norm_backward)
 
 /* ----------------------------------------------------------------------------------------------------------- GELU */
 
@@ -279,13 +231,7 @@ INLINE float normal_distribution(float x, float *density) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
-struct gelu {
-    int64_t dtype, columns;
-    const void *x;
-    void *y;
-};
-
-INLINE void gelu_rows(struct gelu a, int64_t first, int64_t last, int dtype) {
+INLINE void gelu_rows(struct elementwise a, int64_t first, int64_t last, int dtype) {
     for (int64_t row = first; row < last; row++) {
         const void *x = at(a.x, row * a.columns, dtype);
         void *y = at(a.y, row * a.columns, dtype);
@@ -296,13 +242,7 @@ INLINE void gelu_rows(struct gelu a, int64_t first, int64_t last, int dtype) {
         }
     }
 }
-FOR_BOTH_DTYPES(gelu)
-
-struct gelu_backward {
-    int64_t dtype, columns;
-    const void *grad, *x;
-    void *grad_x, *y;  /* y: or none */
-};
+FOR_BOTH_DTYPES(gelu, elementwise)
 
 /* dx = g (Phi(x) + x density(x)), and y = x Phi(x) once more while Phi is at hand, where it is asked for. */
 INLINE void gelu_backward_rows(struct gelu_backward a, int64_t first, int64_t last, int dtype) {
@@ -327,16 +267,9 @@ INLINE void gelu_backward_rows(struct gelu_backward a, int64_t first, int64_t la
         }
     }
 }
-FOR_BOTH_DTYPES(gelu_backward)
+FOR_BOTH_DTYPES(gelu_backward, gelu_backward)
 
 /* --------------------------------------------------------------------------------------------------------- SwiGLU */
-
-struct swiglu {
-    int64_t dtype, columns;
-    const void *gate, *up;
-    void *y;
-    int64_t gate_stride, up_stride, y_stride;
-};
 
 /* y = silu(gate) up. The logistic function is taken from e^-|gate| <= 1, which cannot overflow. */
 INLINE void swiglu_rows(struct swiglu a, int64_t first, int64_t last, int dtype) {
@@ -351,14 +284,7 @@ INLINE void swiglu_rows(struct swiglu a, int64_t first, int64_t last, int dtype)
         }
     }
 }
-FOR_BOTH_DTYPES(swiglu)
-
-struct swiglu_backward {
-    int64_t dtype, columns;
-    const void *grad, *gate, *up;
-    void *grad_gate, *grad_up, *y;
-    int64_t grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride, y_stride;
-};
+FOR_BOTH_DTYPES(swiglu, swiglu)
 
 /* With s = logistic(gate): d gate = g up s (1 + gate (1 - s)), d up = g gate s; and y = gate s up once more while s is
  * at hand. */
@@ -379,16 +305,9 @@ INLINE void swiglu_backward_rows(struct swiglu_backward a, int64_t first, int64_
         }
     }
 }
-FOR_BOTH_DTYPES(swiglu_backward)
+FOR_BOTH_DTYPES(swiglu_backward, swiglu_backward)
 
 /* --------------------------------------------------------------------------------------------------------- rotary */
-
-struct rotary {
-    int64_t dtype, heads, half;
-    const void *x, *cos, *sin;
-    void *y;
-    int64_t x_stride, y_stride, transposed;
-};
 
 /* One row holds heads * 2 * half numbers. With the halves (a, b) of a head, forwards:
  *     y_a = a cos_a - b sin_a        y_b = b cos_b + a sin_b
@@ -414,7 +333,7 @@ INLINE void rotary_rows(struct rotary r, int64_t first, int64_t last, int dtype)
         }
     }
 }
-FOR_BOTH_DTYPES(rotary)
+FOR_BOTH_DTYPES(rotary, rotary)
 
 /* -------------------------------------------------------------------------------------------- softmax cross-entropy */
 
@@ -453,15 +372,6 @@ INLINE double sum_of_exponentials(float *x, int64_t count, float most, int in_pl
     return total;
 }
 
-struct softmax_cross_entropy {
-    float *logits;
-    int64_t columns;
-    const int64_t *targets;
-    double smoothing;
-    int64_t in_place;
-    float *losses;
-};
-
 /* losses[row] = log(sum(e^l)) - (1 - smoothing) l[target] - smoothing mean(l), where the largest logit is taken off
  * every term, and if in_place the logits l become their gradient softmax(l) - smoothing / columns, less 1 - smoothing at
  * the target. The caller has checked that the targets are in range. NaN, +infinity or nothing but -infinity in a row
@@ -483,23 +393,16 @@ void softmax_cross_entropy(const void *arguments, int64_t first, int64_t last) {
     }
 }
 
-/* ------------------------------------------------------------------------------------- kept for the way back, kept.py */
+/* ------------------------------------------------------------------------------------- saved for backward, kept.py */
 
 enum { LARGEST = 32767 };
 
-struct halve {
-    int64_t columns;
-    const float *x;
-    int16_t *numbers;
-    float *scales; /* of each row */
-};
-
 /* Rows of numbers below 1e-30 are 0, and NaN where one is not finite. */
-void halve(const void *arguments, int64_t first, int64_t last) {
-    const struct halve a = *(const struct halve *)arguments;
+void quantize_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct quantize_rows a = *(const struct quantize_rows *)arguments;
     for (int64_t row = first; row < last; row++) {
         const float *x = a.x + row * a.columns;
-        int16_t *numbers = a.numbers + row * a.columns;
+        int16_t *values = a.values + row * a.columns;
         uint32_t most = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < a.columns; i++) {
@@ -510,26 +413,19 @@ void halve(const void *arguments, int64_t first, int64_t last) {
         float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
         a.scales[row] = scale;
         if (!(scale > 0.0f)) {
-            memset(numbers, 0, a.columns * sizeof(int16_t));
+            memset(values, 0, a.columns * sizeof(int16_t));
             continue;
         }
 #pragma omp simd
-        for (int64_t i = 0; i < a.columns; i++) numbers[i] = (int16_t)(int32_t)rintf(x[i] * inverse);
+        for (int64_t i = 0; i < a.columns; i++) values[i] = (int16_t)(int32_t)rintf(x[i] * inverse);
     }
 }
 
-struct whole_again {
-    int64_t columns;
-    const int16_t *numbers;
-    const float *scales;
-    float *x;
-};
-
-void whole_again(const void *arguments, int64_t first, int64_t last) {
-    const struct whole_again a = *(const struct whole_again *)arguments;
+void dequantize_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct dequantize_rows a = *(const struct dequantize_rows *)arguments;
     for (int64_t row = first; row < last; row++) {
         float scale = a.scales[row];
 #pragma omp simd
-        for (int64_t i = 0; i < a.columns; i++) a.x[row * a.columns + i] = scale * a.numbers[row * a.columns + i];
+        for (int64_t i = 0; i < a.columns; i++) a.x[row * a.columns + i] = scale * a.values[row * a.columns + i];
     }
 }

@@ -79,10 +79,13 @@ INLINE void make_strip(const float *x, int64_t x_stride, int64_t rows, int64_t t
     memcpy(to, scales, sizeof scales);
 }
 
-/* The strips of a weight (columns, terms) */
-void split_frozen(const float *weight, int64_t weight_stride, int64_t columns, int64_t terms, int8_t *to) {
-    for (int64_t column = 0; column < columns; column += SIDE, to += strip_bytes(terms))
-        make_strip(weight + column * weight_stride, weight_stride, least(SIDE, columns - column), terms, to, 1);
+void prepack_int16(const void *arguments, int64_t first, int64_t last) {
+    const struct prepack_int16 a = *(const struct prepack_int16 *)arguments;
+    for (int64_t strip = first; strip < last; strip++) {
+        const float *weight = a.weight + strip * SIDE * a.weight_stride;
+        int64_t columns = least(SIDE, a.columns - strip * SIDE);
+        make_strip(weight, a.weight_stride, columns, a.terms, a.strips + strip * strip_bytes(a.terms), 1);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------ strip x strip */
@@ -121,50 +124,22 @@ INLINE void multiply(const int8_t *l0, const int8_t *l1, int lefts, const int8_t
 
 /* ------------------------------------------------------------------------------------------------------------ a product */
 
-struct product {
-    int64_t rows, terms, columns;
-    const float *x;
-    int64_t x_stride;
-    kernel *before;         /* x is what this gives of the x above, row by row, or none; x has no gaps between its rows then */
-    int8_t *strips;         /* room for x's */
-    int64_t ready;          /* whether they are in it */
-    const int8_t *weight;   /* its strips */
-    const float *bias;      /* (columns,) or none */
-    float *y;
-    int64_t y_stride, onto; /* onto: added to what is there */
-    /* y += scale low matrix while y is at hand, for low (rows, ranks) and matrix (ranks, columns) */
-    int64_t ranks;
-    const float *low;
-    int64_t low_stride;
-    const float *matrix;
-    double scale;
-    /* made = made_scale x directions^T while x is, for made (rows, made_ranks), rows low_stride apart, and directions
-     * (made_ranks, terms); low may be some of its columns */
-    int64_t made_ranks;
-    float *made;
-    const float *directions;
-    double made_scale;
-};
-
-/* The arguments of such kernels of elementwise_cpu.c, in fp32 */
-struct elementwise { int64_t dtype, columns; const float *x; float *y; };
-
-/* So many rows of made, which is said above, from as many of x */
-static void project(const struct product *a, const float *from, int64_t row, int64_t rows) {
+/* projected_xa of so many rows, from as many of f(x) */
+static void project(const struct prepacked_product_int16 *a, const float *from, int64_t row, int64_t rows) {
     enum { SOME = 4 };
     for (int64_t r = 0; r < rows; r += SOME)
-        for (int64_t k = 0; k < a->made_ranks; k += SOME) {
-            const float *x[SOME], *directions[SOME];
+        for (int64_t k = 0; k < a->projected_ranks; k += SOME) {
+            const float *x[SOME], *matrix[SOME];
             for (int i = 0; i < SOME; i++) {
                 x[i] = from + least(r + i, rows - 1) * a->x_stride;
-                directions[i] = a->directions + least(k + i, a->made_ranks - 1) * a->terms;
+                matrix[i] = a->projected_matrix + least(k + i, a->projected_ranks - 1) * a->terms;
             }
             __m512 sums[SIDE];
             for (int i = 0; i < SIDE; i++) sums[i] = _mm512_setzero_ps();
             for (int64_t start = 0; start < a->terms; start += SIDE) {
                 __mmask16 mask = first_of(a->terms - start);
                 __m512 along[SOME];
-                for (int j = 0; j < SOME; j++) along[j] = _mm512_maskz_loadu_ps(mask, directions[j] + start);
+                for (int j = 0; j < SOME; j++) along[j] = _mm512_maskz_loadu_ps(mask, matrix[j] + start);
                 for (int i = 0; i < SOME; i++) {
                     __m512 numbers = _mm512_maskz_loadu_ps(mask, x[i] + start);
                     for (int j = 0; j < SOME; j++) sums[SOME * i + j] = _mm512_fmadd_ps(numbers, along[j], sums[SOME * i + j]);
@@ -173,30 +148,30 @@ static void project(const struct product *a, const float *from, int64_t row, int
             transpose((__m512i *)sums);
             for (int i = 1; i < SIDE; i++) sums[0] = _mm512_add_ps(sums[0], sums[i]);
             float found[SIDE];
-            _mm512_storeu_ps(found, _mm512_mul_ps(sums[0], _mm512_set1_ps((float)a->made_scale)));
+            _mm512_storeu_ps(found, _mm512_mul_ps(sums[0], _mm512_set1_ps((float)a->projected_scale)));
             for (int64_t i = 0; i < least(SOME, rows - r); i++)
-                for (int64_t j = 0; j < least(SOME, a->made_ranks - k); j++)
-                    a->made[(row + r + i) * a->low_stride + k + j] = found[SOME * i + j];
+                for (int64_t j = 0; j < least(SOME, a->projected_ranks - k); j++)
+                    a->projected_xa[(row + r + i) * a->xa_stride + k + j] = found[SOME * i + j];
         }
 }
 
-/* sums += scale low matrix, in fp32: 16 rows, of which so many are, by the 16 columns from column on */
-INLINE void add_change(const struct product *a, __m512 r[SIDE], int64_t row, int64_t rows, int64_t column, __mmask16 mask) {
-    const float *low = a->low + row * a->low_stride;
-    __m512 scale = _mm512_set1_ps((float)a->scale);
-    for (int64_t k = 0; k < a->ranks; k++, low++) {
-        __m512 direction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, a->matrix + k * a->columns + column));
+/* sums += delta_scale delta_xa delta_matrix, in fp32: 16 rows, of which so many are, by the 16 columns from column on */
+INLINE void add_delta(const struct prepacked_product_int16 *a, __m512 r[SIDE], int64_t row, int64_t rows, int64_t column, __mmask16 mask) {
+    const float *xa = a->delta_xa + row * a->xa_stride;
+    __m512 scale = _mm512_set1_ps((float)a->delta_scale);
+    for (int64_t k = 0; k < a->delta_ranks; k++, xa++) {
+        __m512 direction = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, a->delta_matrix + k * a->columns + column));
         if (rows == SIDE) /* apart, so that all sums stay in registers */
             for (int i = 0; i < SIDE; i++)
-                r[i] = _mm512_fmadd_ps(_mm512_set1_ps(low[i * a->low_stride]), direction, r[i]);
+                r[i] = _mm512_fmadd_ps(_mm512_set1_ps(xa[i * a->xa_stride]), direction, r[i]);
         else
             for (int i = 0; i < SIDE; i++)
-                if (i < rows) r[i] = _mm512_fmadd_ps(_mm512_set1_ps(low[i * a->low_stride]), direction, r[i]);
+                if (i < rows) r[i] = _mm512_fmadd_ps(_mm512_set1_ps(xa[i * a->xa_stride]), direction, r[i]);
     }
 }
 
-/* y (+)= the product's 16 rows by 16 columns from their sums, with bias and change */
-INLINE void write_sums(const struct product *a, const int32_t *sums, const float *row_scales, const float *column_scales,
+/* y (+)= the product's 16 rows by 16 columns from their sums, with bias and delta */
+INLINE void write_sums(const struct prepacked_product_int16 *a, const int32_t *sums, const float *row_scales, const float *column_scales,
                        int64_t row, int64_t column) {
     int64_t rows = least(SIDE, a->rows - row);
     __mmask16 mask = first_of(a->columns - column);
@@ -207,28 +182,28 @@ INLINE void write_sums(const struct product *a, const int32_t *sums, const float
         __m512 fine = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (2 * SIDE + i) * SIDE));
         r[i] = _mm512_mul_ps(_mm512_mul_ps(_mm512_fmadd_ps(coarse, high, fine), by_column), _mm512_set1_ps(row_scales[i]));
     }
-    if (a->ranks) add_change(a, r, row, rows, column, mask);
+    if (a->delta_ranks) add_delta(a, r, row, rows, column, mask);
     for (int i = 0; i < SIDE; i++) {
         if (i >= rows) break;
         float *y = a->y + (row + i) * a->y_stride + column;
-        _mm512_mask_storeu_ps(y, mask, _mm512_add_ps(r[i], a->onto ? _mm512_maskz_loadu_ps(mask, y) : more));
+        _mm512_mask_storeu_ps(y, mask, _mm512_add_ps(r[i], a->accumulate ? _mm512_maskz_loadu_ps(mask, y) : more));
     }
 }
 
 struct work {
-    const struct product *product;
+    const struct prepacked_product_int16 *product;
     int64_t strips;  /* of the activations in one part, where they are shared out by parts */
 };
 
 /* The lines of y that two strips of activations give with one of the weight, from memory while they are computed */
-INLINE void bring_lines(const struct product *a, int64_t row, int64_t column) {
+INLINE void bring_lines(const struct prepacked_product_int16 *a, int64_t row, int64_t column) {
     for (int64_t r = row; r < least(row + PAIR, a->rows); r++) __builtin_prefetch(a->y + r * a->y_stride + column, 1);
 }
 
 /* Panels are 32 columns of y. Two strips of activations after the other meet both strips of a panel; meanwhile the next
  * panel comes, some of its lines with each tile. */
 static void make_panels(const void *arguments, int64_t first, int64_t last) {
-    const struct product *a = ((const struct work *)arguments)->product;
+    const struct prepacked_product_int16 *a = ((const struct work *)arguments)->product;
     int64_t size = strip_bytes(a->terms), tiles = tiles_of(a->terms), pairs = parts(a->rows, PAIR), lines = parts(PAIR, pairs);
     int32_t sums[4 * SIDE * SIDE] __attribute__((aligned(64)));
     configure();
@@ -254,18 +229,18 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
 }
 
 static void make_strips(const void *arguments, int64_t first, int64_t last) {
-    const struct product *a = ((const struct work *)arguments)->product;
-    float *own = a->before ? room(SIDE * a->terms * sizeof(float)) : NULL;
+    const struct prepacked_product_int16 *a = ((const struct work *)arguments)->product;
+    float *own = a->activation ? workspace(SIDE * a->terms * sizeof(float)) : NULL;
     for (int64_t strip = first; strip < last; strip++) {
         int64_t rows = least(SIDE, a->rows - strip * SIDE);
         const float *x = a->x + strip * SIDE * a->x_stride;
         if (own) {
-            struct elementwise before = {0, a->terms, x, own};
-            a->before(&before, 0, rows);
+            struct elementwise of_x = {0, a->terms, x, own};
+            a->activation(&of_x, 0, rows);
             x = own;
         }
         make_strip(x, a->x_stride, rows, a->terms, a->strips + strip * strip_bytes(a->terms), 0);
-        if (a->made_ranks) project(a, x, strip * SIDE, rows);
+        if (a->projected_ranks) project(a, x, strip * SIDE, rows);
     }
     free(own);
 }
@@ -275,15 +250,15 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
 /* Some of the strips with all panels: made and used by the same thread, and few enough to stay in its cache */
 static void make_part(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
-    const struct product *a = work.product;
+    const struct prepacked_product_int16 *a = work.product;
     int64_t all = parts(a->rows, SIDE);
     for (int64_t from = first * work.strips; from < least(last * work.strips, all); from += work.strips) {
         int64_t to = least(from + work.strips, all);
-        if (!a->ready) make_strips(&work, from, to);
-        struct product own = *a;
+        if (!a->strips_ready) make_strips(&work, from, to);
+        struct prepacked_product_int16 own = *a;
         own.rows = least(to * SIDE, a->rows) - from * SIDE;
         own.y += from * SIDE * own.y_stride;
-        own.low += from * SIDE * own.low_stride;
+        own.delta_xa += from * SIDE * own.xa_stride;
         own.strips += from * strip_bytes(a->terms);
         struct work of_own = {&own, 0};
         make_panels(&of_own, 0, parts(own.columns, PAIR));
@@ -293,15 +268,16 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
 /* Many rows are shared out by rows, and every thread reads the whole weight, anew for every part of its rows, at most HELD
  * numbers: cheaper than reading those anew. Few rows are shared out by panels. share is share_rows of elementwise_cpu.c, or
  * none for one thread. */
-void frozen_product(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+void prepacked_product_int16(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
+    const struct prepacked_product_int16 *a = arguments;
     int64_t strips = parts(a->rows, SIDE), panels = parts(a->columns, PAIR), used = share ? threads : 1;
     struct work work = {a, 0};
     if (a->rows >= used * ROWS_FOR_ONE) {
         int64_t own = parts(strips, used), held = most(1, HELD / (PAIR * a->terms));
         work.strips = parts(parts(own, parts(own, held)), 2) * 2;
-        run(make_part, &work, parts(strips, work.strips), share, fork_join, threads);
+        share_out(make_part, &work, parts(strips, work.strips), share, fork_join, threads);
         return;
     }
-    if (!a->ready) run(make_strips, &work, strips, share, fork_join, threads);
-    run(make_panels, &work, panels, share, fork_join, threads);
+    if (!a->strips_ready) share_out(make_strips, &work, strips, share, fork_join, threads);
+    share_out(make_panels, &work, panels, share, fork_join, threads);
 }

@@ -2,9 +2,9 @@
 
 Two kernels, for programs (``program.py``) to call:
 
-- On Intel's matrix unit ``frozen_product`` of frozen_amx.c, in whole numbers of 16 bits: each row of x, and each of W
-  (for gW each column), is whole numbers up to 32,639 times a scale. A form takes 2 bytes for each weight.
-- With AVX2 ``frozen_product`` of products_cpu.c, in fp32; a form takes 4 bytes for each weight.
+- On Intel's matrix unit ``prepacked_product_int16`` of frozen_amx.c, in whole numbers of 16 bits: each row of x, and
+  each of W (for gW each column), is whole numbers up to 32,639 times a scale. A form takes 2 bytes for each weight.
+- With AVX2 ``prepacked_product_fp32`` of products_cpu.c, in fp32; a form takes 4 bytes for each weight.
 
 Both are for where 16 bits are enough (``linear.sixteen_bits``).
 """
@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from capotune.kernels import linear
-from capotune.kernels._native import library, pointer
+from capotune.kernels._native import address, library, over_rows
 from capotune.kernels.linear import fit_for_kernels
 
 __all__ = [
@@ -49,7 +49,7 @@ def frozen_unit() -> ctypes.CDLL | None:
 
 @cache
 def _vectors_are_faster() -> bool:
-    """Whether ``frozen_product`` of products_cpu.c is faster here than PyTorch's product: so measured for AVX2."""
+    """Whether ``prepacked_product_fp32`` is faster here than PyTorch's product: so measured for AVX2."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and library("products_cpu") is not None
 
 
@@ -72,14 +72,16 @@ def kernel_form(weight: torch.Tensor, *, input_gradient: bool) -> torch.Tensor:
         padded = functional.pad(columns, (0, 0, 0, -count % _SIDE))
         return padded.view(-1, _SIDE, terms).transpose(1, 2).contiguous()
     columns, strips = columns.contiguous(), torch.empty(strip_bytes(terms) * -(-count // _SIDE), dtype=torch.int8)
-    sizes = (ctypes.c_int64(number) for number in (columns.stride(0), count, terms))
-    unit.split_frozen(pointer(columns), *sizes, pointer(strips))
+    over_rows(
+        unit, "prepack_int16", -(-count // _SIDE), _SIDE * terms,
+        weight=address(columns), weight_stride=columns.stride(0), columns=count, terms=terms, strips=address(strips),
+    )  # fmt: skip
     return strips
 
 
 def whole_numbers_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What ``frozen_product`` of frozen_amx.c computes of x (rows, terms) and weight (columns, terms), fp32, in plain
-    PyTorch: x·weightᵀ (rows, columns) in fp64, whose sums of whole numbers are exact."""
+    """What ``prepacked_product_int16`` computes of x (rows, terms) and weight (columns, terms), fp32, in plain PyTorch:
+    x·weightᵀ (rows, columns) in fp64, whose sums of whole numbers are exact."""
     (x, low, scale), (weight, weight_low, weight_scale) = _whole_numbers(x), _whole_numbers(weight)
     return (x @ weight.t() - low @ weight_low.t()) * scale * weight_scale.t()
 

@@ -48,7 +48,7 @@ def gelu_forward(x: torch.Tensor) -> torch.Tensor:
         return gelu_reference(x)
     y = torch.empty_like(x)
     rows, columns = x.shape
-    over_rows(lib, "gelu", (dtype_code(x), columns, address(x), address(y)), rows, columns)
+    over_rows(lib, "gelu", rows, columns, dtype=dtype_code(x), columns=columns, x=address(x), y=address(y))
     return y
 
 
@@ -61,6 +61,8 @@ def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, to
         torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
         return grad, torch.ops.aten.gelu.out(x, out=x)
     rows, columns = x.shape
-    pointers = (address(grad), address(x), address(grad), address(x))
-    over_rows(lib, "gelu_backward", (dtype_code(x), columns, *pointers), rows, columns)
+    over_rows(
+        lib, "gelu_backward", rows, columns,
+        dtype=dtype_code(x), columns=columns, grad=address(grad), x=address(x), grad_x=address(grad), y=address(x),
+    )  # fmt: skip
     return grad, x

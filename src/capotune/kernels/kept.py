@@ -50,8 +50,10 @@ def halve(x: torch.Tensor) -> Halved:
     halved = Halved(torch.empty(x.shape, dtype=torch.int16), torch.empty(x.numel() // columns, dtype=torch.float32))
     lib = elementwise(x)
     assert lib is not None
-    arguments = (columns, address(x), address(halved.numbers), address(halved.scales))
-    over_rows(lib, "halve", arguments, len(halved.scales), columns)
+    over_rows(
+        lib, "quantize_rows", len(halved.scales), columns,
+        columns=columns, x=address(x), values=address(halved.numbers), scales=address(halved.scales),
+    )  # fmt: skip
     return halved
 
 
@@ -61,8 +63,10 @@ def whole_again(halved: Halved) -> torch.Tensor:
     x, columns = torch.empty(halved.numbers.shape, dtype=torch.float32), halved.numbers.shape[-1]
     lib = elementwise(x)
     assert lib is not None
-    arguments = (columns, address(halved.numbers), address(halved.scales), address(x))
-    over_rows(lib, "whole_again", arguments, len(halved.scales), columns)
+    over_rows(
+        lib, "dequantize_rows", len(halved.scales), columns,
+        columns=columns, values=address(halved.numbers), scales=address(halved.scales), x=address(x),
+    )  # fmt: skip
     return x
 
 

@@ -71,8 +71,11 @@ def add_layer_norm_forward(
         return y, (total, means[:, 0], roots[:, 0])
     x, residual, weight, bias = (tensor.contiguous() for tensor in (x, residual, weight, bias))
     total, y, means, roots = torch.empty_like(x), torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
-    read = (dtype_code(x), *map(address, (x, residual, weight, bias)), columns, float(eps))
-    over_rows(lib, "add_layer_norm", (*read, *map(address, (total, y, means, roots))), rows, columns)
+    over_rows(
+        lib, "add_layer_norm", rows, columns,
+        dtype=dtype_code(x), x=address(x), residual=address(residual), weight=address(weight), bias=address(bias),
+        columns=columns, eps=eps, total=address(total), y=address(y), means=address(means), roots=address(roots),
+    )  # fmt: skip
     return y, (total, means, roots)
 
 
@@ -89,6 +92,9 @@ def add_layer_norm_backward(grad: torch.Tensor, kept: Kept, weight: torch.Tensor
     grad, weight = grad.contiguous(), weight.contiguous()
     rows, columns = grad.shape
     grad_x = torch.empty_like(grad)
-    read = (dtype_code(grad), *map(address, (grad, total, weight, means, roots)), columns)
-    over_rows(lib, "add_layer_norm_backward", (*read, address(grad_x)), rows, columns)
+    over_rows(
+        lib, "add_layer_norm_backward", rows, columns,
+        dtype=dtype_code(grad), grad=address(grad), total=address(total), weight=address(weight),
+        means=address(means), roots=address(roots), columns=columns, grad_x=address(grad_x),
+    )  # fmt: skip
     return grad_x

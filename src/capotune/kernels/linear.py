@@ -13,7 +13,6 @@ Numbers below 1e-30 lose some of the 16 bits, since the unit knows no denormal n
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from capotune.kernels import abi
 from capotune.kernels._native import address, check_shape, fork_join, library
 
 __all__ = [
@@ -176,11 +176,15 @@ def _multiply(
     onto: bool,
     ready: bool,
 ) -> None:
-    """Calls C with a ``struct product``."""
-    read = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), address(bias))
-    written = (y.data_ptr(), y.stride(0), onto, address(strips))
-    product = struct.pack("13q", len(y), *weight.shape, *read, *written, ready)
-    function(product, *_pool(), ctypes.c_int64(torch.get_num_threads()))
+    """Calls a kernel of products_amx.c."""
+    arguments = {
+        "rows": len(y), "out_features": weight.shape[0], "in_features": weight.shape[1],
+        "x": address(x), "x_stride": x.stride(0), "weight": address(weight), "weight_stride": weight.stride(0),
+        "bias": address(bias), "y": address(y), "y_stride": y.stride(0), "accumulate": onto,
+        "strips": address(strips), "strips_ready": ready,
+    }  # fmt: skip
+    block = abi.kernel_layout(function.__name__).pack(arguments)
+    function(block, *_pool(), torch.get_num_threads())
 
 
 @cache

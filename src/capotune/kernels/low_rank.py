@@ -12,7 +12,7 @@ from ctypes import CDLL
 
 import torch
 
-from capotune.kernels._native import Argument, address, check_shape, over_rows, products
+from capotune.kernels._native import address, check_shape, over_rows, products
 
 __all__ = ["gather", "project", "update"]
 
@@ -36,7 +36,7 @@ def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torc
     if out is None:
         out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype)
     matrix = matrix.contiguous()
-    over_rows(lib, "low_rank_project", _arguments(x, out, matrix, scale), x.shape[0], matrix.numel())
+    _run(lib, "low_rank_project", x, out, matrix, scale, items=len(x), work=matrix.numel())
     return out
 
 
@@ -48,7 +48,7 @@ def update(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: floa
     if lib is None:
         return x.addmm_(low, matrix.to(x.dtype), alpha=scale)
     matrix = matrix.contiguous()
-    over_rows(lib, "low_rank_update", _arguments(x, low, matrix, scale), x.shape[0], matrix.numel())
+    _run(lib, "low_rank_update", x, low, matrix, scale, items=len(x), work=matrix.numel())
     return x
 
 
@@ -60,7 +60,7 @@ def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tens
     if lib is None:
         return torch.addmm(matrix, low.t(), x, beta=0, alpha=scale, out=matrix)
     groups = -(-x.shape[1] // _LANES)
-    over_rows(lib, "low_rank_gather", _arguments(x, low, matrix, scale), groups, low.numel() * _LANES)
+    _run(lib, "low_rank_gather", x, low, matrix, scale, items=groups, work=low.numel() * _LANES)
     return matrix
 
 
@@ -70,7 +70,20 @@ def _kernels(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor) -> CDLL |
     return products(x, low, matrix) if known else None
 
 
-def _arguments(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: float) -> tuple[Argument, ...]:
-    sizes = (*x.shape, matrix.shape[0])
-    strides = (x.stride(0), low.stride(0))
-    return (*sizes, *map(address, (x, low, matrix)), *strides, float(scale))
+def _run(
+    lib: CDLL,
+    kernel: str,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    matrix: torch.Tensor,
+    scale: float,
+    *,
+    items: int,
+    work: int,
+) -> None:
+    """``work``: operations for each of the items."""
+    over_rows(
+        lib, kernel, items, work,
+        rows=x.shape[0], columns=x.shape[1], ranks=matrix.shape[0], x=address(x), xa=address(xa),
+        matrix=address(matrix), x_stride=x.stride(0), xa_stride=xa.stride(0), scale=scale,
+    )  # fmt: skip

@@ -172,21 +172,8 @@ static void multiply(const bf16 *left, int64_t left_strip, int lefts, const bf16
 
 /* ------------------------------------------------------------------------------------------------ x W^T, g W and g^T x */
 
-struct product {
-    int64_t rows, out, into;  /* of the activations; W is (out, into) */
-    const float *x;           /* (rows, into), or g (rows, out) */
-    int64_t x_stride;
-    const float *weight;
-    int64_t weight_stride;
-    const float *bias;        /* (out,) or none */
-    float *y;                 /* (rows, out), or (rows, into) */
-    int64_t y_stride, onto;   /* onto: added to what is there */
-    bf16 *strips;             /* of the activations; none: see linear_input_gradient */
-    int64_t ready;            /* whether they are in it */
-};
-
 /* y = 16 x 16 sums + bias, or y += sums; across: the rows of the sums are y's columns */
-INLINE void write_sums(const struct product *a, const float *sums, int64_t row, int64_t column, int64_t columns, int across) {
+INLINE void write_sums(const struct linear *a, const float *sums, int64_t row, int64_t column, int64_t columns, int across) {
     int64_t rows = least(SIDE, a->rows - row);
     __mmask16 mask = first_of(columns - column);
     __m512 more = a->bias ? _mm512_maskz_loadu_ps(mask, a->bias + column) : _mm512_setzero_ps();
@@ -196,16 +183,16 @@ INLINE void write_sums(const struct product *a, const float *sums, int64_t row, 
     for (int i = 0; i < SIDE; i++) {
         if (i >= rows) break;
         float *y = a->y + (row + i) * a->y_stride + column;
-        __m512 sum = _mm512_add_ps((__m512)r[i], a->onto ? _mm512_maskz_loadu_ps(mask, y) : more);
+        __m512 sum = _mm512_add_ps((__m512)r[i], a->accumulate ? _mm512_maskz_loadu_ps(mask, y) : more);
         _mm512_mask_storeu_ps(y, mask, sum);
     }
 }
 
-INLINE int64_t terms_of(const struct product *a, int across) { return across ? a->into : a->out; }
-INLINE int64_t columns_of(const struct product *a, int across) { return across ? a->out : a->into; }
+INLINE int64_t terms_of(const struct linear *a, int across) { return across ? a->in_features : a->out_features; }
+INLINE int64_t columns_of(const struct linear *a, int across) { return across ? a->out_features : a->in_features; }
 
 /* Strips of W for so many columns of y from the column left on */
-INLINE void split_weight(const struct product *a, int across, int64_t left, int64_t count, bf16 *to) {
+INLINE void split_weight(const struct linear *a, int across, int64_t left, int64_t count, bf16 *to) {
     int64_t terms = terms_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
     if (!across) right_strips(a->weight + left, a->weight_stride, count, terms, to, size);
     else for (int64_t column = 0; column < count; column += SIDE, to += size)
@@ -214,10 +201,10 @@ INLINE void split_weight(const struct product *a, int across, int64_t left, int6
 
 /* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
  * then two strips of activations after the other meet them all. */
-INLINE void run_panels(const struct product *a, int across, int64_t first, int64_t last) {
+INLINE void run_panels(const struct linear *a, int across, int64_t first, int64_t last) {
     int64_t terms = terms_of(a, across), columns = columns_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
     int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms))), tiles = parts(terms, TERMS);
-    bf16 *weights = room(together * 2 * size * sizeof(bf16));
+    bf16 *weights = workspace(together * 2 * size * sizeof(bf16));
     float sums[MOST_TOGETHER * PAIR * PAIR] __attribute__((aligned(64)));
     configure();
     for (int64_t panel = first; panel < last; panel += together) {
@@ -248,14 +235,14 @@ INLINE void run_panels(const struct product *a, int across, int64_t first, int64
 /* across: y = x W^T + bias, W's rows are the left strips, x's the right ones; else y (+)= g W, g's rows are the left strips,
  * W's columns the right ones; turned: g lies in memory as (out, rows) */
 struct work {
-    const struct product *product;
+    const struct linear *product;
     int across, turned;
     int64_t strips;  /* of the activations in one part */
 };
 
 static void make_strips(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
-    const struct product *a = work.product;
+    const struct linear *a = work.product;
     int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
     void (*make)(const float *, int64_t, int64_t, int64_t, bf16 *) =
         work.across ? right_strip_across : work.turned ? left_strip_across : left_strip;
@@ -276,12 +263,12 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
 /* Some of the strips with all panels: made and used by the same thread */
 static void make_part(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
-    const struct product *a = work.product;
+    const struct linear *a = work.product;
     int64_t all = parts(a->rows, SIDE), size = parts(terms_of(a, work.across), TERMS) * 2 * TILE;
     for (int64_t from = first * work.strips; from < least(last * work.strips, all); from += work.strips) {
         int64_t to = least(from + work.strips, all);
-        if (!a->ready) make_strips(&work, from, to);
-        struct product own = *a;
+        if (!a->strips_ready) make_strips(&work, from, to);
+        struct linear own = *a;
         own.rows = least(to * SIDE, a->rows) - from * SIDE;
         own.y += from * SIDE * own.y_stride;
         own.strips += from * size;
@@ -291,28 +278,29 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
 }
 
 /* Many rows are shared out by rows, so that every thread reads all weights, and few by panels. */
-static void run_product(const struct product *a, int across, int turned, sharer *share, void *fork_join, int64_t threads) {
+static void run_product(const struct linear *a, int across, int turned, sharer *share, void *fork_join, int64_t threads) {
     int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR), used = share ? threads : 1;
     struct work work = {a, across, turned, 0};
     if (a->rows >= used * ROWS_FOR_ONE) {
         work.strips = parts(parts(strips, used), 2) * 2;
-        run(make_part, &work, parts(strips, work.strips), share, fork_join, threads);
+        share_out(make_part, &work, parts(strips, work.strips), share, fork_join, threads);
         return;
     }
-    if (!a->ready) run(make_strips, &work, strips, share, fork_join, threads);
-    run(make_panels, &work, panels, share, fork_join, threads);
+    if (!a->strips_ready) share_out(make_strips, &work, strips, share, fork_join, threads);
+    share_out(make_panels, &work, panels, share, fork_join, threads);
 }
 
-void linear(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+void linear(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
+    const struct linear *a = arguments;
     run_product(a, 1, 0, share, fork_join, threads);
 }
 
 /* y (+)= g W for the outputs [from, to), the strips of g made of a part of them at a time */
-static void add_outputs(struct product a, int64_t from, int64_t to, sharer *share, void *fork_join, int64_t threads) {
+static void add_outputs(struct linear a, int64_t from, int64_t to, sharer *share, void *fork_join, int64_t threads) {
     const float *g = a.x, *weight = a.weight;
-    bf16 *strips = a.strips = room(parts(a.rows, SIDE) * SIDE * OUT_AT_ONCE * 2 * sizeof(bf16));
-    for (int64_t start = from; start < to; start += OUT_AT_ONCE, a.onto = 1) {
-        a.out = least(OUT_AT_ONCE, to - start);
+    bf16 *strips = a.strips = workspace(parts(a.rows, SIDE) * SIDE * OUT_AT_ONCE * 2 * sizeof(bf16));
+    for (int64_t start = from; start < to; start += OUT_AT_ONCE, a.accumulate = 1) {
+        a.out_features = least(OUT_AT_ONCE, to - start);
         a.x = g + start;
         a.weight = weight + start * a.weight_stride;
         run_product(&a, 0, 0, share, fork_join, threads);
@@ -322,23 +310,23 @@ static void add_outputs(struct product a, int64_t from, int64_t to, sharer *shar
 
 /* Every thread takes some of the outputs, a share, and its sums have a place of their own: so weights become strips once */
 struct shares {
-    const struct product *product;
+    const struct linear *product;
     int64_t count;
     float *places;  /* (count - 1, rows, into): the first one's is y */
 };
 
 static void sum_shares(const void *arguments, int64_t first, int64_t last) {
     const struct shares shares = *(const struct shares *)arguments;
-    const struct product *a = shares.product;
-    int64_t length = parts(parts(a->out, shares.count), TERMS) * TERMS;
+    const struct linear *a = shares.product;
+    int64_t length = parts(parts(a->out_features, shares.count), TERMS) * TERMS;
     for (int64_t share = first; share < last; share++) {
-        int64_t from = least(share * length, a->out), to = least(from + length, a->out);
-        struct product own = *a;
+        int64_t from = least(share * length, a->out_features), to = least(from + length, a->out_features);
+        struct linear own = *a;
         if (share) {
-            own.y = shares.places + (share - 1) * a->rows * a->into;
-            own.y_stride = a->into;
-            own.onto = 0;
-            if (from == to) memset(own.y, 0, a->rows * a->into * sizeof(float));
+            own.y = shares.places + (share - 1) * a->rows * a->in_features;
+            own.y_stride = a->in_features;
+            own.accumulate = 0;
+            if (from == to) memset(own.y, 0, a->rows * a->in_features * sizeof(float));
         }
         add_outputs(own, from, to, NULL, NULL, 1);
     }
@@ -346,19 +334,20 @@ static void sum_shares(const void *arguments, int64_t first, int64_t last) {
 
 static void add_shares(const void *arguments, int64_t first, int64_t last) {
     const struct shares shares = *(const struct shares *)arguments;
-    const struct product *a = shares.product;
+    const struct linear *a = shares.product;
     for (int64_t share = 1; share < shares.count; share++)
         for (int64_t row = first; row < last; row++) {
-            const float *found = shares.places + ((share - 1) * a->rows + row) * a->into;
-            for (int64_t i = 0; i < a->into; i++) a->y[row * a->y_stride + i] += found[i];
+            const float *found = shares.places + ((share - 1) * a->rows + row) * a->in_features;
+            for (int64_t i = 0; i < a->in_features; i++) a->y[row * a->y_stride + i] += found[i];
         }
 }
 
-void linear_input_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+void linear_input_gradient(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
+    const struct linear *a = arguments;
     if (a->strips) run_product(a, 0, 0, share, fork_join, threads);
-    else if (!share || threads == 1 || parts(a->out, OUT_AT_ONCE) < threads) add_outputs(*a, 0, a->out, share, fork_join, threads);
+    else if (!share || threads == 1 || parts(a->out_features, OUT_AT_ONCE) < threads) add_outputs(*a, 0, a->out_features, share, fork_join, threads);
     else {
-        struct shares shares = {a, threads, room((threads - 1) * a->rows * a->into * sizeof(float))};
+        struct shares shares = {a, threads, workspace((threads - 1) * a->rows * a->in_features * sizeof(float))};
         share(fork_join, sum_shares, &shares, threads, threads);
         share(fork_join, add_shares, &shares, a->rows, least(threads, a->rows));
         free(shares.places);
@@ -366,6 +355,7 @@ void linear_input_gradient(const struct product *a, sharer *share, void *fork_jo
 }
 
 /* y (+)= g^T x for g (tokens, out) and x (tokens, into): that is g^T W with x as W */
-void linear_weight_gradient(const struct product *a, sharer *share, void *fork_join, int64_t threads) {
+void linear_weight_gradient(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
+    const struct linear *a = arguments;
     run_product(a, 0, 1, share, fork_join, threads);
 }

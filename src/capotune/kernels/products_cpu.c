@@ -82,15 +82,6 @@ static void multiply(struct multiply m, int64_t rows) {
 
 /* ---------------------------------------------------------------------------------------------------- by a low rank */
 
-struct low_rank {
-    int64_t rows, columns, ranks;
-    float *x;       /* (rows, columns), rows x_stride apart */
-    float *low;     /* (rows, ranks), rows low_stride apart */
-    float *matrix;  /* (ranks, columns) */
-    int64_t x_stride, low_stride;
-    double scale;
-};
-
 /* Four tokens by two ranks at a time, so that few numbers are loaded for each product */
 INLINE void project_tile(const struct low_rank *a, int64_t row, int64_t rank, int rows, int ranks) {
     const float *x = a->x + row * a->x_stride, *matrix = a->matrix + rank * a->columns;
@@ -105,7 +96,7 @@ INLINE void project_tile(const struct low_rank *a, int64_t row, int64_t rank, in
         for (int r = 0; r < ranks; r++) {
             float rest = sum(total[t][r]);
             for (int64_t j = i; j < a->columns; j++) rest += x[t * a->x_stride + j] * matrix[r * a->columns + j];
-            a->low[(row + t) * a->low_stride + rank + r] = (float)a->scale * rest;
+            a->xa[(row + t) * a->xa_stride + rank + r] = (float)a->scale * rest;
         }
 }
 
@@ -115,7 +106,7 @@ INLINE void project_rows(const struct low_rank *a, int64_t row, int rows) {
     if (rank < a->ranks) project_tile(a, row, rank, rows, 1);
 }
 
-/* low = scale x matrix^T, tokens [first, last) */
+/* xa = scale x matrix^T, tokens [first, last) */
 void low_rank_project(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
     int64_t row = first;
@@ -123,7 +114,7 @@ void low_rank_project(const void *arguments, int64_t first, int64_t last) {
     for (; row < last; row++) project_rows(&a, row, 1);
 }
 
-/* x += scale low matrix, tokens [first, last) */
+/* x += scale xa matrix, tokens [first, last) */
 void low_rank_update(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
     int64_t whole = a.columns / LEAST_LANES * LEAST_LANES;
@@ -132,7 +123,7 @@ void low_rank_update(const void *arguments, int64_t first, int64_t last) {
         int64_t count = last - row < ROWS ? last - row : ROWS;
         for (int64_t t = 0; t < count; t++)
             for (int64_t r = 0; r < a.ranks; r++)
-                scaled[t * MOST_RANKS + r] = (float)a.scale * a.low[(row + t) * a.low_stride + r];
+                scaled[t * MOST_RANKS + r] = (float)a.scale * a.xa[(row + t) * a.xa_stride + r];
         float *x = a.x + row * a.x_stride;
         struct multiply change = {x, a.x_stride, scaled, MOST_RANKS, 1, a.matrix, a.columns, 0, a.ranks, whole, 1};
         multiply(change, count);
@@ -143,14 +134,14 @@ void low_rank_update(const void *arguments, int64_t first, int64_t last) {
     }
 }
 
-/* matrix = scale low^T x, groups [first, last) of columns: tile by tile of tokens, which stay in the cache for all ranks */
+/* matrix = scale xa^T x, groups [first, last) of columns: tile by tile of tokens, which stay in the cache for all ranks */
 void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
     const struct low_rank a = *(const struct low_rank *)arguments;
     int64_t whole = a.columns / LEAST_LANES, from = first * LEAST_LANES, to = (last < whole ? last : whole) * LEAST_LANES;
     for (int64_t start = 0; start < a.rows; start += TILE) {
         int64_t end = start + TILE < a.rows ? start + TILE : a.rows;
         for (int64_t rank = 0; rank < a.ranks; rank += ROWS) {
-            struct multiply sums = {a.matrix + rank * a.columns + from, a.columns, a.low + rank, 1, a.low_stride,
+            struct multiply sums = {a.matrix + rank * a.columns + from, a.columns, a.xa + rank, 1, a.xa_stride,
                                     a.x + from, a.x_stride, start, end, to - from, start > 0};
             multiply(sums, a.ranks - rank < ROWS ? a.ranks - rank : ROWS);
         }
@@ -160,7 +151,7 @@ void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
     for (int64_t column = whole * LEAST_LANES; last > whole && column < a.columns; column++)
         for (int64_t rank = 0; rank < a.ranks; rank++) {
             float total = 0.0f;
-            for (int64_t row = 0; row < a.rows; row++) total += a.low[row * a.low_stride + rank] * a.x[row * a.x_stride + column];
+            for (int64_t row = 0; row < a.rows; row++) total += a.xa[row * a.xa_stride + rank] * a.x[row * a.x_stride + column];
             a.matrix[rank * a.columns + column] = total * (float)a.scale;
         }
 }
@@ -169,23 +160,8 @@ void low_rank_gather(const void *arguments, int64_t first, int64_t last) {
 
 enum { DEPTH = 384, TILE_ROWS = 6, PANEL = 2 * LEAST_LANES };
 
-/* y (+)= x P + bias + scale low matrix: x W^T of a linear layer, or g W. A frozen P, (terms, columns), lies in panels of 16
- * columns, [terms][16], the last one's columns that are too many zero: read in the order in which it lies. */
-struct frozen_product {
-    int64_t rows, terms, columns;
-    const float *x;          /* (rows, terms) */
-    int64_t x_stride;
-    const float *panels;
-    const float *bias;       /* (columns,) or none */
-    float *y;                /* (rows, columns) */
-    int64_t y_stride, onto;  /* onto: added to what is there */
-    int64_t ranks;
-    const float *low;        /* (rows, ranks) */
-    int64_t low_stride;
-    const float *matrix;     /* (ranks, columns) */
-    double scale;
-};
-
+/* A prepacked P, (terms, columns), lies in panels of 16 columns, [terms][16], zero beyond the last column: it is read in the
+ * order in which it lies. */
 /* sums += x panel, for some rows of x: 12 sums, one number of x and two vectors of the panel fill AVX2's 16 registers */
 INLINE void add_terms(short_vec sums[TILE_ROWS][2], const float *x, int64_t stride, int rows, const float *panel, int64_t terms) {
     const float *lower = x + TILE_ROWS / 2 * stride;
@@ -201,7 +177,7 @@ INLINE void add_terms(short_vec sums[TILE_ROWS][2], const float *x, int64_t stri
 
 /* Terms [start, start + terms) of some rows of one panel, those before are in y. bias: the panel's; directions: its scale
  * matrix, with the last terms, else none. */
-INLINE void panel_tile(const struct frozen_product *a, int64_t row, int rows, int64_t panel, int64_t start, int64_t terms,
+INLINE void panel_tile(const struct prepacked_product_fp32 *a, int64_t row, int rows, int64_t panel, int64_t start, int64_t terms,
                        const float *bias, const float *directions) {
     int64_t column = panel * PANEL, count = a->columns - column;
     float *y = a->y + row * a->y_stride + column, part[TILE_ROWS * PANEL] = {0};
@@ -215,9 +191,9 @@ INLINE void panel_tile(const struct frozen_product *a, int64_t row, int rows, in
     short_vec sums[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < 2; l++)
-            sums[r][l] = *(const short_loose *)((start || a->onto ? y + r * stride : bias) + l * LEAST_LANES);
+            sums[r][l] = *(const short_loose *)((start || a->accumulate ? y + r * stride : bias) + l * LEAST_LANES);
     add_terms(sums, a->x + row * a->x_stride + start, a->x_stride, rows, a->panels + (panel * a->terms + start) * PANEL, terms);
-    if (directions) add_terms(sums, a->low + row * a->low_stride, a->low_stride, rows, directions, a->ranks);
+    if (directions) add_terms(sums, a->xa + row * a->xa_stride, a->xa_stride, rows, directions, a->ranks);
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < 2; l++) *(short_loose *)(y + r * stride + l * LEAST_LANES) = sums[r][l];
     if (count < PANEL)
@@ -226,7 +202,7 @@ INLINE void panel_tile(const struct frozen_product *a, int64_t row, int rows, in
 }
 
 /* Terms [start, start + terms) of all rows of a panel */
-static void panel_rows(const struct frozen_product *a, int64_t panel, int64_t start, int64_t terms) {
+static void panel_rows(const struct prepacked_product_fp32 *a, int64_t panel, int64_t start, int64_t terms) {
     int64_t row = 0, column = panel * PANEL, count = a->columns - column < PANEL ? a->columns - column : PANEL;
     float bias[PANEL] = {0}, scaled[MOST_RANKS * PANEL] = {0};
     int changes = a->ranks && start + terms == a->terms;
@@ -244,64 +220,42 @@ static void panel_rows(const struct frozen_product *a, int64_t panel, int64_t st
     }
 }
 
-/* Panels [first, last), some of the terms at a time: their part of a panel stays in the first-level cache for all rows */
-void frozen_product(const void *arguments, int64_t first, int64_t last) {
-    const struct frozen_product a = *(const struct frozen_product *)arguments;
+/* Panels [first, last), DEPTH terms at a time: their part of a panel stays in the first-level cache for all rows */
+static void multiply_panels(const void *arguments, int64_t first, int64_t last) {
+    const struct prepacked_product_fp32 a = *(const struct prepacked_product_fp32 *)arguments;
     for (int64_t start = 0; start < a.terms; start += DEPTH) {
         int64_t terms = a.terms - start < DEPTH ? a.terms - start : DEPTH;
         for (int64_t panel = first; panel < last; panel++) panel_rows(&a, panel, start, terms);
     }
 }
 
-/* ------------------------------------------------------------------------------------- what programs need beside these */
+void prepacked_product_fp32(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
+    const struct prepacked_product_fp32 *a = arguments;
+    share_out(multiply_panels, a, parts(a->columns, PANEL), share, fork_join, threads);
+}
 
-struct copy_matrix {
-    const float *from;  /* (rows, columns) */
-    int64_t columns;
-    float *to;
-    int64_t to_row, to_column;  /* how far apart they lie there: 1 and rows for the transpose */
-};
+/* ------------------------------------------------------------------------------------- what programs need beside these */
 
 void copy_matrix(const void *arguments, int64_t first, int64_t last) {
     const struct copy_matrix a = *(const struct copy_matrix *)arguments;
     for (int64_t row = first; row < last; row++)
-        for (int64_t i = 0; i < a.columns; i++) a.to[row * a.to_row + i * a.to_column] = a.from[row * a.columns + i];
+        for (int64_t i = 0; i < a.columns; i++) a.target[row * a.row_stride + i * a.column_stride] = a.source[row * a.columns + i];
 }
 
-struct take_rows {
-    int64_t columns;
-    const float *from;
-    const int64_t *rows; /* which of them */
-    float *to;
-};
-
-void take_rows(const void *arguments, int64_t first, int64_t last) {
-    const struct take_rows a = *(const struct take_rows *)arguments;
+void select_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct select_rows a = *(const struct select_rows *)arguments;
     for (int64_t row = first; row < last; row++)
-        memcpy(a.to + row * a.columns, a.from + a.rows[row] * a.columns, a.columns * sizeof(float));
+        memcpy(a.target + row * a.columns, a.source + a.indices[row] * a.columns, a.columns * sizeof(float));
 }
 
-struct put_rows {
-    int64_t columns;
-    const float *from;
-    const int64_t *places; /* for each row of to, which of from; -1: none, and zeros */
-    float *to;
-};
-
-void put_rows(const void *arguments, int64_t first, int64_t last) {
-    const struct put_rows a = *(const struct put_rows *)arguments;
+void scatter_rows(const void *arguments, int64_t first, int64_t last) {
+    const struct scatter_rows a = *(const struct scatter_rows *)arguments;
     for (int64_t row = first; row < last; row++) {
-        float *to = a.to + row * a.columns;
-        if (a.places[row] < 0) memset(to, 0, a.columns * sizeof(float));
-        else memcpy(to, a.from + a.places[row] * a.columns, a.columns * sizeof(float));
+        float *target = a.target + row * a.columns;
+        if (a.places[row] < 0) memset(target, 0, a.columns * sizeof(float));
+        else memcpy(target, a.source + a.places[row] * a.columns, a.columns * sizeof(float));
     }
 }
-
-struct multiply_by {
-    int64_t columns;
-    const float *x, *factors;
-    float *y;  /* may be x */
-};
 
 void multiply_by(const void *arguments, int64_t first, int64_t last) {
     const struct multiply_by a = *(const struct multiply_by *)arguments;
@@ -309,18 +263,6 @@ void multiply_by(const void *arguments, int64_t first, int64_t last) {
 }
 
 /* -------------------------------------------------------------------------------------- attention of short sequences */
-
-struct short_attention {
-    int64_t heads, shared, size, causal;  /* query heads, how many of them share a key-value head, numbers in a head */
-    const int64_t *starts;
-    const float *q, *k, *v;
-    int64_t q_stride, k_stride, v_stride; /* between tokens; heads lie side by side */
-    double scale;
-    float *out;                           /* (tokens, heads, size) */
-    const float *grad;                    /* the same */
-    float *grad_q, *grad_k, *grad_v;      /* (tokens, query or key-value heads, size) */
-    int64_t longest;                      /* tokens of the longest sequence */
-};
 
 /* Room for a thread's own numbers, some hundreds of kB: too much for a small stack. */
 static float *room(int64_t numbers) {
@@ -388,8 +330,8 @@ INLINE vec exp_negative(vec x) {
 static int64_t weigh(const struct short_attention *a, const float *q, int64_t i, int64_t length, const float *k, float *columns,
                      float *weights, int64_t stride) {
     int64_t count = length - i < LANES ? length - i : LANES, seen = a->causal ? i + count : length;
-    turn(q + i * a->q_stride, a->q_stride, count, a->size, columns);
-    meet(k, a->k_stride, columns, a->size, seen, weights, stride);
+    turn(q + i * a->q_stride, a->q_stride, count, a->head_size, columns);
+    meet(k, a->k_stride, columns, a->head_size, seen, weights, stride);
     for (int64_t j = i + 1; a->causal && j < seen; j++)
         for (int64_t lane = 0; lane < j - i; lane++) weights[j * stride + lane] = -INFINITY;
     vec most = load(weights), total = {0};
@@ -419,17 +361,17 @@ static void mix(const float *weights, int64_t stride, int64_t seen, const float 
 /* Items are pairs of sequence and key-value head; out of each query head's q_i: softmax(scale q_i K^T) V */
 void short_attention(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
-    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size;
-    float *columns = room(LANES * (a.size + a.longest)), *weights = columns + LANES * a.size;
+    int64_t key_heads = a.heads / a.heads_per_key, width = a.heads * a.head_size;
+    float *columns = room(LANES * (a.head_size + a.longest)), *weights = columns + LANES * a.head_size;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
-        const float *k = a.k + start * a.k_stride + head * a.size, *v = a.v + start * a.v_stride + head * a.size;
-        for (int64_t h = head * a.shared; h < (head + 1) * a.shared; h++)
+        const float *k = a.k + start * a.k_stride + head * a.head_size, *v = a.v + start * a.v_stride + head * a.head_size;
+        for (int64_t h = head * a.heads_per_key; h < (head + 1) * a.heads_per_key; h++)
             for (int64_t i = 0; i < length; i += LANES) {
-                const float *q = a.q + start * a.q_stride + h * a.size;
+                const float *q = a.q + start * a.q_stride + h * a.head_size;
                 int64_t seen = weigh(&a, q, i, length, k, columns, weights, LANES);
                 mix(weights, LANES, seen, v, a.v_stride, length - i < LANES ? length - i : LANES,
-                    a.out + (start + i) * width + h * a.size, width, a.size);
+                    a.out + (start + i) * width + h * a.head_size, width, a.head_size);
             }
     }
     free(columns);
@@ -439,38 +381,38 @@ void short_attention(const void *arguments, int64_t first, int64_t last) {
  * P and dS lie as [key][query]. */
 void short_attention_backward(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
-    int64_t key_heads = a.heads / a.shared, width = a.heads * a.size, key_width = key_heads * a.size;
+    int64_t key_heads = a.heads / a.heads_per_key, width = a.heads * a.head_size, key_width = key_heads * a.head_size;
     int64_t most = (a.longest + LANES - 1) / LANES * LANES;
-    float *columns = room(LANES * a.size + 2 * a.longest * most), *weights = columns + LANES * a.size;
+    float *columns = room(LANES * a.head_size + 2 * a.longest * most), *weights = columns + LANES * a.head_size;
     float *slopes = weights + a.longest * most;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
-        const float *k = a.k + start * a.k_stride + head * a.size, *v = a.v + start * a.v_stride + head * a.size;
-        for (int64_t h = head * a.shared; h < (head + 1) * a.shared; h++) {
-            const float *q = a.q + start * a.q_stride + h * a.size, *grad = a.grad + start * width + h * a.size;
+        const float *k = a.k + start * a.k_stride + head * a.head_size, *v = a.v + start * a.v_stride + head * a.head_size;
+        for (int64_t h = head * a.heads_per_key; h < (head + 1) * a.heads_per_key; h++) {
+            const float *q = a.q + start * a.q_stride + h * a.head_size, *grad = a.grad + start * width + h * a.head_size;
             for (int64_t i = 0; i < length; i += LANES) {
                 int64_t count = length - i < LANES ? length - i : LANES;
                 float *p = weights + i, *s = slopes + i;
                 int64_t seen = weigh(&a, q, i, length, k, columns, p, most);
-                turn(grad + i * width, width, count, a.size, columns);
-                meet(v, a.v_stride, columns, a.size, seen, s, most);
+                turn(grad + i * width, width, count, a.head_size, columns);
+                meet(v, a.v_stride, columns, a.head_size, seen, s, most);
                 vec along = {0};
                 for (int64_t j = 0; j < seen; j++) along += load(p + j * most) * load(s + j * most);
                 for (int64_t j = 0; j < seen; j++)
                     *(loose *)(s + j * most) = (float)a.scale * load(p + j * most) * (load(s + j * most) - along);
                 for (int64_t j = seen; j < length && j < seen + ROWS; j++) /* keys that are taken together with seen ones below */
                     *(loose *)(p + j * most) = *(loose *)(s + j * most) = (vec){0};
-                mix(s, most, seen, k, a.k_stride, count, a.grad_q + (start + i) * width + h * a.size, width, a.size);
+                mix(s, most, seen, k, a.k_stride, count, a.grad_q + (start + i) * width + h * a.head_size, width, a.head_size);
             }
-            int onto = h > head * a.shared;
+            int onto = h > head * a.heads_per_key;
             for (int64_t j = 0; j < length; j += ROWS) {
                 int64_t count = length - j < ROWS ? length - j : ROWS;
                 /* queries before j do not look at it; of its own four, those that do not have zeros there */
-                int64_t from = a.causal ? j : 0, place = (start + j) * key_width + head * a.size;
+                int64_t from = a.causal ? j : 0, place = (start + j) * key_width + head * a.head_size;
                 struct multiply of_v = {a.grad_v + place, key_width, weights + j * most, most, 1, grad, width, from, length,
-                                        a.size, onto};
+                                        a.head_size, onto};
                 struct multiply of_k = {a.grad_k + place, key_width, slopes + j * most, most, 1, q, a.q_stride, from, length,
-                                        a.size, onto};
+                                        a.head_size, onto};
                 multiply(of_v, count);
                 multiply(of_k, count);
             }

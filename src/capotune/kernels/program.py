@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from capotune.kernels import abi
 from capotune.kernels._native import SHARE, fork_join, library
 
 __all__ = ["Affine", "Program", "kernel_address", "symbol"]
-
-_CALL = 4  # fields of a ``struct call``, of eight bytes as all others
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,27 @@ class Program:
     """Calls of C kernels that are run in order."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[int, list[Affine], Affine, Affine]] = []
+        self._calls: list[tuple[dict[str, Affine], list[Affine]]] = []
+        """The fields of each ``struct call`` but where its arguments are, and these."""
         self._symbols: tuple[str, ...] = ()
         self._matrix = np.empty((0, 0), np.int64)
         """(fields, symbols)."""
 
     def call(
-        self, kernel: Any, arguments: Sequence[Affine | int | float], items: Affine | int, work: Affine | int = 0
+        self, kernel: Any, items: Affine | int | None, work: Affine | int, /, **arguments: Affine | int | float
     ) -> None:
-        """Add a call of ``kernel``, a function of a C library: the fields of its struct, the items to share out over
-        threads, and how many numbers all of them work on. ``items`` -1: the kernel shares itself out."""
-        fields = [_affine(_bits(one) if isinstance(one, float) else one) for one in arguments]
-        self._calls.append((kernel_address(kernel), fields, _affine(items), _affine(work)))
+        """Add a call of ``kernel``, a function of a C library: the items to share out over threads (None: it shares
+        itself out), the operations of all of them, and the fields of its struct in abi.h.
+
+        Raises ``AbiError`` where the arguments are not those of the kernel.
+        """
+        if (items is None) != abi.shares_itself(kernel.__name__):
+            raise abi.AbiError(f"{kernel.__name__}: items are {items}, and abi.h says otherwise")
+        shared = -1 if items is None else items
+        call = {"kernel": kernel_address(kernel), "items": shared, "work": work}
+        kinds = abi.kernel_layout(kernel.__name__).kinds_of(arguments)
+        fields = [_field(kernel.__name__, name, kind, arguments[name]) for name, kind in kinds.items()]
+        self._calls.append(({name: _affine(one) for name, one in call.items()}, fields))
         self._symbols = ()
 
     def run(self, values: Mapping[str, int]) -> None:
@@ -86,9 +94,11 @@ class Program:
 
     def _translate(self) -> None:
         """From sums to one matrix: first the calls, then the arguments of each."""
-        calls, arguments, at = [], [], 8 * _CALL * len(self._calls)
-        for kernel, fields, items, work in self._calls:
-            calls += [_affine(kernel), _affine(at), items, work]
+        of_call, calls, arguments = abi.layout("call"), list[Affine](), list[Affine]()
+        at = of_call.size * len(self._calls)
+        for call, fields in self._calls:
+            placed = {**call, "arguments": _affine(at)}
+            calls += [placed[name] for name in of_call.kinds_of(placed)]
             arguments += fields
             at += 8 * len(fields)
         rows = [dict(one.terms) for one in (*calls, *arguments)]
@@ -96,6 +106,10 @@ class Program:
         self._matrix = np.array([[row.get(name, 0) for name in self._symbols] for row in rows], np.int64)
 
 
-def _bits(number: float) -> int:
-    """A double as the whole number of the same eight bytes."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])
+def _field(kernel: str, name: str, kind: str, value: Affine | int | float) -> Affine:
+    """As a whole number of the same eight bytes."""
+    if kind == "double" and not isinstance(value, Affine):
+        return _affine(int(struct.unpack("q", struct.pack("d", value))[0]))
+    if kind == "double" or isinstance(value, float):
+        raise abi.AbiError(f"{kernel}: {name} is {value!r} where C has {kind}")
+    return _affine(value)

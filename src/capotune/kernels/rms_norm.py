@@ -67,8 +67,11 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
         return weight * (wide * roots[:, None]).to(x.dtype).view(x.shape), roots
     x, weight = x.contiguous(), weight.contiguous()
     y, roots = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
-    read = (dtype_code(x), address(x), address(weight), columns, float(eps))
-    over_rows(lib, "rms_norm", (*read, address(y), address(roots)), rows, columns)
+    over_rows(
+        lib, "rms_norm", rows, columns,
+        dtype=dtype_code(x), x=address(x), weight=address(weight), columns=columns, eps=eps,
+        y=address(y), roots=address(roots),
+    )  # fmt: skip
     return y, roots
 
 
@@ -84,6 +87,9 @@ def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, roots: 
         return (root * (weighted - wide * (root**2 * (weighted * wide).mean(-1, keepdim=True)))).to(x.dtype)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x = torch.empty_like(x)
-    read = (dtype_code(x), address(grad), address(x), address(weight), address(roots), columns)
-    over_rows(lib, "rms_norm_backward", (*read, address(grad_x)), rows, columns)
+    over_rows(
+        lib, "rms_norm_backward", rows, columns,
+        dtype=dtype_code(x), grad=address(grad), x=address(x), weight=address(weight), roots=address(roots),
+        columns=columns, grad_x=address(grad_x),
+    )  # fmt: skip
     return grad_x

@@ -81,10 +81,11 @@ def _turn(
     if lib is None:
         out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
         return out
-    sizes = (dtype_code(x), heads, size // 2)
-    strides = (read.stride(0), written.stride(0))
-    pointers = (address(read), address(cos), address(sin), address(written))
-    over_rows(lib, "rotary", (*sizes, *pointers, *strides, transposed), tokens, heads * size)
+    over_rows(
+        lib, "rotary", tokens, heads * size,
+        dtype=dtype_code(x), heads=heads, half=size // 2, x=address(read), cos=address(cos), sin=address(sin),
+        y=address(written), x_stride=read.stride(0), y_stride=written.stride(0), transposed=transposed,
+    )  # fmt: skip
     return out
 
 

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from capotune.kernels import elementwise_triton
 from capotune.kernels._native import (
-    Argument,
     address,
     as_rows,
     check_shape,
@@ -69,7 +68,11 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
     lib = elementwise(gate, up, out)
     gate_rows, up_rows = (as_rows(tensor, rows, columns) for tensor in (gate, up))
     if lib is not None:
-        over_rows(lib, "swiglu", _arguments(gate_rows, up_rows, written), rows, columns)
+        over_rows(
+            lib, "swiglu", rows, columns,
+            dtype=dtype_code(out), columns=columns, gate=address(gate_rows), up=address(up_rows), y=address(written),
+            gate_stride=gate_rows.stride(0), up_stride=up_rows.stride(0), y_stride=written.stride(0),
+        )  # fmt: skip
     elif elementwise_triton.kernels_for(gate, up, out):
         elementwise_triton.swiglu(gate_rows, up_rows, written)
     else:
@@ -95,13 +98,19 @@ def swiglu_backward(
     for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1]), ("y", again)):
         check_shape(name, tensor, gate.shape)
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
-    written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
+    grad_gate, grad_up, y = (output_rows(tensor, rows, columns) for tensor in (*out, again))
     lib = elementwise(grad, gate, up, *out, again)
-    read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
+    read = grad_rows, gate_rows, up_rows = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
     if lib is not None:
-        over_rows(lib, "swiglu_backward", _arguments(*read, *written), rows, columns)
+        over_rows(
+            lib, "swiglu_backward", rows, columns,
+            dtype=dtype_code(grad), columns=columns, grad=address(grad_rows), gate=address(gate_rows),
+            up=address(up_rows), grad_gate=address(grad_gate), grad_up=address(grad_up), y=address(y),
+            grad_stride=grad_rows.stride(0), gate_stride=gate_rows.stride(0), up_stride=up_rows.stride(0),
+            grad_gate_stride=grad_gate.stride(0), grad_up_stride=grad_up.stride(0), y_stride=y.stride(0),
+        )  # fmt: skip
     elif elementwise_triton.kernels_for(grad, gate, up, *out, again):
-        elementwise_triton.swiglu_backward(read, written)
+        elementwise_triton.swiglu_backward(read, [grad_gate, grad_up, y])
     else:
         found = *_backward_reference(grad, gate, up), swiglu_reference(gate, up)
         for target, values in zip((*out, again), found, strict=True):
@@ -120,11 +129,3 @@ def _backward_reference(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 def _new(like: torch.Tensor) -> torch.Tensor:
     """Contiguous also where ``like`` is a slice."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _arguments(*matrices: torch.Tensor) -> list[Argument]:
-    """What both kernels take: dtype and columns, where each matrix begins, how far apart its rows lie."""
-    arguments: list[Argument] = [dtype_code(matrices[0]), matrices[0].shape[1]]
-    arguments += map(address, matrices)
-    arguments += [matrix.stride(0) for matrix in matrices]
-    return arguments
