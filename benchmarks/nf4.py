@@ -23,6 +23,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from capotune.device import cpu_level
 from capotune.kernels import _native, nf4
 
 SHAPES = ((2048, 2048), (4096, 11008))  # (out, in)
@@ -133,7 +134,7 @@ def main() -> None:
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "system": platform.platform(),
-            "simd": torch.backends.cpu.get_cpu_capability(),
+            "simd": cpu_level(),
             "threads": torch.get_num_threads(),
             "c_kernels": _native.library("nf4_cpu") is not None,
         },

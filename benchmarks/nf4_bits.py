@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_nf4 import BLOCK_SIZES, DTYPES, KINDS, QUANT_TYPES, SHAPES, bitsandbytes, make
 
+from capotune.device import cpu_level
 from capotune.kernels import _native, nf4
 
 
@@ -67,7 +68,7 @@ def main() -> None:
         "kinds": KINDS,
         "shapes": SHAPES,
         "block_sizes": BLOCK_SIZES,
-        "simd": torch.backends.cpu.get_cpu_capability(),
+        "simd": cpu_level(),
         "paths": found,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")

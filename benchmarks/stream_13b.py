@@ -31,7 +31,7 @@ import torch
 from transformers import LlamaConfig
 
 from capotune.adapters.assemble import describe
-from capotune.device import compute_dtype
+from capotune.device import compute_dtype, cpu_level
 from capotune.engine.loop import checkpointing
 from capotune.kernels import _native
 from capotune.kernels.cross_entropy import linear_cross_entropy
@@ -193,7 +193,7 @@ def main() -> None:
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "system": platform.platform(),
-            "simd": torch.backends.cpu.get_cpu_capability(),
+            "simd": cpu_level(),
             "threads": torch.get_num_threads(),
             "c_kernels": _native.library("nf4_cpu") is not None,
         },

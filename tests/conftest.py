@@ -16,6 +16,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
+def pytest_configure() -> None:
+    """Before any test file asks what the machine can do."""
+    if os.environ.get("SOFTWARE_AMX") == "1":
+        import software_amx
+
+        software_amx.install()
+
+
+def pytest_report_header() -> str:
+    """What the kernels are compiled for, where that is not all that the machine has (levels.py)."""
+    asked = ("CAPOTUNE_CPU_LEVEL", "CAPOTUNE_NATIVE", "SOFTWARE_AMX")
+    return "kernels: " + (" ".join(f"{name}={os.environ[name]}" for name in asked if name in os.environ) or "all")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: where processes share the files out, one would end with it while the others wait."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")

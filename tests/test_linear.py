@@ -6,7 +6,6 @@ import ctypes
 import faulthandler
 import mmap
 import os
-import shutil
 import signal
 import threading
 import warnings
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import generation_helpers
 import helpers
 import pytest
+import software_amx
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -104,13 +104,12 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def some_unit(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels on this machine's matrix unit; where it has none, on one in software."""
+    """The kernels for AMX; in software where there is none, or where a lower level is asked for."""
     if found := matrix_unit():
         return found
-    compiler, processor = shutil.which("gcc"), Path("/proc/cpuinfo")
-    if compiler is None or not processor.is_file() or "avx512_bf16" not in processor.read_text():
-        pytest.skip("no matrix unit here, nor gcc and AVX-512 with bf16 for one in software")
-    return in_software("products_amx", compiler, tmp_path_factory.mktemp("unit"))
+    if reason := software_amx.why_not():
+        pytest.skip(reason)
+    return software_amx.compiled("products_amx", tmp_path_factory.mktemp("amx"))
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +118,7 @@ def some_frozen_unit(some_unit: ctypes.CDLL, tmp_path_factory: pytest.TempPathFa
     if matrix_unit() and (found := frozen_unit()):
         return found
     assert some_unit
-    return in_software("frozen_amx", shutil.which("gcc"), tmp_path_factory.mktemp("unit"))
-
-
-def in_software(name: str, compiler: str | None, folder: Path) -> ctypes.CDLL:
-    """The kernels of ``name``.c on a matrix unit in software."""
-    assert compiler is not None
-    flags = *_native.FLAGS, *_native.SIMD_FLAGS["AVX512"], *_native.MORE_SIMD_FLAGS[name], "-mavx512bf16"
-    header, made = Path(__file__).with_name("tiles_in_software.h"), folder / f"{name}.so"
-    source = Path(linear.__file__).with_name(f"{name}.c")
-    _native._compile(compiler, (*flags, "-include", str(header)), source, made)
-    return _native.open_library(made)
+    return software_amx.compiled("frozen_amx", tmp_path_factory.mktemp("amx"))
 
 
 @pytest.fixture
@@ -666,13 +655,11 @@ def test_without_c_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, called: list
 
 
 @pytest.mark.usefixtures("forgetful")
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_where_vectors_are_short_pytorch_does_it(
-    capability: str, monkeypatch: pytest.MonkeyPatch, called: list[str]
-) -> None:
-    """Also where the user tells PyTorch so. Nothing is compiled that would not run."""
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_below_level_amx_pytorch_multiplies(level: str, monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
+    """Nothing is compiled that would not run."""
     asked: list[str] = []
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(linear, "cpu_level", lambda: level)
     monkeypatch.setattr(linear, "library", asked.append)
     assert matrix_unit() is None
     assert asked == []
@@ -682,11 +669,11 @@ def test_where_vectors_are_short_pytorch_does_it(
 
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("lib", [None, SimpleNamespace(ask_for_amx=lambda: 0)])
-def test_where_there_is_no_unit_pytorch_does_it(
+def test_where_amx_cannot_be_used_pytorch_multiplies(
     lib: object, monkeypatch: pytest.MonkeyPatch, called: list[str]
 ) -> None:
-    """No compiler that knows it, or a processor or system without it."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    """No compiler that knows it, or a system that does not let the process use it."""
+    monkeypatch.setattr(linear, "cpu_level", lambda: "amx")
     monkeypatch.setattr(linear, "library", lambda _: lib)
     assert matrix_unit() is None
     check(problem(60, 40, 65), "reference")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import capotune
+from capotune import device
 from capotune.device import compute_dtype
 from capotune.errors import ModelError, SettingError
 from capotune.kernels.nf4 import Linear4bit
@@ -199,13 +200,16 @@ def test_a_run_says_how_its_base_is_stored_and_shows_the_load(
     assert shown[-1] == steps[0]["total"]
 
 
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("instructions", [{}, {"avx512_bf16": True}, {"amx_bf16": True}], ids=str)
 def test_a_packed_model_computes_in_bf16_where_the_processor_can(
-    instructions: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    instructions: dict[str, bool], level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = torch.device("cpu")
+    cpu, has_bf16 = torch.device("cpu"), instructions and level in ("avx512", "amx")
+    monkeypatch.setattr(device, "machine_cpu_level", lambda: "amx")
+    monkeypatch.setenv("CAPOTUNE_CPU_LEVEL", level)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
-    assert compute_dtype(cpu, packed=True) == (torch.bfloat16 if instructions else torch.float32)
+    assert compute_dtype(cpu, packed=True) == (torch.bfloat16 if has_bf16 else torch.float32)
     assert compute_dtype(cpu) == torch.float32  # a model in full precision is trained as it always was
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert compute_dtype(cpu, packed=True) == torch.float32

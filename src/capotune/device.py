@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from capotune.errors import SettingError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +24,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
 _reusing = 0  # how many ask for it now
 
+CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
+CPU_LEVEL_VARIABLE = "CAPOTUNE_CPU_LEVEL"
+_AMX_FLAGS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
+"""Of /proc/cpuinfo; Linux lists them where it can hand out AMX's registers."""
+
 
 def pick_device() -> torch.device:
     """The GPU when PyTorch can use one, else the CPU."""
@@ -27,17 +37,62 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def cpu_level() -> str:
+    """Which instructions the C kernels may use: one of ``CPU_LEVELS``, each of which contains those before it.
+
+    - ``plain``: no SIMD flag for the compiler; the level of every architecture but x86_64
+    - ``avx2``: AVX2, FMA and F16C
+    - ``avx512``: AVX-512 F, BW, VL and DQ
+    - ``amx``: AVX-512 with bf16, and Intel's AMX for 8 bits and bf16
+
+    It is what the processor has and PyTorch uses, or what ``CAPOTUNE_CPU_LEVEL`` says where that is less, which makes
+    a run compute as on a lesser processor. PyTorch's own kernels stay as they are.
+
+    Raises ``SettingError`` for a level that does not exist or that this machine does not have: to take another one
+    instead would leave open what ran.
+    """
+    level, wanted = machine_cpu_level(), os.environ.get(CPU_LEVEL_VARIABLE)
+    if not wanted:
+        return level
+    there = CPU_LEVELS[: CPU_LEVELS.index(level) + 1]
+    if wanted not in there:
+        problem = "this machine does not have that level." if wanted in CPU_LEVELS else "there is no such level."
+        raise SettingError(problem, allowed=", ".join(there), where=f"{CPU_LEVEL_VARIABLE}={wanted}")
+    return wanted
+
+
+@cache
+def machine_cpu_level() -> str:
+    """The highest of ``CPU_LEVELS`` that this machine has, and that PyTorch uses (``ATEN_CPU_CAPABILITY``)."""
+    import torch
+
+    level = {"AVX2": "avx2", "AVX512": "avx512"}.get(torch.backends.cpu.get_cpu_capability(), "plain")
+    return "amx" if level == "avx512" and _linux_lists(_AMX_FLAGS) else level
+
+
+def _linux_lists(flags: set[str]) -> bool:
+    """Whether Linux says that the processor has them all."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return flags <= set(line.split())
+
+
 def compute_dtype(device: torch.device, *, packed: bool = False) -> torch.dtype:
     """What a language model computes in: bf16 on a GPU that has it, else fp32.
 
     A model that is ``packed`` in 4 bits computes in bf16 on a CPU with instructions for it too: on an EPYC with
-    avx512_bf16 a QLoRA step of 512 tokens takes a third of the time, at the same loss to five digits.
+    avx512_bf16 a QLoRA step of 512 tokens takes a third of the time, at the same loss to five digits. Such processors
+    are at ``cpu_level`` avx512 or above.
     """
     import torch
 
     if device.type == "cpu":
         find: Any = getattr(torch.cpu, "get_capabilities", dict)  # which older PyTorch does not have
-        fast = packed and any(find().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        has_bf16 = any(find().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        fast = packed and has_bf16 and cpu_level() in ("avx512", "amx")
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
@@ -116,8 +171,6 @@ def collector_at_rest() -> Iterator[None]:
 
 def environment() -> dict[str, str]:
     """Versions and machine, for the record of a run."""
-    import os
-
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -1,7 +1,8 @@
 """Loads the C kernels: each source compiled once per machine at first use, kept in the user's cache folder.
 
 Nothing here is needed: without a C compiler, with a read-only home, or with ``CAPOTUNE_NATIVE=0`` in the environment,
-``library`` returns None and the PyTorch path computes the same, slower.
+``library`` returns None and the PyTorch path computes the same, slower. ``CAPOTUNE_CPU_LEVEL`` leaves out instructions
+that the machine has (``device.cpu_level``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from capotune.device import cpu_level
 from capotune.errors import SettingError
 from capotune.kernels import abi
 
@@ -42,12 +44,10 @@ SOURCE_FLAGS = {
     "products_amx": (),
     "frozen_amx": (),
 }
-# Named instruction sets rather than -march=native: they are part of the cached file's name, so that two machines that
-# share a home folder do not run each other's code.
-SIMD_FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"),
-    "AVX2": ("-mavx2", "-mf16c"),
-}
+# By level (``device.cpu_level``). Named instruction sets rather than -march=native: they are part of the cached file's
+# name, so that two machines that share a home folder do not run each other's code.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c")
+SIMD_FLAGS = {"plain": (), "avx2": ("-mavx2", "-mf16c"), "avx512": _AVX512, "amx": _AVX512}
 MORE_SIMD_FLAGS = {
     "elementwise_cpu": ("-mfma",),
     "products_cpu": ("-mfma",),
@@ -99,7 +99,7 @@ def _compiled(source: Path) -> Path:
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler found")
-    simd = SIMD_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    simd = SIMD_FLAGS[cpu_level()]
     flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (MORE_SIMD_FLAGS.get(source.stem, ()) if simd else ())
     content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + content).hexdigest()

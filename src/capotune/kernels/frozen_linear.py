@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from capotune.device import cpu_level
 from capotune.kernels import linear
 from capotune.kernels._native import address, library, over_rows
 from capotune.kernels.linear import fit_for_kernels
@@ -50,7 +51,7 @@ def frozen_unit() -> ctypes.CDLL | None:
 @cache
 def _vectors_are_faster() -> bool:
     """Whether ``prepacked_product_fp32`` is faster here than PyTorch's product: so measured for AVX2."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and library("products_cpu") is not None
+    return cpu_level() == "avx2" and library("products_cpu") is not None
 
 
 def may_be_kept(weights: int) -> bool:

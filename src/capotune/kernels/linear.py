@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from capotune.device import cpu_level
 from capotune.kernels import abi
 from capotune.kernels._native import address, check_shape, fork_join, library
 
@@ -137,8 +138,9 @@ class _TrainedLinear(torch.autograd.Function):
 
 @cache
 def matrix_unit() -> ctypes.CDLL | None:
-    """The kernels of products_amx.c where this machine and its system have what they need; else None."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    """The kernels of products_amx.c at level ``amx``, where the system grants the process AMX's registers; else
+    None."""
+    if cpu_level() != "amx":
         return None
     lib = library("products_amx")
     return lib if lib is not None and lib.ask_for_amx() else None

@@ -1,6 +1,7 @@
-/* AMX's tile registers and instructions in software, put before products_amx.c or frozen_amx.c (-include) so that its kernels run where
- * no such unit is. What they need beside it, AVX-512 with bf16, multiplies as the unit does: pairs of bf16, sums in fp32, no
- * denormal numbers. It says nothing of the real unit's speed, of its registers' set-up, or of asking Linux for them. */
+/* AMX's tile registers and instructions in software, put before products_amx.c or frozen_amx.c (-include) so that their
+ * kernels run where the processor has no AMX. What they need beside it, AVX-512 with bf16, multiplies as AMX does: pairs of
+ * bf16, sums in fp32, no denormal numbers. It says nothing of AMX's speed, of its registers' set-up, or of asking Linux for
+ * them. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -55,3 +56,7 @@ static inline void software_multiply_bytes(int sums, int left, int right) {
 #define _tile_dpbssd(sums, left, right) software_multiply_bytes(sums, left, right)
 #define _tile_loadconfig(config) ((void)(config))
 #define _tile_release() ((void)0)
+
+/* The source's own, under another name, asks for registers that are not there. */
+int64_t ask_for_amx(void) { return 1; }
+#define ask_for_amx ask_linux_for_amx
