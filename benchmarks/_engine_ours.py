@@ -17,7 +17,7 @@ from _engine_workloads import Workload
 from safetensors.torch import load_file, save_file
 
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, generation_task
-from capotune.data.batches import Rows, epoch_order
+from capotune.data.batches import TokenRows, epoch_order
 from capotune.engine import loop
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import Examples, TrainingState
@@ -54,7 +54,7 @@ def train(job: Job, clock: Clock) -> None:
             for key, weight in model.trainable().items():
                 weight.copy_(start[key])
     without_dropout(model.model)
-    rows = Rows(job.rows["sequences"], model.task.pad_id)
+    rows = TokenRows(job.rows["sequences"], model.task.pad_id)
     targets = torch.tensor(job.rows["targets"]) if job.workload.classifies else job.rows["targets"]
     examples = Examples(rows, targets).after(model.method.virtual_token_ids)
     epochs = [[np.array(batch) for batch in epoch] for epoch in job.rows["epochs"]]

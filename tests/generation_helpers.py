@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from capotune.adapters.assemble import Assembled, assemble, attach, generation_task
-from capotune.data.batches import Encoded, Rows, sorted_order
-from capotune.data.conversations import Conversation, Pair, Sample, Samples
+from capotune.data.batches import Encoded, TokenRows, sorted_order
+from capotune.data.samples import Conversation, Pair, Sample, Samples
+from capotune.data.table import Origin
 from capotune.engine.loop import Examples
 from capotune.methods import Start
 from capotune.models.load import find
@@ -97,7 +98,7 @@ def turn(role: str, content: str, **others: Any) -> dict[str, Any]:
 
 def samples_of(*samples: Sample) -> Samples:
     """As read from a file, a line each."""
-    return Samples(list(samples), list(range(1, len(samples) + 1)), "data.jsonl", "messages", ("messages",))
+    return Samples(list(samples), list(range(1, len(samples) + 1)), Origin("data.jsonl"), "messages", ("messages",))
 
 
 def make_task(base: Path, max_length: int | None = None, **options: Any) -> Generation:
@@ -181,7 +182,7 @@ def as_examples(assembled: Assembled, samples: Sequence[Sample]) -> Examples:
     """Samples as they are trained on, after the method's virtual tokens."""
     task = assembled.generation
     encoded = [one for of_sample in task.encode(samples_of(*samples)) for one in of_sample]
-    rows = Rows([one.ids for one in encoded], task.pad_id, assembled.method.virtual_token_ids)
+    rows = TokenRows([one.ids for one in encoded], task.pad_id, assembled.method.virtual_token_ids)
     return Examples(rows, [one.labels for one in encoded])
 
 
@@ -195,7 +196,7 @@ def sequences(count: int, seed: int = 0, longest: int = 20) -> list[list[int]]:
 @torch.no_grad()
 def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.Tensor:
     """Logits (tokens of all rows, vocabulary) from padded batches; those at a soft prompt's tokens are left out."""
-    chosen = Rows(rows or sequences(9, seed=3), assembled.task.pad_id, assembled.method.virtual_token_ids)
+    chosen = TokenRows(rows or sequences(9, seed=3), assembled.task.pad_id, assembled.method.virtual_token_ids)
     skipped = len(chosen.prefix)
     found: dict[int, torch.Tensor] = {}
     for numbers in sorted_order(chosen.lengths, token_budget=100):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
-from capotune.data.batches import Rows
+from capotune.data.batches import TokenRows
 from capotune.engine import loop
 from capotune.engine.loop import Examples, TrainingState, predict_logits, train
 from capotune.methods import Start
@@ -69,7 +69,7 @@ def examples(assembled: Assembled, count: int = 48, seed: int = 0) -> Examples:
     targets = torch.arange(count) % len(LABELS)
     bodies = sequences(count, seed)
     words = [[2, 4 + target, 4 + target, *row[1:]] for target, row in zip(targets.tolist(), bodies, strict=True)]
-    return Examples(Rows(words, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
+    return Examples(TokenRows(words, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
 
 
 def fit(assembled: Assembled, *, seed: int = 0, **options: Any) -> tuple[TrainingState, list[float]]:
@@ -98,7 +98,7 @@ def shake(assembled: Assembled, seed: int = 7) -> None:
 def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.Tensor:
     """Logits of rows (some random ones when left out) in padded batches."""
     prefix = assembled.method.virtual_token_ids if assembled.model.virtual_tokens else range(0)
-    return predict_logits(assembled, Rows(rows or sequences(11, seed=3), assembled.task.pad_id, prefix))
+    return predict_logits(assembled, TokenRows(rows or sequences(11, seed=3), assembled.task.pad_id, prefix))
 
 
 def weights(assembled: Assembled) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ import capotune
 from capotune.adapters import assemble as assemble_module
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.fingerprint import config_hash
-from capotune.data.batches import Rows
+from capotune.data.batches import TokenRows
 from capotune.engine import activation_cache
 from capotune.engine.activation_cache import ActivationCache, resume_from
 from capotune.engine.loop import predict_logits
@@ -66,8 +66,8 @@ def features(base: Path) -> Assembled:
     return on_base(base, FeatureExtractionSettings())
 
 
-def rows_of(assembled: Assembled, count: int = 12, seed: int = 0) -> Rows:
-    return Rows(sequences(count, seed), assembled.task.pad_id, assembled.method.virtual_token_ids)
+def rows_of(assembled: Assembled, count: int = 12, seed: int = 0) -> TokenRows:
+    return TokenRows(sequences(count, seed), assembled.task.pad_id, assembled.method.virtual_token_ids)
 
 
 def entries(folder: Path) -> list[str]:
@@ -129,9 +129,9 @@ def test_another_seed_or_head_setting_still_finds_them(bert: Path, tickets: Path
 def test_everything_that_matters_makes_another_entry(bert: Path, tmp_path: Path) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    longer = Rows([*rows.sequences[:-1], [*rows.sequences[-1], 3]], rows.pad_id)
-    cut = Rows([sequence[:6] for sequence in rows.sequences], rows.pad_id)
-    moved = Rows([[2, 9, 3, 2], [9, 3], *rows.sequences], 0), Rows([[2, 9, 3], [2, 9, 3], *rows.sequences], 0)
+    longer = TokenRows([*rows.sequences[:-1], [*rows.sequences[-1], 3]], rows.pad_id)
+    cut = TokenRows([sequence[:6] for sequence in rows.sequences], rows.pad_id)
+    moved = TokenRows([[2, 9, 3, 2], [9, 3], *rows.sequences], 0), TokenRows([[2, 9, 3], [2, 9, 3], *rows.sequences], 0)
     plain = {"base": "x", "packing": None}
     seen: list[tuple[Any, ...]] = [
         (assembled, plain, (-1,), rows),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import capotune
 from capotune import device as device_module
 from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
-from capotune.data.batches import Batch, Rows, collate
+from capotune.data.batches import Batch, TokenRows, collate
 from capotune.device import reusing_memory
 from capotune.engine import loop
 from capotune.engine.loop import checkpointing
@@ -651,7 +651,7 @@ def test_training_is_sparing_with_memory_where_it_is_asked_to_be(
     monkeypatch.setattr(loop, "reusing_memory", note)
     settings = LoraSettings(rank=2, gradient_checkpointing=checkpointed, epochs=1)
     assembled = on_base(llama, settings)
-    examples = loop.Examples(Rows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
+    examples = loop.Examples(TokenRows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
     lent: list[bool] = []
     loop.train(
         assembled, examples, examples, assembled.method.settings, seed=0,

@@ -31,8 +31,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
-from capotune.data.batches import NOT_LEARNED
-from capotune.data.conversations import Conversation, Document, Pair, Sample
+from capotune.data.batches import IGNORE_INDEX
+from capotune.data.samples import Conversation, Document, Pair, Sample
 from capotune.errors import DataError, ModelError, SettingError
 from capotune.tasks.generation import PLAIN_TEMPLATE, Generation
 
@@ -84,8 +84,8 @@ def test_just_the_answers_and_their_ends_are_learned(
         "<|im_start|>assistant\nwhite, my friend<|im_end|>\n"
     )
     assert learned_parts(task, one) == [answer + TURN_END for answer in answers]
-    assert [label for label in one.labels if label != NOT_LEARNED] == [
-        token for token, label in zip(one.ids, one.labels, strict=True) if label != NOT_LEARNED
+    assert [label for label in one.labels if label != IGNORE_INDEX] == [
+        token for token, label in zip(one.ids, one.labels, strict=True) if label != IGNORE_INDEX
     ]
     assert one.tokens == len(one.ids) == len(one.labels)
     assert not one.answer_cut
@@ -142,7 +142,7 @@ def test_what_follows_the_last_answer_is_read_or_left_and_never_learned(make: Ca
 
 def test_earlier_answers_that_are_part_of_the_prompt_are_not_learned(make: Callable[..., Generation]) -> None:
     task = make(CHATML, eos=TURN_END)
-    one = encode_one(task, replace(QUESTIONS, learn_from=3))
+    one = encode_one(task, replace(QUESTIONS, answers_from=3))
     assert learned_parts(task, one) == ["white, my friend" + TURN_END]
 
 
@@ -229,8 +229,8 @@ def test_chat_is_asked_as_it_was_taught(make: Callable[..., Generation]) -> None
         for messages in (QUESTIONS.messages[:2], QUESTIONS.messages[:4]):
             asked = task.encode_chat(messages)
             assert one.ids[: len(asked)] == asked
-            assert one.labels[len(asked) - 1] == NOT_LEARNED
-            assert one.labels[len(asked)] != NOT_LEARNED
+            assert one.labels[len(asked) - 1] == IGNORE_INDEX
+            assert one.labels[len(asked)] != IGNORE_INDEX
 
 
 # --------------------------------------------------------------------------------------------- prompts with completions
@@ -267,7 +267,7 @@ CUT: dict[str, Sample] = {
 def test_what_is_cut_is_said(make: Callable[..., Generation], sample: str) -> None:
     task = make(CHATML, eos=TURN_END)
     whole = encode_one(task, CUT[sample])
-    learned = [at for at, label in enumerate(whole.labels) if label != NOT_LEARNED]
+    learned = [at for at, label in enumerate(whole.labels) if label != IGNORE_INDEX]
     ends = [at for at in learned if whole.ids[at] in task.end_ids]
     for longest in range(2, len(whole.ids) + 2):
         one = encode_one(replace(task, max_length=longest), CUT[sample])
@@ -276,7 +276,7 @@ def test_what_is_cut_is_said(make: Callable[..., Generation], sample: str) -> No
         assert one.tokens == len(whole.ids)
         assert one.end_cut == any(at >= longest for at in ends)
         assert one.answer_cut == any(at >= longest for at in learned if at not in ends)
-        assert one.learned == sum(at < longest for at in learned)
+        assert one.tokens_in_loss == sum(at < longest for at in learned)
 
 
 # ------------------------------------------------------------------------------------------ plain text
@@ -294,7 +294,7 @@ def test_a_long_text_is_read_in_windows_that_lose_nothing(make: Callable[..., Ge
         assert max(len(one.ids) for one in windows) <= longest
         assert len(windows) == -(-len(whole.ids) // longest)
         assert windows[-1].labels[-1] == task.end_ids[0], "the end is learned"
-        assert all(one.labels == [NOT_LEARNED, *one.ids[1:]] for one in windows)
+        assert all(one.labels == [IGNORE_INDEX, *one.ids[1:]] for one in windows)
         assert not any(one.answer_cut or one.end_cut for one in windows)
         assert sum(one.tokens for one in windows) == len(whole.ids)
 
@@ -318,7 +318,7 @@ def test_a_token_that_starts_every_text_stands_there_once(make: Callable[..., Ge
     for sample in samples:
         one = encode_one(task, sample)
         assert [at for at, token in enumerate(one.ids) if text_of(task, [token]) == BOS] == [0]
-        assert one.labels[0] == NOT_LEARNED
+        assert one.labels[0] == IGNORE_INDEX
         question = task.encode_question(sample)
         assert one.ids[: len(question)] == question
     assert text_of(task, task.encode_prompt("grass")) == f"{BOS}grass\n"
@@ -349,10 +349,10 @@ def assert_asked_as_taught(task: Generation, sample: Sample) -> None:
     one = encode_one(task, sample)
     question = task.encode_question(sample)
     assert one.ids[: len(question)] == question
-    assert one.labels[len(question) - 1] == NOT_LEARNED or isinstance(sample, Document)
+    assert one.labels[len(question) - 1] == IGNORE_INDEX or isinstance(sample, Document)
     if not isinstance(sample, Document):
         labels = one.labels[len(question) :]
-        learned = [label for label in labels if label != NOT_LEARNED]
+        learned = [label for label in labels if label != IGNORE_INDEX]
         assert labels[: len(learned)] == learned, "what is learned stands together"
         assert learned
         assert learned[-1] in task.end_ids

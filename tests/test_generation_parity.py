@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import load_adapter, read_adapter, save_adapter
-from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of
+from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import Examples, held_out_score, outputs, train
 from capotune.models.fused import Fusing
@@ -184,7 +184,7 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, writers: dict[s
 def padded_labels(batch: Batch) -> torch.Tensor:
     """(rows, longest), as Transformers takes them."""
     assert batch.targets is not None
-    return batch.laid_out(batch.targets - NOT_LEARNED) + NOT_LEARNED
+    return batch.laid_out(batch.targets - IGNORE_INDEX) + IGNORE_INDEX
 
 
 def steps_of(assembled: Assembled, given: Examples) -> tuple[list[np.ndarray], list[float]]:
@@ -192,7 +192,7 @@ def steps_of(assembled: Assembled, given: Examples) -> tuple[list[np.ndarray], l
     batches: list[np.ndarray] = []
     losses: list[float] = []
 
-    class Noted(Rows):
+    class Noted(TokenRows):
         def batch(self, rows: Any, *how: Any) -> Any:
             batches.append(rows)
             return super().batch(rows, *how)
@@ -237,9 +237,9 @@ def varied(assembled: Assembled) -> Examples:
     for before, after in zip(read, learned, strict=True):
         ids = torch.randint(5, 350, (before + after,), generator=generator).tolist()
         rows.append(ids)
-        targets.append([NOT_LEARNED] * before + ids[before:])
-    targets[1][10] = targets[6][8] = NOT_LEARNED  # in the middle too
-    return Examples(Rows(rows, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
+        targets.append([IGNORE_INDEX] * before + ids[before:])
+    targets[1][10] = targets[6][8] = IGNORE_INDEX  # in the middle too
+    return Examples(TokenRows(rows, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
 
 
 EVERY: dict[str, MethodSettings] = {
@@ -259,7 +259,7 @@ def test_the_loss_is_transformers_own(variant: str, base: str, all_writers: dict
     assert task.plain_head == (base != "gemma2")
     batch = given.rows.batch(np.arange(8), given.targets)
     learned = task.units(given.targets, list(range(8)))
-    assert learned == 75 - 2 == int((batch.targets != NOT_LEARNED).sum())
+    assert learned == 75 - 2 == int((batch.targets != IGNORE_INDEX).sum())
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         theirs = float(assembled.model(**inputs, labels=padded_labels(batch)).loss) * learned

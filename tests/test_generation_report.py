@@ -1,4 +1,4 @@
-"""What the report on text to write counts, which parts of a row it shows as learned, and that it reads well."""
+"""What the report on text to write counts, which parts of a row it shows as in the loss, and that it reads well."""
 
 from __future__ import annotations
 
@@ -16,26 +16,13 @@ import pytest
 from rich.console import Console
 from shared import SHARED, needs_shared
 
-from capotune.data.batches import NOT_LEARNED, Encoded
-from capotune.data.conversations import (
-    Conversation,
-    Document,
-    Format,
-    GenerationData,
-    Pair,
-    Sample,
-    Samples,
-    load_samples,
-)
-from capotune.data.generation_report import (
-    GenerationReport,
-    LengthBin,
-    Piece,
-    SampleRow,
-    inspect_samples,
-    render,
-)
-from capotune.data.report import Lengths, Lines
+from capotune.cli import data_report
+from capotune.data.batches import IGNORE_INDEX, Encoded
+from capotune.data.generation import load_samples
+from capotune.data.inspect.measures import Lengths, Lines
+from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span, inspect_samples
+from capotune.data.samples import Conversation, Document, Format, GenerationData, Pair, Sample, Samples
+from capotune.data.table import Origin
 
 END = "<end>"
 
@@ -65,15 +52,15 @@ class Words:
         parts = [(sample.prompt, False), (sample.completion + END, True)] if isinstance(sample, Pair) else []
         if isinstance(sample, Conversation):
             parts = [(f"{message['content']}{END}", message["role"] == "assistant") for message in sample.messages]
-        tokens = [(one, is_learned) for text, is_learned in parts for one in self.ids(text)]
+        tokens = [(one, in_loss) for text, in_loss in parts for one in self.ids(text)]
         ids = [one for one, _ in tokens]
-        labels = [one if is_learned else NOT_LEARNED for one, is_learned in tokens]
-        lost = [self.known[one] for one in labels[limit:] if one != NOT_LEARNED]
+        labels = [one if in_loss else IGNORE_INDEX for one, in_loss in tokens]
+        lost = [self.known[one] for one in labels[limit:] if one != IGNORE_INDEX]
         return [Encoded(ids[:limit], labels[:limit], len(ids), any(word != END for word in lost), END in lost)]
 
 
 def rows(*samples: Sample, source: str = "a.jsonl", format: Format = "messages") -> Samples:
-    return Samples(list(samples), list(range(1, len(samples) + 1)), source, format, ("messages",))
+    return Samples(list(samples), list(range(1, len(samples) + 1)), Origin(source), format, ("messages",))
 
 
 def chat(*contents: str) -> Conversation:
@@ -96,10 +83,14 @@ def inspect(train: Samples, test: Samples, limit: int = 12, learn: str = "all", 
     )
 
 
+def drawn(report: GenerationReport) -> Any:
+    return data_report.draw(dataclasses.asdict(report))
+
+
 def shown(report: GenerationReport, width: int = 80, **options: Any) -> str:
     console = Console(width=width, color_system=None, **options)
     with console.capture() as capture:
-        console.print(render(report))
+        console.print(drawn(report))
     return capture.get()
 
 
@@ -113,12 +104,12 @@ CLEAN = inspect(rows(chat("what is one", "1"), chat("two", "it is 2"), chat("thr
 # What is counted
 
 
-def test_rows_tokens_and_what_is_learned() -> None:
+def test_rows_tokens_and_what_in_loss() -> None:
     assert (CLEAN.train_rows, CLEAN.test_rows, CLEAN.train_sequences) == (3, 1, 3)
     assert CLEAN.train_tokens == Lengths(4, 6, 6, 6)
     assert CLEAN.test_tokens == Lengths(4, 4, 4, 4)
-    assert (CLEAN.kept_tokens, CLEAN.learned_tokens) == (16, 8)
-    assert CLEAN.learned_share == 0.5
+    assert (CLEAN.sequence_tokens, CLEAN.loss_tokens) == (16, 8)
+    assert CLEAN.loss_share == 0.5
     assert (CLEAN.described, CLEAN.template_from) == ("messages (column 'messages')", "a test")
 
 
@@ -132,24 +123,24 @@ def test_what_is_cut_is_told_apart() -> None:
         chat("a", "b"),  # whole: 4 tokens
         chat("a b", "c d"),  # the end alone is beyond 5
         chat("a b c", "d e"),  # so is a word of the answer
-        chat("a b c d", "e"),  # and all that could be learned
+        chat("a b c d", "e"),  # and all that could be in the loss
         chat("a b c d e f", "g"),
     )
     report = inspect(train, train, limit=5)
     assert report.train_ends_cut == Lines(1, [2])
     assert report.train_answers_cut == Lines(1, [3])
-    assert report.train_unlearned == Lines(2, [4, 5])
-    assert (report.test_answers_cut, report.test_unlearned) == (report.train_answers_cut, report.train_unlearned)
+    assert report.train_without_loss == Lines(2, [4, 5])
+    assert (report.test_answers_cut, report.test_without_loss) == (report.train_answers_cut, report.train_without_loss)
     assert report.train_tokens == Lengths(4, 7, 9, 9)
-    assert (report.kept_tokens, report.learned_tokens) == (4 + 4 * 5, 2 + 2 + 1)
+    assert (report.sequence_tokens, report.loss_tokens) == (4 + 4 * 5, 2 + 2 + 1)
 
 
 def test_a_row_without_a_sequence_has_nothing_to_learn() -> None:
     data = GenerationData(rows(Document("x"), format="text"), rows(format="text"))
     report = inspect_samples(data, [[]], [], max_length=8, tokens_of=Words().texts, template_from="a test", learn="all")
-    assert report.train_unlearned == Lines(1, [1])
+    assert report.train_without_loss == Lines(1, [1])
     assert report.samples == [SampleRow(1, 0, 0, [])]
-    assert (report.learned_share, report.test_tokens) == (0, None)
+    assert (report.loss_share, report.test_tokens) == (0, None)
     shown(report)
 
 
@@ -189,7 +180,7 @@ def test_windows_of_long_texts() -> None:
     report = inspect(rows(Document("word " * 30), format="text"), rows(format="text"))
     assert (report.train_rows, report.train_sequences) == (1, 3)
     assert report.train_tokens == Lengths(30, 30, 30, 30)
-    assert (report.learned_share, report.template_from) == (1, None)
+    assert (report.loss_share, report.template_from) == (1, None)
     assert report.samples[0].windows == 3
 
 
@@ -205,7 +196,7 @@ def test_other_numbers_of_rows_are_refused() -> None:
 
 def test_the_report_is_json_and_comes_back() -> None:
     again = json.loads(json.dumps(dataclasses.asdict(CLEAN)))
-    assert again["samples"][0]["pieces"][0] == {"text": "what is one<end>", "is_learned": False}
+    assert again["samples"][0]["spans"][0] == {"text": "what is one<end>", "in_loss": False}
     assert pydantic.TypeAdapter(GenerationReport).validate_python(again) == CLEAN
 
 
@@ -246,7 +237,7 @@ def test_bins_of_any_lengths(lengths: tuple[int, ...]) -> None:
 # Sample rows
 
 
-def test_pieces_are_what_is_learned_and_what_is_read() -> None:
+def test_spans_are_in_the_loss_or_only_read() -> None:
     report = inspect(rows(chat("hi there", "yes", "so\nwhat", "no more")), rows(), limit=11)
     (row,) = report.samples
     assert row == SampleRow(
@@ -254,10 +245,10 @@ def test_pieces_are_what_is_learned_and_what_is_read() -> None:
         12,
         1,
         [
-            Piece("hi there<end>", False),
-            Piece("yes<end>", True),
-            Piece("so\nwhat<end>", False),
-            Piece("no more", True),
+            Span("hi there<end>", False),
+            Span("yes<end>", True),
+            Span("so\nwhat<end>", False),
+            Span("no more", True),
         ],
     )
 
@@ -268,28 +259,28 @@ def test_the_first_the_middle_and_the_last_row_are_shown() -> None:
     assert [row.line for row in inspect(train.take([0, 1]), rows()).samples] == [1, 2]
 
 
-def test_long_pieces_and_long_conversations_lose_their_middle() -> None:
+def test_long_spans_and_long_conversations_lose_their_middle() -> None:
     report = inspect(rows(Document("start " + "more " * 500 + "stop"), format="text"), rows(), limit=1000)
-    (piece,) = report.samples[0].pieces
-    assert piece.text.startswith("start more")
-    assert piece.text.endswith("more stop")
-    assert " … " in piece.text
-    assert len(piece.text) < 400
+    (span,) = report.samples[0].spans
+    assert span.text.startswith("start more")
+    assert span.text.endswith("more stop")
+    assert " … " in span.text
+    assert len(span.text) < 400
     report = inspect(rows(chat(*(f"turn {number}" for number in range(40)))), rows(), limit=1000)
-    texts = [piece.text for piece in report.samples[0].pieces]
+    texts = [span.text for span in report.samples[0].spans]
     assert texts == [*(f"turn {at}{END}" for at in range(4)), " … ", *(f"turn {at}{END}" for at in range(36, 40))]
 
 
 def test_what_a_token_reads_like_may_hang_on_those_before_it() -> None:
     """A decoder that gives one text, drops the space at the front of what it is given, and knows no half characters."""
     pieces = [b" hi", b" \xc3", b"\xa9", b" no"]
-    encoded = Encoded([0, 1, 2, 3], [NOT_LEARNED, 1, 2, 3], 4)
+    encoded = Encoded([0, 1, 2, 3], [IGNORE_INDEX, 1, 2, 3], 4)
     report = inspect_samples(
         GenerationData(rows(Pair("hi", " é no"), format="template"), rows()), [[encoded]], [], max_length=8,
         tokens_of=lambda ids: [b"".join(pieces[one] for one in ids).decode(errors="replace").lstrip(" ")],
         template_from="a test", learn="all",
     )  # fmt: skip
-    assert report.samples[0].pieces == [Piece("hi", False), Piece(" é no", True)]
+    assert report.samples[0].spans == [Span("hi", False), Span(" é no", True)]
 
 
 # How it is shown
@@ -300,7 +291,7 @@ def test_clean_data_says_what_was_checked() -> None:
     assert "Data a.jsonl, read as messages (column 'messages')" in text
     assert "Rows 3 to train, 1 to test (given)" in text
     assert "Chat written out with a test" in text
-    assert "Learned 8 of 16 tokens (50%), every answer" in text
+    assert "In the loss 8 of 16 tokens (50%), every answer" in text
     assert "4 to 6 a text, half at most 6, 95 % at most 6; the model reads 12" in text
     assert "Checked no row is cut, repeated, without an answer, or in both train and test" in text
     for name in ("Lost", "Cut", "End", "Open", "Twice", "Leak", "Windows"):
@@ -311,9 +302,9 @@ def test_every_finding_is_shown_with_its_lines() -> None:
     cut = [chat("a b", "c d"), chat("a b c", "d e"), chat("a b c d", "e")]
     train = rows(*cut, chat("q", "r"), chat("q", "r"), chat("s", "t", "u"))
     text = in_one_line(inspect(train, rows(chat("Q", "x"), chat("a b c", "e f"), chat("a b c d", "x")), limit=5))
-    assert "Lost 1 in train: nothing to learn stands within 5 tokens; not trained on (line 3)" in text
-    assert "Lost 1 in test: nothing to learn stands within 5 tokens; not scored (line 3)" in text
-    assert "Cut 1 in train: longer than 5 tokens, the end of what is learned is lost (line 2)" in text
+    assert "Lost 1 in train: nothing to train on stands within 5 tokens; left out (line 3)" in text
+    assert "Lost 1 in test: nothing to score stands within 5 tokens; left out (line 3)" in text
+    assert "Cut 1 in train: longer than 5 tokens, the end of what is trained on is lost (line 2)" in text
     assert "Cut 1 in test: longer than 5 tokens, the end of what is scored is lost (line 2)" in text
     assert "End 1 in train: only the token that ends the text is beyond 5 tokens (line 1)" in text
     assert "Open 1 in train: not answered at the end" in text
@@ -332,7 +323,7 @@ def test_one_long_text_says_where_its_test_is() -> None:
     )  # fmt: skip
     text = in_one_line(report)
     assert "Rows 1 to train; test: the end of the text" in text
-    assert "Learned 30 of 30 tokens (100%), all of the text" in text
+    assert "In the loss 30 of 30 tokens (100%), all of the text" in text
     assert "Tokens 30 a text; the model reads 12" in text
     assert "Windows 3, as texts longer than 12 tokens are read piece by piece" in text
     assert "Line 1, 30 tokens, the first of 3 windows" in text
@@ -349,38 +340,38 @@ def test_one_long_text_says_where_its_test_is() -> None:
         (Document("a b"), "last", "all of the text"),
     ],
 )
-def test_what_is_learned_is_said(sample: Sample, learn: str, expected: str) -> None:
+def test_what_is_in_the_loss_is_said(sample: Sample, learn: str, expected: str) -> None:
     assert f"tokens ({100 if isinstance(sample, Document) else 50}%), {expected}" in in_one_line(
         inspect(rows(sample), rows(), learn=learn)
     )
 
 
-def test_learned_text_has_marks_and_no_character_vanishes() -> None:
+def test_text_in_the_loss_has_marks_and_no_character_vanishes() -> None:
     train = rows(chat("hi\nthere", "tab\tend \x1b[31m[bold]"))
     text = shown(inspect(train, rows(), limit=30))
-    assert "⟦what is learned⟧" in text
+    assert "⟦what is in the loss⟧" in text
     assert f"hi↵there{END}⟦tab⇥end \\x1b[31m[bold]{END}⟧" in text
     assert "\x1b" not in text
 
 
-def test_learned_text_is_green_and_what_is_cut_is_yellow() -> None:
+def test_text_in_the_loss_is_green_and_what_is_cut_is_yellow() -> None:
     train = rows(*(chat("a " * number, "b") for number in range(1, 40)))
     console = Console(width=80, color_system="standard", force_terminal=True)
     with console.capture() as capture:
-        console.print(render(inspect(train, rows(), limit=40)))
+        console.print(drawn(inspect(train, rows(), limit=40)))
     text = capture.get()
     assert "\x1b[32m⟦b<end>⟧" in text
     assert "\x1b[2ma<end>" in text
     bars = [line for line in text.splitlines() if "█" in line]
     assert ["\x1b[33m" in line for line in bars] == [int(re.findall(r"(\d+)–", line)[0]) >= 40 for line in bars]
-    assert "\x1b[33m1 in train: nothing to learn" in text
+    assert "\x1b[33m1 in train: nothing to train on" in text
 
 
 def test_a_text_read_in_windows_is_not_a_warning() -> None:
     train = rows(*(Document("word " * number) for number in range(1, 40)), format="text")
     console = Console(width=80, color_system="standard", force_terminal=True)
     with console.capture() as capture:
-        console.print(render(inspect(train, rows(), limit=20)))
+        console.print(drawn(inspect(train, rows(), limit=20)))
     assert "\x1b[33m" not in capture.get()
 
 
@@ -414,8 +405,8 @@ def test_gsm8k() -> None:
         data, train, test, max_length=512, tokens_of=words.texts, template_from="a test", learn="all"
     )
     assert report.train_rows == sum(one.rows for one in report.bins) == 7_470
-    assert report.learned_tokens == sum(label >= 0 for of_row in train for one in of_row for label in one.labels)
-    assert report.train_answers_cut.count + report.train_ends_cut.count + report.train_unlearned.count == sum(
+    assert report.loss_tokens == sum(label >= 0 for of_row in train for one in of_row for label in one.labels)
+    assert report.train_answers_cut.count + report.train_ends_cut.count + report.train_without_loss.count == sum(
         one.tokens > 512 for of_row in train for one in of_row
     )
     text = shown(report)
@@ -425,7 +416,7 @@ def test_gsm8k() -> None:
 
 def test_importing_is_cheap() -> None:
     code = (
-        "import sys, capotune.data.conversations, capotune.data.generation_report\n"
+        "import sys, capotune.data.generation, capotune.data.inspect.samples\n"
         "print([m for m in ('datasets', 'pandas', 'pyarrow', 'sklearn', 'torch', 'rich') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import RECORD, load_adapter, load_plain, read_adapter, switch
-from capotune.data.batches import Rows
-from capotune.data.conversations import Pair, load_samples, read_samples_to_score
+from capotune.data.batches import TokenRows
+from capotune.data.generation import load_samples, read_samples_to_score
+from capotune.data.samples import Pair
 from capotune.engine.loop import Examples, train
 from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.models.load import find
@@ -130,8 +131,8 @@ def test_a_whole_run(
     kinds = [event["kind"] for event in events]
     assert [kinds.count(name) for name in ("data", "start", "epoch", "result")] == [1, 1, 2, 1]
     report = next(event for event in events if event["kind"] == "data")["report"]
-    assert report["learned_tokens"] > 0
-    assert report["train_unlearned"]["count"] == 0
+    assert report["loss_tokens"] > 0
+    assert report["train_without_loss"]["count"] == 0
     chat = loaded.generation
     assert chat.chat == (kind == "chats")
     assert (chat.chat_template is None) == (base == "gpt2" and kind != "chats")
@@ -151,8 +152,8 @@ def by_transformers(loaded: Assembled, source: Path, kind: str) -> float:
     for row in rows:
         ids, labels = torch.tensor([virtual + row.ids]), torch.tensor([[-100] * len(virtual) + row.labels])
         with torch.no_grad():
-            total += float(loaded.model(input_ids=ids, labels=labels).loss) * row.learned
-        learned += row.learned
+            total += float(loaded.model(input_ids=ids, labels=labels).loss) * row.tokens_in_loss
+        learned += row.tokens_in_loss
     return total / learned
 
 
@@ -275,7 +276,7 @@ def test_learning_the_last_answers_alone(colour_chats: Path, qwen2_writer: Path,
         start(
             "prompt-tuning", colour_chats, qwen2_writer, tmp_path / learn, report=events.append, learn=learn, answers=0
         )
-        learned[learn] = next(event for event in events if event["kind"] == "data")["report"]["learned_tokens"]
+        learned[learn] = next(event for event in events if event["kind"] == "data")["report"]["loss_tokens"]
         assert read_adapter(tmp_path / learn / "adapter").record["learn"] == learn
     assert learned["last"] < learned["all"]
 
@@ -298,7 +299,7 @@ def primed_writer(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) 
             given = as_examples(assembled, [Pair(f"{number}: {pair.prompt}", answers[thing])])
             rows.append(before + given.rows.sequences[0])
             targets.append([-100] * len(before) + given.targets[0])
-    learned = Examples(Rows(rows, task.pad_id), targets)
+    learned = Examples(TokenRows(rows, task.pad_id), targets)
     train(assembled, learned, learned, settings, seed=0)
     folder = tmp_path_factory.mktemp("models") / "primed"
     assembled.model.save_pretrained(folder)
@@ -359,8 +360,8 @@ def by_words(loaded: Assembled, source: Path) -> float:
     total = 0.0
     for row in rows:
         labels = torch.tensor([[-100] * len(words) + row.labels])
-        total += float(model(input_ids=torch.tensor([words + row.ids]), labels=labels).loss) * row.learned
-    return total / sum(row.learned for row in rows)
+        total += float(model(input_ids=torch.tensor([words + row.ids]), labels=labels).loss) * row.tokens_in_loss
+    return total / sum(row.tokens_in_loss for row in rows)
 
 
 def test_soft_vectors_start_from_the_best_hard_prompt(colour_pairs: Path, primed_writer: Path, tmp_path: Path) -> None:
@@ -430,8 +431,8 @@ def test_prompts_longer_than_the_context_are_counted_and_left_out(llama_writer: 
     events: list[dict[str, Any]] = []
     record = start("lora", source, llama_writer, tmp_path / "run", report=events.append, test_fraction=0)
     report = next(event for event in events if event["kind"] == "data")["report"]
-    assert report["train_unlearned"]["count"] == 4
-    assert report["train_unlearned"]["first"] == [1, 2, 3, 4]
+    assert report["train_without_loss"]["count"] == 4
+    assert report["train_without_loss"]["first"] == [1, 2, 3, 4]
     assert record["result"]["train_rows"] == 16
     assert record["result"]["test_rows"] == 0
     assert record["result"]["score"] is None

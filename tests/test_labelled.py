@@ -18,11 +18,11 @@ from shared import SHARED, needs_shared
 from capotune.data.labelled import (
     LabelledData,
     LabelledText,
-    hold_out,
     load_labelled,
-    normalised,
     read_labelled,
 )
+from capotune.data.split import hold_out, normalised
+from capotune.data.table import Origin
 from capotune.errors import DataError, SettingError
 
 Write = Callable[..., str]
@@ -107,10 +107,10 @@ def test_two_columns_that_could_be_meant_are_asked_about(write: Write) -> None:
     source = write("a.csv", "greeting,farewell,one,two", *rows)
     message = error_of(read_labelled, source)
     assert "the text ('greeting' or 'farewell'?) and the label ('one' or 'two'?)" in message
-    assert "Give --text-column and --label-column" in message
+    assert "Give `text_column` and `label_column`" in message
     message = error_of(read_labelled, source, text_column="farewell")
     assert "which column holds the label ('one' or 'two'?)" in message
-    assert "Give --label-column" in message
+    assert "Give `label_column`" in message
 
 
 def test_unknown_columns_are_listed_with_the_flags_and_near_names(write: Write) -> None:
@@ -119,13 +119,13 @@ def test_unknown_columns_are_listed_with_the_flags_and_near_names(write: Write) 
     assert "the text ('txt'?) and the label ('lable'?)" in message
     assert "'txt', 'lable', 'when'" in message
     message = error_of(read_labelled, source, text_column="text")
-    assert "no column 'text', which --text-column names. Did you mean 'txt'?" in message
+    assert "no column 'text', which `text_column` names. Did you mean 'txt'?" in message
 
 
 def test_a_file_without_column_names_is_not_trained_on(write: Write) -> None:
     rows = [f"hello number {number},{('card', 'cash')[number % 2]}" for number in range(20)]
-    assert "the first line looks like data" in error_of(read_labelled, write("a.csv", *rows))
-    assert "the first line looks like data" in error_of(read_labelled, write("a.csv", "Where is my card?,x", *rows))
+    assert "the column names look like data" in error_of(read_labelled, write("a.csv", *rows))
+    assert "the column names look like data" in error_of(read_labelled, write("a.csv", "Where is my card?,x", *rows))
 
 
 def test_one_column_cannot_be_both(write: Write) -> None:
@@ -138,10 +138,10 @@ def test_one_column_cannot_be_both(write: Write) -> None:
 
 def test_rows_know_their_lines(write: Write) -> None:
     source = write("a.csv", "text,label", '"two\nlines",a', "", "  kept as it is , b ")
-    expected = LabelledText(["two\nlines", "  kept as it is "], ["a", "b"], [2, 5], source, "text", "label")
+    expected = LabelledText(["two\nlines", "  kept as it is "], ["a", "b"], [2, 5], Origin(source), "text", "label")
     assert read_labelled(source) == expected
     assert len(expected) == 2
-    assert expected.take([1]) == LabelledText(["  kept as it is "], ["b"], [5], source, "text", "label")
+    assert expected.take([1]) == LabelledText(["  kept as it is "], ["b"], [5], Origin(source), "text", "label")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_bad_rows_are_named_with_what_is_wrong(write: Write) -> None:
     assert f"{source}:5: missing label (label)\n" in message
     assert f"{source}:6: text (text) is int, not a string and label (label) is neither text nor a number\n" in message
     assert "… and 1 more" in message
-    assert "Fill these in or delete the lines. Or is another column meant?" in message
+    assert "Fill these in or delete the rows. Or is another column meant?" in message
 
 
 def test_one_bad_row_of_many_does_not_put_the_column_in_doubt(write: Write) -> None:
@@ -292,7 +292,7 @@ def test_nothing_can_be_held_out(write: Write) -> None:
     source = write("a.csv", "text,label", "a,x", "b,y", "B,y")
     message = error_of(load_labelled, source)
     assert f"{source}: nothing can be held out, as no label has two different texts" in message
-    assert "--test" in message
+    assert "`test`" in message
 
 
 def test_a_fraction_of_0_holds_nothing_out(tickets: str) -> None:
@@ -352,7 +352,7 @@ def test_the_row_that_is_left_goes_to_the_label_that_lost_most() -> None:
 
 def test_label_names_are_sorted_by_number_or_by_letter() -> None:
     def names(*labels: str) -> list[str]:
-        rows = LabelledText(["t"] * len(labels), list(labels), [1] * len(labels), "s", "text", "label")
+        rows = LabelledText(["t"] * len(labels), list(labels), [1] * len(labels), Origin("s"), "text", "label")
         return LabelledData(rows, rows).label_names
 
     assert names("10", "9", "-1", "9") == ["-1", "9", "10"]

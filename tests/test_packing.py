@@ -27,7 +27,7 @@ from torch.nn import functional
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import NOT_LEARNED, Batch, Rows, collate, parts_of, sorted_order
+from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of, sorted_order
 from capotune.engine import loop as loop_module
 from capotune.engine.activation_cache import ActivationCache, compute_boundary, compute_pooled
 from capotune.engine.loop import Examples, held_out_score, outputs, predict_logits
@@ -519,9 +519,9 @@ def test_targets(first: int | None) -> None:
     classes = collate(rows, chosen, 1, targets=torch.tensor([5, 6, 7]), first_position=first)
     assert classes.targets is not None
     assert classes.targets.tolist() == [7, 5]
-    labels = [[NOT_LEARNED, 9, 9], [NOT_LEARNED], [NOT_LEARNED, 7]]
+    labels = [[IGNORE_INDEX, 9, 9], [IGNORE_INDEX], [IGNORE_INDEX, 7]]
     tokens = collate(rows, chosen, 1, [40, 41], labels, first_position=first)
-    no = NOT_LEARNED
+    no = IGNORE_INDEX
     assert tokens.targets is not None
     assert tokens.targets.tolist() == [no, no, no, 7, no, no, no, 9, 9]
     assert tokens.flat(tokens.input_ids).tolist() == [40, 41, 7, 7, 40, 41, 9, 9, 9]
@@ -790,9 +790,9 @@ def test_what_a_writer_learns(variant: str, base: str, writers: dict[str, Path])
             with torch.no_grad():
                 logits = assembled.model(input_ids=torch.tensor([[*before, *ids]])).logits[0, :-1]
             wanted = torch.tensor([*before, *labels][1:])
-            wanted[: len(before)] = NOT_LEARNED
-            nats = float(functional.cross_entropy(logits, wanted, ignore_index=NOT_LEARNED, reduction="sum"))
-            expected.append([nats, sum(label != NOT_LEARNED for label in labels)])
+            wanted[: len(before)] = IGNORE_INDEX
+            nats = float(functional.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"))
+            expected.append([nats, sum(label != IGNORE_INDEX for label in labels)])
         of_rows = torch.tensor(expected)
         torch.testing.assert_close(outputs(assembled, given), of_rows, rtol=1e-5, atol=1e-5)
         mean = float(of_rows[:, 0].sum() / of_rows[:, 1].sum())
@@ -806,7 +806,7 @@ def test_what_a_writer_learns(variant: str, base: str, writers: dict[str, Path])
 def test_features(base: str, models: dict[str, Path], attended: list[int]) -> None:
     """Of every layer, in the order of the rows."""
     one, other = both_ways(lambda: on_base(models[base], FeatureExtractionSettings()))
-    rows = Rows(sequences(23, seed=6), one.task.pad_id)
+    rows = TokenRows(sequences(23, seed=6), one.task.pad_id)
     layers = one.model.feature_layers
     attended.clear()
     found = compute_pooled(one, layers, rows)
@@ -853,7 +853,7 @@ def test_states_kept_at_a_boundary(
 def test_states_at_a_boundary(base: str, models: dict[str, Path]) -> None:
     """Each row's where it belongs, against the block's input when a row is read alone."""
     one, other = both_ways(lambda: on_base(models[base], VARIANTS["features-k1"]))
-    rows = Rows(sequences(13, seed=8), one.task.pad_id)
+    rows = TokenRows(sequences(13, seed=8), one.task.pad_id)
     block = one.method.first_trainable_block()
     found = compute_boundary(one, block, rows)
     torch.testing.assert_close(found, compute_boundary(other, block, rows), rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import logits, on_base, sequences, shake
 
-from capotune.data.batches import Batch, Rows, collate, epoch_order, sorted_order, tokens_at_once
+from capotune.data.batches import Batch, TokenRows, collate, epoch_order, sorted_order, tokens_at_once
 from capotune.models.load import Pooling
 from capotune.settings import (
     FeatureExtractionSettings,
@@ -111,7 +111,7 @@ def test_prompt_touches_its_text_and_is_not_pooled(pooling: Pooling, base: str, 
 def test_virtual_ids_are_outside_the_vocabulary(bert: Path) -> None:
     assembled = on_base(bert, VARIANTS["prompt-tuning"])
     assert assembled.method.virtual_token_ids == range(40, 46)
-    batch = Rows([[2, 9, 3], [2, 3]], 0, assembled.method.virtual_token_ids).batch(np.array([1, 0]))
+    batch = TokenRows([[2, 9, 3], [2, 3]], 0, assembled.method.virtual_token_ids).batch(np.array([1, 0]))
     assert batch.input_ids.tolist() == [[*range(40, 46), 2, 3, 0], [*range(40, 46), 2, 9, 3]]
     assert batch.attention_mask.tolist() == [[1] * 8 + [0], [1] * 9]
 

@@ -19,8 +19,8 @@ from matplotlib import image as matplotlib_image
 from rich.console import Console
 
 from capotune import report
-from capotune.data.generation_report import GenerationReport, LengthBin, Piece, SampleRow
-from capotune.data.report import Lengths, Lines
+from capotune.data.inspect.measures import Lengths, Lines
+from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span
 from capotune.evaluation.metrics import wilson_interval
 from capotune.report import Answers, Comparison, ComparisonRow, Mistake, PageDetails, recommend
 from capotune.report._plot import _draw
@@ -54,7 +54,7 @@ def details(labels: int = 3, text: str = "where is my parcel") -> PageDetails:
         "test_from": "the column 'split'",
         "labels": [{"name": name, "train": 30, "test": 10} for name in names],
         "train_tokens": {"min": 3, "median": 14},
-        "leaked": {"count": 2, "first": [4, 12]},
+        "leaked": {"count": 2, "first": [4, 12], "unit": "line"},
         "similar_labels": [],
     }
     return PageDetails(
@@ -784,17 +784,17 @@ def data_report(**changes: Any) -> dict[str, Any]:
     nothing = Lines(0, [])
     made = GenerationReport(
         source="a.jsonl", test_source="b.jsonl", test_from="given", described="prompt, completion", template_from=None,
-        learned_part="the completions", train_rows=1200, test_rows=300, train_sequences=1234, max_length=512,
-        train_tokens=Lengths(8, 31, 90, 600), test_tokens=None, kept_tokens=40_000, learned_tokens=12_400,
-        learned_share=0.31, train_unlearned=Lines(2, [4, 12]), test_unlearned=nothing, train_answers_cut=nothing,
+        loss_part="the completions", train_rows=1200, test_rows=300, train_sequences=1234, max_length=512,
+        train_tokens=Lengths(8, 31, 90, 600), test_tokens=None, sequence_tokens=40_000, loss_tokens=12_400,
+        loss_share=0.31, train_without_loss=Lines(2, [4, 12]), test_without_loss=nothing, train_answers_cut=nothing,
         test_answers_cut=nothing, train_ends_cut=nothing, unanswered=nothing, duplicates=nothing, leaked=nothing,
         bins=[LengthBin(0, 49, 1000), LengthBin(50, 99, 0), LengthBin(100, 600, 200)],
-        samples=[SampleRow(7, 1300, 3, [Piece("what is\n\ta tuple? ", False), Piece("(1, 2)", True)])],
+        samples=[SampleRow(7, 1300, 3, [Span("what is\n\ta tuple? ", False), Span("(1, 2)", True)])],
     )  # fmt: skip
     return asdict(made) | changes
 
 
-def test_page_shows_what_is_learned(tmp_path: Path) -> None:
+def test_page_shows_what_is_in_the_loss(tmp_path: Path) -> None:
     html = seen(generation(), replace(generation_details(), data=data_report()), tmp_path)
     section = html[html.index('id="data"') : html.index('id="how"')]
     text = text_of(section)
@@ -802,10 +802,10 @@ def test_page_shows_what_is_learned(tmp_path: Path) -> None:
         "test rows from given",
         "read as prompt, completion",
         "chat template from none",
-        "what is learned the completions",
+        "what is in the loss the completions",
         "min 8, median 31, 95 % at most 90, max 600",
-        "tokens to train on 40,000 of them learned 12,400 share that is learned 31 %",
-        "nothing to learn in train 2 (lines 4, 12)",
+        "tokens to train on 40,000 of them in the loss 12,400 share in the loss 31 %",
+        "nothing to train on 2 (lines 4, 12)",
         "tokens rows 0 to 49 1,000 50 to 99 0 100 to 600 200",
         "rows as the model gets them (1)",
         "Line 7, 1,300 tokens, the first of 3 windows",
@@ -824,8 +824,8 @@ def test_page_names_every_fact_of_the_data(tmp_path: Path) -> None:
 
 
 def test_page_escapes_hostile_training_rows(tmp_path: Path) -> None:
-    pieces = [{"text": HOSTILE, "is_learned": True}, {"text": HOSTILE, "is_learned": False}]
-    data = data_report(samples=[{"line": 1, "tokens": 9, "windows": 1, "pieces": pieces}], bins=[])
+    spans = [{"text": HOSTILE, "in_loss": True}, {"text": HOSTILE, "in_loss": False}]
+    data = data_report(samples=[{"line": 1, "tokens": 9, "windows": 1, "spans": spans, "unit": "line"}], bins=[])
     tags = Tags(html := rendered(generation(), replace(generation_details(), data=data), tmp_path))
     assert not {tag for tag, _ in tags.seen} & {"script", "img"}
     assert html.count("{{ 7*7 }}") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from shared import SHARED, needs_shared
 
-from capotune.data.records import read_text
+from capotune.data.readers import read_text
 from capotune.errors import DataError
 from capotune.tasks.token_classification.conll import Sentence, looks_like_conll, parse_conll
 

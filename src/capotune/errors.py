@@ -60,7 +60,8 @@ class CapotuneError(ValueError):
         named = None if self.setting is None else f"`{self.setting}{'' if self.given is None else f'={self.given}'}`"
         front = "".join(f"{part}: " for part in (self.where, named) if part)
         allowed = f"Allowed: {self.allowed.rstrip('.')}." if self.allowed else ""
-        return " ".join(part for part in (front + self.problem, allowed, self.advice) if part)
+        parted = "\n" if "\n" in self.problem else " "  # a problem may list the rows that have it
+        return parted.join(part for part in (front + self.problem, allowed, self.advice) if part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.parts())

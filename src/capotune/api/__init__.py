@@ -35,7 +35,6 @@ from capotune.api.training import (
     compare_run,
     inspect,
     render_comparison,
-    render_data_report,
     train,
     train_run,
 )
@@ -62,7 +61,6 @@ __all__ = [
     "read_prompts",
     "read_texts",
     "render_comparison",
-    "render_data_report",
     "train",
     "train_run",
     "user_turn",

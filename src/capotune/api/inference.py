@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from capotune.adapters.assemble import Assembled
     from capotune.adapters.store import StoredAdapter
-    from capotune.data.conversations import Samples
+    from capotune.data.samples import Samples
 
 Messages = Sequence[dict[str, Any]]
 """Turns of a conversation, or tools, in OpenAI's form."""
@@ -63,14 +63,14 @@ class Classifier:
         """(texts, labels) fp32 probabilities."""
         import numpy as np
 
-        from capotune.data.batches import Rows
+        from capotune.data.batches import TokenRows
         from capotune.engine.loop import predict_logits
 
         _check_texts(texts)
         if not len(texts):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
         task = self._assembled.classification
-        rows = Rows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
+        rows = TokenRows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
         probabilities: np.ndarray = predict_logits(self._assembled, rows).softmax(1).numpy()
         return probabilities
 
@@ -394,7 +394,7 @@ def _evaluate_text(
     progress: Callable[[int, int], None] | None,
     **templates: str | None,
 ) -> dict[str, Any]:
-    from capotune.data.conversations import read_samples_to_score
+    from capotune.data.generation import read_samples_to_score
     from capotune.evaluation.answers import answer_rows
     from capotune.evaluation.metrics import mean_interval, perplexity
 
@@ -418,12 +418,12 @@ def _evaluate_text(
 
 def _losses(assembled: Assembled, samples: Samples) -> tuple[list[float], list[int]]:
     """Of each sample the sum of its losses in nats and the number of its learned tokens, all its windows together."""
-    from capotune.data.batches import Rows
+    from capotune.data.batches import TokenRows
     from capotune.engine.loop import Examples, outputs
 
     task = assembled.generation
     parts = [(number, part) for number, of_sample in enumerate(task.encode(samples)) for part in of_sample]
-    rows = Rows([part.ids for _, part in parts], task.pad_id, assembled.method.virtual_token_ids)
+    rows = TokenRows([part.ids for _, part in parts], task.pad_id, assembled.method.virtual_token_ids)
     found = outputs(assembled, Examples(rows, [part.labels for _, part in parts])).double().tolist()
     nats, tokens = [0.0] * len(samples), [0] * len(samples)
     for (number, _), (loss, learned) in zip(parts, found, strict=True):
@@ -470,7 +470,7 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
 
 def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
     """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones."""
-    from capotune.data.labelled import TEXT_NAMES
+    from capotune.data.columns import TEXT_NAMES
 
     content = _plain_content(source)
     if content is not None:
@@ -488,34 +488,36 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
 
 def _plain_content(source: str) -> str | None:
     """The text of a file that holds no rows, by its ending; None: it holds rows."""
-    from capotune.data.records import ENDINGS, did_you_mean, read_text
+    from capotune.data.readers import is_plain_text, read_text
+    from capotune.data.wording import did_you_mean
 
     path = Path(source).expanduser()
     if not path.exists():
         near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(f"{source}: no such file. {near}Give a file of texts.")
-    return read_text(source) if path.is_file() and path.suffix.lower() not in ENDINGS else None
+    return read_text(source) if is_plain_text(source) else None
 
 
 def _column(source: str, given: str | None, names: Sequence[str], flag: str) -> list[str]:
     """A column's texts; without a name the first of ``names`` that is there, or the only one."""
-    from capotune.data.records import describe_bad_lines, read_records
+    from capotune.data.readers import read_table
+    from capotune.data.wording import bad_rows
 
-    records = read_records(source)
-    column = given or next((name for name in names if name in records.columns), None)
-    if column is None and len(records.columns) == 1:
-        column = records.columns[0]
-    if column not in records.columns:
+    table = read_table(source)
+    column = given or next((name for name in names if name in table.columns), None)
+    if column is None and len(table.columns) == 1:
+        column = table.columns[0]
+    if column not in table.columns:
         why = f"'{column}' is no column" if column else "it is not clear which column holds the text"
-        raise DataError(f"{source}: {why}. The columns are {', '.join(records.columns)}. Give {flag}.")
-    texts: list[Any] = [row.get(column) for row in records.rows]
+        raise DataError(f"{source}: {why}. The columns are {', '.join(table.columns)}. Give {flag}.")
+    texts: list[Any] = [row.get(column) for row in table.rows]
     bad = {
         line: f"the column {column!r} holds {text!r}"
-        for line, text in zip(records.lines, texts, strict=True)
+        for line, text in zip(table.lines, texts, strict=True)
         if not isinstance(text, str) or not text.strip()
     }
     if bad:
-        raise DataError(describe_bad_lines(source, "rows without a text", bad, "Fill these in or delete the lines."))
+        raise bad_rows(table.source, "rows without a text", bad, "Fill these in or delete the rows.")
     return texts
 
 

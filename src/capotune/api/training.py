@@ -106,19 +106,6 @@ def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
     return {"task": found["task"], "model": chosen.model, "report": found["report"]}
 
 
-def render_data_report(report: dict[str, Any], task: str) -> Any:
-    """What a ``data`` event says, for a rich console."""
-    import pydantic
-
-    from capotune.data import generation_report
-    from capotune.data import report as label_report
-
-    if task == "generation":
-        written = pydantic.TypeAdapter(generation_report.GenerationReport).validate_python(report)
-        return generation_report.render(written)
-    return label_report.render(pydantic.TypeAdapter(label_report.DataReport).validate_python(report))
-
-
 def render_comparison(comparison: Comparison) -> Any:
     """The table of a comparison, for a rich console."""
     from capotune.report import table

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capotune import api
+from capotune.cli import data_report
 from capotune.files import human_bytes
 
 Reporter = Callable[[str, dict[str, Any]], None]
@@ -128,7 +129,7 @@ def _score(metric: str, value: float) -> str:
 def _show_data(console: Console, event: dict[str, Any], shown: set[str]) -> None:
     """The data report, once for all techniques."""
     if not shown:
-        console.print(api.render_data_report(event["report"], event["task"]))
+        console.print(data_report.draw(event["report"]))
         console.print()
     shown.add("data")
 
@@ -136,7 +137,7 @@ def _show_data(console: Console, event: dict[str, Any], shown: set[str]) -> None
 def show_data(found: dict[str, Any]) -> None:
     """A data report, and whose tokens it counts."""
     console = Console(markup=False)
-    console.print(api.render_data_report(found["report"], found["task"]))
+    console.print(data_report.draw(found["report"]))
     what = "text to write" if found["task"] == "generation" else "labelled text"
     console.print(f"\nRead as {what}; tokens are those of {found['model']}.", highlight=False, soft_wrap=True)
 

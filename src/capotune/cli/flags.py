@@ -1,16 +1,39 @@
-"""Settings from flags and YAML files."""
+"""Settings from flags and YAML files, and messages that name settings as flags."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from capotune.errors import SettingError
-from capotune.settings import build, read_yaml
+from capotune.settings import Settings, build, read_yaml
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+_IN_BACKTICKS = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]*))?`")
+
+
+def in_flags(message: str) -> str:
+    """A message in which settings stand as flags: ``--max-length 5`` for `` `max_length=5` ``."""
+    known = set(_setting_names(Settings))
+
+    def flag(match: re.Match[str]) -> str:
+        if match["name"] not in known:
+            return match[0]
+        name = f"--{match['name'].replace('_', '-')}"
+        return name if match["value"] is None else f"{name} {match['value']}"
+
+    return _IN_BACKTICKS.sub(flag, message)
+
+
+def _setting_names(cls: type[Settings]) -> Iterator[str]:
+    yield from cls.model_fields
+    for inheritor in cls.__subclasses__():
+        yield from _setting_names(inheritor)
 
 
 def take_config(rest: list[str]) -> tuple[list[str], Path | None]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from capotune.cli.flags import Json, parse, take_config
+from capotune.cli.flags import Json, in_flags, parse, take_config
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.settings import (
     METHODS,
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(given)
     except CapotuneError as error:
-        print(f"capo: {error}", file=sys.stderr)
+        print(f"capo: {in_flags(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ncapo: stopped.", file=sys.stderr, flush=True)

@@ -22,8 +22,8 @@ from capotune.kernels.attention import Sequences
 _POOL = 50  # batches whose rows are sorted by length together: near-uniform lengths, yet a new mix every epoch
 
 
-NOT_LEARNED = -100
-"""Label of a token that is read and not learned."""
+IGNORE_INDEX = -100
+"""Label of a token that is read and not in the loss, as PyTorch's losses name it."""
 
 Targets = torch.Tensor | list[list[int]]
 """What rows should give: a class each, (rows,) int64; or a label for every token of every row."""
@@ -31,9 +31,9 @@ Targets = torch.Tensor | list[list[int]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence to learn from: ``labels[i]`` is ``ids[i]`` where the token is learned, else ``NOT_LEARNED``.
+    """One sequence to train on: ``labels[i]`` is ``ids[i]`` where the token is in the loss, else ``IGNORE_INDEX``.
 
-    The first token is never learned: nothing stands before it that could predict it.
+    The first token is never in the loss: nothing stands before it that could predict it.
     """
 
     ids: list[int]
@@ -41,14 +41,14 @@ class Encoded:
     tokens: int
     """Length before it was cut."""
     answer_cut: bool = False
-    """Learned tokens other than the end of the text were cut off."""
+    """Tokens in the loss other than the end of the text were cut off."""
     end_cut: bool = False
-    """The learned end of the text was cut off."""
+    """The end of the text, which is in the loss, was cut off."""
 
     @property
-    def learned(self) -> int:
-        """Number of learned tokens."""
-        return sum(label != NOT_LEARNED for label in self.labels)
+    def tokens_in_loss(self) -> int:
+        """Number of tokens in the loss."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Batch:
     position_ids: torch.Tensor | None = None
     """Packed: (1, tokens)."""
     targets: torch.Tensor | None = None
-    """(rows,) classes, or flat labels (tokens,) with ``NOT_LEARNED`` where nothing is learned."""
-    learned: torch.Tensor | None = None
-    """Flat positions that are learned (n,), where targets are labels: found here, since to look for them on a GPU is to
-    wait for it."""
+    """(rows,) classes, or flat labels (tokens,) with ``IGNORE_INDEX`` where a token is not in the loss."""
+    in_loss: torch.Tensor | None = None
+    """Flat positions in the loss (n,), where targets are labels: found here, since to look for them on a GPU is to wait
+    for it."""
 
     @staticmethod
     def of_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Batch:
@@ -138,7 +138,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """How many are read at a time where nothing is learned: what some hundred of them leave is still in a CPU's caches
+    """How many are read at a time where nothing is trained: what some hundred of them leave is still in a CPU's caches
     when it is read again, and a GPU likes more."""
     return 768 if device.type == "cpu" else 4096
 
@@ -174,25 +174,25 @@ def collate(
     chosen = [[*prefix, *sequences[row]] for row in rows]
     lengths = Sequences(tuple(map(len, chosen)))
     wanted: torch.Tensor | None = None
-    learned: torch.Tensor | None = None
+    in_loss: torch.Tensor | None = None
     if isinstance(targets, list):
-        unlearned = [NOT_LEARNED] * len(prefix)
-        wanted = torch.tensor([label for row in rows for label in (*unlearned, *targets[row])])
-        learned = (wanted != NOT_LEARNED).nonzero()[:, 0]
+        outside = [IGNORE_INDEX] * len(prefix)
+        wanted = torch.tensor([label for row in rows for label in (*outside, *targets[row])])
+        in_loss = (wanted != IGNORE_INDEX).nonzero()[:, 0]
     elif targets is not None:
         wanted = targets[torch.as_tensor(rows)]
     if first_position is not None:
         ids = torch.tensor([[token for sequence in chosen for token in sequence]])
         positions = lengths.positions(first_position)[None]
-        return Batch(ids, lengths, position_ids=positions, targets=wanted, learned=learned)
+        return Batch(ids, lengths, position_ids=positions, targets=wanted, in_loss=in_loss)
     longest = max(lengths.lengths)
     ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in chosen])
     mask = (torch.arange(longest) < torch.tensor(lengths.lengths)[:, None]).long()
-    return Batch(ids, lengths, mask, targets=wanted, learned=learned)
+    return Batch(ids, lengths, mask, targets=wanted, in_loss=in_loss)
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Token sequences and what turns them into batches."""
 
     sequences: list[list[int]]

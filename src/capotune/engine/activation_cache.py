@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import Rows, sorted_order, tokens_at_once
+from capotune.data.batches import TokenRows, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.errors import OutputError
 from capotune.kernels.linear import sixteen_bits
@@ -59,14 +59,14 @@ class ActivationCache:
     """What the entries that were found had cost."""
 
     def pooled(
-        self, assembled: Assembled, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+        self, assembled: Assembled, layers: tuple[int, ...], rows: TokenRows, progress: Progress | None = None
     ) -> torch.Tensor:
         """Features (rows, len(layers)·hidden) fp32 on the CPU, from disk or by one forward pass."""
         name = self._name("pooled", rows, pooling=assembled.model.pooling, layers=layers)
         return self._once(name, rows, lambda: compute_pooled(assembled, layers, rows, progress))
 
     def boundary(
-        self, assembled: Assembled, block: int, rows: Rows, progress: Progress | None = None
+        self, assembled: Assembled, block: int, rows: TokenRows, progress: Progress | None = None
     ) -> BoundaryStates:
         """States that enter ``block``, for every row."""
         name = self._name("boundary", rows, block=block)
@@ -75,7 +75,7 @@ class ActivationCache:
             values = kept[0]
         return BoundaryStates(values, np.concatenate([[0], np.cumsum(rows.lengths)]))
 
-    def _once(self, name: str, rows: Rows, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _once(self, name: str, rows: TokenRows, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if found := self._read(name):
             values, seconds = found
             self.reused_seconds += seconds
@@ -86,7 +86,7 @@ class ActivationCache:
         self._write(name, values, time.perf_counter() - started)
         return values
 
-    def _name(self, kind: str, rows: Rows, **parts: Any) -> str:
+    def _name(self, kind: str, rows: TokenRows, **parts: Any) -> str:
         text = json.dumps([_FORMAT, kind, self.identity, parts, rows.digest()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -143,7 +143,7 @@ class BoundaryStates:
 
 @torch.no_grad()
 def compute_pooled(
-    assembled: Assembled, layers: tuple[int, ...], rows: Rows, progress: Progress | None = None
+    assembled: Assembled, layers: tuple[int, ...], rows: TokenRows, progress: Progress | None = None
 ) -> torch.Tensor:
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     model = assembled.model
@@ -159,7 +159,9 @@ def compute_pooled(
 
 
 @torch.no_grad()
-def compute_boundary(assembled: Assembled, block: int, rows: Rows, progress: Progress | None = None) -> torch.Tensor:
+def compute_boundary(
+    assembled: Assembled, block: int, rows: TokenRows, progress: Progress | None = None
+) -> torch.Tensor:
     """One forward pass up to ``block``: the states that enter it, (all tokens, hidden), without padding."""
     backbone, architecture = assembled.backbone, assembled.architecture
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])

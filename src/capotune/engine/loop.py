@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import Batch, Rows, Targets, epoch_order, parts_of, sorted_order, tokens_at_once
+from capotune.data.batches import Batch, Targets, TokenRows, epoch_order, parts_of, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.engine.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
@@ -37,14 +37,14 @@ _MANY_TOKENS = 2048
 class Examples:
     """Rows with their targets and, when what is below the lowest trainable block is cached, what enters it."""
 
-    rows: Rows
+    rows: TokenRows
     targets: Targets
     boundary: BoundaryStates | None = None
 
     def take(self, rows: torch.Tensor) -> Examples:
         """Some of the rows, without what was cached of them."""
         chosen = rows.tolist()
-        tokens = Rows([self.rows.sequences[row] for row in chosen], self.rows.pad_id, self.rows.prefix)
+        tokens = TokenRows([self.rows.sequences[row] for row in chosen], self.rows.pad_id, self.rows.prefix)
         targets = (
             self.targets[rows] if isinstance(self.targets, torch.Tensor) else [self.targets[row] for row in chosen]
         )
@@ -52,7 +52,7 @@ class Examples:
 
     def after(self, prefix: Sequence[int]) -> Examples:
         """The same rows with other tokens before each."""
-        return Examples(Rows(self.rows.sequences, self.rows.pad_id, prefix), self.targets)
+        return Examples(TokenRows(self.rows.sequences, self.rows.pad_id, prefix), self.targets)
 
 
 @dataclass
@@ -161,7 +161,7 @@ def finished(state: TrainingState, settings: TrainingSettings) -> bool:
     return state.epoch >= settings.epochs or state.waited >= settings.patience
 
 
-def predict_logits(assembled: Assembled, rows: Rows, boundary: BoundaryStates | None = None) -> torch.Tensor:
+def predict_logits(assembled: Assembled, rows: TokenRows, boundary: BoundaryStates | None = None) -> torch.Tensor:
     """A classifier's logits (rows, labels) on the CPU, in the order of the rows."""
     unknown = torch.zeros(len(rows.sequences), dtype=torch.long)
     return outputs(assembled, Examples(rows, unknown, boundary))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.conversations import Samples, answer_of
+from capotune.data.samples import Samples, answer_of
 from capotune.evaluation.generate import generate, room_after
 from capotune.evaluation.metrics import exact_match, mean_interval, rouge_l, wilson_interval
 from capotune.settings import DecodingSettings

@@ -39,14 +39,14 @@ _DATA_NAMES = {
     "leaked": "in both train and test",
     "described": "read as",
     "template_from": "chat template from",
-    "learned_part": "what is learned",
+    "loss_part": "what is in the loss",
     "train_sequences": "sequences to train on",
     "max_length": "tokens read at once",
-    "kept_tokens": "tokens to train on",
-    "learned_tokens": "of them learned",
-    "learned_share": "share that is learned",
-    "train_unlearned": "nothing to learn in train",
-    "test_unlearned": "nothing to score in test",
+    "sequence_tokens": "tokens to train on",
+    "loss_tokens": "of them in the loss",
+    "loss_share": "share in the loss",
+    "train_without_loss": "nothing to train on",
+    "test_without_loss": "nothing to score in test",
     "train_answers_cut": "answers cut in train",
     "test_answers_cut": "answers cut in test",
     "train_ends_cut": "end of text cut in train",
@@ -259,8 +259,8 @@ def _value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, Mapping) and value.keys() == {"count", "first"}:
-        return f"{value['count']:,} (lines {_value(value['first'])})" if value["count"] else "0"
+    if isinstance(value, Mapping) and value.keys() == {"count", "first", "unit"}:
+        return f"{value['count']:,} ({value['unit']}s {_value(value['first'])})" if value["count"] else "0"
     if isinstance(value, Mapping):
         return ", ".join(f"{_data_name(str(key))} {_value(item)}" for key, item in value.items())
     return ", ".join(map(_value, value)) if isinstance(value, (list, tuple)) else str(value)

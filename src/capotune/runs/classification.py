@@ -10,9 +10,10 @@ from dataclasses import asdict
 import torch
 
 from capotune.adapters.assemble import Assembled, classification_task, readable_layers
-from capotune.data.batches import Rows
-from capotune.data.labelled import LabelledData, hold_out, load_labelled, normalised
-from capotune.data.report import inspect_data
+from capotune.data.batches import TokenRows
+from capotune.data.inspect.labels import inspect_data
+from capotune.data.labelled import LabelledData, load_labelled
+from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
 from capotune.engine.loop import Examples, TrainingState, predict_logits, start
@@ -64,8 +65,8 @@ class ClassificationRun(TaskRun):
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
         fit, held = hold_out(targets.tolist(), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
-        self.train = Examples(Rows(task.encode(data.train.texts), task.pad_id), targets)
-        self._test = Examples(Rows(task.encode(data.test.texts), task.pad_id), task.targets(data.test.labels))
+        self.train = Examples(TokenRows(task.encode(data.train.texts), task.pad_id), targets)
+        self._test = Examples(TokenRows(task.encode(data.test.texts), task.pad_id), task.targets(data.test.labels))
         self.train_rows = len(data.train)
         self.data_sha256 = _data_hash(data)
         self._features: torch.Tensor | None = None
@@ -199,7 +200,7 @@ class ClassificationRun(TaskRun):
 
 def _pooled(
     assembled: Assembled,
-    rows: Rows,
+    rows: TokenRows,
     cache: ActivationCache,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:

@@ -11,18 +11,11 @@ from pathlib import Path
 import torch
 
 from capotune.adapters.assemble import Assembled, generation_task
-from capotune.data.batches import NOT_LEARNED, Encoded, Rows
-from capotune.data.conversations import (
-    Conversation,
-    Pair,
-    Samples,
-    answer_of,
-    asked,
-    load_samples,
-    question_of,
-)
-from capotune.data.generation_report import inspect_samples
-from capotune.data.labelled import hold_out, normalised
+from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows
+from capotune.data.generation import load_samples
+from capotune.data.inspect.samples import inspect_samples
+from capotune.data.samples import Conversation, Pair, Samples, answer_of, asked, question_of
+from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import Examples, TrainingState, held_out_score, outputs, start
 from capotune.errors import DataError, SettingError
@@ -255,7 +248,7 @@ class GenerationRun(TaskRun):
         for number, of_sample in enumerate(encoded):
             running = len(samples) <= 1
             for part, one in enumerate(of_sample):
-                if one.learned:
+                if one.tokens_in_loss:
                     chosen.append(one)
                     groups.append(f"window {number} {part}" if running else normalised(asked(samples.samples[number])))
         if encoded and not chosen:
@@ -263,14 +256,14 @@ class GenerationRun(TaskRun):
                 f"{samples.source}: no row has anything to learn within {self.task.max_length} tokens. Give shorter "
                 "prompts, a larger --max-length, or a base with a longer context."
             )
-        rows = Rows([one.ids for one in chosen], self.task.pad_id)
+        rows = TokenRows([one.ids for one in chosen], self.task.pad_id)
         return Examples(rows, [one.labels for one in chosen]), groups
 
     def _how_to_answer(self, settings: TrainSettings) -> tuple[DecodingSettings, str]:
         """As many tokens as the longest training answer and some more; and what is the score to compare by."""
         if not self._has_answers:
             return DecodingSettings(max_tokens=_SHOWN_TOKENS, seed=settings.seed), "perplexity"
-        lengths = [sum(label != NOT_LEARNED for label in labels) for labels in self.train.targets]
+        lengths = [sum(label != IGNORE_INDEX for label in labels) for labels in self.train.targets]
         longest = min(1024, int(1.25 * max(lengths)) + 8)
         metric = "exact_match" if statistics.median(lengths) <= _SHORT_ANSWER else "perplexity"
         return DecodingSettings(max_tokens=longest, seed=settings.seed), metric

@@ -18,7 +18,7 @@ import torch
 from capotune.adapters.assemble import Assembled, assemble, attach, hidden_size
 from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
-from capotune.data.conversations import looks_like_generation
+from capotune.data.generation import looks_like_generation
 from capotune.device import compute_dtype, environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.engine.activation_cache import ActivationCache, default_folder
 from capotune.engine.checkpoint import load_checkpoint

@@ -1,6 +1,6 @@
 """Text that a model writes: which tokens a record becomes, which of them are learned, and what they cost.
 
-A record is a conversation, a prompt with its completion, or plain text (``data.conversations``). It becomes pieces of
+A record is a conversation, a prompt with its completion, or plain text (``data.samples``). It becomes pieces of
 text, each read or learned; pieces are tokenised one by one, so that a prompt has the same tokens in training and later
 when the model is asked. The end of every text is learned too: it is how the model stops.
 """
@@ -19,8 +19,8 @@ from jinja2 import TemplateError
 from torch import nn
 from torch.nn import functional
 
-from capotune.data.batches import NOT_LEARNED, Batch, Encoded, Targets
-from capotune.data.conversations import Conversation, Document, Pair, Sample, Samples
+from capotune.data.batches import IGNORE_INDEX, Batch, Encoded, Targets
+from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import DataError, SettingError
 from capotune.kernels.cross_entropy import linear_cross_entropy
 from capotune.settings import TaskName
@@ -76,10 +76,7 @@ class Generation(Task):
 
         Raises ``DataError``, with file and line, for a conversation that the chat template does not take.
         """
-        pieces = [
-            self._pieces(sample, f"{samples.source}:{line}")
-            for sample, line in zip(samples.samples, samples.lines, strict=True)
-        ]
+        pieces = [self._pieces(sample, samples.where(row)) for row, sample in enumerate(samples.samples)]
         ids = iter(self._ids([piece.text for of_sample in pieces for piece in of_sample]))
         return [
             self._encoded(sample, [(next(ids), piece.learned) for piece in of_sample])
@@ -110,7 +107,7 @@ class Generation(Task):
             ids = self._ids([sample.text])[0]
             return [*self._front, *ids[: max(1, min(_SHOWN_START, len(ids) // 2))]]
         last = self._answers(sample.messages)[-1]
-        return self._asked(sample.messages[:last], sample.tools, sample.learn_from)
+        return self._asked(sample.messages[:last], sample.tools, sample.answers_from)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -151,7 +148,7 @@ class Generation(Task):
             return [Piece(sample.text, True)]
         if isinstance(sample, Pair):
             return [Piece(self._parted(sample.prompt), False), Piece(sample.completion, True)]
-        turns = self._answers(sample.messages, sample.learn_from)
+        turns = self._answers(sample.messages, sample.answers_from)
         turns = turns if self.learn == "all" else turns[-1:]
         try:
             whole = self._render(sample.messages, sample.tools)
@@ -160,15 +157,15 @@ class Generation(Task):
             raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
 
     @staticmethod
-    def _answers(messages: Sequence[dict[str, Any]], learn_from: int = 0) -> list[int]:
+    def _answers(messages: Sequence[dict[str, Any]], answers_from: int = 0) -> list[int]:
         """Positions of the assistant's turns that may be learned."""
-        return [at for at, turn in enumerate(messages) if at >= learn_from and turn["role"] == "assistant"]
+        return [at for at, turn in enumerate(messages) if at >= answers_from and turn["role"] == "assistant"]
 
     def _asked(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], learn_from: int = 0
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], answers_from: int = 0
     ) -> list[int]:
         """Tokens of a conversation up to where the assistant writes, cut into the pieces that training cuts it into."""
-        turns = self._answers(messages, learn_from) if self.learn == "all" else []
+        turns = self._answers(messages, answers_from) if self.learn == "all" else []
         try:
             pieces = self._split(self._render(messages, tools, answer=True), messages, tools, turns)
         except (TemplateError, TypeError) as error:
@@ -234,13 +231,13 @@ class Generation(Task):
         front = (
             [] if chat and self.chat_template != PLAIN_TEMPLATE else self._front
         )  # a model's template writes its own
-        ids, labels = [*front], [NOT_LEARNED] * len(front)
+        ids, labels = [*front], [IGNORE_INDEX] * len(front)
         for piece, learned in pieces:
             learn = piece[: self._end_in(piece)] if learned else []
             if learned and not self._end_in(piece):
                 learn = piece = [*piece, self.end_ids[0]]
             ids += piece
-            labels += learn + [NOT_LEARNED] * (len(piece) - len(learn))
+            labels += learn + [IGNORE_INDEX] * (len(piece) - len(learn))
         return ids, labels
 
     def _end_in(self, ids: list[int]) -> int:
@@ -253,14 +250,14 @@ class Generation(Task):
         if len(starts) > 1 and starts[-1] == len(ids) - 1:  # the end alone, which nothing would stand before
             starts[-1] -= 1
         parts = [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
-        return [Encoded(part, [NOT_LEARNED, *part[1:]], len(part)) for part in parts]
+        return [Encoded(part, [IGNORE_INDEX, *part[1:]], len(part)) for part in parts]
 
     def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
         """A sequence that must fit; what is beyond ``max_length`` is lost."""
-        lost = [label for label in labels[self.max_length :] if label != NOT_LEARNED]
+        lost = [label for label in labels[self.max_length :] if label != IGNORE_INDEX]
         return Encoded(
             ids[: self.max_length],
-            [NOT_LEARNED, *labels[1 : self.max_length]],
+            [IGNORE_INDEX, *labels[1 : self.max_length]],
             tokens=len(ids),
             answer_cut=any(label not in self.end_ids for label in lost),
             end_cut=any(label in self.end_ids for label in lost),
@@ -274,7 +271,7 @@ class Generation(Task):
 
     def units(self, targets: Targets, rows: list[int]) -> int:
         """The learned tokens."""
-        return sum(label != NOT_LEARNED for row in rows for label in targets[row])
+        return sum(label != IGNORE_INDEX for row in rows for label in targets[row])
 
     def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Of each row the sum of its losses and the number of its learned tokens, (rows, 2) on the CPU: a GPU would add
@@ -294,7 +291,7 @@ class Generation(Task):
 
     def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (learned tokens,) and the row of each. Logits are made where something is learned, nowhere else."""
-        learned = batch.learned
+        learned = batch.in_loss
         assert batch.targets is not None
         assert learned is not None
         wanted = batch.targets[learned]

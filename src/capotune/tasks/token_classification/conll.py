@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.records import SHOWN, describe_bad_lines, shorten
+from capotune.data.table import Origin
+from capotune.data.wording import SHOWN, bad_rows, shorten
 from capotune.errors import DataError
 from capotune.tasks.token_classification.spans import OUTSIDE, is_tag
 
@@ -66,7 +67,7 @@ def parse_conll(text: str, source: str) -> list[Sentence]:
         sentences[-1].tags.append(fields[-1])
     if bad:
         lines = f"{len(bad)} lines or more" if len(bad) == SHOWN else "1 line" if len(bad) == 1 else f"{len(bad)} lines"
-        raise DataError(describe_bad_lines(source, f"{lines} cannot be read as a word and its tag", bad, _ADVICE))
+        raise bad_rows(Origin(source), f"{lines} cannot be read as a word and its tag", bad, _ADVICE)
     if not sentences:
         raise DataError("holds no words.", where=source, advice=_ADVICE)
     return sentences

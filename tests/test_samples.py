@@ -14,20 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
-from capotune.data.conversations import (
+from capotune.data.generation import load_samples, looks_like_generation, read_samples_to_score
+from capotune.data.readers import read_table
+from capotune.data.samples import (
     Conversation,
     Document,
     Pair,
     Samples,
     answer_of,
     asked,
-    load_samples,
-    looks_like_generation,
     question_of,
-    read_samples_to_score,
 )
-from capotune.data.labelled import normalised
-from capotune.data.records import read_records
+from capotune.data.split import normalised
 from capotune.errors import CapotuneError, DataError, SettingError
 
 Write = Callable[..., str]
@@ -94,7 +92,7 @@ TOOL = {"type": "function", "function": {"name": "rate", "description": "A rate.
         ({"response": "hello", "prompt": "hi"}, Pair("hi", "hello"), "prompt, response"),
         (
             {"prompt": [turn("user", "hi")], "completion": [turn("assistant", "hello")]},
-            Conversation(chat("hi", "hello").messages, learn_from=1),
+            Conversation(chat("hi", "hello").messages, answers_from=1),
             "prompt, completion (messages)",
         ),
         (
@@ -118,7 +116,7 @@ def test_formats_are_found_by_their_columns(write: Write, row: dict[str, Any], s
     assert samples.lines == [1, 2]
     assert samples.described == described
     assert samples.take([]).described.startswith(described.partition(" (messages)")[0])
-    assert looks_like_generation(samples.source)
+    assert looks_like_generation(str(samples.source))
 
 
 def test_messages_win_over_a_column_prompt(write: Write) -> None:
@@ -283,17 +281,17 @@ def test_the_completion_is_found_by_name_or_given(write: Write) -> None:
         (
             "{citi}",
             None,
-            "no column 'citi', which --prompt-template names. Did you mean 'city'? The columns are 'city'",
+            "no column 'citi', which `prompt_template` names. Did you mean 'city'? The columns are 'city'",
         ),
-        ("{city}", "no", "no column 'no', which --completion-column names"),
-        ("{city}", "City", "'city' stands in the prompt already. Give --completion-column with another"),
+        ("{city}", "no", "no column 'no', which `completion_column` names"),
+        ("{city}", "City", "'city' stands in the prompt already. Give `completion_column` with another"),
         ("{city}", None, "which column is to be written after the prompt? It is not found by its name"),
-        ("where?", None, "'where?' holds no column. Put one in braces: {question}"),
+        ("where?", None, "`prompt_template='where?'`: holds no column. Put one in braces: {question}"),
         ("{{city}}", None, "holds no column"),
         ("in {city", None, "the { at character 4 names no column. Allowed: {column}, with {{ and }} for braces"),
         ("city}", None, "the } at character 5 names no column"),
         ("{city} { }", None, "the { } at character 8 names no column"),
-        (None, "land", "--completion-column 'land' belongs to a --prompt-template, and none is given"),
+        (None, "land", "`completion_column=land`: belongs to a `prompt_template`, and none is given"),
     ],
 )
 def test_templates_that_cannot_be_used(
@@ -312,7 +310,7 @@ def test_rows_that_do_not_fill_a_template_are_named(write: Write) -> None:
     assert f"{source}:2: empty a\n" in message
     assert f"{source}:3: empty b\n" in message
     assert f"{source}:4: a is a list, not text\n" in message
-    assert f"{source}:5: no 'a', which the first record has; only 'b'\n" in message
+    assert f"{source}:5: no 'a', which the first row has; only 'b'\n" in message
 
 
 # Rows that cannot be used
@@ -332,7 +330,7 @@ HI = [turn("user", "hi"), turn("assistant", "hello")]
         ([turn("usr", "hi"), *HI], "message 1 has the unknown role 'usr'. Did you mean 'user'? Allowed: system, dev"),
         ([turn("human", "hi"), *HI], "message 1 has the unknown role 'human'. Allowed: system, developer, user, assis"),
         ([*HI, turn(None, "hi")], "message 3 has the unknown role None. Allowed"),
-        ([turn("user", "hi")], "no assistant turn to learn, only 'user'"),
+        ([turn("user", "hi")], "no assistant turn to train on, only 'user'"),
         ([turn("user", " \n"), HI[1]], "message 1 (user) is empty"),
         ([HI[0], turn("assistant", "")], "message 2 (assistant) is empty"),
         ([HI[0], turn("assistant", "", tool_calls=[])], "message 2 (assistant) is empty"),
@@ -349,7 +347,7 @@ def test_messages_that_cannot_be_used(write: Write, messages: Any, why: str) -> 
     source = write("a.jsonl", {"messages": HI}, {"messages": messages}, {"messages": HI})
     message = error_of(read, source)
     assert f"1 row cannot be used as messages (column 'messages'):\n  {source}:2: {why}" in message
-    assert message.endswith("Correct or delete these lines.")
+    assert message.endswith("Correct or delete these rows.")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +356,7 @@ def test_messages_that_cannot_be_used(write: Write, messages: Any, why: str) -> 
         ({"prompt": "hi", "completion": "ho"}, {"prompt": "", "completion": "ho"}, "empty prompt"),
         ({"prompt": "hi", "completion": "ho"}, {"prompt": "hi", "completion": " "}, "empty completion"),
         ({"prompt": "hi", "completion": "ho"}, {"prompt": HI, "completion": "ho"}, "prompt is a list, not text"),
-        ({"prompt": "hi", "completion": "ho"}, {"text": "hi"}, "no 'prompt', 'completion', which the first record has"),
+        ({"prompt": "hi", "completion": "ho"}, {"text": "hi"}, "no 'prompt', 'completion', which the first row has"),
         (
             {"prompt": HI[:1], "completion": HI[1:]},
             {"prompt": "hi", "completion": HI[1:]},
@@ -367,7 +365,7 @@ def test_messages_that_cannot_be_used(write: Write, messages: Any, why: str) -> 
         (
             {"prompt": HI[:1], "completion": HI[1:]},
             {"prompt": HI, "completion": HI[:1]},
-            "no assistant turn to learn in completion",
+            "no assistant turn to train on in completion",
         ),
         (
             {"prompt": HI[:1], "completion": HI[1:]},
@@ -396,9 +394,9 @@ def test_other_rows_that_cannot_be_used(write: Write, good: dict[str, Any], bad:
 def test_many_bad_rows_put_the_format_in_doubt(write: Write) -> None:
     message = error_of(read, write("a.jsonl", {"text": "a"}, {"text": ""}, {"text": 1}, {"text": []}))
     assert "2 of 4 rows cannot be used as text (column 'text')" in message
-    assert "--prompt-template" not in message
+    assert "prompt_template" not in message
     message = error_of(read, write("a.jsonl", {"text": "a"}, {"text": ""}, {"text": []}))
-    assert "Or give a --prompt-template" in message
+    assert "Or give a `prompt_template`" in message
 
 
 def test_bad_rows_of_one_line_are_all_counted(write: Write) -> None:
@@ -412,8 +410,8 @@ def test_unknown_columns_are_listed_with_the_formats_and_the_way_out(write: Writ
     assert "The first one has the columns 'split', 'promt', 'reply'. Did you mean 'prompt'?" in message
     for known in ("messages", "conversations", "prompt and completion", "instruction", "question and answer", "text"):
         assert known in message
-    assert '--prompt-template "{promt}"' in message
-    assert "--completion-column" in message
+    assert '`prompt_template="{promt}"`' in message
+    assert "`completion_column`" in message
     assert not looks_like_generation(source)
 
 
@@ -464,10 +462,10 @@ def test_the_first_rows_are_those_of_the_whole_file(write: Write, tmp_path: Path
         write(name, "text,label\n", *(f'"{row["text"]}",{row["label"]}\n' for row in rows))
     else:
         write(name, *([json.dumps(rows, indent=1)] if name.endswith("json") else rows))
-    whole = read_records(tmp_path / name)
+    whole = read_table(tmp_path / name)
     assert whole.rows == rows
     for limit in (1, 7, 500, 2000):
-        first = read_records(tmp_path / name, limit=limit)
+        first = read_table(tmp_path / name, limit=limit)
         assert first.rows == rows[:limit]
         assert first.lines == whole.lines[: len(first.rows)]
         assert first.columns == ["text", "label"]
@@ -537,7 +535,7 @@ def test_the_template_holds_for_the_second_file_too(write: Write) -> None:
     assert load_samples(data, test=other, prompt_template="{a}", completion_column="label").test.samples == [
         Pair("4", "6")
     ]
-    assert "no column 'target', which --completion-column" in error_of(
+    assert "no column 'target', which `completion_column`" in error_of(
         load_samples, data, test=other, prompt_template="{a}"
     )
 
@@ -547,7 +545,7 @@ def test_test_rows_by_the_column_split(write: Write) -> None:
     rows = [{**row, "Split": part} for row, part in zip(questions(4), parts, strict=True)]
     data = load_samples(write("a.jsonl", *rows))
     assert (data.train.lines, data.test.lines, data.test_from) == ([1, 3], [2, 4], "the column 'split'")
-    assert read_samples_to_score(data.train.source) == data.test
+    assert read_samples_to_score(str(data.train.source)) == data.test
     assert "'split' is not clear" in error_of(load_samples, write("b.jsonl", *questions(2, split="some")))
     assert "marks no row as train" in error_of(load_samples, write("c.jsonl", *questions(2, split="test")))
 

@@ -10,27 +10,32 @@ import pytest
 from rich.console import Console
 from shared import SHARED, needs_shared
 
+from capotune.cli import data_report
+from capotune.data.inspect.labels import LabelCount, LabelReport, inspect_data
+from capotune.data.inspect.measures import Lengths, Lines
 from capotune.data.labelled import LabelledData, LabelledText, load_labelled
-from capotune.data.report import DataReport, LabelCount, Lengths, Lines, inspect_data, render
+from capotune.data.table import Origin
 
 
 def rows(*pairs: tuple[str, str], source: str = "a.csv") -> LabelledText:
     lines = list(range(2, 2 + len(pairs)))
-    return LabelledText([text for text, _ in pairs], [label for _, label in pairs], lines, source, "text", "label")
+    return LabelledText(
+        [text for text, _ in pairs], [label for _, label in pairs], lines, Origin(source), "text", "label"
+    )
 
 
 def words(texts: Sequence[str]) -> list[int]:
     return [len(text.split()) for text in texts]
 
 
-def inspect(train: LabelledText, test: LabelledText, max_length: int = 8) -> DataReport:
+def inspect(train: LabelledText, test: LabelledText, max_length: int = 8) -> LabelReport:
     return inspect_data(LabelledData(train, test), words(train.texts), words(test.texts), max_length)
 
 
-def shown(report: DataReport, width: int = 80) -> str:
+def shown(report: LabelReport, width: int = 80) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(render(report))
+        console.print(data_report.draw(dataclasses.asdict(report)))
     return capture.get()
 
 
@@ -90,7 +95,7 @@ def test_the_report_is_json() -> None:
     again = json.loads(json.dumps(dataclasses.asdict(CLEAN)))
     assert again["labels"][0] == {"name": "a", "train": 2, "test": 0}
     assert again["train_tokens"]["max"] == 2
-    assert set(again) == {field.name for field in dataclasses.fields(DataReport)}
+    assert set(again) == {field.name for field in dataclasses.fields(LabelReport)}
 
 
 def test_lengths_for_other_rows_are_refused() -> None:

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
-from capotune.data.records import Records, is_hub_id, read_records
+from capotune.data.readers import is_hub_id, read_table
+from capotune.data.table import Origin, Table
 from capotune.errors import DataError
 
 Write = Callable[[str, str | bytes], str]
@@ -37,7 +38,7 @@ def write(tmp_path: Path) -> Write:
 
 def error_of(source: str, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read_records(source, **options)
+        read_table(source, **options)
     return str(caught.value)
 
 
@@ -76,7 +77,7 @@ CSV = "text,label\nhi,a\nyo 🎸,b\n"
 )
 def test_every_format_gives_the_same_rows(write: Write, name: str, content: str | bytes, lines: list[int]) -> None:
     source = write(name, content)
-    assert read_records(source) == Records(["text", "label"], ROWS, lines, source)
+    assert read_table(source) == Table(["text", "label"], ROWS, lines, Origin(source))
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -85,50 +86,50 @@ def test_parquet(tmp_path: Path) -> None:
 
     rows: list[dict[str, Any]] = [{"text": "hi", "label": 1.0}, {"text": None, "label": float("inf")}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    records = read_records(str(tmp_path / "a.parquet"))
-    assert (records.columns, records.rows, records.lines) == (["text", "label"], rows, [1, 2])
+    table = read_table(str(tmp_path / "a.parquet"))
+    assert (table.columns, table.rows, table.lines) == (["text", "label"], rows, [1, 2])
 
 
 def test_a_path_may_be_a_path_object_and_start_at_home(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(write("a.csv", CSV))
-    assert read_records(source).rows == ROWS
+    assert read_table(source).rows == ROWS
     monkeypatch.setenv("HOME", str(source.parent))
-    assert read_records("~/a.csv").rows == ROWS
+    assert read_table("~/a.csv").rows == ROWS
 
 
 def test_quotes_hold_delimiters_quotes_and_line_breaks_and_lines_stay_right(write: Write) -> None:
     source = write("a.csv", 'text,label\n"one\ntwo, ""three""\r\nfour",a\nplain "quotes" inside,b\n')
-    records = read_records(source)
-    assert [row["text"] for row in records.rows] == ['one\ntwo, "three"\r\nfour', 'plain "quotes" inside']
-    assert records.lines == [2, 5]
+    table = read_table(source)
+    assert [row["text"] for row in table.rows] == ['one\ntwo, "three"\r\nfour', 'plain "quotes" inside']
+    assert table.lines == [2, 5]
 
 
 def test_a_delimiter_inside_a_quoted_name_does_not_count(write: Write) -> None:
-    assert read_records(write("a.csv", '"a,b,c";label\nx;y\n')).columns == ["a,b,c", "label"]
+    assert read_table(write("a.csv", '"a,b,c";label\nx;y\n')).columns == ["a,b,c", "label"]
 
 
 def test_columns_without_a_name_are_called_by_their_place(write: Write) -> None:
-    assert read_records(write("a.csv", ",text,\n0,hi,\n")).rows == [{"column 1": "0", "text": "hi", "column 3": ""}]
+    assert read_table(write("a.csv", ",text,\n0,hi,\n")).rows == [{"column 1": "0", "text": "hi", "column 3": ""}]
 
 
 def test_json_keeps_types_and_keys_as_they_are(write: Write) -> None:
-    records = read_records(write("a.jsonl", '{"a": 1, "b": [true, null]}\n{"c": {"d": 1.5}}\n'))
-    assert records.rows == [{"a": 1, "b": [True, None]}, {"c": {"d": 1.5}}]
-    assert records.columns == ["a", "b", "c"]
+    table = read_table(write("a.jsonl", '{"a": 1, "b": [true, null]}\n{"c": {"d": 1.5}}\n'))
+    assert table.rows == [{"a": 1, "b": [True, None]}, {"c": {"d": 1.5}}]
+    assert table.columns == ["a", "b", "c"]
 
 
 def test_only_a_newline_ends_a_json_line(write: Write) -> None:
     """str.splitlines would break at these."""
     texts = ["a\u2028b", "c\x85d", "e\u2029f"]
     source = write("a.jsonl", "\n".join(json.dumps({"t": text}, ensure_ascii=False) for text in texts))
-    assert [row["t"] for row in read_records(source).rows] == texts
+    assert [row["t"] for row in read_table(source).rows] == texts
 
 
 def test_a_huge_field_is_read_and_csv_is_left_as_it_was(write: Write) -> None:
     before = csv.field_size_limit()
     huge = "x" * 2_000_000
     assert len(huge) > before
-    assert read_records(write("a.csv", f'text,label\n"{huge}",a\n')).rows[0]["text"] == huge
+    assert read_table(write("a.csv", f'text,label\n"{huge}",a\n')).rows[0]["text"] == huge
     error_of(write("b.csv", f'text,label\n"{huge}\n'))
     assert csv.field_size_limit() == before
 
@@ -136,11 +137,11 @@ def test_a_huge_field_is_read_and_csv_is_left_as_it_was(write: Write) -> None:
 def test_a_hundred_thousand_rows(write: Write) -> None:
     many = 100_000
     source = write("a.csv", "text,label\n" + "".join(f"text number {i},{i % 7}\n" for i in range(many)))
-    records = read_records(source)
-    assert len(records.rows) == many
-    assert (records.rows[-1], records.lines[-1]) == ({"text": f"text number {many - 1}", "label": "4"}, many + 1)
-    source = write("a.json", json.dumps(records.rows, indent=1))
-    assert read_records(source).rows == records.rows
+    table = read_table(source)
+    assert len(table.rows) == many
+    assert (table.rows[-1], table.lines[-1]) == ({"text": f"text number {many - 1}", "label": "4"}, many + 1)
+    source = write("a.json", json.dumps(table.rows, indent=1))
+    assert read_table(source).rows == table.rows
 
 
 ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
@@ -162,8 +163,8 @@ def test_what_csv_writes_is_read_back(
         writer.writerow(row.values())
     path = tmp_path_factory.mktemp("csv") / f"a.{ending}"
     path.write_bytes(buffer.getvalue().encode())
-    records = read_records(str(path))
-    assert (records.rows, records.lines) == (rows, lines)
+    table = read_table(str(path))
+    assert (table.rows, table.lines) == (rows, lines)
 
 
 VALUES = (
@@ -180,9 +181,9 @@ def test_what_json_writes_is_read_back(
     content = "[\n" + ",\n".join(lines) + "\n]" if is_array else "\n".join(lines)
     path = tmp_path_factory.mktemp("json") / ("a.json" if is_array else "a.jsonl")
     path.write_bytes(content.encode())
-    records = read_records(str(path))
-    assert records.rows == rows
-    assert records.lines == [number + is_array for number in range(1, len(rows) + 1)]
+    table = read_table(str(path))
+    assert table.rows == rows
+    assert table.lines == [number + is_array for number in range(1, len(rows) + 1)]
 
 
 # Lines that do not fit
@@ -283,7 +284,7 @@ def test_the_iconv_command_does_what_the_message_says(write: Write) -> None:
     if subprocess.run("command -v iconv", shell=True, check=False, capture_output=True).returncode:
         pytest.skip("iconv is not installed")
     subprocess.run(command, shell=True, check=True)
-    assert read_records(f"{source[:-4]}-utf8.csv").rows == [{"text": "café", "label": "a"}]
+    assert read_table(f"{source[:-4]}-utf8.csv").rows == [{"text": "café", "label": "a"}]
 
 
 def test_utf16_without_its_mark_and_binary_files_are_refused(write: Write) -> None:
@@ -396,9 +397,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.usefixtures("hub")
 def test_a_hub_dataset_gives_its_splits_and_the_names_of_its_classes() -> None:
     train = [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
-    assert read_records("bank/intents:train") == Records(["text", "label"], train, [1, 2], "bank/intents:train")
-    assert read_records("bank/intents", split="train").rows == train
-    everything = read_records("bank/intents")
+    assert read_table("bank/intents:train") == Table(
+        ["text", "label"], train, [1, 2], Origin("bank/intents:train"), True
+    )
+    assert read_table("bank/intents", split="train").rows == train
+    everything = read_table("bank/intents")
     assert everything.columns == ["text", "label", "split"]
     assert [row["split"] for row in everything.rows] == ["train", "train", "test"]
     assert everything.rows[2]["label"] is None
@@ -425,7 +428,7 @@ def test_a_hub_dataset_with_a_column_called_split(hub: Any) -> None:
 
 def test_class_names_survive_in_a_parquet_file_that_datasets_wrote(hub: Any, tmp_path: Path) -> None:
     hub["train"].to_parquet(str(tmp_path / "a.parquet"))
-    assert [row["label"] for row in read_records(str(tmp_path / "a.parquet")).rows] == ["yes", "no"]
+    assert [row["label"] for row in read_table(str(tmp_path / "a.parquet")).rows] == ["yes", "no"]
 
 
 @pytest.mark.parametrize(
@@ -455,26 +458,26 @@ def test_a_file_name_is_never_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPat
 
 @needs_shared
 def test_banking77() -> None:
-    records = read_records(str(SHARED / "data" / "banking77" / "train.csv"))
-    assert (len(records.rows), records.columns) == (10_003, ["text", "category"])
-    assert records.rows[0] == {"text": "I am still waiting on my card?", "category": "card_arrival"}
+    table = read_table(str(SHARED / "data" / "banking77" / "train.csv"))
+    assert (len(table.rows), table.columns) == (10_003, ["text", "category"])
+    assert table.rows[0] == {"text": "I am still waiting on my card?", "category": "card_arrival"}
     on_disk = (SHARED / "data" / "banking77" / "train.csv").read_text().split("\n")
-    for row, line in zip(records.rows[::50], records.lines[::50], strict=True):
+    for row, line in zip(table.rows[::50], table.lines[::50], strict=True):
         assert row["text"].split("\n")[0].replace('"', '""') in on_disk[line - 1]
 
 
 @needs_shared
 @pytest.mark.parametrize(("name", "rows"), [("gsm8k/test.jsonl", 1_319), ("wikisql/train.jsonl", 1_000)])
 def test_real_json_lines(name: str, rows: int) -> None:
-    records = read_records(str(SHARED / "data" / name))
-    assert len(records.rows) == rows
-    assert records.lines == list(range(1, rows + 1))
+    table = read_table(str(SHARED / "data" / name))
+    assert len(table.rows) == rows
+    assert table.lines == list(range(1, rows + 1))
 
 
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, csv; before = csv.field_size_limit()\n"
-        "import capotune.data.records, capotune.data.labelled, capotune.data.report\n"
+        "import capotune.data.readers, capotune.data.labelled, capotune.data.inspect.labels\n"
         "assert csv.field_size_limit() == before\n"
         "print([m for m in ('datasets', 'pandas', 'pyarrow', 'sklearn', 'torch', 'rich') if m in sys.modules])"
     )

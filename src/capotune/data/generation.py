@@ -1,0 +1,174 @@
+"""Read text that a model is to write: find its format, check every row, and set rows aside for the test.
+
+The columns of the first row decide on the format, and every other row must have it. As with labelled text, a row that
+cannot be used is an error which names it; nothing is dropped or filled in here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from capotune.data.columns import find_column, has_label_column, part_of_each_row
+from capotune.data.formats import find_format, known_layout
+from capotune.data.formats.layout import convert
+from capotune.data.formats.template import template_layout
+from capotune.data.readers import is_plain_text, read_table, read_text
+from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
+from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
+from capotune.data.table import Origin
+from capotune.errors import DataError, SettingError
+
+__all__ = ["load_samples", "looks_like_generation", "read_samples_to_score"]
+
+END_OF_DOCUMENT: Final = "<|endoftext|>"  # separates the documents of a plain text file
+
+
+def looks_like_generation(source: str, prompt_template: str | None = None) -> bool:
+    """Whether ``source`` is text to write rather than text to classify, by the columns of its first row.
+
+    Rows with a ``text`` and a label are text to classify, and so is a question with a column ``label`` beside its
+    answer. Of a large file only the start is read, unless it has a ``text`` and other columns of unknown meaning.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    if prompt_template is not None or is_plain_text(source):
+        return True
+    table = read_table(source, limit=1)
+    columns = list(table.rows[0])
+    known = find_format(columns)
+    if known is None or known.format in ("messages", "conversations"):
+        return known is not None
+    if known.format != "text":
+        return find_column(columns, ("label", "labels")) is None
+    if has_label_column(table):
+        return False
+    return len(columns) == 1 or not has_label_column(read_table(source))
+
+
+def load_samples(
+    data: str,
+    *,
+    test: str | None = None,
+    prompt_template: str | None = None,
+    completion_column: str | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> GenerationData:
+    """Read text to train a model to write, and text to test on.
+
+    The test rows are those of ``test``; without it those that a column ``split`` marks as test (``validation`` counts
+    as train); without that column a part of ``data``, held out by seed so that equal questions stay together. A single
+    document is not split here: its test rows are none, and ``test_from`` says that they are the end of the text.
+
+    Args:
+        data: a file or hub dataset, as ``read_table`` takes it, or a plain text file. Plain text is one document, or
+            several with ``<|endoftext|>`` between them.
+        test: a second one, to test on; read to the same kind of sample.
+        prompt_template: a prompt with columns in braces, such as ``"Question: {question}"``, for rows of no known
+            format. ``{{`` and ``}}`` stand for braces, and a typed ``\\n`` for a line break.
+        completion_column: the column to write after it, found by its name when not given.
+        test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
+        seed: decides which rows are held out; the same seed and data give the same rows.
+
+    Raises:
+        DataError: a source cannot be read, its format is not known, a row does not fit, ``test`` is the same file as
+            ``data`` or is read to something else, or no row can be held out.
+        SettingError: the template is broken, a setting does not fit the data, or ``test_fraction`` is out of range.
+    """
+    if test is not None:
+        refuse_same_source(data, test)
+    rows, parts = _read(data, prompt_template, completion_column)
+    second = None
+    if test is not None:
+        second = _read(test, prompt_template, rows.columns[-1] if prompt_template is not None else None)
+        _refuse_other_format(rows, second[0])
+    if told := told_apart(rows, parts, second):
+        return GenerationData(*told)
+    if test_fraction == 0:
+        return GenerationData(rows, rows.take([]), "none asked for")
+    if len(rows) == 1 and isinstance(rows.samples[0], Document):
+        return GenerationData(rows, rows.take([]), "the end of the text")
+    return _split_by_seed(rows, test_fraction, seed)
+
+
+def read_samples_to_score(
+    source: str, *, prompt_template: str | None = None, completion_column: str | None = None
+) -> Samples:
+    """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
+
+    Raises:
+        DataError, SettingError: as ``load_samples``.
+    """
+    return rows_to_score(*_read(source, prompt_template, completion_column))
+
+
+# One source
+
+
+def _read(source: str, prompt_template: str | None, completion_column: str | None) -> tuple[Samples, list[str]]:
+    """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
+    if completion_column is not None and prompt_template is None:
+        raise SettingError(
+            "belongs to a `prompt_template`, and none is given.",
+            setting="completion_column",
+            given=completion_column,
+            advice='Give one, such as `prompt_template="{question}"` with a column in the braces.',
+        )
+    if is_plain_text(source):
+        if prompt_template is not None:
+            raise SettingError(
+                "is plain text without columns.", where=str(source), advice="Leave `prompt_template` out."
+            )
+        return _read_documents(source), []
+    table = read_table(source)
+    if prompt_template is None:
+        layout = known_layout(table)
+    else:
+        layout = template_layout(table, prompt_template, completion_column)
+    columns = tuple(layout.columns.values())
+    samples = Samples(convert(table, layout), table.lines, table.source, layout.format, columns)
+    return samples, part_of_each_row(table, columns)
+
+
+def _read_documents(source: str) -> Samples:
+    """A plain text file as one document, or as those between ``<|endoftext|>``, without the empty ones."""
+    text, origin = read_text(source), Origin(str(source))
+    if END_OF_DOCUMENT not in text:
+        return Samples([Document(text)], [1], origin, "text", ())
+    documents: list[Sample] = []
+    lines: list[int] = []
+    line = 1
+    for part in text.split(END_OF_DOCUMENT):
+        if part.strip():
+            documents.append(Document(part.strip("\n")))
+            lines.append(line + len(part) - len(part.lstrip("\n")))
+        line += part.count("\n")
+    if not documents:
+        raise DataError(f"holds {END_OF_DOCUMENT} and no text.", where=source, advice="Give a file with text.")
+    return Samples(documents, lines, origin, "text", ())
+
+
+# Train and test
+
+
+def _refuse_other_format(train: Samples, test: Samples) -> None:
+    if type(train.samples[0]) is not type(test.samples[0]):
+        raise DataError(
+            f"the test rows are read as {test.described}, and the training rows of {train.source} as "
+            f"{train.described}.",
+            where=str(test.source),
+            advice="Give both in one format.",
+        )
+
+
+def _split_by_seed(rows: Samples, fraction: float, seed: int) -> GenerationData:
+    groups = [normalised(asked(sample)) for sample in rows.samples]
+    if len(set(groups)) == 1:
+        raise DataError(
+            "nothing can be held out, as there is one question only.",
+            where=str(rows.source),
+            advice="Add rows with others, or give rows to test on (`test`).",
+        )
+    train, test = hold_out([0] * len(rows), fraction, seed, groups)
+    return GenerationData(rows.take(train), rows.take(test), f"{fraction:.0%} of the rows, seed {seed}")

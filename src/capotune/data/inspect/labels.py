@@ -1,0 +1,136 @@
+"""Labelled text: counts, lengths, and the rows that will mislead.
+
+``inspect_data`` only measures; nothing is changed or refused. Texts are compared without regard to case and space.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
+from capotune.data.labelled import LabelledData, LabelledText
+from capotune.data.split import normalised
+
+__all__ = ["LabelCount", "LabelReport", "inspect_data"]
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """How many rows have a label."""
+
+    name: str
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What ``inspect_data`` found. ``dataclasses.asdict`` gives plain JSON.
+
+    Attributes:
+        source, test_source: where the rows are from.
+        test_from: how the test rows were chosen, in words.
+        text_column, label_column: the columns that were read.
+        train_rows, test_rows: number of rows.
+        labels: every label with its counts, the most frequent in train first.
+        imbalance: rows of the most frequent label in train, divided by those of the rarest.
+        max_length: tokens of a text that the model gets to see.
+        train_tokens, test_tokens: lengths in tokens before anything is cut.
+        train_truncated, test_truncated: texts longer than ``max_length``.
+        train_empty, test_empty: texts without a token or without a visible character.
+        duplicates: training rows that repeat an earlier one, text and label.
+        conflicts: training rows whose text also stands in train with another label.
+        leaked: test rows whose text also stands in train.
+        similar_labels: groups of labels that differ only in case or space.
+    """
+
+    source: str
+    test_source: str
+    test_from: str
+    text_column: str
+    label_column: str
+    train_rows: int
+    test_rows: int
+    labels: list[LabelCount]
+    imbalance: float
+    max_length: int
+    train_tokens: Lengths
+    test_tokens: Lengths | None
+    train_truncated: Lines
+    test_truncated: Lines
+    train_empty: Lines
+    test_empty: Lines
+    duplicates: Lines
+    conflicts: Lines
+    leaked: Lines
+    similar_labels: list[list[str]]
+
+
+def inspect_data(
+    data: LabelledData, token_lengths_train: Sequence[int], token_lengths_test: Sequence[int], max_length: int
+) -> LabelReport:
+    """Measure the data.
+
+    Args:
+        data: the rows, at least one to train on and one to test on.
+        token_lengths_train: tokens of each training text, uncut, in the order of the rows.
+        token_lengths_test: the same for the test texts.
+        max_length: the most tokens a text may keep.
+
+    Raises:
+        ValueError: the number of lengths is not the number of rows.
+    """
+    train, test = data.train, data.test
+    labels_of = defaultdict(set)
+    for text, label in zip(map(normalised, train.texts), train.labels, strict=True):
+        labels_of[text].add(label)
+    labels = _count_labels(train, test)
+    return LabelReport(
+        source=str(train.source),
+        test_source=str(test.source),
+        test_from=data.test_from,
+        text_column=train.text_column,
+        label_column=train.label_column,
+        train_rows=len(train),
+        test_rows=len(test),
+        labels=labels,
+        imbalance=labels[0].train / min(label.train for label in labels if label.train),
+        max_length=max_length,
+        train_tokens=lengths_of(token_lengths_train),
+        test_tokens=lengths_of(token_lengths_test) if token_lengths_test else None,
+        train_truncated=lines_where(train, (length > max_length for length in token_lengths_train)),
+        test_truncated=lines_where(test, (length > max_length for length in token_lengths_test)),
+        train_empty=_empty(train, token_lengths_train),
+        test_empty=_empty(test, token_lengths_test),
+        duplicates=lines_where(train, _repeats(train)),
+        conflicts=lines_where(train, (len(labels_of[normalised(text)]) > 1 for text in train.texts)),
+        leaked=lines_where(test, (normalised(text) in labels_of for text in test.texts)),
+        similar_labels=_similar([label.name for label in labels]),
+    )
+
+
+def _count_labels(train: LabelledText, test: LabelledText) -> list[LabelCount]:
+    in_train, in_test = Counter(train.labels), Counter(test.labels)
+    names = sorted(in_train | in_test, key=lambda name: (-in_train[name], name))
+    return [LabelCount(name, in_train[name], in_test[name]) for name in names]
+
+
+def _empty(rows: LabelledText, tokens: Sequence[int]) -> Lines:
+    return lines_where(rows, (length == 0 or not text.strip() for text, length in zip(rows.texts, tokens, strict=True)))
+
+
+def _repeats(rows: LabelledText) -> Iterable[bool]:
+    seen: set[tuple[str, str]] = set()
+    for text, label in zip(rows.texts, rows.labels, strict=True):
+        row = (normalised(text), label)
+        yield row in seen
+        seen.add(row)
+
+
+def _similar(names: Sequence[str]) -> list[list[str]]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[normalised(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]

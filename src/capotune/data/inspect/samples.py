@@ -1,0 +1,273 @@
+"""Text to write: lengths, which tokens are in the loss, and what is cut.
+
+``inspect_samples`` only measures; nothing is changed or refused. Texts are compared without regard to case and space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
+from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
+from capotune.data.split import normalised
+
+if TYPE_CHECKING:
+    from capotune.data.batches import Encoded
+
+__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "inspect_samples"]
+
+BINS: Final = 10
+SHOWN_SPANS: Final = 9  # of one sample row; of a long conversation the first and the last turns
+SHOWN_START: Final = 240  # characters of one span: its start …
+SHOWN_END: Final = 120  # … and its end
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """How many training rows have between ``low`` and ``high`` tokens, both included."""
+
+    low: int
+    high: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Text of tokens that stand together and are all in the loss, or all only read."""
+
+    text: str
+    in_loss: bool
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A training row as the model gets it: ``tokens`` before it was cut, and what it, or its first window, became."""
+
+    line: int
+    tokens: int
+    windows: int
+    spans: list[Span]
+    unit: str = "line"
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What ``inspect_samples`` found. ``dataclasses.asdict`` gives plain JSON.
+
+    Attributes:
+        source, test_source: where the rows are from.
+        test_from: how the test rows were chosen, in words.
+        described: the format and the columns that were read.
+        template_from: where the chat template is from; None when the rows are plain text, which needs none.
+        loss_part: what of a row is in the loss, in words.
+        train_rows, test_rows: number of rows.
+        train_sequences: what the training rows became; more than the rows where long texts are read in windows.
+        max_length: tokens that the model reads at once.
+        train_tokens, test_tokens: lengths of the rows in tokens before anything is cut.
+        sequence_tokens, loss_tokens: tokens of the training sequences in all, and those of them that are in the loss.
+        loss_share: the second divided by the first.
+        train_without_loss, test_without_loss: rows without a token in the loss, as all of those stand beyond
+            ``max_length``.
+        train_answers_cut, test_answers_cut: other rows of which text in the loss is cut off.
+        train_ends_cut: training rows that are whole but for the end of the text, so that stopping is not trained.
+        unanswered: training rows that go on after the last answer.
+        duplicates: training rows that repeat an earlier one.
+        leaked: test rows whose question also stands in train.
+        bins: how the lengths of the training rows spread.
+        samples: some training rows.
+    """
+
+    source: str
+    test_source: str
+    test_from: str
+    described: str
+    template_from: str | None
+    loss_part: str
+    train_rows: int
+    test_rows: int
+    train_sequences: int
+    max_length: int
+    train_tokens: Lengths
+    test_tokens: Lengths | None
+    sequence_tokens: int
+    loss_tokens: int
+    loss_share: float
+    train_without_loss: Lines
+    test_without_loss: Lines
+    train_answers_cut: Lines
+    test_answers_cut: Lines
+    train_ends_cut: Lines
+    unanswered: Lines
+    duplicates: Lines
+    leaked: Lines
+    bins: list[LengthBin]
+    samples: list[SampleRow]
+
+
+def inspect_samples(
+    data: GenerationData,
+    train: Sequence[Sequence[Encoded]],
+    test: Sequence[Sequence[Encoded]],
+    *,
+    max_length: int,
+    tokens_of: Callable[[Sequence[int]], list[str]],
+    template_from: str,
+    learn: str,
+) -> GenerationReport:
+    """Measure what is to be trained on.
+
+    Args:
+        data: the rows.
+        train: for each training row the sequences that it became: one, or the windows of a long text.
+        test: the same of the test rows.
+        max_length: tokens that the model reads at once.
+        tokens_of: the texts of tokens, one each or all in one; joined they are what the model reads. It is called with
+            the first tokens of a sequence only, as what a token reads like may depend on those before it.
+        template_from: where the chat template is from, in words.
+        learn: ``all`` or ``last``, the answers of a conversation that are trained on.
+
+    Raises:
+        ValueError: ``train`` or ``test`` are not as many as the rows.
+    """
+    train_tokens, test_tokens = _token_counts(train), _token_counts(test)
+    in_all = sum(len(one.ids) for of_row in train for one in of_row)
+    in_loss = [sum(one.tokens_in_loss for one in of_row) for of_row in train]
+    questions = {normalised(asked(sample)) for sample in data.train.samples}
+    first = data.train.samples[0]
+    return GenerationReport(
+        source=str(data.train.source),
+        test_source=str(data.test.source),
+        test_from=data.test_from,
+        described=data.train.described,
+        template_from=template_from if isinstance(first, Conversation) else None,
+        loss_part=_loss_part(first, learn),
+        train_rows=len(data.train),
+        test_rows=len(data.test),
+        train_sequences=sum(map(len, train)),
+        max_length=max_length,
+        train_tokens=lengths_of(train_tokens),
+        test_tokens=lengths_of(test_tokens) if test_tokens else None,
+        sequence_tokens=in_all,
+        loss_tokens=sum(in_loss),
+        loss_share=sum(in_loss) / max(in_all, 1),
+        train_without_loss=_rows_where(data.train, train, lambda of_row: not _is_in_loss(of_row)),
+        test_without_loss=_rows_where(data.test, test, lambda of_row: not _is_in_loss(of_row)),
+        train_answers_cut=_rows_where(data.train, train, _loses_its_answer),
+        test_answers_cut=_rows_where(data.test, test, _loses_its_answer),
+        train_ends_cut=_rows_where(data.train, train, _loses_its_end),
+        unanswered=lines_where(data.train, map(_is_unanswered, data.train.samples)),
+        duplicates=lines_where(data.train, _repeats(data.train.samples)),
+        leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
+        bins=_bins(train_tokens),
+        samples=_sample_rows(data.train, train, tokens_of),
+    )
+
+
+def _token_counts(rows: Sequence[Sequence[Encoded]]) -> list[int]:
+    return [sum(one.tokens for one in of_row) for of_row in rows]
+
+
+def _loss_part(sample: Sample, learn: str) -> str:
+    if isinstance(sample, Conversation):
+        return {"all": "every answer", "last": "the last answer of each row"}[learn]
+    return "the completions" if isinstance(sample, Pair) else "all of the text"
+
+
+def _rows_where(
+    rows: Samples, encoded: Sequence[Sequence[Encoded]], is_so: Callable[[Sequence[Encoded]], bool]
+) -> Lines:
+    return lines_where(rows, map(is_so, encoded))
+
+
+def _is_in_loss(of_row: Sequence[Encoded]) -> bool:
+    return any(one.tokens_in_loss for one in of_row)
+
+
+def _loses_its_answer(of_row: Sequence[Encoded]) -> bool:
+    return _is_in_loss(of_row) and any(one.answer_cut for one in of_row)
+
+
+def _loses_its_end(of_row: Sequence[Encoded]) -> bool:
+    return _is_in_loss(of_row) and any(one.end_cut and not one.answer_cut for one in of_row)
+
+
+def _is_unanswered(sample: Sample) -> bool:
+    return isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant"
+
+
+def _repeats(samples: Sequence[Sample]) -> Iterable[bool]:
+    seen: set[Hashable] = set()
+    for sample in samples:
+        row = _compared(sample)
+        yield row in seen
+        seen.add(row)
+
+
+def _compared(sample: Sample) -> Hashable:
+    """The whole row, as it is compared."""
+    if isinstance(sample, Conversation):
+        return json.dumps([{**message, "content": normalised(message["content"])} for message in sample.messages])
+    return normalised(asked(sample)), normalised(answer_of(sample) or "")
+
+
+def _bins(lengths: Sequence[int]) -> list[LengthBin]:
+    """About ten bins of one width with round borders; the longest one in a hundred share the last one."""
+    low, most, high = min(lengths), int(np.percentile(lengths, 99, method="inverted_cdf")), max(lengths)
+    step = _round_step((most - low + 1) / BINS)
+    starts = list(range(low // step * step, most + 1, step))
+    if high >= starts[-1] + step:
+        starts.append(starts[-1] + step)
+    counts = Counter(min((length - starts[0]) // step, len(starts) - 1) for length in lengths)
+    ends = [*(start - 1 for start in starts[1:]), max(high, starts[-1] + step - 1)]
+    return [LengthBin(start, end, counts[at]) for at, (start, end) in enumerate(zip(starts, ends, strict=True))]
+
+
+def _round_step(width: float) -> int:
+    """The first of 1, 2, 5, 10, 20, 50 … that is at least ``width``."""
+    power = 1
+    while True:
+        for step in (power, 2 * power, 5 * power):
+            if step >= width:
+                return step
+        power *= 10
+
+
+def _sample_rows(
+    rows: Samples, encoded: Sequence[Sequence[Encoded]], tokens_of: Callable[[Sequence[int]], list[str]]
+) -> list[SampleRow]:
+    """The first, the middle and the last row; of a long text its first window."""
+    chosen = sorted({0, len(rows) // 2, len(rows) - 1})
+    return [
+        SampleRow(
+            rows.lines[row],
+            sum(one.tokens for one in encoded[row]),
+            len(encoded[row]),
+            _spans(encoded[row][0], tokens_of) if encoded[row] else [],
+            rows.source.unit,
+        )
+        for row in chosen
+    ]
+
+
+def _spans(one: Encoded, tokens_of: Callable[[Sequence[int]], list[str]]) -> list[Span]:
+    spans: list[Span] = []
+    text, end = "", 0
+    for in_loss, run in groupby(token == label for token, label in zip(one.ids, one.labels, strict=True)):
+        before, end = text, end + len(list(run))
+        text = "".join(tokens_of(one.ids[:end]))
+        spans.append(Span(_shortened(text[len(before) :]), in_loss))
+    if len(spans) > SHOWN_SPANS:
+        spans = [*spans[: SHOWN_SPANS // 2], Span(" … ", False), *spans[-(SHOWN_SPANS // 2) :]]
+    return spans
+
+
+def _shortened(text: str) -> str:
+    is_long = len(text) > SHOWN_START + SHOWN_END
+    return f"{text[:SHOWN_START]} … {text[-SHOWN_END:]}" if is_long else text

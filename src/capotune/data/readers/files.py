@@ -1,0 +1,69 @@
+"""A data file to a table, by the ending of its name."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from capotune.data.readers.delimited import read_delimited
+from capotune.data.readers.endings import ALLOWED, DELIMITERS, ENDINGS, JSON_ENDINGS, OTHER_ENDINGS
+from capotune.data.readers.json_rows import read_json
+from capotune.data.readers.parquet import read_parquet
+from capotune.data.readers.text import decode, read_bytes
+from capotune.data.table import Table
+from capotune.data.wording import did_you_mean, shorten
+from capotune.errors import DataError
+
+__all__ = ["no_such_file", "read_file"]
+
+HEAD: Final = 2**20
+"""Bytes of a large file that are read for its first rows."""
+
+
+def read_file(path: Path, source: str, limit: int | None) -> Table:
+    """The rows of the file at ``path``, which was given as ``source``; at most ``limit``.
+
+    Raises:
+        DataError: it is a folder, of another kind, cannot be read, or has lines that do not fit.
+    """
+    ending = path.suffix.lower()
+    if path.is_dir():
+        raise DataError("is a folder; one file is needed.", where=source, advice=_data_files_in(path))
+    if ending not in ENDINGS:
+        advice = OTHER_ENDINGS.get(ending, "Rename or convert it.")
+        raise DataError(f"files ending in {ending!r} are not read.", where=source, allowed=ALLOWED, advice=advice)
+    if limit is not None and ending != ".parquet" and path.stat().st_size > HEAD:
+        # where these rows do not end in its first lines, or are broken, the whole file tells which
+        with suppress(DataError):
+            head = _parse(read_bytes(path, source, HEAD), path, source, limit)
+            if len(head.rows) == limit:
+                return head
+    return _parse(read_bytes(path, source), path, source, limit)
+
+
+def _parse(raw: bytes, path: Path, source: str, limit: int | None) -> Table:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return read_parquet(raw, source, limit)
+    text = decode(raw, path, source)
+    if ending in JSON_ENDINGS:
+        return read_json(text, source, limit)
+    return read_delimited(text, source, DELIMITERS[ending], limit)
+
+
+def no_such_file(source: str, path: Path) -> DataError:
+    """The error for a path where nothing is, with what is near it."""
+    if not path.parent.is_dir():
+        return DataError(f"no such file, and no such folder: {path.parent}.", where=source, allowed=ALLOWED)
+    near = did_you_mean(path.name, _names_in(path.parent)).rstrip()
+    return DataError(f"no such file. {near or _data_files_in(path.parent)}", where=source, allowed=ALLOWED)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _data_files_in(folder: Path) -> str:
+    found = [name for name in _names_in(folder) if Path(name).suffix.lower() in ENDINGS]
+    return f"Data files there: {shorten(found)}." if found else "The folder holds no data file."

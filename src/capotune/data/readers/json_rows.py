@@ -1,0 +1,122 @@
+"""Json files: one object a line, or an array of objects. Every object knows the line that it starts on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from capotune.data.table import Origin, Table
+from capotune.data.wording import SHOWN, bad_rows, count, excerpt
+
+__all__ = ["read_json"]
+
+_NOT_SPACE: Final = re.compile(r"[^ \t\r\n]")
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """Stands in a value's place when it could not be read."""
+
+    why: str
+
+
+def read_json(text: str, source: str, limit: int | None) -> Table:
+    """The objects in a json file's text.
+
+    Raises:
+        DataError: a value is broken or is no object.
+    """
+    values = _array_values(text) if text.lstrip().startswith("[") else _line_values(text)
+    has_surrogates = re.search(r"\\u[dD]", text) is not None
+    columns: dict[str, None] = {}
+    rows: list[dict[str, Any]] = []
+    starts: list[int] = []
+    bad: dict[int, str] = {}
+    for line, value in values:
+        if isinstance(value, dict) and not (has_surrogates and _has_half_a_character(value)):
+            columns.update(dict.fromkeys(value))
+            rows.append(value)
+            starts.append(line)
+        else:
+            bad[line] = f"{_problem(value)}: {excerpt(text.split(chr(10), line)[line - 1])}"
+        if len(bad) == SHOWN or len(rows) == limit:
+            break
+    if bad:
+        at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
+        advice = (
+            'Allowed: one object a line, like {"text": "…", "label": "…"}, or an array of them. Correct these lines.'
+        )
+        raise bad_rows(Origin(source), f"{at_least} cannot be read as JSON objects", bad, advice)
+    return Table(list(columns), rows, starts, Origin(source))
+
+
+def _line_values(text: str) -> Iterator[tuple[int, Any]]:
+    decode = json.JSONDecoder(object_pairs_hook=_object).decode
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            try:
+                yield line, decode(content)
+            except (ValueError, RecursionError) as error:
+                yield line, _Broken(_decoder_problem(error))
+
+
+def _array_values(text: str) -> Iterator[tuple[int, Any]]:
+    """Decode an array element by element, to know each one's line. A break in it cannot be stepped over."""
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    line, counted = 1, 0
+    position = _after_space(text, text.index("[") + 1)
+    more = not text.startswith("]", position)
+    while more:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield getattr(error, "lineno", line), _Broken(_decoder_problem(error))
+            return
+        yield line, value
+        position = _after_space(text, position)
+        more = text.startswith(",", position)
+        position = _after_space(text, position + more)
+    end = _after_space(text, position + 1)
+    if not text.startswith("]", position):
+        yield text.count("\n", 0, position) + 1, _Broken("a comma or the closing ] is missing")
+    elif end < len(text):
+        yield text.count("\n", 0, end) + 1, _Broken("something follows the array's closing ]")
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _NOT_SPACE.search(text, position)
+    return match.start() if match else len(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} stands twice in one object")
+    return value
+
+
+def _decoder_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON, {error.msg[0].lower()}{error.msg[1:]} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _problem(value: object) -> str:
+    if isinstance(value, _Broken):
+        return value.why
+    if isinstance(value, dict):
+        return "half of a two-part \\ud… character"
+    return f"not an object but {'null' if value is None else type(value).__name__}"
+
+
+def _has_half_a_character(value: dict[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,123 @@
+"""Bytes of a text file to text: UTF-8, or UTF-16 with a byte-order mark. Anything else is refused with its line."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import shlex
+from pathlib import Path
+
+from capotune.data.readers.endings import ENDINGS, OTHER_ENDINGS
+from capotune.data.wording import excerpt
+from capotune.errors import DataError
+
+__all__ = ["decode", "is_plain_text", "read_bytes", "read_text"]
+
+_ALLOWED = "UTF-8, or UTF-16 with a byte-order mark"
+
+
+def is_plain_text(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` is a file that holds no rows, by its ending."""
+    path = Path(source).expanduser()
+    return os.path.isfile(path) and path.suffix.lower() not in ENDINGS  # noqa: PTH113 - as in read_table
+
+
+def read_text(source: str | os.PathLike[str]) -> str:
+    """The whole text of a file; every line ends in a line feed.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or is no text.
+    """
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if advice := OTHER_ENDINGS.get(path.suffix.lower()):
+        raise DataError("is not a text file.", where=source, advice=advice)
+    text = decode(read_bytes(path, source), path, source)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_bytes(path: Path, source: str, at_most: int | None = None) -> bytes:
+    """The bytes of a file, or of its first lines in ``at_most`` bytes. ``DataError`` when it is blank or unreadable."""
+    try:
+        if at_most is None:
+            raw = path.read_bytes()
+        else:
+            with path.open("rb") as file:
+                raw = file.read(at_most)
+            raw = raw[: raw.rfind(b"\n") + 1] or raw
+    except OSError as error:
+        advice = f"Check it with: ls -l {_quote(path)}"
+        raise DataError(f"cannot be read: {error.strerror}.", where=source, advice=advice) from error
+    if not raw.strip():
+        raise _is_empty(path, source)
+    return raw
+
+
+def decode(raw: bytes, path: Path, source: str) -> str:
+    """The text of ``raw``. ``DataError`` for other encodings, with the line, and for blank text."""
+    text = _decode(raw, path, source)
+    if not text.strip():
+        raise _is_empty(path, source)
+    return text
+
+
+def _is_empty(path: Path, source: str) -> DataError:
+    needed = "column names and rows" if path.suffix.lower() in ENDINGS else "text"
+    return DataError("is empty.", where=source, advice=f"Give a file with {needed}.")
+
+
+def _decode(raw: bytes, path: Path, source: str) -> str:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return _decode_utf16(raw, source)
+    if b"\0" in raw:
+        raise DataError(
+            "a zero byte, which no text has. This is a binary file (a sheet under another name?), a damaged one or "
+            "UTF-16 without its byte-order mark.",
+            where=f"{source}:{_line_at(raw, raw.index(0))}",
+            allowed=_ALLOWED,
+            advice=f"Export it as UTF-8, or {_without_zeros(raw, path)}",
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = len(raw) - len(error.object) + error.start
+        near = raw[max(raw.rfind(b"\n", 0, at) + 1, at - 30) : at + 30].partition(b"\n")[0]
+        raise DataError(
+            f"the byte 0x{raw[at]:02x} is not UTF-8. Windows-1252 (Excel's plain CSV) is likely; in it the place reads "
+            f"{excerpt(near.decode('cp1252', errors='replace'))}.",
+            where=f"{source}:{_line_at(raw, at)}",
+            allowed=_ALLOWED,
+            advice=f"Save it as 'CSV UTF-8', or convert it: {_iconv('WINDOWS-1252', path)}",
+        ) from error
+
+
+def _decode_utf16(raw: bytes, source: str) -> str:
+    text = raw.decode("utf-16", errors="replace")
+    broken = min((at for at in (text.find("\ufffd"), text.find("\0")) if at >= 0), default=None)
+    if broken is not None:
+        where = f"{source}:{text.count(chr(10), 0, broken) + 1}"
+        raise DataError(
+            "starts as UTF-16 and is not UTF-16 here.", where=where, advice="Export the file again, as UTF-8."
+        )
+    return text
+
+
+def _without_zeros(raw: bytes, path: Path) -> str:
+    """UTF-16 of European text is half zeros; where there are few, they are strays."""
+    if raw.count(0) * 4 > len(raw):
+        return f"convert it: {_iconv('UTF-16LE', path)}"
+    target = path.with_name(f"{path.stem}-clean{path.suffix}")
+    return f"take them out, if there is text around them: tr -d '\\000' < {_quote(path)} > {_quote(target)}"
+
+
+def _line_at(raw: bytes, position: int) -> int:
+    return raw.count(b"\n", 0, position) + 1
+
+
+def _iconv(encoding: str, path: Path) -> str:
+    target = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {_quote(path)} > {_quote(target)}"
+
+
+def _quote(path: Path) -> str:
+    return shlex.quote(str(path))

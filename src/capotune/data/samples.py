@@ -1,0 +1,155 @@
+"""Text that a model is to write: conversations, prompts with completions, and plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from capotune.data.table import Origin
+from capotune.data.wording import shorten
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Conversation",
+    "Document",
+    "Format",
+    "GenerationData",
+    "Pair",
+    "Sample",
+    "Samples",
+    "answer_of",
+    "asked",
+    "described",
+    "question_of",
+]
+
+Format = Literal["messages", "conversations", "prompt-completion", "instruction", "question-answer", "text", "template"]
+
+START: Final = 200  # characters of a document that stand for it where a question is shown
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns between people, a model and its tools, to be written out with the model's chat template.
+
+    Attributes:
+        messages: in OpenAI's form, ``{"role": "user", "content": "…"}``. Further keys (``tool_calls``, ``name`` …) are
+            kept as they are, without those that hold null; ``content`` is always a string.
+        tools: the functions that the model may call, as JSON schemas.
+        answers_from: only assistant turns at this position or later are answers to train on.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    answers_from: int = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Plain text to go on from, and how it goes on. No chat template is used."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, all of which is trained on."""
+
+    text: str
+
+
+Sample = Conversation | Pair | Document
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of one source; ``samples[i]`` starts on line ``lines[i]`` of ``source``.
+
+    ``format`` is how they were read, ``columns`` are those that were read (none in a plain text file).
+    """
+
+    samples: list[Sample]
+    lines: list[int]
+    source: Origin
+    format: Format
+    columns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def where(self, row: int) -> str:
+        """Where a row stands, as messages name it."""
+        return self.source.at(self.lines[row])
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
+        """The rows at ``indices``, in that order."""
+        return replace(
+            self,
+            samples=[self.samples[index] for index in indices],
+            lines=[self.lines[index] for index in indices],
+        )
+
+    @property
+    def described(self) -> str:
+        """The format and the columns in words."""
+        if self.format == "prompt-completion" and any(isinstance(sample, Conversation) for sample in self.samples[:1]):
+            return f"{described(self.format, self.columns)} (messages)"
+        return described(self.format, self.columns) if self.columns else "plain text"
+
+
+@dataclass(frozen=True)
+class GenerationData:
+    """What to train on and what to test on. ``test_from`` says in words where the test rows are from."""
+
+    train: Samples
+    test: Samples
+    test_from: str = "given"
+
+
+def described(format: Format, columns: Sequence[str]) -> str:
+    """Format and columns in words."""
+    if format in ("messages", "conversations", "text"):
+        return f"{format} (column{'s' * (len(columns) > 1)} {shorten(columns)})"
+    if format == "template":
+        return f"a prompt of {shorten(columns[:-1])}, completion in {columns[-1]!r}"
+    return ", ".join(columns)
+
+
+# What was asked, and what was answered
+
+
+def question_of(sample: Sample) -> str:
+    """What the model is asked, to be shown: the last user turn before the answer, the prompt, or how a text starts."""
+    if isinstance(sample, Conversation):
+        return _user_turns(sample)[-1] if _user_turns(sample) else ""
+    return sample.prompt if isinstance(sample, Pair) else sample.text[:START]
+
+
+def asked(sample: Sample) -> str:
+    """All that the model is asked, to compare rows: every user turn before the answer, the prompt, or the whole text.
+
+    In a long conversation the last turn alone ("and then?") would make rows equal that have nothing in common.
+    """
+    if isinstance(sample, Conversation):
+        return "\n".join(_user_turns(sample) or [message["content"] for message in sample.messages])
+    return sample.prompt if isinstance(sample, Pair) else sample.text
+
+
+def answer_of(sample: Sample) -> str | None:
+    """The answer to compare with: the assistant's turn at the end, or the completion. None where there is none."""
+    if isinstance(sample, Conversation):
+        last = sample.messages[-1]
+        return last["content"] if last["role"] == "assistant" and last["content"].strip() else None
+    return sample.completion if isinstance(sample, Pair) else None
+
+
+def _user_turns(conversation: Conversation) -> list[str]:
+    """What the user said before the assistant's last turn."""
+    roles = [message["role"] for message in conversation.messages]
+    end = len(roles) - roles[::-1].index("assistant")
+    return [message["content"] for message in conversation.messages[:end] if message["role"] == "user"]

@@ -1,0 +1,141 @@
+"""Which rows are held out: for the test, and in training to see when to stop. Every task splits its rows here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+
+from capotune.data.table import Origin
+from capotune.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "told_apart"]
+
+
+class TakesRows(Protocol):
+    """Rows of one source, of which some can be taken."""
+
+    @property
+    def source(self) -> Origin:
+        """Where they are from."""
+
+    def take(self: AnyRows, indices: Sequence[int] | NDArray[np.int64]) -> AnyRows:
+        """The rows at ``indices``, in that order."""
+
+
+AnyRows = TypeVar("AnyRows", bound=TakesRows)
+
+
+def told_apart(
+    rows: AnyRows, parts: Sequence[str], test: tuple[AnyRows, Sequence[str]] | None
+) -> tuple[AnyRows, AnyRows, str] | None:
+    """Training rows, test rows and where the latter are from, as the data tells them apart; None where it does not.
+
+    Args:
+        rows: all rows of the data.
+        parts: for each of them ``train`` or ``test`` as a column ``split`` says; empty without that column.
+        test: rows and parts of a second source to test on.
+
+    Raises:
+        DataError: a column ``split`` marks no row as that part.
+    """
+    if test is not None:
+        test_rows, test_parts = test
+        return _part(rows, parts, "train"), _part(test_rows, test_parts, "test"), str(test_rows.source)
+    if "test" in parts:
+        return _part(rows, parts, "train"), _part(rows, parts, "test"), "the column 'split'"
+    return None
+
+
+def rows_to_score(rows: AnyRows, parts: Sequence[str]) -> AnyRows:
+    """The rows that ``parts`` mark as test; where none are, all."""
+    return _part(rows, parts, "test") if "test" in parts else rows
+
+
+def _part(rows: AnyRows, parts: Sequence[str], wanted: str) -> AnyRows:
+    if not parts:
+        return rows
+    chosen = [index for index, part in enumerate(parts) if part == wanted]
+    if not chosen:
+        advice = "Mark some, or remove the column."
+        raise DataError(f"the column 'split' marks no row as {wanted}.", where=str(rows.source), advice=advice)
+    return rows.take(chosen)
+
+
+def refuse_same_source(data: str, test: str) -> None:
+    """Raise a ``DataError`` when both are one file, under whatever name."""
+    paths = os.path.expanduser(data), os.path.expanduser(test)  # noqa: PTH111
+    if data == test or (all(map(os.path.exists, paths)) and os.path.samefile(*paths)):  # noqa: PTH121
+        raise DataError(
+            "is given as test data (`test`) and as training data (`data`), so the score would mean nothing.",
+            where=test,
+            advice="Give other rows, or leave `test` out: a part of the data is then held out.",
+        )
+
+
+def hold_out(
+    labels: Sequence[int], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Choose rows to hold out, of each label the same part as near as whole rows allow.
+
+    Each label keeps at least one row to train on, so a label with a single row is never held out. Rows of one group
+    (say, equal texts) stay together; a group whose rows differ in label is trained on, as no answer to it is right.
+
+    Args:
+        labels: a number for each row.
+        fraction: the part to hold out, between 0 and 1.
+        seed: the same labels, groups and seed give the same rows.
+        groups: for each row the group it belongs to; without it each row is its own.
+
+    Returns:
+        The row numbers to train on and those held out, both ascending.
+
+    Raises:
+        DataError: no label has two groups, so nothing can be held out.
+        SettingError: ``fraction`` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        allowed = "more than 0 and less than 1, such as 0.2"
+        raise SettingError(f"The fraction to hold out is {fraction}.", allowed=allowed)
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(range(len(labels)) if groups is None else groups):
+        members.setdefault(group, []).append(row)
+    units: dict[int, list[list[int]]] = {}
+    for rows in members.values():
+        if len({labels[row] for row in rows}) == 1:
+            units.setdefault(labels[rows[0]], []).append(rows)
+    if all(len(of_label) < 2 for of_label in units.values()):
+        raise DataError("nothing can be held out, as no label has two different texts.", advice="Add rows.")
+    rng = np.random.default_rng(seed)
+    quotas = _quotas([len(of_label) for of_label in units.values()], fraction, rng)
+    held = [
+        row
+        for of_label, quota in zip(units.values(), quotas, strict=True)
+        for chosen in rng.permutation(len(of_label))[:quota]
+        for row in of_label[chosen]
+    ]
+    is_held = np.zeros(len(labels), dtype=bool)
+    is_held[held] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def _quotas(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[int]:
+    """How many of each size to take: rounded down, then one more where most was lost, until the sum is right."""
+    exact = [size * fraction for size in sizes]
+    quotas = [int(share) for share in exact]
+    missing = max(1, round(sum(exact))) - sum(quotas)
+    lost = rng.permutation(len(sizes)).tolist()
+    lost.sort(key=lambda index: quotas[index] - exact[index])
+    for index in [index for index in lost if quotas[index] + 1 < sizes[index]][: max(0, missing)]:
+        quotas[index] += 1
+    return quotas
+
+
+def normalised(text: str) -> str:
+    """``text`` as it is compared: without regard to case and to the amount of space."""
+    return " ".join(text.casefold().split())
