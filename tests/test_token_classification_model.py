@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from capotune.data.batches import NOT_LEARNED, Rows
+from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.models.load import find, load_backbone
 from capotune.models.packing import packed, try_packing
 from capotune.tasks.token_classification.model import TokenClassifier
 
 ROWS = [[2, 5, 6, 7, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 3]]
-_ = NOT_LEARNED
+_ = IGNORE_INDEX
 TARGETS = [[_, 0, _, 1, _], [_, 2, _], [_, 1, 1, _, _, 0, _]]
 LAYERS = ((-1,), (0, 1, 2), (1,))
 
@@ -36,7 +36,7 @@ def read_one_by_one(model: Any, layers: tuple[int, ...]) -> torch.Tensor:
     found = []
     for ids, labels in zip(ROWS, TARGETS, strict=True):
         output = model.backbone(torch.tensor([ids]), output_hidden_states=True)
-        words = [at for at, label in enumerate(labels) if label != NOT_LEARNED]
+        words = [at for at, label in enumerate(labels) if label != IGNORE_INDEX]
         found.append(torch.cat([output.hidden_states[layer][0, words] for layer in layers], dim=1))
     return torch.cat(found)
 
@@ -46,7 +46,7 @@ def read_one_by_one(model: Any, layers: tuple[int, ...]) -> torch.Tensor:
 def test_features_are_the_states_of_the_words(base: Path, layers: tuple[int, ...]) -> None:
     model = made(base, layers)
     expected = read_one_by_one(model, layers)
-    rows, packing = Rows(ROWS, 0), try_packing(model.backbone)
+    rows, packing = TokenRows(ROWS, 0), try_packing(model.backbone)
     padded = model.features(rows.batch(np.arange(3), TARGETS))
     torch.testing.assert_close(padded, expected, rtol=1e-5, atol=1e-5)
     assert packing.first_position is not None
@@ -59,8 +59,10 @@ def test_features_are_the_states_of_the_words(base: Path, layers: tuple[int, ...
 def test_words_of_rows_after_a_prompt_are_the_same_words(bert: Path) -> None:
     """What stands before every row moves the words and is none itself."""
     model = made(bert, (-1,))
-    prompted = Rows(ROWS, 0, prefix=[20, 21]).batch(np.arange(3), TARGETS)
-    written = Rows([[20, 21, *row] for row in ROWS], 0).batch(np.arange(3), [[-100, -100, *row] for row in TARGETS])
+    prompted = TokenRows(ROWS, 0, prefix=[20, 21]).batch(np.arange(3), TARGETS)
+    written = TokenRows([[20, 21, *row] for row in ROWS], 0).batch(
+        np.arange(3), [[-100, -100, *row] for row in TARGETS]
+    )
     assert torch.equal(model.features(prompted), model.features(written))
     assert len(model.features(prompted)) == 6
 
@@ -69,13 +71,13 @@ def test_words_of_rows_after_a_prompt_are_the_same_words(bert: Path) -> None:
 @torch.no_grad()
 def test_other_programs_get_the_logits_of_every_token(base: Path, layers: tuple[int, ...]) -> None:
     model = made(base, layers)
-    batch = Rows(ROWS, 0).batch(np.arange(3), TARGETS)
-    labels = batch.laid_out(batch.targets.float()).long().masked_fill(batch.attention_mask == 0, NOT_LEARNED)
+    batch = TokenRows(ROWS, 0).batch(np.arange(3), TARGETS)
+    labels = batch.laid_out(batch.targets.float()).long().masked_fill(batch.attention_mask == 0, IGNORE_INDEX)
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels)
     assert output.logits.shape == (3, 7, 3)
     own = model.logits(batch)
-    torch.testing.assert_close(batch.flat(output.logits)[batch.learned], own, rtol=1e-5, atol=1e-5)
-    loss = torch.nn.functional.cross_entropy(own, batch.targets[batch.learned])
+    torch.testing.assert_close(batch.flat(output.logits)[batch.in_loss], own, rtol=1e-5, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(own, batch.targets[batch.in_loss])
     torch.testing.assert_close(output.loss, loss)
     embedded = model.backbone.get_input_embeddings()(batch.input_ids)
     again = model(inputs_embeds=embedded, attention_mask=batch.attention_mask)

@@ -51,12 +51,12 @@ class TokenClassifier(nn.Module):
 
     def features(self, batch: Batch, layers: tuple[int, ...] | None = None) -> torch.Tensor:
         """States of the batch's words, (words, len(layers)·hidden), row after row; ``layers`` are the head's own when
-        left out. A word stands where the batch has a target (``Batch.learned``)."""
+        left out. A word stands where the batch has a target (``Batch.in_loss``)."""
         layers = layers or self.feature_layers
         if layers == (-1,):
-            return batch.states(self.backbone, batch.learned)
+            return batch.states(self.backbone, batch.in_loss)
         states = self.backbone(output_hidden_states=True, **batch.inputs).hidden_states
-        return torch.cat([batch.flat(states[layer])[batch.learned] for layer in layers], dim=1)
+        return torch.cat([batch.flat(states[layer])[batch.in_loss] for layer in layers], dim=1)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(words, labels)."""
