@@ -157,12 +157,12 @@ def run_call_by_call(program: Any, values: dict[str, int]) -> None:
     import torch
     from torch.profiler import record_function
 
-    from capotune.kernels import _native, abi
+    from capotune.kernels import _native, abi, policy
 
     program._symbols or program._translate()
     fields = program._matrix @ np.array([1, *(values[name] for name in program._symbols[1:])], np.int64)
     names = kernel_names()
-    sharer, counts = _native.library("elementwise_cpu"), (torch.get_num_threads(), _native.SHARE)
+    sharer, counts = _native.library("elementwise_cpu"), (torch.get_num_threads(), policy.ELEMENTS_PER_THREAD)
     call = abi.layout("call")
     for at in range(0, len(program._calls) * call.size, call.size):
         kernel, arguments = (fields[(at + call.offsets[name]) // 8 :] for name in ("kernel", "arguments"))

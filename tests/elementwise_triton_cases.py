@@ -182,7 +182,7 @@ def test_a_target_beyond_the_vocabulary_is_no_number(target: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_loss_of_an_output_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of a few rows; logits of 16 bits are never widened."""
-    monkeypatch.setattr("capotune.kernels.cross_entropy._LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr("capotune.kernels.policy.LOGITS_AT_ONCE", 300)
     hidden, weight = random(11, 16, dtype=dtype), random(90, 16, dtype=dtype, seed=1)
     targets = torch.arange(0, 88, 8, device=DEVICE)
     hidden.requires_grad_()

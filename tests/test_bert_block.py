@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capotune.errors import SettingError
-from capotune.kernels import bert_block, frozen_linear, linear
+from capotune.kernels import bert_block, frozen_linear, linear, policy
 from capotune.kernels.attention import Sequences
 from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
 from capotune.kernels.linear import sixteen_bits
@@ -34,7 +34,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setattr(linear, "matrix_unit", lambda: None)
         monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: True)
-        monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
+        monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
     return str(request.param)
 
 
@@ -240,9 +240,9 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         groups = halved.groups[0], (layer,), *halved.groups[2:]
         block = BertBlock(groups, [norm, halved.norms[1]], **halved.how, memory=Memory())
         assert block.takes(made.x, made.sequences) == takes
-    monkeypatch.setattr(linear, "_FEWEST_ROWS", 51)
+    monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 51)
     assert not made.block.takes(made.x, made.sequences)
-    monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
     monkeypatch.setattr(linear, "matrix_unit", lambda: None)
     monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: False)
     assert not made.block.takes(made.x, made.sequences)

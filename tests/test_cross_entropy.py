@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError, SettingError
-from capotune.kernels import _native, cross_entropy
+from capotune.kernels import _native, cross_entropy, policy
 from capotune.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -47,7 +47,7 @@ def test_it_is_the_definition(
     tokens: int, hidden: int, vocabulary: int, with_bias: bool, smoothing: float, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", 5 * vocabulary)  # several chunks, the last one short
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", 5 * vocabulary)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(tokens)
     states = torch.randn(tokens, hidden, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, hidden, generator=generator).to(dtype)
@@ -67,8 +67,8 @@ def test_it_is_the_definition(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_are_larger_in_lent_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is the same from call to call, and gone afterwards; only where it is of this dtype."""
-    monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", 3 * 50)
-    monkeypatch.setattr(cross_entropy, "_LOGITS_IN_LENT_MEMORY", 20 * 50)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", 3 * 50)
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE_IN_LENT_MEMORY", 20 * 50)
     chunks: list[tuple[int, int]] = []
     real = cross_entropy.softmax_cross_entropy
 
@@ -208,7 +208,7 @@ def test_a_target_beyond_the_vocabulary_is_refused(wrong: int) -> None:
 def test_threads_share_a_chunk_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = torch.randn(29, 50), torch.randint(50, (29,))
     threads, found = torch.get_num_threads(), []
-    monkeypatch.setattr(_native, "SHARE", 50)
+    monkeypatch.setattr(policy, "ELEMENTS_PER_THREAD", 50)
     try:
         for number in (1, 3):
             torch.set_num_threads(number)

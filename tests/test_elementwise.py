@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capotune.errors import SettingError
-from capotune.kernels import _native
+from capotune.kernels import _native, policy
 from capotune.kernels.gelu import Gelu, gelu_forward, gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from capotune.kernels.lora_linear import Prologue
@@ -521,7 +521,7 @@ def one_of_the_threads(work: int, data: int, _threads: int, _flags: int) -> None
 def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up, grad = (random(53, 31, seed=seed) for seed in range(3))
     alone = differentiate(swiglu, (gate, up), grad=grad)
-    monkeypatch.setattr(_native, "SHARE", 31)
+    monkeypatch.setattr(policy, "ELEMENTS_PER_THREAD", 31)
     asked = []
     fork_join = {"PyTorch's": _native.fork_join(), "one of the threads": one_of_the_threads, "none": None}[pool]
     monkeypatch.setattr(_native, "fork_join", lambda: asked.append(1) or fork_join)

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 from capotune.errors import SettingError
 from capotune.evaluation import generate as module
 from capotune.evaluation.generate import context_length, generate, stream
+from capotune.kernels import policy
 from capotune.methods.prompt_tuning import PromptEmbedding
 from capotune.settings import DecodingSettings
 
@@ -137,7 +138,7 @@ def test_small_batches_give_the_same_text_in_the_given_order(monkeypatch: pytest
         return original(assembled, prompts, *rest)
 
     monkeypatch.setattr(module, "_write", counted)
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr(policy, "GENERATE_TOKENS_AT_ONCE", 60)
     seen: list[tuple[int, int]] = []
     assert generate(assembled, rows, settings(), lambda done, total: seen.append((done, total))) == whole
     assert sum(sizes) == 11
@@ -191,7 +192,7 @@ def test_a_seed_decides_the_text_whatever_batch_it_stands_in(monkeypatch: pytest
     assert whole == generate(assembled, rows, drawn)
     assert whole != generate(assembled, rows, settings(temperature=1.5, seed=5))
     assert "".join(stream(assembled, rows[0], drawn)) == whole[0]
-    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(policy, "GENERATE_TOKENS_AT_ONCE", 1)
     assert whole == generate(assembled, rows, drawn)
 
 

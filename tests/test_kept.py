@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from capotune.engine import loop
-from capotune.kernels import kept
+from capotune.kernels import kept, policy
 from capotune.kernels._native import library
 from capotune.kernels.kept import halve, halved_reference, kept_in_16_bits, whole_again
 from capotune.settings import LoraSettings
@@ -40,7 +39,7 @@ def put_away(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return real(x)
 
     monkeypatch.setattr(kept, "halve", note)
-    monkeypatch.setattr(kept, "_FEWEST", 1)
+    monkeypatch.setattr(policy, "QUANTIZE_SAVED_FROM_ELEMENTS", 1)
     return shapes
 
 
@@ -128,7 +127,7 @@ def test_training_with_many_tokens_at_a_time_goes_as_with_few(
     made: Any = helpers if base == "bert" else generation_helpers
     runs, ends = [], []
     for many in (1, 10**9):
-        monkeypatch.setattr(loop, "_MANY_TOKENS", many)
+        monkeypatch.setattr(policy, "QUANTIZE_SAVED_FROM_TOKENS", many)
         put_away.clear()
         method = LoraSettings(
             rank=4, target_modules=("all-linear",), learning_rate=1e-3, epochs=2, batch_size=16,

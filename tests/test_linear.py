@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from capotune.engine import loop
 from capotune.errors import SettingError
-from capotune.kernels import _native, bert_block, frozen_linear, linear
+from capotune.kernels import _native, bert_block, frozen_linear, linear, policy
 from capotune.kernels.frozen_linear import frozen_unit
 from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
 from capotune.models import fused
@@ -132,7 +132,7 @@ def unit(some_unit: ctypes.CDLL, some_frozen_unit: ctypes.CDLL, monkeypatch: pyt
 @pytest.fixture
 def native(unit: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - it is asked for, not used
     """Runs a test on the matrix unit, also for few rows."""
-    monkeypatch.setattr(linear, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -586,7 +586,7 @@ def test_other_layouts_are_pytorchs(called: list[str]) -> None:
 @pytest.mark.parametrize("more", [-10, -1, 0, 1])
 def test_few_rows_are_pytorchs(more: int, called: list[str]) -> None:
     """Below the fewest that are worth it."""
-    check(problem(linear._FEWEST_ROWS + more, 64, 64), "native" if more >= 0 else "reference")
+    check(problem(policy.REDUCED_PRECISION_ROWS + more, 64, 64), "native" if more >= 0 else "reference")
     assert called == (ALL_WAYS if more >= 0 else [])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capotune.errors import SettingError
-from capotune.kernels import _native, low_rank
+from capotune.kernels import _native, low_rank, policy
 from capotune.kernels.low_rank import gather, project, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,7 +214,7 @@ def test_other_dtypes_are_pytorchs(dtype: torch.dtype, called: list[str]) -> Non
 @pytest.mark.parametrize("size", [(1, 9, 3), (7, 64, 8), (45, 67, 13), (100, 8, 48), (40, 7, 2)])
 def test_threads_share_the_work_out(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: each number is one thread's."""
-    monkeypatch.setattr(_native, "SHARE", 5)
+    monkeypatch.setattr(policy, "ELEMENTS_PER_THREAD", 5)
     x, low, matrix = problem(*size)
     found: list[list[Tensor]] = []
     for threads in (1, 2, 3, 5):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from capotune.errors import ModelError, SettingError
-from capotune.kernels import _native, nf4
+from capotune.kernels import _native, nf4, policy
 from capotune.kernels.nf4 import (
     Linear4bit,
     QuantizedTensor,
@@ -254,9 +254,9 @@ def test_every_half_precision_number_reads_the_same_in_c() -> None:
 def test_threads_and_chunks_share_the_work_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make("normal", (1001, 77), torch.float32)
     expected = quantize_4bit(x)
-    for share in ("QUANTIZE_SHARE", "ABSMAX_SHARE", "DEQUANTIZE_SHARE"):
-        monkeypatch.setattr(nf4, share, 4096)
-    monkeypatch.setattr(nf4, "CHUNK", 4096)
+    for share in ("QUANTIZE_PER_THREAD", "ABSMAX_PER_THREAD", "DEQUANTIZE_PER_THREAD"):
+        monkeypatch.setattr(policy, share, 4096)
+    monkeypatch.setattr(policy, "QUANTIZE_AT_ONCE", 4096)
     torch.set_num_threads(7)
     assert_equal_quantized(quantize_4bit(x), expected)
     whole = dequantize_4bit(expected)

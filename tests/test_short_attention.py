@@ -13,7 +13,7 @@ from test_attention import assert_alike, drawn, out_and_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from capotune.kernels import _native
+from capotune.kernels import _native, policy
 from capotune.kernels import attention as attention_module
 from capotune.kernels.attention import Sequences, packed_attention, packed_attention_reference
 
@@ -240,7 +240,7 @@ def test_layouts(causal: bool) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [(40,), (0, 3, 17, 1, 9), (1, 1)])
 def test_threads_give_the_same_bits(lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "SHARE", 5)
+    monkeypatch.setattr(policy, "ELEMENTS_PER_THREAD", 5)
     given_ = drawn(lengths, (16, 6, 3))
     found = []
     for threads in (1, 3, 4):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from capotune.errors import ModelError, SettingError
+from capotune.kernels import policy
 from capotune.methods import Method, Start, Untouched, make
 from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
@@ -32,8 +33,6 @@ from capotune.settings import MethodSettings
 from capotune.tasks.base import Task
 from capotune.tasks.classification import Classification, SequenceClassifier
 from capotune.tasks.generation import PLAIN_TEMPLATE, Generation
-
-_MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def attach(assembled: Assembled, start: Start) -> None:
 
 def readable_layers(num_blocks: int, hidden_size: int) -> tuple[int, ...]:
     """Hidden states for a head that reads several: all, or evenly spread ones when all are too wide; the last is in."""
-    count = max(1, min(num_blocks + 1, _MOST_FEATURES // hidden_size))
+    count = max(1, min(num_blocks + 1, policy.HEAD_FEATURES // hidden_size))
     if count == 1:
         return (-1,)
     return tuple(round(number * num_blocks / (count - 1)) for number in range(count))

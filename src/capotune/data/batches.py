@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from capotune.kernels import policy
 from capotune.kernels.attention import Sequences
 
 _POOL = 50  # batches whose rows are sorted by length together: near-uniform lengths, yet a new mix every epoch
@@ -140,7 +141,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 def tokens_at_once(device: torch.device) -> int:
     """How many are read at a time where nothing is trained: what some hundred of them leave is still in a CPU's caches
     when it is read again, and a GPU likes more."""
-    return 768 if device.type == "cpu" else 4096
+    return policy.INFERENCE_TOKENS_AT_ONCE if device.type == "cpu" else policy.INFERENCE_TOKENS_AT_ONCE_ON_GPU
 
 
 def sorted_order(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:

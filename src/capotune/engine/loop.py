@@ -23,14 +23,13 @@ from capotune.data.batches import Batch, Targets, TokenRows, epoch_order, parts_
 from capotune.device import reusing_memory
 from capotune.engine.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
+from capotune.kernels import policy
 from capotune.kernels.kept import kept_in_16_bits
 from capotune.kernels.linear import sixteen_bits
 from capotune.kernels.memory import lending
 from capotune.models.architecture import with_forward
 from capotune.settings import TrainingSettings
 from capotune.tasks.base import Score
-
-_MANY_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,8 @@ def accumulate(
 
 def _keeping_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:
     """With many tokens at a time, what is kept of each on a CPU is what counts in memory."""
-    return kept_in_16_bits() if sum(lengths[row] for row in part) >= _MANY_TOKENS else nullcontext()
+    many = sum(lengths[row] for row in part) >= policy.QUANTIZE_SAVED_FROM_TOKENS
+    return kept_in_16_bits() if many else nullcontext()
 
 
 def _batch(

@@ -36,10 +36,9 @@ from transformers.generation import (
 
 from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
+from capotune.kernels import policy
 from capotune.models.load import max_length
 from capotune.settings import DecodingSettings
-
-_TOKENS_AT_ONCE = 8192  # in one batch, answers included: bounds the memory of keys and values
 
 
 def generate(
@@ -234,7 +233,8 @@ def _batches(
     for row in sorted(range(len(prompts)), key=lambda row: (tokens[row], -len(prompts[row]))):
         if batch:
             width = virtual + len(prompts[batch[0]]) + tokens[row]
-            if tokens[row] != tokens[batch[0]] or (len(batch) + 1) * width * decoding.num_beams > _TOKENS_AT_ONCE:
+            together = (len(batch) + 1) * width * decoding.num_beams
+            if tokens[row] != tokens[batch[0]] or together > policy.GENERATE_TOKENS_AT_ONCE:
                 yield batch, tokens[batch[0]]
                 batch = []
         batch.append(row)

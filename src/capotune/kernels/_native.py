@@ -25,7 +25,7 @@ import torch
 
 from capotune.device import cpu_level
 from capotune.errors import SettingError
-from capotune.kernels import abi
+from capotune.kernels import abi, policy
 
 __all__ = [
     "address", "as_rows", "check_shape", "dtype_code", "elementwise", "fork_join", "in_threads", "library",
@@ -55,10 +55,8 @@ MORE_SIMD_FLAGS = {
     "frozen_amx": ("-mfma", "-mamx-tile", "-mamx-int8"),
 }
 COMPILE_SECONDS = 120
-# How elementwise_cpu.c calls the dtypes, and how many numbers are worth a thread: 10 to 30 µs of work, where waking a
-# thread of PyTorch's pool, which waits for the next product in a loop, costs some 5 µs.
+# How elementwise_cpu.c calls the dtypes.
 ELEMENTWISE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-SHARE = 2**15
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +182,7 @@ def over_rows(lib: ctypes.CDLL, kernel: str, rows: int, columns: int, /, **argum
     if rows == 0:
         return
     function, block = getattr(lib, kernel), abi.kernel_layout(kernel).pack(arguments)
-    threads = min(torch.get_num_threads(), rows, rows * columns // SHARE)
+    threads = min(torch.get_num_threads(), rows, rows * columns // policy.ELEMENTS_PER_THREAD)
     pool = fork_join() if threads > 1 else None
     sharer = library("elementwise_cpu")
     if pool is None or sharer is None:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from capotune.kernels import policy
 from capotune.kernels._native import address, as_rows, over_rows, products
 
-MOST_LENGTH, MOST_HEAD, _LANES = 512, 128, 8
-"""Up to where products_cpu.c is faster, and the numbers in one of its vectors."""
+_LANES = 8
+"""Numbers in one of products_cpu.c's vectors."""
 _FLASH, _FLASH_HEAD = (torch.bfloat16, torch.float16), 256  # what flash attention takes
 _CAUSAL = 1  # of PyTorch's masks by number: from the top left corner
 
@@ -164,7 +165,8 @@ def _efficient(
 def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> CDLL | None:
     """The kernels for short sequences, where these are such."""
     size = q.shape[-1]
-    short = max(sequences.lengths, default=0) <= MOST_LENGTH and size <= MOST_HEAD and size % _LANES == 0
+    narrow = size <= policy.SHORT_ATTENTION_HEAD_SIZE and size % _LANES == 0
+    short = narrow and max(sequences.lengths, default=0) <= policy.SHORT_ATTENTION_LENGTH
     return products(q, k, v) if short else None
 
 

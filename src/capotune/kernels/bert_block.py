@@ -21,8 +21,9 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import SettingError
+from capotune.kernels import policy
 from capotune.kernels._native import address, check_shape, library
-from capotune.kernels.attention import MOST_HEAD, MOST_LENGTH, Sequences, packed_attention_reference
+from capotune.kernels.attention import Sequences, packed_attention_reference
 from capotune.kernels.frozen_linear import MOST_TERMS, allowed, frozen_unit, kernel_form, strip_bytes
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
@@ -99,14 +100,14 @@ class BertBlock:
             and max(max(weight.shape) for weight in weights) <= MOST_TERMS
             and _ranks(groups[0]) <= MOST_RANKS
             and max(ranks, default=0) <= MOST_RANKS
-            and 0 < head_size <= MOST_HEAD
+            and 0 < head_size <= policy.SHORT_ATTENTION_HEAD_SIZE
             and head_size % _LANES == 0
             and scale > 0
         )
 
     def takes(self, x: torch.Tensor, sequences: Sequences, wanted: torch.Tensor | None = None) -> bool:
         """Whether it is for such input (tokens, hidden), here and now."""
-        short = max(sequences.lengths, default=0) <= MOST_LENGTH
+        short = max(sequences.lengths, default=0) <= policy.SHORT_ATTENTION_LENGTH
         some = wanted is None or len(wanted) > 0
         plain = self._known and some and short and x.dtype == torch.float32 and x.is_contiguous()
         return plain and allowed(x) and library("products_cpu") is not None

@@ -19,15 +19,10 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError
-from capotune.kernels import elementwise_triton
+from capotune.kernels import elementwise_triton, policy
 from capotune.kernels._native import address, check_shape, elementwise, over_rows
 from capotune.kernels.linear import Rows, input_gradient
 from capotune.kernels.memory import shared_memory
-
-_LOGITS_AT_ONCE = 2**23
-"""Numbers in one chunk of logits: 32 MiB in fp32."""
-_LOGITS_IN_LENT_MEMORY = 2**25
-"""Where memory is lent (``memory.py``), so that a large chunk, for which W is read less often, costs no new pages."""
 
 
 def linear_cross_entropy_reference(
@@ -68,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
         memory = shared_memory() if hidden.is_cpu and hidden.dtype == torch.float32 else None
-        most = _LOGITS_AT_ONCE if memory is None else _LOGITS_IN_LENT_MEMORY
+        most = policy.LOGITS_AT_ONCE if memory is None else policy.LOGITS_AT_ONCE_IN_LENT_MEMORY
         rows = max(1, min(most // len(weight), len(hidden)))
         if memory is None:
             space = torch.empty(rows * len(weight), dtype=hidden.dtype, device=hidden.device)

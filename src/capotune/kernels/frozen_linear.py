@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from capotune.device import cpu_level
-from capotune.kernels import linear
+from capotune.kernels import linear, policy
 from capotune.kernels._native import address, library, over_rows
 from capotune.kernels.linear import fit_for_kernels
 
@@ -51,13 +51,13 @@ def frozen_unit() -> ctypes.CDLL | None:
 @cache
 def _vectors_are_faster() -> bool:
     """Whether ``prepacked_product_fp32`` is faster here than PyTorch's product: so measured for AVX2."""
-    return cpu_level() == "avx2" and library("products_cpu") is not None
+    return cpu_level() in policy.PREPACKED_FP32_LEVELS and library("products_cpu") is not None
 
 
 def may_be_kept(weights: int) -> bool:
     """Whether both forms of so many weights, of a whole model, may stand beside it: with a matrix unit up to 1 GiB,
     since such machines are servers, and they halve a step's time; else up to 256 MiB."""
-    each, most = (4, 2**28) if frozen_unit() is None else (2, 2**30)
+    each, most = (4, policy.PREPACKED_BYTES) if frozen_unit() is None else (2, policy.PREPACKED_BYTES_WITH_AMX)
     return 2 * each * weights <= most
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from capotune.kernels import policy
 from capotune.kernels._native import address, elementwise, over_rows
 
 __all__ = ["Halved", "halve", "halved_reference", "kept_in_16_bits", "whole_again"]
 
-_FEWEST = 2**16  # numbers, below which there is little to save
 _LARGEST = 32767
 
 
@@ -81,7 +81,8 @@ def _put_away(x: torch.Tensor) -> Any:
     """Weights stay where they are, turned ones too, and so do buffers, which have no rows."""
     weight = isinstance(x if x._base is None else x._base, nn.Parameter)
     activation = x.dim() > 1 and not weight and x.dtype == torch.float32 and x.is_cpu
-    return halve(x) if activation and x.numel() >= _FEWEST and elementwise(x) is not None else x
+    large = x.numel() >= policy.QUANTIZE_SAVED_FROM_ELEMENTS
+    return halve(x) if activation and large and elementwise(x) is not None else x
 
 
 def _fetch(kept: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from capotune.device import cpu_level
-from capotune.kernels import abi
+from capotune.kernels import abi, policy
 from capotune.kernels._native import address, check_shape, fork_join, library
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
 ]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
-_MANY_OUTPUTS = 1536  # above, as in a vocabulary, the gradients of all outputs are not made ready together
-_FEWEST_ROWS = 48  # below, a product waits for the weight, and PyTorch's reads it as fast
 
 _enough = ContextVar("sixteen bits are enough", default=False)
 
@@ -94,7 +92,7 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor 
     if unit is None:
         return grad @ weight if onto is None else onto.addmm_(grad, weight)
     y = torch.empty(len(grad), weight.shape[1], dtype=torch.float32) if onto is None else onto
-    strips = _room_for_strips(*grad.shape) if len(weight) <= _MANY_OUTPUTS else None
+    strips = _room_for_strips(*grad.shape) if len(weight) <= policy.PREPARED_STRIPS_OUTPUTS else None
     _multiply(unit.linear_input_gradient, grad, weight, None, y, strips, onto=onto is not None, ready=False)
     return y
 
@@ -148,7 +146,7 @@ def matrix_unit() -> ctypes.CDLL | None:
 
 def fit_for_kernels(x: torch.Tensor) -> bool:
     """Whether activations x (rows, any) are such as kernels of sixteen bits are for, here and now: not a few rows."""
-    return _enough.get() and len(x) >= _FEWEST_ROWS and x.is_cpu and x.dtype == torch.float32
+    return _enough.get() and len(x) >= policy.REDUCED_PRECISION_ROWS and x.is_cpu and x.dtype == torch.float32
 
 
 def _unit_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capotune.errors import ModelError, SettingError
-from capotune.kernels import nf4_triton
+from capotune.kernels import nf4_triton, policy
 from capotune.kernels._native import in_threads, library, pointer
 from capotune.kernels._triton import available
 
@@ -59,13 +59,8 @@ NF4_VALUES = (
 FP4_VALUES = tuple(sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # A block of zeros has absmax 0; dividing by this instead leaves its scaled weights at 0.
 SMALLEST_SCALE = 1e-38
-# How the C kernels call the dtypes, and how many numbers are worth a thread of their own: about a millisecond's work.
+# How the C kernels call the dtypes.
 C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-QUANTIZE_SHARE, ABSMAX_SHARE, DEQUANTIZE_SHARE = 2**18, 2**16, 2**22
-# glibc maps a request of this size anew each time, so that every page of it faults on first use.
-LARGE_BUFFER = 2**25
-# How many numbers the PyTorch path works on at once: its temporaries then stay far smaller than the tensor.
-CHUNK = 2**22
 
 
 # ------------------------------------------------------------------------------------------------ the stored tensor
@@ -183,7 +178,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
     lib = library("nf4_cpu") if device.type == "cpu" and not triton else None
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=device)
-        if lib is not None and out.nbytes >= LARGE_BUFFER:
+        if lib is not None and out.nbytes >= policy.HUGE_PAGES_FROM_BYTES:
             lib.ask_for_huge_pages(pointer(out), c_int64(out.nbytes))
     elif tuple(out.shape) != q.shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
         raise SettingError(f"out must be a contiguous {dtype} tensor of shape {q.shape} on {device}")
@@ -225,7 +220,7 @@ def quantize_reference(flat: Tensor, quant_type: str, block_size: int) -> tuple[
     """flat (n,) → codes uint8 (ceil(n/2),), absmax fp32 (blocks,)."""
     midpoints, order = _midpoints(quant_type, flat.device)
     codes, absmax = [], []
-    for part in torch.split(flat, CHUNK):
+    for part in torch.split(flat, policy.QUANTIZE_AT_ONCE):
         scaled, part_absmax = _scale_to_unit(part.float(), block_size)
         part_codes = order[torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), midpoints, out_int32=True)]
         codes.append(part_codes[0::2] << 4 | part_codes[1::2])
@@ -237,9 +232,9 @@ def dequantize_reference(q: QuantizedTensor, out: Tensor) -> None:
     """Write table[code] · absmax, computed in fp32 and rounded once, into ``out`` (n,)."""
     table = _byte_table(q.quant_type, q.codes.device)
     parts = zip(
-        torch.split(out, CHUNK),
-        torch.split(q.codes, CHUNK // 2),
-        torch.split(_absmax_of(q), CHUNK // q.block_size),
+        torch.split(out, policy.QUANTIZE_AT_ONCE),
+        torch.split(q.codes, policy.QUANTIZE_AT_ONCE // 2),
+        torch.split(_absmax_of(q), policy.QUANTIZE_AT_ONCE // q.block_size),
         strict=True,
     )
     for part, codes, absmax in parts:
@@ -301,7 +296,7 @@ def quantize_native(lib: CDLL, flat: Tensor, quant_type: str, block_size: int) -
     def work(first: int, last: int) -> None:
         lib.quantize_4bit(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, absmax.numel(), QUANTIZE_SHARE // block_size)
+    in_threads(work, absmax.numel(), policy.QUANTIZE_PER_THREAD // block_size)
     return codes, absmax
 
 
@@ -316,7 +311,7 @@ def quantize_absmax_native(lib: CDLL, absmax: Tensor, offset: Tensor) -> tuple[T
     def work(first: int, last: int) -> None:
         lib.quantize_absmax(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, nested_absmax.numel(), ABSMAX_SHARE // NESTED_BLOCK_SIZE)
+    in_threads(work, nested_absmax.numel(), policy.ABSMAX_PER_THREAD // NESTED_BLOCK_SIZE)
     return codes, nested_absmax
 
 
@@ -331,7 +326,7 @@ def dequantize_native(lib: CDLL, q: QuantizedTensor, out: Tensor) -> None:
     def work(first: int, last: int) -> None:
         lib.dequantize_4bit(*head, c_int64(first), c_int64(last), *tail)
 
-    in_threads(work, q.absmax.numel(), DEQUANTIZE_SHARE // q.block_size)
+    in_threads(work, q.absmax.numel(), policy.DEQUANTIZE_PER_THREAD // q.block_size)
 
 
 # ------------------------------------------------------------------------------------------------------- the tables

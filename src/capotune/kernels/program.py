@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from capotune.kernels import abi
-from capotune.kernels._native import SHARE, fork_join, library
+from capotune.kernels import abi, policy
+from capotune.kernels._native import fork_join, library
 
 __all__ = ["Affine", "Program", "kernel_address", "symbol"]
 
@@ -88,7 +88,7 @@ class Program:
         fields = self._matrix @ given
         sharer = library("elementwise_cpu")
         assert sharer is not None
-        counts = (ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(SHARE))
+        counts = (ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(policy.ELEMENTS_PER_THREAD))
         where = ctypes.c_void_p(fields.ctypes.data)
         sharer.run_program(where, ctypes.c_int64(len(self._calls)), fork_join(), *counts)
 

@@ -25,7 +25,7 @@ from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.loop import TrainingState
 from capotune.errors import OutputError, SettingError
 from capotune.files import growing_folder, write_atomic
-from capotune.kernels import described
+from capotune.kernels import described, policy
 from capotune.methods import Start
 from capotune.models.load import find
 from capotune.models.stream import bytes_as_steps
@@ -37,10 +37,6 @@ from capotune.settings import MethodSettings, TaskName, TrainSettings
 TASKS: dict[TaskName, type[TaskRun]] = {"classification": ClassificationRun, "generation": GenerationRun}
 MODELS: dict[TaskName, str] = {"classification": "minilm", "generation": "capo-tiny"}
 """The embedded base of each task."""
-
-_WIDE = 1024
-"""Hidden size from which a CPU's bf16 is worth it: below, products gain nothing, and oneDNN keeps about a gigabyte of
-code for all the shapes it meets."""
 
 
 def run(
@@ -166,7 +162,7 @@ def _load(
     """The base on the device, in the dtype it computes in."""
     device = pick_device()
     source, packing = task_run.source, task_run.source.packing()
-    wide = hidden_size(source, settings.trust_remote_code) >= _WIDE
+    wide = hidden_size(source, settings.trust_remote_code) >= policy.BF16_HIDDEN_SIZE
     packed = wide and (packing is not None or method.method == "qlora")
     dtype = compute_dtype(device, packed=packed) if task_run.task.name == "generation" else torch.float32
     kept = f", in the 4 bits that it is stored in ({packing})" if packing else ""
