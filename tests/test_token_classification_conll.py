@@ -55,10 +55,10 @@ def test_line_ends_and_encodings(end: str, encoding: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a O\nb\n", "x.conll:2: a word without a tag: 'b'"),
-        ("a\tO\n\tO\n", "x.conll:2: a tag without a word: ' O'"),
-        ("a X O\n\n# c\nb O\n", "x.conll:4: 2 columns, where the first line has 3: 'b O'"),
-        ("a O\nb PER\n", "x.conll:2: the last column, 'PER', is no tag: 'b PER'"),
+        ("a O\nb\n", "x.conll:2: a word without a tag: «b»"),
+        ("a\tO\n\tO\n", "x.conll:2: a tag without a word: « O»"),
+        ("a X O\n\n# c\nb O\n", "x.conll:4: 2 columns, where the first line has 3: «b O»"),
+        ("a O\nb PER\n", "x.conll:2: the last column, 'PER', is no tag: «b PER»"),
         ("a O\nb X-PER\n", "x.conll:2: the last column, 'X-PER', is no tag"),
         ("a\tO\t\n", "x.conll:1: the last column, '', is no tag"),
         ("a NN\nb VB\nc NN\nd VB\ne NN\nf VB\n", "5 lines or more cannot be read as a word and its tag"),

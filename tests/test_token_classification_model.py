@@ -12,7 +12,7 @@ import torch
 from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.models.load import find, load_backbone
 from capotune.models.packing import packed, try_packing
-from capotune.tasks.token_classification.model import TokenClassifier
+from capotune.tasks.token_classification.model import TokenClassifier, spread_layers
 
 ROWS = [[2, 5, 6, 7, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 3]]
 _ = IGNORE_INDEX
@@ -82,3 +82,18 @@ def test_other_programs_get_the_logits_of_every_token(base: Path, layers: tuple[
     embedded = model.backbone.get_input_embeddings()(batch.input_ids)
     again = model(inputs_embeds=embedded, attention_mask=batch.attention_mask)
     torch.testing.assert_close(again.logits, output.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "most", "layers"),
+    [
+        (6, 99, (0, 1, 2, 3, 4, 5, 6)),
+        (6, 4, (0, 2, 4, 6)),
+        (12, 2, (0, 12)),
+        (6, 1, (-1,)),
+        (6, 0, (-1,)),
+        (1, 3, (0, 1)),
+    ],
+)
+def test_layers_are_spread_evenly_and_hold_the_last(blocks: int, most: int, layers: tuple[int, ...]) -> None:
+    assert spread_layers(blocks, most) == layers

@@ -33,10 +33,17 @@ def read_parquet(raw: bytes, source: str, limit: int | None) -> Table:
 
 
 def name_classes(rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
-    """Put the names of a ``ClassLabel`` column where its numbers stand; -1 is how such a column says 'no label'."""
+    """Put the names of ``ClassLabel`` columns, and of columns with lists of such, where their numbers stand; -1 is how
+    such a column says 'no label'."""
     for column, feature in features.items():
+        while isinstance(feature, dict) and "feature" in feature:  # of a list, what is in it
+            feature = feature["feature"]
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
             names = dict(enumerate(feature["names"]))
             for row in rows:
                 if column in row:
-                    row[column] = names.get(row[column])
+                    row[column] = _named(row[column], names)
+
+
+def _named(value: Any, names: dict[int, str]) -> Any:
+    return [_named(one, names) for one in value] if isinstance(value, list) else names.get(value)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from capotune.data.table import Origin
-from capotune.data.wording import SHOWN, bad_rows, shorten
+from capotune.data.wording import SHOWN, bad_rows, count, excerpt, shorten
 from capotune.errors import DataError
 from capotune.tasks.token_classification.spans import OUTSIDE, is_tag
 
@@ -57,7 +57,7 @@ def parse_conll(text: str, source: str) -> list[Sentence]:
             continue
         columns = columns or len(fields)
         if problem := _problem(fields, columns):
-            bad[line] = f"{problem}: {' '.join(fields)[:60]!r}"
+            bad[line] = f"{problem}: {excerpt(' '.join(fields))}"
             if len(bad) == SHOWN:
                 break
         if not going_on:
@@ -66,7 +66,7 @@ def parse_conll(text: str, source: str) -> list[Sentence]:
         sentences[-1].words.append(fields[0])
         sentences[-1].tags.append(fields[-1])
     if bad:
-        lines = f"{len(bad)} lines or more" if len(bad) == SHOWN else "1 line" if len(bad) == 1 else f"{len(bad)} lines"
+        lines = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
         raise bad_rows(Origin(source), f"{lines} cannot be read as a word and its tag", bad, _ADVICE)
     if not sentences:
         raise DataError("holds no words.", where=source, advice=_ADVICE)

@@ -26,16 +26,12 @@ class TokenClassifier(nn.Module):
             they stand side by side: features are (words, len(feature_layers)·hidden).
     """
 
-    virtual_tokens: int
-    """Leading positions that are a soft prompt; no word is among them."""
-
     def __init__(self, backbone: Any, num_labels: int, feature_layers: tuple[int, ...] = (-1,)) -> None:
         super().__init__()
         self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
         setattr(self, self.backbone_name, backbone)
         self.config = copy.copy(backbone.config)  # PEFT reads vocab_size and model_type from here
         self.feature_layers = feature_layers
-        self.virtual_tokens = 0
         self.hidden_size: int = backbone.config.hidden_size
         self.classifier = nn.Linear(self.hidden_size * len(feature_layers), num_labels)
 
@@ -85,3 +81,11 @@ class TokenClassifier(nn.Module):
         logits = self.classifier(states)
         loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss=loss, logits=logits)
+
+
+def spread_layers(num_blocks: int, most: int) -> tuple[int, ...]:
+    """Hidden states for a head that reads several: at most ``most``, evenly spread; the last is among them."""
+    count = min(num_blocks + 1, most)
+    if count <= 1:
+        return (-1,)
+    return tuple(round(number * num_blocks / (count - 1)) for number in range(count))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
+from typing import Any
 
 from capotune.tasks.token_classification.spans import as_iob2, entities
 from capotune.tasks.token_classification.words import word_spans
@@ -38,6 +39,22 @@ class Tagging:
     entities: list[FoundEntity]
     cut: int = 0
     """Words at the end that were not read because the text is longer than the model takes."""
+
+    def as_line(self) -> str:
+        """The entities with type and probability, and the text, in one line, parted by a tab."""
+        found = ", ".join(f"{_flat(one.text)} ({one.type} {one.probability:.3f})" for one in self.entities)
+        return f"{found or '-'}\t{_flat(self.text)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values, with each word's tag."""
+        return {
+            "text": self.text,
+            "entities": [asdict(one) | {"probability": round(one.probability, 6)} for one in self.entities],
+            "words": self.words,
+            "tags": self.tags,
+            "probabilities": [None if one is None else round(one, 6) for one in self.probabilities],
+            "words_not_read": self.cut,
+        }
 
 
 @dataclass(frozen=True)
@@ -73,3 +90,7 @@ class Words:
         start, stop = self.spans[first][0], self.spans[end - 1][1]
         known = [one for one in probabilities if one is not None]
         return FoundEntity(type_, self.text[start:stop], start, stop, sum(known) / len(known))
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
