@@ -15,6 +15,8 @@ flags (``--max-length 5``), a web page as fields.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "SettingError",
+    "needs_extra",
 ]
 
 
@@ -97,3 +100,15 @@ class OutputError(CapotuneError):
 
 class MissingLibraryError(CapotuneError):
     """An optional library is needed; the message names the pip command that installs it."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around the import of an optional library: ``MissingLibraryError`` names the extra of capotune that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            f"the Python library {error.name} is needed for this and is not installed.",
+            advice=f"Run: pip install 'capotune[{extra}]'",
+        ) from None

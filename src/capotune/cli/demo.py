@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.settings import CompareSettings, FeatureExtractionSettings, LoraSettings, QloraSettings
+from capotune.settings import CompareSettings, FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
 
 EXPRESSIONS = Path(capotune.__file__).parent / "examples" / "python_expressions.jsonl"
 
 
-def demo(out: Path, show_page: bool) -> int:
-    """Run it; returns the exit code."""
+def demo(out: Path, show_page: bool, epochs: int | None = None) -> int:
+    """Run it; returns the exit code. ``epochs``: that many passes for every technique, and not what each needs."""
     from capotune.cli.main import compare
 
-    longer: Any = {"epochs": 7, "patience": 7, "batch_size": 16, "learning_rate": 4e-3}  # few rows, so more passes
+    few_rows: dict[str, Any] = {"epochs": 7, "patience": 7, "batch_size": 16, "learning_rate": 4e-3}
+    chosen = {} if epochs is None else {"epochs": epochs, "patience": epochs}
+    longer = few_rows | chosen
     settings = CompareSettings(
         data=str(EXPRESSIONS),
         model="capo-tiny",
@@ -27,8 +29,10 @@ def demo(out: Path, show_page: bool) -> int:
         feature_extraction=FeatureExtractionSettings(**longer),
         lora=LoraSettings(**longer),
         qlora=QloraSettings(**longer),
+        prompt_tuning=PromptTuningSettings(**chosen),
     )
-    code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out)]))
+    shorter = [] if epochs is None else ["--epochs", str(epochs)]
+    code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out), *shorter]))
     page = (out / "compare.html").resolve()
     if show_page and has_desktop() and webbrowser.open(page.as_uri()):
         print(f"The page is open in your browser: {page}")

@@ -120,6 +120,9 @@ class Demo(Settings):
     """What is learned: generation writes Python expressions for descriptions."""
     out: Path = Path("capo-demo")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the data for each technique: with 1 the demo is over in a minute, and the scores are lower. Left out:
+    as many as each needs."""
     open: bool = True
     """Open the page in a browser, where there is a desktop."""
 
@@ -277,7 +280,7 @@ def _demo(rest: list[str]) -> int:
     settings = parse(Demo, rest, "capo demo")
     from capotune.cli.demo import demo
 
-    return demo(settings.out, settings.open)
+    return demo(settings.out, settings.open, settings.epochs)
 
 
 def _generate(rest: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from capotune.errors import MissingLibraryError, ModelError
+from capotune.errors import MissingLibraryError, ModelError, needs_extra
 from capotune.models.packed import holds_4_bits, packed_weights, read_packed
 from capotune.models.shards import Shards
 from capotune.models.stream import Progress, check_complete, stream_packed, wrong_shape
@@ -311,8 +311,9 @@ def _sha256(file: Any) -> str:
 
 
 def _from_hub(name: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    with needs_extra("hub"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     advice = f"Give {', '.join(EMBEDDED)}, a folder, or a model id on the hub.{nearest(name, EMBEDDED)}"
     try:
