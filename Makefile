@@ -4,9 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDEST := .venv-oldest/bin
+OLDEST_INSTALLED := .venv-oldest/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generation test check style types floors bench format clean
+.PHONY: help demo demo-generation test test-oldest check style types floors bench format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -21,6 +23,9 @@ demo-generation: $(INSTALLED) ## the same for text that a small language model w
 
 test: $(INSTALLED) ## run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+test-oldest: $(OLDEST_INSTALLED) ## run the tests with the oldest versions allowed, in an environment of their own (8 GB)
+	$(OLDEST)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: style types floors ## style, types (mypy strict) and the floors of the design (make -k check: all three, even if one fails)
 
@@ -44,7 +49,7 @@ format: $(INSTALLED) ## let ruff put the code in shape
 	$(BIN)/ruff format .
 
 clean: ## remove what these targets made, the environment included
-	rm -rf .venv demo-out demo-generation-out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest demo-out demo-generation-out build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. The stamp is written last and taken away first, so an install that was interrupted starts clean the
@@ -59,4 +64,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if [ -f $@ ]; then rm -f $@; else $(PYTHON) -m venv --clear .venv; fi
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
+	@touch $@
+
+# PyPI's torch brings CUDA with it on Linux, several GB: 4 minutes and 8 GB on disk. For the CPU build see constraints.txt.
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+	@rm -f $@
+	@$(PYTHON) -m venv --clear .venv-oldest
+	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt setuptools==77.0.1 torch==2.9.0
+	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation -e ".[demo,test]"
 	@touch $@

@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from capotune.api import inspect
+from capotune.errors import MissingLibraryError
 from capotune.models.load import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
@@ -105,3 +107,17 @@ def test_oldest_pins_are_the_floors(project: dict[str, Any]) -> None:
         floor = re.fullmatch(r"[>=]=([\w.]+)", str(requirement.specifier))
         assert floor is not None, f"{requirement}: a floor alone"
         assert pinned[name] == Version(floor[1]), requirement
+
+
+@pytest.mark.parametrize(
+    ("library", "data", "extra"), [("pyarrow", "rows.parquet", "parquet"), ("datasets", "owner/name", "hub")]
+)
+def test_missing_library_is_named_with_the_command_that_installs_it(
+    library: str, data: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    expected = f"the Python library {library} is needed .* pip install 'capotune\\[{extra}\\]'"
+    with pytest.raises(MissingLibraryError, match=expected):
+        inspect(data=data)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.settings import CompareSettings, FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
+from capotune.settings import (
+    CompareSettings,
+    FeatureExtractionSettings,
+    LoraSettings,
+    PromptTuningSettings,
+    QloraSettings,
+)
 
 EXPRESSIONS = Path(capotune.__file__).parent / "examples" / "python_expressions.jsonl"
 

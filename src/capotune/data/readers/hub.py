@@ -10,7 +10,7 @@ from capotune.data.readers.endings import ALLOWED, ENDINGS, TEXT_ENDINGS
 from capotune.data.readers.parquet import name_classes
 from capotune.data.table import Origin, Table
 from capotune.data.wording import did_you_mean, first_line, shorten
-from capotune.errors import DataError
+from capotune.errors import DataError, needs_extra
 
 __all__ = ["is_hub_id", "join_splits", "read_hub"]
 
@@ -63,9 +63,10 @@ def join_splits(parts: dict[str, Any], source: str, limit: int | None) -> tuple[
 
 def _load(source: str, name: str, split: str | None) -> dict[str, Any]:
     """The parts of a hub dataset by name."""
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError  # of whichever library it speaks HTTP with
+    with needs_extra("hub"):
+        import datasets
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HTTPError  # of whichever library it speaks HTTP with
 
     try:
         if not constants.HF_HUB_OFFLINE:

@@ -8,15 +8,17 @@ from typing import Any
 from capotune.data.columns import refuse_duplicates
 from capotune.data.table import Origin, Table
 from capotune.data.wording import first_line
-from capotune.errors import DataError
+from capotune.errors import DataError, needs_extra
 
 __all__ = ["name_classes", "read_parquet"]
 
 
 def read_parquet(raw: bytes, source: str, limit: int | None) -> Table:
-    """The rows of a parquet file's bytes. ``DataError`` when it is damaged or names a column twice."""
-    import pyarrow
-    import pyarrow.parquet
+    """The rows of a parquet file's bytes. ``DataError`` when it is damaged or names a column twice,
+    ``MissingLibraryError`` without pyarrow."""
+    with needs_extra("parquet"):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
