@@ -24,9 +24,9 @@ from _engine_data import DEVICE, NOT_LEARNED, VIRTUAL_TOKENS, Job, dtype_of
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from capotune.kernels._native import address
-from capotune.kernels.frozen_linear import frozen_unit, kernel_form, strip_bytes
-from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits
+from capotune.kernels.linear import LinearInput, amx_kernels, input_gradient, reduced_precision
+from capotune.kernels.native import address
+from capotune.kernels.prepacked import prepack, prepacked_amx_kernels, strip_bytes
 from capotune.kernels.program import Program, symbol
 
 FEW = 48
@@ -67,13 +67,13 @@ def run_floor(job: Job, clock: Clock) -> None:
 
 def run_kernel_floor(job: Job, clock: Clock) -> None:
     """Every batch's products, by capotune's kernels."""
-    with sixteen_bits():
+    with reduced_precision():
         _run(job, clock, Kept() if job.workload.classifies else multiply_by_kernels)
 
 
 def no_kernels() -> str | None:
     """Why the second floor is the first, if so."""
-    return None if matrix_unit() else "no matrix unit here that capotune knows"
+    return None if amx_kernels() else "no AMX here that capotune knows"
 
 
 def _run(job: Job, clock: Clock, product: Callable[[Product, int, Space], None]) -> None:
@@ -119,7 +119,7 @@ def multiply(layer: Product, rows: int, space: Space) -> None:
 
 
 class Kept:
-    """The same by ``capotune.kernels.frozen_linear``, in whose form the weights of small models are kept."""
+    """The same by ``capotune.kernels.prepacked``, in whose form the weights of small models are kept."""
 
     def __init__(self) -> None:
         self._forms: dict[tuple[int, bool], tuple[torch.Tensor, Program]] = {}
@@ -137,9 +137,9 @@ class Kept:
     def _run(self, layer: Product, x: torch.Tensor, y: torch.Tensor, *, input_gradient: bool) -> None:
         terms, key = x.shape[1], (id(layer), input_gradient)
         if key not in self._forms:
-            unit, program = frozen_unit(), Program()
+            unit, program = prepacked_amx_kernels(), Program()
             assert unit is not None
-            form = kernel_form(layer.weight, input_gradient=input_gradient)
+            form = prepack(layer.weight, input_gradient=input_gradient)
             program.call(
                 unit.prepacked_product_int16, None, symbol("rows") * (terms * y.shape[1]),
                 rows=symbol("rows"), terms=terms, columns=y.shape[1], x=symbol("x"), x_stride=terms, activation=0,
@@ -157,7 +157,7 @@ def multiply_by_kernels(layer: Product, rows: int, space: Space) -> None:
     """The same by ``capotune.kernels.linear``."""
     out, into = layer.weight.shape
     x, y = space.of("x", rows, into), space.of("y", rows, out)
-    Rows(x).linear(layer.weight, out=y)
+    LinearInput(x).linear(layer.weight, out=y)
     if layer.input_gradient:
         input_gradient(y, layer.weight)
     if layer.weight_gradient:

@@ -63,7 +63,7 @@ def main() -> None:
         sections += ["`python benchmarks/engine.py`, `results/engine.json`."]
     if (RESULTS / "engine-avx2.json").is_file():
         content = json.loads((RESULTS / "engine-avx2.json").read_text(encoding="utf-8"))
-        sections += ["", "## The training engine without a matrix unit", "", *vectors(content)]
+        sections += ["", "## The training engine without AMX", "", *vectors(content)]
     readme.write_text(text, encoding="utf-8")
     (HERE / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
 

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "engine-profile.json"
 STEPS = 5
 _SMALL = 64  # a product with a side up to this is one of a low rank
 KINDS = {
-    "large matrix products": ("matrix unit",),
+    "large matrix products": ("AMX",),
     "attention": ("attention",),
     "low-rank products": ("low_rank_",),
     "norms": ("norm", "rsqrt", "pow", "mean"),
@@ -83,9 +83,9 @@ def profile_step(letter: str) -> dict[str, Any]:
         batch = np.array(job.rows["epochs"][0][2])
         if hasattr(model, "reading"):  # not in versions before it
             from capotune.device import reusing_memory
-            from capotune.kernels.linear import sixteen_bits
+            from capotune.kernels.linear import reduced_precision
 
-            stack.enter_context(sixteen_bits())
+            stack.enter_context(reduced_precision())
             stack.enter_context(reusing_memory())
             stack.enter_context(model.reading())
             name_kernels(stack)
@@ -120,13 +120,13 @@ def name_kernels(stack: ExitStack) -> None:
     from torch.profiler import record_function
 
     from capotune.kernels import (
-        _native,
         attention,
         cross_entropy,
         gelu,
         layer_norm,
         linear,
         low_rank,
+        native_module,
         program,
         rms_norm,
         rotary,
@@ -137,13 +137,13 @@ def name_kernels(stack: ExitStack) -> None:
         with record_function(kernel):
             plain(lib, kernel, *sizes, **arguments)
 
-    plain = _native.over_rows
+    plain = native_module.over_rows
     for module in (attention, cross_entropy, gelu, layer_norm, low_rank, rms_norm, rotary, swiglu):
         stack.enter_context(patch.object(module, "over_rows", named))
     multiply = linear._multiply
 
     def multiply_named(*given: Any, **how: Any) -> None:
-        with record_function("matrix unit"):
+        with record_function("AMX"):
             multiply(*given, **how)
 
     stack.enter_context(patch.object(linear, "_multiply", multiply_named))
@@ -157,34 +157,35 @@ def run_call_by_call(program: Any, values: dict[str, int]) -> None:
     import torch
     from torch.profiler import record_function
 
-    from capotune.kernels import _native, abi, policy
+    from capotune.kernels import abi, policy
+    from capotune.kernels import native as native_module
 
     program._symbols or program._translate()
     fields = program._matrix @ np.array([1, *(values[name] for name in program._symbols[1:])], np.int64)
     names = kernel_names()
-    sharer, counts = _native.library("elementwise_cpu"), (torch.get_num_threads(), policy.ELEMENTS_PER_THREAD)
+    sharer, counts = native_module.library("elementwise_cpu"), (torch.get_num_threads(), policy.ELEMENTS_PER_THREAD)
     call = abi.layout("call")
     for at in range(0, len(program._calls) * call.size, call.size):
         kernel, arguments = (fields[(at + call.offsets[name]) // 8 :] for name in ("kernel", "arguments"))
         arguments[0] -= at  # they are found from the first call on
         with record_function(names[kernel[0]]):
             where = ctypes.c_void_p(fields.ctypes.data + at)
-            sharer.run_program(where, ctypes.c_int64(1), _native.fork_join(), *map(ctypes.c_int64, counts))
+            sharer.run_program(where, ctypes.c_int64(1), native_module.fork_join(), *map(ctypes.c_int64, counts))
 
 
 def kernel_names() -> dict[int, str]:
     """By address, all that were used."""
     import ctypes
 
-    from capotune.kernels import _native
+    from capotune.kernels import native as native_module
 
     names = {}
-    for library in ("products_cpu", "elementwise_cpu", "products_amx", "frozen_amx"):
-        kernels = vars(_native.library(library)) if _native.library(library) else {}
+    for library in ("products_cpu", "elementwise_cpu", "products_amx", "prepacked_amx"):
+        kernels = vars(native_module.library(library)) if native_module.library(library) else {}
         for name, kernel in kernels.items():
             if isinstance(kernel, ctypes._CFuncPtr):
                 address = ctypes.cast(kernel, ctypes.c_void_p).value
-                names[address] = f"matrix unit: {name}" if library.endswith("_amx") else name
+                names[address] = f"AMX: {name}" if library.endswith("_amx") else name
     return names
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from capotune.device import cpu_level
-from capotune.kernels import _native, nf4
+from capotune.kernels import native as native_module
+from capotune.kernels import nf4
 
 SHAPES = ((2048, 2048), (4096, 11008))  # (out, in)
 TOKENS = (128, 512, 2048)
@@ -136,7 +137,7 @@ def main() -> None:
             "system": platform.platform(),
             "simd": cpu_level(),
             "threads": torch.get_num_threads(),
-            "c_kernels": _native.library("nf4_cpu") is not None,
+            "c_kernels": native_module.library("nf4_cpu") is not None,
         },
         "versions": {name: metadata.version(name) for name in ("torch", "bitsandbytes")},
         "dtype": "float32",

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_nf4 import BLOCK_SIZES, DTYPES, KINDS, QUANT_TYPES, SHAPES, bitsandbytes, make
 
 from capotune.device import cpu_level
-from capotune.kernels import _native, nf4
+from capotune.kernels import native as native_module
+from capotune.kernels import nf4
 
 
 def compare(path: str) -> dict[str, Counter[str]]:
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nf4-bits.json")
     options = parser.parse_args()
-    found = {"C": compare("C")} if _native.library("nf4_cpu") is not None else {}
+    found = {"C": compare("C")} if native_module.library("nf4_cpu") is not None else {}
     nf4.library = lambda: None  # type: ignore[assignment]
     found["PyTorch"] = compare("PyTorch")
     record = {

@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 from capotune.adapters.assemble import describe
 from capotune.device import compute_dtype, cpu_level
 from capotune.engine.loop import checkpointing
-from capotune.kernels import _native
+from capotune.kernels import native as native_module
 from capotune.kernels.cross_entropy import linear_cross_entropy
 from capotune.methods import Start, make
 from capotune.models.load import Quantization, Source, load_causal_lm
@@ -195,7 +195,7 @@ def main() -> None:
             "system": platform.platform(),
             "simd": cpu_level(),
             "threads": torch.get_num_threads(),
-            "c_kernels": _native.library("nf4_cpu") is not None,
+            "c_kernels": native_module.library("nf4_cpu") is not None,
         },
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "blocks": shapes.num_hidden_layers,

@@ -63,10 +63,10 @@ def one_thread() -> Iterator[None]:
 def all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are composed of their parts, with PyTorch's products: for tests of how they are. That products at 16 bits
     are near, and blocks in one call, is tested by themselves (test_linear.py, test_bert_block.py)."""
-    from capotune.kernels import frozen_linear, linear
+    from capotune.kernels import linear, prepacked
 
-    monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-    monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: False)
+    monkeypatch.setattr(linear, "amx_kernels", lambda: None)
+    monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: False)
 
 
 def _save(folder: Path, config: object) -> Path:

@@ -85,7 +85,7 @@ def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) ->
     x, weight = random(rows, columns, dtype=dtype, scale=3), random(columns, dtype=dtype, seed=1)
     grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(1e-5, learns=True)
     y, kept = norm.forward(x, weight)
-    (grad_x, grad_weight), again = norm.backward(grad.clone(), (x, weight, *kept), rows=True)
+    (grad_x, grad_weight), again = norm.backward(grad.clone(), (x, weight, *kept), recompute=True)
     truth = true(exact_norm, (x,), weight, 1e-5, grad=grad)
     assert_near(y, truth[0], truth[0].abs(), 8)
     assert again is not None

@@ -1,4 +1,4 @@
-/* AMX's tile registers and instructions in software, put before products_amx.c or frozen_amx.c (-include) so that their
+/* AMX's tile registers and instructions in software, put before products_amx.c or prepacked_amx.c (-include) so that their
  * kernels run where the processor has no AMX. What they need beside it, AVX-512 with bf16, multiplies as AMX does: pairs of
  * bf16, sums in fp32, no denormal numbers. It says nothing of AMX's speed, of its registers' set-up, or of asking Linux for
  * them. */

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("software_amx.h")
-SOURCES = "products_amx", "frozen_amx"
+SOURCES = "products_amx", "prepacked_amx"
 
 
 def flags() -> tuple[str, ...]:
@@ -32,14 +32,14 @@ def why_not() -> str | None:
 
 def compiled(name: str, folder: Path) -> ctypes.CDLL:
     """The kernels of ``name``.c, one of ``SOURCES``."""
-    from capotune.kernels import _native
+    from capotune.kernels import native
 
     made = folder / f"{name}.so"
-    known = *_native.FLAGS, *_native.SIMD_FLAGS["amx"], *_native.MORE_SIMD_FLAGS[name], *flags()
+    known = *native.FLAGS, *native.SIMD_FLAGS["amx"], *native.MORE_SIMD_FLAGS[name], *flags()
     compiler = shutil.which("gcc")
     assert compiler is not None
-    _native._compile(compiler, known, Path(_native.__file__).with_name(f"{name}.c"), made)
-    return _native.open_library(made)
+    native._compile(compiler, known, Path(native.__file__).with_name(f"{name}.c"), made)
+    return native.open_library(made)
 
 
 def install() -> None:
@@ -47,7 +47,7 @@ def install() -> None:
     if reason := why_not():
         raise RuntimeError(reason)
     from capotune import device
-    from capotune.kernels import _native
+    from capotune.kernels import native
 
     device.machine_cpu_level = lambda: "amx"
-    _native.MORE_SIMD_FLAGS |= {name: (*_native.MORE_SIMD_FLAGS[name], *flags()) for name in SOURCES}
+    native.MORE_SIMD_FLAGS |= {name: (*native.MORE_SIMD_FLAGS[name], *flags()) for name in SOURCES}

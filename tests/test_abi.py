@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from capotune.kernels import _native, abi
-from capotune.kernels._native import address, library, over_rows
+from capotune.kernels import abi
+from capotune.kernels import native as native_module
+from capotune.kernels.native import address, library, over_rows
 from capotune.kernels.program import Program, symbol
 
 KERNELS = Path(abi.__file__).parent
@@ -124,9 +125,9 @@ def test_library_with_other_structs_is_refused(before: str, after: str, named: s
     # of each kernel the declarations are enough
     (tmp_path / "doctored.c").write_text('#include "common.h"\n', encoding="utf-8")
     made = tmp_path / "doctored.so"
-    _native._compile(compiler, _native.FLAGS, tmp_path / "doctored.c", made)
+    native_module._compile(compiler, native_module.FLAGS, tmp_path / "doctored.c", made)
     with pytest.raises(abi.AbiError, match=named.replace(".", r"\.")):
-        _native.open_library(made)
+        native_module.open_library(made)
 
 
 @pytest.mark.parametrize(

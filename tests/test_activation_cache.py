@@ -30,7 +30,7 @@ from capotune.engine.activation_cache import ActivationCache, resume_from
 from capotune.engine.loop import predict_logits
 from capotune.errors import OutputError
 from capotune.models.load import Quantization, Source, find, load_backbone
-from capotune.models.packing import Packing, packed
+from capotune.models.sequence_packing import Packing, packed
 from capotune.runs.run import run
 from capotune.settings import FeatureExtractionSettings, LoraSettings, QloraSettings, TrainSettings
 
@@ -363,7 +363,7 @@ def test_states_are_kept_without_padding_and_mapped(bert: Path, tmp_path: Path) 
     assert not padded[(3, 8).index(shorter), rows.lengths[shorter] :].any()
 
 
-@pytest.mark.usefixtures("all_bits")  # a matrix unit leaves a few rows to PyTorch
+@pytest.mark.usefixtures("all_bits")  # AMX leaves a few rows to PyTorch
 def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)

@@ -9,31 +9,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_linear import native, rounded, some_frozen_unit, some_unit, unit
+from test_linear import any_amx, any_prepacked_amx, native, rounded, unit
 from torch import Tensor
 from torch.nn import functional
 
 from capotune.errors import SettingError
-from capotune.kernels import bert_block, frozen_linear, linear, policy
+from capotune.kernels import bert_block, linear, policy, prepacked
 from capotune.kernels.attention import Sequences
 from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
-from capotune.kernels.linear import sixteen_bits
-from capotune.kernels.lora_linear import LowRank
+from capotune.kernels.linear import reduced_precision
+from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.memory import Memory
 from capotune.kernels.program import Program, symbol
 
-__all__ = ["native", "rounded", "some_frozen_unit", "some_unit", "unit"]
+__all__ = ["any_amx", "any_prepacked_amx", "native", "rounded", "unit"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True, params=["matrix unit", "vectors"])
+@pytest.fixture(autouse=True, params=["AMX", "vectors"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test on the matrix unit, and again without it by the kernel in fp32."""
-    if request.param == "matrix unit":
+    """Runs a test with AMX, and again without it by the kernel in fp32."""
+    if request.param == "AMX":
         request.getfixturevalue("native")
     else:
-        monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-        monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: True)
+        monkeypatch.setattr(linear, "amx_kernels", lambda: None)
+        monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: True)
         monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
     return str(request.param)
 
@@ -54,17 +54,17 @@ class Made:
         self.how: Any = {"head_size": size, "scale": size**-0.5, "causal": causal}
         self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory())
         self.x, self.grad = self.normal(sum(lengths), hidden), self.normal(sum(lengths), hidden)
-        self.trained = [one for layer in layers if layer.a is not None for one in (layer.a, layer.b)]
+        self.trained = [one for layer in layers if layer.lora_a is not None for one in (layer.lora_a, layer.lora_b)]
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random)
 
-    def layer(self, out: int, into: int, rank: int) -> LowRank:
+    def layer(self, out: int, into: int, rank: int) -> LinearLayer:
         weight, bias = self.normal(out, into) / into**0.5, self.normal(out)
         if not rank:
-            return LowRank(weight.to, bias)
+            return LinearLayer(weight.to, bias)
         a, b = self.normal(rank, into) / into**0.5, self.normal(out, rank) / rank**0.5
-        return LowRank(weight.to, bias, unaligned(a).requires_grad_(), unaligned(b).requires_grad_(), 0.5)
+        return LinearLayer(weight.to, bias, unaligned(a).requires_grad_(), unaligned(b).requires_grad_(), 0.5)
 
     def reference(self, x: Tensor) -> Tensor:
         return bert_block_reference(x, self.groups, self.norms, self.sequences, **self.how)
@@ -126,7 +126,7 @@ def test_it_is_the_definition(
     expected = made.all_of(made.reference, needs_input=needs_input)
     found = made.all_of(lambda x: made.block(x, made.sequences), needs_input=needs_input)
     # sums of few numbers may cancel; a wrong term is off by all of it
-    assert_near(found, expected, 1e-2 if kernels == "matrix unit" else 1e-4)
+    assert_near(found, expected, 1e-2 if kernels == "AMX" else 1e-4)
 
 
 @given(
@@ -158,7 +158,7 @@ def test_some_rows_are_wanted(
     expected = made.all_of(reference, needs_input=needs_input)
     torch.manual_seed(1)
     found = made.all_of(lambda x: made.block(x, made.sequences, rates, wanted), needs_input=needs_input)
-    assert_near(found, expected, 1e-2 if kernels == "matrix unit" else 1e-4)
+    assert_near(found, expected, 1e-2 if kernels == "AMX" else 1e-4)
     with torch.no_grad():
         torch.manual_seed(1)
         assert torch.equal(made.block(made.x, made.sequences, rates, wanted), found[0])
@@ -228,9 +228,9 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Made([50], 1, 20, 70, [0] * 6).block.takes(made.x, made.sequences)  # heads that are no whole vectors
     assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).block.takes(made.x, made.sequences)  # not a low rank
     halved = Made([17, 33], 2, 16, 70, [0] * 6)
-    other = LowRank(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
-    learned = LowRank(halved.groups[1][0].weight, torch.zeros(32), learned=torch.zeros(32, 32))
-    biased = LowRank(halved.groups[1][0].weight, torch.zeros(32).requires_grad_())
+    other = LinearLayer(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
+    learned = LinearLayer(halved.groups[1][0].weight, torch.zeros(32), trained_weight=torch.zeros(32, 32))
+    biased = LinearLayer(halved.groups[1][0].weight, torch.zeros(32).requires_grad_())
     learned_norm = LayerNorm(torch.ones(32).requires_grad_(), torch.zeros(32), 1e-5)
     as_it_is = halved.groups[1][0]
     for layer, norm, takes in (
@@ -243,8 +243,8 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 51)
     assert not made.block.takes(made.x, made.sequences)
     monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
-    monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-    monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: False)
+    monkeypatch.setattr(linear, "amx_kernels", lambda: None)
+    monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: False)
     assert not made.block.takes(made.x, made.sequences)
 
 
@@ -284,7 +284,7 @@ def test_a_program_is_what_its_symbols_say() -> None:
 
 def test_sixteen_bits_must_be_allowed() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    linear._enough.set(False)
+    linear._reduced_precision.set(False)
     assert not made.block.takes(made.x, made.sequences)
-    with sixteen_bits():
+    with reduced_precision():
         assert made.block.takes(made.x, made.sequences)

@@ -11,7 +11,8 @@ import torch
 from capotune import device, kernels
 from capotune.device import CPU_LEVELS, cpu_level, machine_cpu_level
 from capotune.errors import SettingError
-from capotune.kernels import _native, frozen_linear, linear
+from capotune.kernels import linear, prepacked
+from capotune.kernels import native as native_module
 
 FOUND = getattr(machine_cpu_level, "__wrapped__", None)
 """Finds the level anew each time; None where the tests set it (software_amx.py)."""
@@ -27,7 +28,7 @@ def on_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What was compiled and found out is asked for anew, and again after the test."""
-    cached = _native.library, linear.matrix_unit, frozen_linear._vectors_are_faster
+    cached = native_module.library, linear.amx_kernels, prepacked._vectors_are_faster
     for one in cached:
         one.cache_clear()
     yield
@@ -102,11 +103,11 @@ def test_compiler_is_told_the_level(
     told: list[tuple[str, ...]] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "sh")  # is found, and never called
-    monkeypatch.setattr(_native, "_compile", lambda _compiler, flags, *_: told.append(flags))
+    monkeypatch.setattr(native_module, "_compile", lambda _compiler, flags, *_: told.append(flags))
     names = set()
     for chosen in ("amx", level):
         monkeypatch.setenv("CAPOTUNE_CPU_LEVEL", chosen)
-        names.add(_native._compiled(Path(_native.__file__).with_name("products_cpu.c")).name)
+        names.add(native_module._compiled(Path(native_module.__file__).with_name("products_cpu.c")).name)
     assert {flag for flag in told[1] if flag.startswith("-m")} == flags
     assert len(names) == (1 if level == "avx512" else 2)  # amx has flags of its own for its own sources only
 
@@ -118,11 +119,11 @@ def test_record_names_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.described(cpu) == "PyTorch":
         pytest.skip("no C compiler here")
     monkeypatch.setenv("CAPOTUNE_CPU_LEVEL", "plain")
-    for one in (_native.library, linear.matrix_unit):
+    for one in (native_module.library, linear.amx_kernels):
         one.cache_clear()
     assert kernels.described(cpu) == "compiled for plain"
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
-    _native.library.cache_clear()
+    native_module.library.cache_clear()
     assert kernels.described(cpu) == "PyTorch"
 
 
@@ -130,7 +131,7 @@ def test_record_tells_where_amx_may_not_be_used(monkeypatch: pytest.MonkeyPatch)
     """A system may keep its registers from a process."""
     monkeypatch.setattr(kernels, "library", lambda _: object())
     monkeypatch.setattr(kernels, "cpu_level", lambda: "amx")
-    monkeypatch.setattr(kernels, "matrix_unit", lambda: None)
+    monkeypatch.setattr(kernels, "amx_kernels", lambda: None)
     assert kernels.described(torch.device("cpu")) == "compiled for avx512"
-    monkeypatch.setattr(kernels, "matrix_unit", object)
+    monkeypatch.setattr(kernels, "amx_kernels", object)
     assert "amx" in kernels.described(torch.device("cpu"))

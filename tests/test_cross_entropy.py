@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError, SettingError
-from capotune.kernels import _native, cross_entropy, policy
+from capotune.kernels import cross_entropy, policy
+from capotune.kernels import native as native_module
 from capotune.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -25,8 +26,8 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-6}, torch.bfloat16: {"rtol
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernel and again without it."""
     if request.param == "reference":
-        monkeypatch.setattr(_native, "library", lambda _: None)
-    elif _native.library("elementwise_cpu") is None:
+        monkeypatch.setattr(native_module, "library", lambda _: None)
+    elif native_module.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
@@ -151,7 +152,7 @@ def test_a_chunks_losses_and_gradients(rows: int, vocabulary: int, smoothing: fl
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_c_kernel_is_more_exact_than_what_it_replaced(smoothing: float) -> None:
     """Exponents of differences from the largest logit: nothing is lost to its size."""
-    if _native.library("elementwise_cpu") is None:
+    if native_module.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 4000, generator=generator) + 3000

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capotune.errors import SettingError
-from capotune.kernels import _native, policy
+from capotune.kernels import native as native_module
+from capotune.kernels import policy
 from capotune.kernels.gelu import Gelu, gelu_forward, gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from capotune.kernels.lora_linear import Prologue
@@ -41,15 +42,15 @@ HEADS = [(1, 1, 2), (3, 2, 6), (5, 9, 64), (0, 2, 4), (17, 3, 34)]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
-        monkeypatch.setattr(_native, "library", lambda _: None)
-    elif _native.library("elementwise_cpu") is None:
+        monkeypatch.setattr(native_module, "library", lambda _: None)
+    elif native_module.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
 
 @pytest.fixture
 def native() -> None:
-    if _native.library("elementwise_cpu") is None:
+    if native_module.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
 
 
@@ -72,7 +73,9 @@ class Alone(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *kept, y = (one.clone(memory_format=torch.contiguous_format) for one in ctx.saved_tensors)
-        grads, again = ctx.prologue.backward(grad.clone(memory_format=torch.contiguous_format), tuple(kept), rows=True)
+        grads, again = ctx.prologue.backward(
+            grad.clone(memory_format=torch.contiguous_format), tuple(kept), recompute=True
+        )
         torch.testing.assert_close(again, y.to(again.dtype), equal_nan=True)
         return None, *grads
 
@@ -311,12 +314,12 @@ def test_the_environment_variable_turns_the_c_path_off(monkeypatch: pytest.Monke
     before = differentiate(swiglu, (gate, up), grad=grad)
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
     monkeypatch.setattr("capotune.kernels.swiglu.over_rows", lambda *_, **__: pytest.fail("C although turned off"))
-    _native.library.cache_clear()
+    native_module.library.cache_clear()
     try:
-        assert _native.library("elementwise_cpu") is None
+        assert native_module.library("elementwise_cpu") is None
         after = differentiate(swiglu, (gate, up), grad=grad)
     finally:
-        _native.library.cache_clear()
+        native_module.library.cache_clear()
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
@@ -523,8 +526,8 @@ def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.Mo
     alone = differentiate(swiglu, (gate, up), grad=grad)
     monkeypatch.setattr(policy, "ELEMENTS_PER_THREAD", 31)
     asked = []
-    fork_join = {"PyTorch's": _native.fork_join(), "one of the threads": one_of_the_threads, "none": None}[pool]
-    monkeypatch.setattr(_native, "fork_join", lambda: asked.append(1) or fork_join)
+    fork_join = {"PyTorch's": native_module.fork_join(), "one of the threads": one_of_the_threads, "none": None}[pool]
+    monkeypatch.setattr(native_module, "fork_join", lambda: asked.append(1) or fork_join)
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, differentiate(swiglu, (gate, up), grad=grad), alone))
@@ -535,9 +538,9 @@ def test_threads_share_the_rows_without_a_seam(pool: str, monkeypatch: pytest.Mo
 def test_a_library_cut_short_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "capotune"
-    source = Path(_native.__file__).with_name("elementwise_cpu.c")
-    built = _native._compiled(source)
+    source = Path(native_module.__file__).with_name("elementwise_cpu.c")
+    built = native_module._compiled(source)
     assert built.parent == folder
     built.write_bytes(b"")
-    assert _native._loaded(source).swiglu
+    assert native_module._loaded(source).swiglu
     assert built.stat().st_size

@@ -34,7 +34,7 @@ from capotune.adapters.store import load_adapter, read_adapter, save_adapter
 from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import Examples, held_out_score, outputs, train
-from capotune.models.fused import Fusing
+from capotune.models.fusion import Fusing
 from capotune.runs.task_run import with_boundary
 from capotune.settings import (
     FeatureExtractionSettings,

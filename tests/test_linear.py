@@ -1,4 +1,4 @@
-"""The products of linear layers: against float64, on the matrix unit and in PyTorch, and which does the work."""
+"""The products of linear layers: against float64, with AMX and in PyTorch, and which does the work."""
 
 from __future__ import annotations
 
@@ -27,10 +27,18 @@ from torch.nn import functional
 
 from capotune.engine import loop
 from capotune.errors import SettingError
-from capotune.kernels import _native, bert_block, frozen_linear, linear, policy
-from capotune.kernels.frozen_linear import frozen_unit
-from capotune.kernels.linear import Rows, input_gradient, matrix_unit, sixteen_bits, trained_linear, weight_gradient
-from capotune.models import fused
+from capotune.kernels import bert_block, linear, policy, prepacked
+from capotune.kernels import native as native_module
+from capotune.kernels.linear import (
+    LinearInput,
+    amx_kernels,
+    input_gradient,
+    reduced_precision,
+    trained_linear,
+    weight_gradient,
+)
+from capotune.kernels.prepacked import prepacked_amx_kernels
+from capotune.models import fusion
 from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,13 +69,13 @@ class Problem(NamedTuple):
     weight: Tensor
     bias: Tensor
     grad: Tensor
-    onto: Tensor
+    total: Tensor
 
 
 @pytest.fixture(autouse=True)
 def rounded() -> Iterator[None]:
     """Sixteen bits are enough in these tests; the one that they are not by themselves asks for a new context."""
-    with sixteen_bits():
+    with reduced_precision():
         yield
 
 
@@ -80,16 +88,16 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(
         function: ctypes._NamedFuncPointer, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
         strips: Tensor | None,
-        *, onto: bool, ready: bool,
+        *, accumulate: bool, strips_ready: bool,
     ) -> None:  # fmt: skip
         assert y.dtype == torch.float32, "C writes fp32"
         assert y.stride(1) == 1 or y.shape[1] == 1, "C writes rows"
-        if not onto:
+        if not accumulate:
             y.fill_(torch.nan)
-        if not ready and strips is not None:
+        if not strips_ready and strips is not None:
             strips.fill_(torch.nan)
         names.append(function.__name__)
-        real(function, x, weight, bias, y, strips, onto=onto, ready=ready)
+        real(function, x, weight, bias, y, strips, accumulate=accumulate, strips_ready=strips_ready)
 
     monkeypatch.setattr(linear, "_multiply", note)
     run = bert_block._Writer.run
@@ -103,9 +111,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def some_unit(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def any_amx(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels for AMX; in software where there is none, or where a lower level is asked for."""
-    if found := matrix_unit():
+    if found := amx_kernels():
         return found
     if reason := software_amx.why_not():
         pytest.skip(reason)
@@ -113,42 +121,42 @@ def some_unit(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
-def some_frozen_unit(some_unit: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def any_prepacked_amx(any_amx: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels for frozen weights on the same."""
-    if matrix_unit() and (found := frozen_unit()):
+    if amx_kernels() and (found := prepacked_amx_kernels()):
         return found
-    assert some_unit
-    return software_amx.compiled("frozen_amx", tmp_path_factory.mktemp("amx"))
+    assert any_amx
+    return software_amx.compiled("prepacked_amx", tmp_path_factory.mktemp("amx"))
 
 
 @pytest.fixture
-def unit(some_unit: ctypes.CDLL, some_frozen_unit: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test where there is a matrix unit."""
-    real = frozen_linear.library
-    monkeypatch.setattr(linear, "matrix_unit", lambda: some_unit)
-    monkeypatch.setattr(frozen_linear, "library", lambda name: some_frozen_unit if name == "frozen_amx" else real(name))
+def unit(any_amx: ctypes.CDLL, any_prepacked_amx: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test where there is AMX."""
+    real = prepacked.library
+    monkeypatch.setattr(linear, "amx_kernels", lambda: any_amx)
+    monkeypatch.setattr(prepacked, "library", lambda name: any_prepacked_amx if name == "prepacked_amx" else real(name))
 
 
 @pytest.fixture
 def native(unit: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 - it is asked for, not used
-    """Runs a test on the matrix unit, also for few rows."""
+    """Runs a test with AMX, also for few rows."""
     monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
 
 
 @pytest.fixture(params=["native", "reference"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test on the matrix unit and again without it."""
+    """Runs a test with AMX and again without it."""
     if request.param == "native":
         request.getfixturevalue("native")
     else:
-        monkeypatch.setattr(linear, "matrix_unit", lambda: None)
+        monkeypatch.setattr(linear, "amx_kernels", lambda: None)
     return str(request.param)
 
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What is known about this machine is found out anew, and again after the test."""
-    caches = matrix_unit, frozen_linear._vectors_are_faster, _native.library
+    caches = amx_kernels, prepacked._vectors_are_faster, native_module.library
     for one in caches:
         one.cache_clear()
     yield
@@ -192,20 +200,20 @@ def assert_near(found: Tensor, truth: Tensor, size: Tensor, terms: int, path: st
 
 
 def check(
-    given_: Problem, path: str, *, with_bias: bool = True, with_onto: bool = True, entered: Tensor | None = None
+    given_: Problem, path: str, *, with_bias: bool = True, accumulate: bool = True, entered: Tensor | None = None
 ) -> None:
     """All products against fp64; ``entered``: what stands for x where the weight's gradient is taken."""
-    x, weight, bias, grad, onto = given_
-    x64, weight64, bias64, grad64, onto64 = (one.double() for one in given_)
+    x, weight, bias, grad, total = given_
+    x64, weight64, bias64, grad64, total64 = (one.double() for one in given_)
     truth, size = x64 @ weight64.t(), x64.abs() @ weight64.abs().t()
     if with_bias:
         truth, size = truth + bias64, size + bias64.abs()
-    assert_near(Rows(x).linear(weight, bias if with_bias else None), truth, size, x.shape[1], path)
+    assert_near(LinearInput(x).linear(weight, bias if with_bias else None), truth, size, x.shape[1], path)
     truth, size = grad64 @ weight64, grad64.abs() @ weight64.abs()
-    if with_onto:
-        truth, size = truth + onto64, size + onto64.abs()
-    found = input_gradient(grad, weight, onto if with_onto else None)
-    assert (found is onto) == with_onto
+    if accumulate:
+        truth, size = truth + total64, size + total64.abs()
+    found = input_gradient(grad, weight, total if accumulate else None)
+    assert (found is total) == accumulate
     assert_near(found, truth, size, grad.shape[1], path)
     entered = x if entered is None else entered
     truth, size = grad64.t() @ entered.double(), grad64.t().abs() @ entered.double().abs()
@@ -219,7 +227,7 @@ def check(
 @pytest.mark.parametrize(("rows", "into", "out"), SIZES)
 def test_products(rows: int, into: int, out: int, more: bool, path: str, called: list[str]) -> None:
     """On the matrix unit where that is asked for; otherwise the tests of the C path would test PyTorch."""
-    check(problem(rows, into, out), path, with_bias=more, with_onto=more)
+    check(problem(rows, into, out), path, with_bias=more, accumulate=more)
     assert list(dict.fromkeys(called)) == (ALL_WAYS if path == "native" else [])
 
 
@@ -230,19 +238,19 @@ terms = st.one_of(few, st.sampled_from([255, 256, 257, 300, 511, 512, 513, 545, 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.one_of(few, st.sampled_from([300, 480, 511, 512, 513, 545, 640])), into=terms, out=terms,
-    seed=st.integers(0, 10_000), with_bias=st.booleans(), with_onto=st.booleans(),
+    seed=st.integers(0, 10_000), with_bias=st.booleans(), accumulate=st.booleans(),
     strided=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )  # fmt: skip
 def test_products_of_any_size(
-    path: str, called: list[str], rows: int, into: int, out: int, seed: int, with_bias: bool, with_onto: bool,
+    path: str, called: list[str], rows: int, into: int, out: int, seed: int, with_bias: bool, accumulate: bool,
     strided: tuple[bool, ...],
 ) -> None:  # fmt: skip
     """Each matrix may be a part of a larger one, as a layer's columns of what several layers share."""
     called.clear()
-    x, weight, bias, grad, onto = problem(rows, into, out, seed)
-    matrices = zip((x, weight, grad, onto), strided, strict=True)
-    x, weight, grad, onto = (slice_of(one) if inside else one for one, inside in matrices)
-    check(Problem(x, weight, bias, grad, onto), path, with_bias=with_bias, with_onto=with_onto)
+    x, weight, bias, grad, total = problem(rows, into, out, seed)
+    matrices = zip((x, weight, grad, total), strided, strict=True)
+    x, weight, grad, total = (slice_of(one) if inside else one for one, inside in matrices)
+    check(Problem(x, weight, bias, grad, total), path, with_bias=with_bias, accumulate=accumulate)
     assert list(dict.fromkeys(called)) == (ALL_WAYS if path == "native" and rows and into and out else [])
 
 
@@ -255,12 +263,12 @@ def test_numbers_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bo
     x, grad = (whole(rows, columns, limit=fine if fine_x else 2, seed=columns) for columns in (into, out))
     other = whole(rows, into, limit=fine if fine_weight else 2, seed=5)
     weight = whole(out, into, limit=fine if fine_weight else 2, seed=2)
-    bias, onto = whole(out, limit=2**20, seed=3), whole(rows, into, limit=2**20, seed=4)
+    bias, total = whole(out, limit=2**20, seed=3), whole(rows, into, limit=2**20, seed=4)
     expected = x.double() @ weight.double().t(), grad.double() @ weight.double()
-    assert torch.equal(Rows(x).linear(weight).double(), expected[0])
-    assert torch.equal(Rows(x).linear(weight, bias).double(), expected[0] + bias)
+    assert torch.equal(LinearInput(x).linear(weight).double(), expected[0])
+    assert torch.equal(LinearInput(x).linear(weight, bias).double(), expected[0] + bias)
     assert torch.equal(input_gradient(grad, weight).double(), expected[1])
-    assert torch.equal(input_gradient(grad, weight, onto.clone()).double(), expected[1] + onto)
+    assert torch.equal(input_gradient(grad, weight, total.clone()).double(), expected[1] + total)
     assert torch.equal(weight_gradient(grad, other).double(), grad.double().t() @ other.double())
 
 
@@ -304,8 +312,8 @@ def test_times_one_is_as_near_as_two_halves_can_be() -> None:
     x = torch.cat([1 + torch.arange(2**15) * 2.0**-22, random(2**15)]).view(1024, 64)  # a step of bf16 is 2^-7
     one = torch.eye(64)
     found = (
-        Rows(x).linear(one),
-        Rows(one).linear(x).t(),
+        LinearInput(x).linear(one),
+        LinearInput(one).linear(x).t(),
         input_gradient(x, one),
         input_gradient(one, x.t().contiguous()).t(),
     )
@@ -329,9 +337,9 @@ SCALES = [
 @pytest.mark.parametrize("size", [(50, 60, 70), (33, 520, 1)])
 def test_small_and_large_numbers(size: tuple[int, int, int], scale: float, weight_scale: float, path: str) -> None:
     """As accurate as those about 1."""
-    x, weight, bias, grad, onto = problem(*size)
+    x, weight, bias, grad, total = problem(*size)
     product = scale * weight_scale
-    scaled = Problem(x * scale, weight * weight_scale, bias * product, grad * scale, onto * product)
+    scaled = Problem(x * scale, weight * weight_scale, bias * product, grad * scale, total * product)
     check(scaled, path, entered=x * weight_scale)
 
 
@@ -340,21 +348,21 @@ def test_small_rows_beside_large_ones() -> None:
     """A row twice as large has a result twice as large, to the bit."""
     x, weight, _, grad, _ = problem(40, 70, 45)
     factors = torch.exp2(torch.linspace(-60, 90, 40).round())[:, None]
-    assert torch.equal(Rows(x * factors).linear(weight), Rows(x).linear(weight) * factors)
+    assert torch.equal(LinearInput(x * factors).linear(weight), LinearInput(x).linear(weight) * factors)
     assert torch.equal(input_gradient(grad * factors, weight), input_gradient(grad, weight) * factors)
 
 
 @pytest.mark.usefixtures("path")
 def test_zeros() -> None:
     """Nothing comes of nothing, and what is added stays as it is."""
-    x, weight, bias, grad, onto = problem(40, 70, 45)
+    x, weight, bias, grad, total = problem(40, 70, 45)
     x[7:30], grad[7:30] = 0, 0
-    before = onto.clone()
-    assert torch.equal(Rows(x).linear(weight)[7:30], torch.zeros(23, 45))
-    assert torch.equal(Rows(x).linear(weight, bias)[7:30], bias.expand(23, 45))
+    before = total.clone()
+    assert torch.equal(LinearInput(x).linear(weight)[7:30], torch.zeros(23, 45))
+    assert torch.equal(LinearInput(x).linear(weight, bias)[7:30], bias.expand(23, 45))
     assert torch.equal(input_gradient(grad, weight)[7:30], torch.zeros(23, 70))
-    assert torch.equal(input_gradient(grad, weight, onto)[7:30], before[7:30])
-    assert torch.equal(Rows(x).linear(torch.zeros_like(weight), bias), bias.expand(40, 45))
+    assert torch.equal(input_gradient(grad, weight, total)[7:30], before[7:30])
+    assert torch.equal(LinearInput(x).linear(torch.zeros_like(weight), bias), bias.expand(40, 45))
 
 
 @pytest.mark.usefixtures("path")
@@ -363,8 +371,12 @@ def test_zeros() -> None:
 def test_what_is_not_finite_stays_in_its_row(value: float | str, at: tuple[int, int]) -> None:
     """A NaN of all bits would be rounded up to zero. In the weight it is in a row and a column."""
     given_ = problem(37, 45, 45)
-    x, weight, bias, grad, onto = given_
-    expected = Rows(x).linear(weight, bias), input_gradient(grad, weight), input_gradient(grad, weight, onto.clone())
+    x, weight, bias, grad, total = given_
+    expected = (
+        LinearInput(x).linear(weight, bias),
+        input_gradient(grad, weight),
+        input_gradient(grad, weight, total.clone()),
+    )
     spoilt = [one.clone() for one in (x, weight, grad)]
     for one in spoilt:
         if isinstance(value, str):
@@ -372,12 +384,16 @@ def test_what_is_not_finite_stays_in_its_row(value: float | str, at: tuple[int, 
         else:
             one[at] = value
     x, other_weight, grad = spoilt
-    found = Rows(x).linear(weight, bias), input_gradient(grad, weight), input_gradient(grad, weight, onto.clone())
+    found = (
+        LinearInput(x).linear(weight, bias),
+        input_gradient(grad, weight),
+        input_gradient(grad, weight, total.clone()),
+    )
     for one, other in zip(found, expected, strict=True):
         assert not one[at[0]].isfinite().any()
         assert torch.equal(one[: at[0]], other[: at[0]])
         assert torch.equal(one[at[0] + 1 :], other[at[0] + 1 :])
-    products = Rows(given_.x).linear(other_weight, bias), input_gradient(given_.grad, other_weight)
+    products = LinearInput(given_.x).linear(other_weight, bias), input_gradient(given_.grad, other_weight)
     for one, other, column in zip(products, expected, at, strict=False):
         assert not one[:, column].isfinite().any()
         assert torch.equal(one[:, :column], other[:, :column])
@@ -391,32 +407,32 @@ def test_what_is_not_finite_stays_in_its_row(value: float | str, at: tuple[int, 
 @pytest.mark.parametrize("size", [(70, 40, 65), (550, 540, 520)])
 def test_a_row_depends_on_no_other(size: tuple[int, int, int]) -> None:
     """Nor a column, to the bit: neither on their numbers nor on how many they are."""
-    x, weight, bias, grad, onto = problem(*size)
-    rows = Rows(x).linear(weight, bias)
-    gradients = input_gradient(grad, weight, onto.clone())
+    x, weight, bias, grad, total = problem(*size)
+    rows = LinearInput(x).linear(weight, bias)
+    gradients = input_gradient(grad, weight, total.clone())
     for first, last in ((0, 1), (0, 16), (3, 36), (17, 65), (size[0] - 1, size[0]), (5, size[0])):
         part = slice(first, last)
-        assert torch.equal(Rows(x[part]).linear(weight, bias), rows[part])
-        assert torch.equal(input_gradient(grad[part], weight, onto[part].clone()), gradients[part])
+        assert torch.equal(LinearInput(x[part]).linear(weight, bias), rows[part])
+        assert torch.equal(input_gradient(grad[part], weight, total[part].clone()), gradients[part])
         part = slice(first, min(last, size[1], size[2]))
-        assert torch.equal(Rows(x).linear(weight[part], bias[part]), rows[:, part])
-        assert torch.equal(input_gradient(grad, weight[:, part], onto[:, part].clone()), gradients[:, part])
+        assert torch.equal(LinearInput(x).linear(weight[part], bias[part]), rows[:, part])
+        assert torch.equal(input_gradient(grad, weight[:, part], total[:, part].clone()), gradients[:, part])
     x[:20], grad[:20] = 7.0, -3.0
-    assert torch.equal(Rows(x).linear(weight, bias)[20:], rows[20:])
-    assert torch.equal(input_gradient(grad, weight, onto)[20:], gradients[20:])
+    assert torch.equal(LinearInput(x).linear(weight, bias)[20:], rows[20:])
+    assert torch.equal(input_gradient(grad, weight, total)[20:], gradients[20:])
 
 
 @pytest.mark.parametrize("size", [(70, 40, 65), (530, 540, 50)])
 def test_rows_enter_several_layers(size: tuple[int, int, int], path: str, called: list[str]) -> None:
-    """Each with the bits that it has alone, also after one that the matrix unit does not take."""
+    """Each with the bits that it has alone, also after one that AMX does not take."""
     x, weight, bias, _, _ = problem(*size)
     weights = [weight.t().contiguous().t(), weight, weight[:17] * 3, weight, random(100, size[1], seed=9)]
     biases = [None, bias, None, None, None]
-    rows = Rows(x)
+    rows = LinearInput(x)
     found = [rows.linear(*one) for one in zip(weights, biases, strict=True)]
     assert called == (4 * ["linear"] if path == "native" else [])
     for one, *layer in zip(found, weights, biases, strict=True):
-        assert torch.equal(one, Rows(x).linear(*layer))
+        assert torch.equal(one, LinearInput(x).linear(*layer))
 
 
 @pytest.mark.usefixtures("native")
@@ -426,8 +442,8 @@ def test_rows_are_made_ready_once(size: tuple[int, int, int], threads: int) -> N
     """The first layer reads them, and no other."""
     torch.set_num_threads(threads)
     x, weight, bias, _, _ = problem(*size)
-    expected = Rows(x).linear(weight, bias), Rows(x).linear(weight[:20])
-    rows = Rows(x)
+    expected = LinearInput(x).linear(weight, bias), LinearInput(x).linear(weight[:20])
+    rows = LinearInput(x)
     assert torch.equal(rows.linear(weight, bias), expected[0])
     x.fill_(torch.nan)
     assert torch.equal(rows.linear(weight, bias), expected[0])
@@ -439,10 +455,10 @@ def test_rows_are_made_ready_once(size: tuple[int, int, int], threads: int) -> N
 def test_what_is_read_stays_as_it_was(size: tuple[int, int, int]) -> None:
     given_ = problem(*size)
     before = [one.clone() for one in given_]
-    Rows(given_.x).linear(given_.weight, given_.bias)
+    LinearInput(given_.x).linear(given_.weight, given_.bias)
     input_gradient(given_.grad, given_.weight)
     assert all(torch.equal(one, other) for one, other in zip(given_, before, strict=True))
-    input_gradient(given_.grad, given_.weight, given_.onto)
+    input_gradient(given_.grad, given_.weight, given_.total)
     assert all(torch.equal(one, other) for one, other in zip(given_[:4], before, strict=False))
 
 
@@ -451,14 +467,14 @@ def test_what_is_read_stays_as_it_was(size: tuple[int, int, int]) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [(1, 1, 1), (47, 45, 65), (49, 96, 17), (515, 513, 530)])
-def test_onto_a_slice_leaves_its_neighbours(size: tuple[int, int, int]) -> None:
+def test_accumulating_into_a_slice_leaves_its_neighbours(size: tuple[int, int, int]) -> None:
     """They are NaN before and after."""
-    _, weight, _, grad, onto = problem(*size)
-    part = slice_of(onto)
+    _, weight, _, grad, total = problem(*size)
+    part = slice_of(total)
     larger = part._base
     assert larger is not None
     assert input_gradient(grad, weight, part) is part
-    assert torch.equal(part, input_gradient(grad, weight, onto))
+    assert torch.equal(part, input_gradient(grad, weight, total))
     assert int(larger.isnan().sum()) == larger.numel() - part.numel()
 
 
@@ -470,7 +486,7 @@ def test_into_a_matrix_that_is_there(size: tuple[int, int, int], path: str, call
     for more in (None, bias):
         room = torch.full((size[0] + 5, size[2]), torch.nan)
         out = room[2 : 2 + size[0]]
-        assert Rows(x).linear(weight, more, out=out) is out
+        assert LinearInput(x).linear(weight, more, out=out) is out
         added = torch.zeros(()) if more is None else more
         assert_near(out, truth + added.double(), terms + added.double().abs(), size[1], path)
         assert room[:2].isnan().all()
@@ -483,7 +499,7 @@ def test_into_a_matrix_that_is_there(size: tuple[int, int, int], path: str, call
 def test_nothing_is_written_beyond_a_new_matrix(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """C gets one with NaN around it, and with it the room for strips."""
     x, weight, bias, grad, _ = problem(*size)
-    expected = Rows(x).linear(weight, bias), input_gradient(grad, weight), weight_gradient(grad, x)
+    expected = LinearInput(x).linear(weight, bias), input_gradient(grad, weight), weight_gradient(grad, x)
     surrounded: list[tuple[Tensor, int, Tensor]] = []
     real = linear._multiply
 
@@ -496,7 +512,7 @@ def test_nothing_is_written_beyond_a_new_matrix(size: tuple[int, int, int], monk
         surrounded.append((part._base, y.numel(), part))
 
     monkeypatch.setattr(linear, "_multiply", move)
-    Rows(x).linear(weight, bias)
+    LinearInput(x).linear(weight, bias)
     input_gradient(grad, weight)
     weight_gradient(grad, x)
     for (larger, numbers, part), other in zip(surrounded, expected, strict=True):
@@ -518,7 +534,7 @@ def exit_status(work: Callable[[], object]) -> int:
     """Of a process of its own, which may crash."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of Python from 3.12, about threads: this test needs none
-        import resource  # not on every system that has no matrix unit
+        import resource  # not on every system that has no AMX
 
     child = os.fork()
     if child == 0:
@@ -537,12 +553,12 @@ def exit_status(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 3, 17), (48, 64, 32), (47, 45, 65), (49, 97, 18), (51, 300, 127)])
 def test_nothing_is_read_beyond_the_end(size: tuple[int, int, int]) -> None:
     """Of any matrix: not even what would count for nothing."""
-    x, weight, bias, grad, onto = (before_a_wall(one) for one in problem(*size))
+    x, weight, bias, grad, total = (before_a_wall(one) for one in problem(*size))
     out = before_a_wall(grad)
 
     def work() -> None:
-        Rows(x).linear(weight, bias, out=out)
-        input_gradient(grad, weight, onto)
+        LinearInput(x).linear(weight, bias, out=out)
+        input_gradient(grad, weight, total)
         weight_gradient(grad, x)
 
     assert exit_status(work) == 0
@@ -554,7 +570,7 @@ def test_a_row_for_all(path: str, called: list[str]) -> None:
     x, weight, bias, grad, _ = problem(50, 40, 65)
     x, grad, weights = x[:1].expand(50, 40), grad[:1].expand(50, 65), weight[:1].expand(65, 40)
     for one in (weight, weights):
-        assert torch.equal(Rows(x).linear(one, bias), Rows(x.contiguous()).linear(one.contiguous(), bias))
+        assert torch.equal(LinearInput(x).linear(one, bias), LinearInput(x.contiguous()).linear(one.contiguous(), bias))
         assert torch.equal(input_gradient(grad, one), input_gradient(grad.contiguous(), one.contiguous()))
     assert called == (([ALL_WAYS[0]] * 2 + [ALL_WAYS[1]] * 2) * 2 if path == "native" else [])
 
@@ -566,14 +582,14 @@ def transposed(x: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("native")
 def test_other_layouts_are_pytorchs(called: list[str]) -> None:
-    x, weight, bias, grad, onto = problem(50, 40, 65)
-    check(Problem(transposed(x), weight, bias, transposed(grad), onto), "reference")
-    check(Problem(x, transposed(weight), bias, grad, onto), "reference", entered=transposed(x))
-    check(Problem(x[:, ::2], weight[:, ::2], bias, grad[:, :1].expand(50, 65), onto[:, ::2]), "reference")
+    x, weight, bias, grad, total = problem(50, 40, 65)
+    check(Problem(transposed(x), weight, bias, transposed(grad), total), "reference")
+    check(Problem(x, transposed(weight), bias, grad, total), "reference", entered=transposed(x))
+    check(Problem(x[:, ::2], weight[:, ::2], bias, grad[:, :1].expand(50, 65), total[:, ::2]), "reference")
     spread = torch.stack([bias, bias], 1)[:, 0]
-    assert torch.equal(Rows(x).linear(weight, spread), torch.nn.functional.linear(x, weight, bias))
-    turned = transposed(onto)
-    expected = onto.addmm(grad, weight)
+    assert torch.equal(LinearInput(x).linear(weight, spread), torch.nn.functional.linear(x, weight, bias))
+    turned = transposed(total)
+    expected = total.addmm(grad, weight)
     assert input_gradient(grad, weight, turned) is turned
     torch.testing.assert_close(turned, expected, rtol=0, atol=65 * 2**-21)
     assert called == []
@@ -594,28 +610,28 @@ def test_few_rows_are_pytorchs(more: int, called: list[str]) -> None:
 def test_empty_matrices_are_pytorchs(size: tuple[int, int, int], path: str, called: list[str]) -> None:
     """Sums of nothing are zero, and what is added is there."""
     rows, into, out = size
-    x, weight, bias, grad, onto = problem(*size)
-    before = onto.clone()
-    assert torch.equal(Rows(x).linear(weight), torch.zeros(rows, out))
+    x, weight, bias, grad, total = problem(*size)
+    before = total.clone()
+    assert torch.equal(LinearInput(x).linear(weight), torch.zeros(rows, out))
     assert torch.equal(input_gradient(grad, weight), torch.zeros(rows, into))
-    check(Problem(x, weight, bias, grad, onto), path)
-    assert torch.equal(onto, before)
+    check(Problem(x, weight, bias, grad, total), path)
+    assert torch.equal(total, before)
     assert called == []
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_pytorchs(dtype: torch.dtype, called: list[str]) -> None:
-    x, weight, bias, grad, onto = (one.to(dtype) for one in problem(50, 64, 65))
+    x, weight, bias, grad, total = (one.to(dtype) for one in problem(50, 64, 65))
     expected = torch.nn.functional.linear(x, weight, bias)
-    assert torch.equal(Rows(x).linear(weight, bias), expected)
-    found = Rows(x).linear(weight, bias, out=torch.full((50, 65), torch.nan, dtype=dtype))
+    assert torch.equal(LinearInput(x).linear(weight, bias), expected)
+    found = LinearInput(x).linear(weight, bias, out=torch.full((50, 65), torch.nan, dtype=dtype))
     tolerance = {torch.bfloat16: 2**-6, torch.float64: 1e-14}[dtype]  # it is rounded before the bias, and after
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
     assert torch.equal(input_gradient(grad, weight), grad @ weight)
-    expected = onto.addmm(grad, weight)
-    assert torch.equal(input_gradient(grad, weight, onto), expected)
-    assert torch.equal(onto, expected)
+    expected = total.addmm(grad, weight)
+    assert torch.equal(input_gradient(grad, weight, total), expected)
+    assert torch.equal(total, expected)
     assert called == []
 
 
@@ -623,14 +639,14 @@ def test_other_dtypes_are_pytorchs(dtype: torch.dtype, called: list[str]) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_mixed_dtypes_are_refused(dtype: torch.dtype, called: list[str]) -> None:
     """By PyTorch; C would read or write beyond their ends."""
-    x, weight, bias, grad, onto = problem(50, 64, 65)
+    x, weight, bias, grad, total = problem(50, 64, 65)
     for one in (
-        lambda: Rows(x).linear(weight.to(dtype), bias),
-        lambda: Rows(x.to(dtype)).linear(weight, bias),
-        lambda: Rows(x).linear(weight, bias.to(dtype)),
+        lambda: LinearInput(x).linear(weight.to(dtype), bias),
+        lambda: LinearInput(x.to(dtype)).linear(weight, bias),
+        lambda: LinearInput(x).linear(weight, bias.to(dtype)),
         lambda: input_gradient(grad, weight.to(dtype)),
         lambda: input_gradient(grad.to(dtype), weight),
-        lambda: input_gradient(grad, weight, onto.to(dtype)),
+        lambda: input_gradient(grad, weight, total.to(dtype)),
     ):
         with pytest.raises(RuntimeError, match=r"dtype|same type"):
             one()
@@ -639,17 +655,17 @@ def test_mixed_dtypes_are_refused(dtype: torch.dtype, called: list[str]) -> None
 
 @pytest.mark.usefixtures("native")
 def test_other_devices_are_pytorchs(called: list[str]) -> None:
-    x, weight, bias, grad, onto = (one.to("meta") for one in problem(50, 64, 65))
-    assert Rows(x).linear(weight, bias).is_meta
+    x, weight, bias, grad, total = (one.to("meta") for one in problem(50, 64, 65))
+    assert LinearInput(x).linear(weight, bias).is_meta
     assert input_gradient(grad, weight).is_meta
-    assert input_gradient(grad, weight, onto) is onto
+    assert input_gradient(grad, weight, total) is total
     assert called == []
 
 
 @pytest.mark.usefixtures("forgetful")
 def test_without_c_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
-    assert matrix_unit() is None
+    assert amx_kernels() is None
     check(problem(60, 40, 65), "reference")
     assert called == []
 
@@ -661,7 +677,7 @@ def test_below_level_amx_pytorch_multiplies(level: str, monkeypatch: pytest.Monk
     asked: list[str] = []
     monkeypatch.setattr(linear, "cpu_level", lambda: level)
     monkeypatch.setattr(linear, "library", asked.append)
-    assert matrix_unit() is None
+    assert amx_kernels() is None
     assert asked == []
     check(problem(60, 40, 65), "reference")
     assert called == []
@@ -675,7 +691,7 @@ def test_where_amx_cannot_be_used_pytorch_multiplies(
     """No compiler that knows it, or a system that does not let the process use it."""
     monkeypatch.setattr(linear, "cpu_level", lambda: "amx")
     monkeypatch.setattr(linear, "library", lambda _: lib)
-    assert matrix_unit() is None
+    assert amx_kernels() is None
     check(problem(60, 40, 65), "reference")
     assert called == []
 
@@ -685,11 +701,11 @@ def test_where_amx_cannot_be_used_pytorch_multiplies(
 def test_another_default_dtype_changes_nothing(default: torch.dtype) -> None:
     """What C writes to is of the dtype that C writes."""
     x, weight, bias, grad, _ = problem(50, 40, 65)
-    expected = Rows(x).linear(weight, bias), input_gradient(grad, weight)
+    expected = LinearInput(x).linear(weight, bias), input_gradient(grad, weight)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        found = Rows(x).linear(weight, bias), input_gradient(grad, weight)
+        found = LinearInput(x).linear(weight, bias), input_gradient(grad, weight)
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -700,9 +716,9 @@ def test_another_default_dtype_changes_nothing(default: torch.dtype) -> None:
 
 def results(given_: Problem) -> list[Tensor]:
     """All products, and one added."""
-    x, weight, bias, grad, onto = given_
-    output, gradient = Rows(x).linear(weight, bias), input_gradient(grad, weight)
-    return [output, gradient, input_gradient(grad, weight, onto.clone()), weight_gradient(grad, x)]
+    x, weight, bias, grad, total = given_
+    output, gradient = LinearInput(x).linear(weight, bias), input_gradient(grad, weight)
+    return [output, gradient, input_gradient(grad, weight, total.clone()), weight_gradient(grad, x)]
 
 
 FOR_THREADS = [(1, 9, 3), (16, 32, 32), (70, 300, 129), (250, 600, 545), (640, 257, 40), (911, 530, 65)]
@@ -743,7 +759,7 @@ def test_shares_can_be_done_in_any_order(size: tuple[int, int, int], monkeypatch
     for threads in (2, 4, 7):
         torch.set_num_threads(threads)
         assert all(torch.equal(one, other) for one, other in zip(results(given_), expected, strict=True))
-        rows = Rows(given_.x)
+        rows = LinearInput(given_.x)
         for _ in range(2):
             assert torch.equal(rows.linear(given_.weight, given_.bias), expected[0])
         assert len(shared) >= 5
@@ -755,7 +771,7 @@ def test_shares_can_be_done_in_any_order(size: tuple[int, int, int], monkeypatch
 @pytest.mark.parametrize(("rows", "into", "out"), [(9, 48, 9000), (33, 65, 4097), (70, 40, 1537), (300, 33, 6145)])
 def test_threads_share_a_vocabulary_out(rows: int, into: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each adds up outputs of its own: the numbers are small and whole, so that their sums are exact in any order.
-    Also where the last thread's share is shorter, and where ``onto`` has gaps between its rows."""
+    Also where the last thread's share is shorter, and where ``total`` has gaps between its rows."""
     weight, grad = whole(out, into, limit=15, seed=1), whole(rows, out, limit=15, seed=2)
     wide = whole(rows, into + 3, limit=2**16, seed=3)
     expected = grad.double() @ weight.double()
@@ -774,10 +790,10 @@ def test_threads_share_a_vocabulary_out(rows: int, into: int, out: int, monkeypa
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             assert torch.equal(input_gradient(grad, weight).double(), expected)
-            onto = wide.clone()
-            input_gradient(grad, weight, onto[:, :into])
-            assert torch.equal(onto[:, :into].double(), expected + wide[:, :into])
-            assert torch.equal(onto[:, into:], wide[:, into:])
+            total = wide.clone()
+            input_gradient(grad, weight, total[:, :into])
+            assert torch.equal(total[:, :into].double(), expected + wide[:, :into])
+            assert torch.equal(total[:, into:], wide[:, into:])
     parts = -(-out // 1536)
     for threads in (2, 3, 7):
         assert ((threads, threads) in shared) == (parts >= threads)  # more threads share each part of the outputs out
@@ -790,7 +806,7 @@ def test_threads_share_a_vocabulary_out(rows: int, into: int, out: int, monkeypa
 @pytest.mark.usefixtures("native")
 def test_the_work_is_shared_where_it_can_be() -> None:
     """PyTorch's pool is there wherever PyTorch came with GNU OpenMP."""
-    known = _native.library("elementwise_cpu") is not None and _native.fork_join() is not None
+    known = native_module.library("elementwise_cpu") is not None and native_module.fork_join() is not None
     assert [bool(one.value) for one in linear._pool()] == [known, known]
 
 
@@ -803,7 +819,7 @@ def test_in_a_thread_with_a_small_stack(threads: int) -> None:
 
     def work() -> None:
         torch.set_num_threads(threads)
-        with sixteen_bits():
+        with reduced_precision():
             found.extend(results(given_))
 
     before = threading.stack_size(256 * 1024)
@@ -817,12 +833,12 @@ def test_in_a_thread_with_a_small_stack(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_all_bits_where_nobody_said_that_sixteen_are_enough(called: list[str]) -> None:
+def test_all_bits_count_outside_of_reduced_precision(called: list[str]) -> None:
     """Nor in a thread that was started by one who did, nor after an error."""
     found: list[list[Tensor]] = []
 
     def fails() -> None:
-        with sixteen_bits():
+        with reduced_precision():
             raise KeyError
 
     def work() -> None:
@@ -846,25 +862,25 @@ def test_all_bits_where_nobody_said_that_sixteen_are_enough(called: list[str]) -
 @pytest.mark.usefixtures("path")
 def test_shapes_that_do_not_fit(called: list[str]) -> None:
     """C would read beyond their ends."""
-    x, weight, bias, grad, onto = problem(50, 10, 4)
+    x, weight, bias, grad, total = problem(50, 10, 4)
     with pytest.raises(SettingError, match=r"weight has shape \(4, 9\).*must be \(4, 10\)"):
-        Rows(x).linear(weight[:, :9], bias)
+        LinearInput(x).linear(weight[:, :9], bias)
     with pytest.raises(SettingError, match=r"weight has shape \(4, 10\).*must be \(4, 9\)"):
-        Rows(x[:, :9]).linear(weight, bias)
+        LinearInput(x[:, :9]).linear(weight, bias)
     with pytest.raises(SettingError, match=r"out has shape \(49, 4\).*must be \(50, 4\)"):
-        Rows(x).linear(weight, bias, out=torch.empty(49, 4))
+        LinearInput(x).linear(weight, bias, out=torch.empty(49, 4))
     with pytest.raises(SettingError, match=r"out has shape \(50, 5\).*must be \(50, 4\)"):
-        Rows(x).linear(weight, bias, out=torch.empty(50, 5))
+        LinearInput(x).linear(weight, bias, out=torch.empty(50, 5))
     with pytest.raises(SettingError, match=r"weight has shape \(3, 10\).*must be \(4, 10\)"):
         input_gradient(grad, weight[:3])
     with pytest.raises(SettingError, match=r"weight has shape \(4, 10\).*must be \(3, 10\)"):
-        input_gradient(grad[:, :3], weight, onto)
-    with pytest.raises(SettingError, match=r"onto has shape \(49, 10\).*must be \(50, 10\)"):
-        input_gradient(grad, weight, onto[:49])
+        input_gradient(grad[:, :3], weight, total)
+    with pytest.raises(SettingError, match=r"accumulate_into has shape \(49, 10\).*must be \(50, 10\)"):
+        input_gradient(grad, weight, total[:49])
     with pytest.raises(SettingError, match=r"grad has shape \(49, 4\).*must be \(50, 4\)"):
         weight_gradient(grad[:49], x)
-    with pytest.raises(SettingError, match=r"onto has shape \(50, 9\).*must be \(50, 10\)"):
-        input_gradient(grad, weight, onto[:, :9])
+    with pytest.raises(SettingError, match=r"accumulate_into has shape \(50, 9\).*must be \(50, 10\)"):
+        input_gradient(grad, weight, total[:, :9])
     assert called == []
 
 
@@ -874,7 +890,7 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
     """Nor is one number added to all columns, which PyTorch would do."""
     x, weight, _, _, _ = problem(50, 10, 4)
     with pytest.raises(SettingError, match=r"bias has shape .*must be \(4,\)"):
-        Rows(x).linear(weight, random(*shape))
+        LinearInput(x).linear(weight, random(*shape))
     assert called == []
 
 
@@ -885,10 +901,10 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
 def test_blocks_of_large_models_are_computed_by_their_parts(
     bert: Path, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the matrix unit too, and nearly the same losses."""
+    """With AMX too, and nearly the same losses."""
     runs = []
     for small in (True, False):
-        monkeypatch.setattr(fused, "may_be_kept", lambda _weights, small=small: small)
+        monkeypatch.setattr(fusion, "may_prepack", lambda _weights, small=small: small)
         called.clear()
         method = LoraSettings(rank=4, target_modules=("all-linear",), epochs=1, batch_size=16)
         assembled = helpers.on_base(bert, method)
@@ -933,7 +949,7 @@ def test_training_goes_as_with_all_bits(
     for unit in (True, False):
         with monkeypatch.context() as patch:
             if not unit:
-                patch.setattr(linear, "matrix_unit", lambda: None)
+                patch.setattr(linear, "amx_kernels", lambda: None)
             called.clear()
             made = helpers if base == "bert" else generation_helpers
             assembled = made.on_base(bert if base == "bert" else llama_writer, method)

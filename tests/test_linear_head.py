@@ -92,7 +92,7 @@ def test_the_default_tolerance_bounds_the_loss_in_single_precision(
 
 
 MANY_LABELS = (400, 150, 60)
-"""As many as the matrix unit takes, where there is one."""
+"""As many as AMX takes, where there is one."""
 
 
 @pytest.mark.parametrize("sample", [768, 50])

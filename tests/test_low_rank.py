@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capotune.errors import SettingError
-from capotune.kernels import _native, low_rank, policy
+from capotune.kernels import low_rank, policy
+from capotune.kernels import native as native_module
 from capotune.kernels.low_rank import gather, project, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,14 +26,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
         monkeypatch.setattr(low_rank, "products", lambda *_: None)
-    elif _native.library("products_cpu") is None:
+    elif native_module.library("products_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
 
 @pytest.fixture
 def native() -> None:
-    if _native.library("products_cpu") is None:
+    if native_module.library("products_cpu") is None:
         pytest.skip("no C compiler here")
 
 
@@ -238,11 +239,11 @@ def test_shapes_that_do_not_fit() -> None:
         project(x, matrix, out=torch.empty(6, 5))
     with pytest.raises(SettingError, match=r"out has shape \(7, 4\).*must be \(6, 4\)"):
         project(x, matrix, out=torch.empty(7, 4))
-    with pytest.raises(SettingError, match=r"low has shape \(5, 4\).*must be \(6, 4\)"):
+    with pytest.raises(SettingError, match=r"xa has shape \(5, 4\).*must be \(6, 4\)"):
         update(x, low[:5], matrix)
-    with pytest.raises(SettingError, match=r"low has shape \(6, 3\).*must be \(6, 4\)"):
+    with pytest.raises(SettingError, match=r"xa has shape \(6, 3\).*must be \(6, 4\)"):
         update(x, low[:, :3], matrix)
     with pytest.raises(SettingError, match=r"matrix has shape \(4, 9\).*must be \(4, 10\)"):
         update(x, low, matrix[:, :9])
-    with pytest.raises(SettingError, match=r"low has shape \(5, 4\).*must be \(6, 4\)"):
+    with pytest.raises(SettingError, match=r"xa has shape \(5, 4\).*must be \(6, 4\)"):
         gather(low[:5], x)

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from capotune.errors import ModelError, SettingError
-from capotune.kernels import _native, nf4, policy
+from capotune.kernels import native as native_module
+from capotune.kernels import nf4, policy
 from capotune.kernels.nf4 import (
     Linear4bit,
     QuantizedTensor,
@@ -49,7 +50,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
         monkeypatch.setattr(nf4, "library", lambda _: None)
-    elif _native.library("nf4_cpu") is None:
+    elif native_module.library("nf4_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
@@ -216,7 +217,7 @@ def test_nearest_is_exact_where_the_c_library_rounds_to_a_grid() -> None:
 def test_c_and_pytorch_give_the_same_bits(
     seed: int, n: int, block_size: int, quant_type: str, dtype: torch.dtype, double_quant: bool, scale: float
 ) -> None:
-    lib = _native.library("nf4_cpu")
+    lib = native_module.library("nf4_cpu")
     if lib is None:
         pytest.skip("no C compiler here")
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
@@ -240,7 +241,7 @@ def test_c_and_pytorch_give_the_same_bits(
 
 def test_every_half_precision_number_reads_the_same_in_c() -> None:
     """All finite bf16 and fp16 numbers, one block of 32 each with itself as absmax: absmax is the number."""
-    lib = _native.library("nf4_cpu")
+    lib = native_module.library("nf4_cpu")
     if lib is None:
         pytest.skip("no C compiler here")
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -279,19 +280,19 @@ def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
     """``library`` looks again, with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CAPOTUNE_NATIVE", raising=False)
-    _native.library.cache_clear()
+    native_module.library.cache_clear()
     yield tmp_path / "capotune"
-    _native.library.cache_clear()
+    native_module.library.cache_clear()
 
 
 def test_the_compiled_kernel_is_kept_and_found_again(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if _native.library("nf4_cpu") is None:
+    if native_module.library("nf4_cpu") is None:
         pytest.skip("no C compiler here")
     (built,) = fresh_library.iterdir()
     assert built.suffix == ".so"
-    _native.library.cache_clear()
+    native_module.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled twice"))
-    assert _native.library("nf4_cpu") is not None
+    assert native_module.library("nf4_cpu") is not None
 
 
 @pytest.mark.parametrize("trouble", ["missing", "failing", "read-only"])
@@ -300,15 +301,15 @@ def test_without_a_compiler_pytorch_takes_over(
 ) -> None:
     expected = {block: nf4.quantize_reference(torch.linspace(-1, 1, 999), "nf4", block)[0] for block in (32, 64)}
     if trouble == "missing":
-        monkeypatch.setattr(_native.shutil, "which", lambda _: None)
+        monkeypatch.setattr(native_module.shutil, "which", lambda _: None)
     elif trouble == "failing":
         monkeypatch.setenv("CC", "false")
     else:
         fresh_library.write_text("a file where the folder should go")
-    with caplog.at_level(logging.INFO, logger=_native.__name__):
+    with caplog.at_level(logging.INFO, logger=native_module.__name__):
         for block, codes in expected.items():
             assert torch.equal(quantize_4bit(torch.linspace(-1, 1, 999), block_size=block).codes, codes)
-    assert _native.library("nf4_cpu") is None
+    assert native_module.library("nf4_cpu") is None
     assert len(caplog.records) == 1
     assert "plain PyTorch" in caplog.text
     assert "\n" not in caplog.records[0].getMessage()
@@ -318,7 +319,7 @@ def test_without_a_compiler_pytorch_takes_over(
 def test_environment_variable_turns_the_c_path_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled although turned off"))
-    assert _native.library("nf4_cpu") is None
+    assert native_module.library("nf4_cpu") is None
 
 
 def test_importing_compiles_nothing(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from capotune.kernels import _native
+from capotune.kernels import native as native_module
 from capotune.kernels.gelu import Gelu, gelu_reference
-from capotune.kernels.lora_linear import FrozenWeight, LowRank, Prologue, lora_linears
+from capotune.kernels.lora_linear import FrozenWeight, LinearLayer, Prologue, lora_linears
 from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.swiglu import SwiGLU, swiglu_reference
 
@@ -30,8 +30,8 @@ one after the other, where the plain expression rounds at other places."""
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
-        monkeypatch.setattr(_native, "library", lambda _: None)
-    elif _native.library("elementwise_cpu") is None:
+        monkeypatch.setattr(native_module, "library", lambda _: None)
+    elif native_module.library("elementwise_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
 
@@ -82,43 +82,43 @@ def layers_of(
     dtype: torch.dtype = torch.float32,
     width: int = WIDTH,
     frozen: Callable[[Tensor], FrozenWeight] = lambda weight: weight.to,
-) -> tuple[list[LowRank], list[Tensor]]:
+) -> tuple[list[LinearLayer], list[Tensor]]:
     """Layers with outputs, biases and scales of their own, and their dense weights."""
     made, weights = [], []
     for at, rank in enumerate(ranks):
         out = OUTPUTS[at]
         weight = (random(out, width, seed=10 + at) / width**0.5).to(dtype)
         bias = random(out, seed=20 + at, dtype=dtype) if at % 2 == 0 else None
-        layer = LowRank(frozen(weight), bias)
+        layer = LinearLayer(frozen(weight), bias)
         if rank == 0:
             for one in (weight, bias):
                 if one is not None:
                     one.requires_grad_()
-            layer = replace(layer, learned=weight)
+            layer = replace(layer, trained_weight=weight)
         elif rank is not None:
             trained = torch.promote_types(dtype, torch.float32)
             a = (random(rank, width, seed=30 + at) / width**0.5).to(trained).requires_grad_()
             b = random(out, rank, seed=40 + at).to(trained).requires_grad_()
-            layer = replace(layer, a=a, b=b, scale=0.7 + at)
+            layer = replace(layer, lora_a=a, lora_b=b, scale=0.7 + at)
         made.append(layer)
         weights.append(weight)
     return made, weights
 
 
-def plainly(x: Tensor, layers: Sequence[LowRank], weights: Sequence[Tensor]) -> list[Tensor]:
+def plainly(x: Tensor, layers: Sequence[LinearLayer], weights: Sequence[Tensor]) -> list[Tensor]:
     """The definition, for autograd."""
     outs = []
     for layer, weight in zip(layers, weights, strict=True):
         y = functional.linear(x, weight, layer.bias)
-        if layer.a is not None and layer.b is not None:
-            change = functional.linear(functional.linear(x, layer.a.to(x.dtype)), layer.b.to(x.dtype))
+        if layer.lora_a is not None and layer.lora_b is not None:
+            change = functional.linear(functional.linear(x, layer.lora_a.to(x.dtype)), layer.lora_b.to(x.dtype))
             y = y + layer.scale * change
         outs.append(y)
     return outs
 
 
-def trained_of(layers: Sequence[LowRank]) -> list[Tensor]:
-    own = [one for layer in layers for one in (layer.a, layer.b, layer.learned) if one is not None]
+def trained_of(layers: Sequence[LinearLayer]) -> list[Tensor]:
+    own = [one for layer in layers for one in (layer.lora_a, layer.lora_b, layer.trained_weight) if one is not None]
     return own + [layer.bias for layer in layers if layer.bias is not None and layer.bias.requires_grad]
 
 
@@ -128,7 +128,7 @@ def sources_of(case: Case, dtype: torch.dtype = torch.float32, rows: int = ROWS)
 
 
 def results(
-    function: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor], layers: Sequence[LowRank],
+    function: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor], layers: Sequence[LinearLayer],
     needs: bool = True,
 ) -> list[Tensor]:  # fmt: skip
     """Outputs, then the gradients of the sources (if these ``needs`` such) and of all that trains in layers. The

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import capo, tree
 from safetensors.torch import load_file, save_file
-from test_packed_checkpoint import FAMILIES, config_of, load, packed_layers, states
+from test_quantized_checkpoint import FAMILIES, config_of, load, packed_layers, states
 from torch import Tensor, nn
 
 import capotune

@@ -13,8 +13,9 @@ from test_attention import assert_alike, drawn, out_and_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from capotune.kernels import _native, policy
 from capotune.kernels import attention as attention_module
+from capotune.kernels import native as native_module
+from capotune.kernels import policy
 from capotune.kernels.attention import Sequences, packed_attention, packed_attention_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +27,7 @@ TOLERANCE = 2e-6
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the C kernels that were called."""
-    if _native.library("products_cpu") is None:
+    if native_module.library("products_cpu") is None:
         pytest.skip("no C compiler here")
     names: list[str] = []
     real = attention_module.over_rows

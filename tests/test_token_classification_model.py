@@ -11,7 +11,7 @@ import torch
 
 from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.models.load import find, load_backbone
-from capotune.models.packing import packed, try_packing
+from capotune.models.sequence_packing import packed, try_packing
 from capotune.tasks.token_classification.model import TokenClassifier, spread_layers
 
 ROWS = [[2, 5, 6, 7, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 3]]

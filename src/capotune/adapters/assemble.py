@@ -15,7 +15,7 @@ from capotune.errors import ModelError, SettingError
 from capotune.kernels import policy
 from capotune.methods import Method, Start, Untouched, make
 from capotune.models.architecture import Architecture, describe, parameter_count
-from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
+from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.load import (
     Pooling,
     Source,
@@ -27,7 +27,7 @@ from capotune.models.load import (
     load_tokenizer,
     max_length,
 )
-from capotune.models.packing import Packing, packed, try_packing
+from capotune.models.sequence_packing import Packing, packed, try_packing
 from capotune.models.stream import Progress
 from capotune.settings import MethodSettings
 from capotune.tasks.base import Task

@@ -27,7 +27,6 @@ from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.methods import Start
 from capotune.methods.lora import merged
 from capotune.models.load import Quantization, Source
-from capotune.models.packed import packed_weights, part_of, read_packed
 from capotune.models.quantize import (
     Packable,
     copy_other_files,
@@ -38,6 +37,7 @@ from capotune.models.quantize import (
     write_config,
     write_tensors,
 )
+from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import Shards, StoredTensor
 from capotune.models.stream import Progress, pack
@@ -140,7 +140,7 @@ class _Merging:
     ) -> None:
         self.source, self.trust = source, trust
         self.shards = Shards(source.weight_files)
-        self.packed = packed_weights(self.shards)
+        self.packed = quantized_weights(self.shards)
         self.layers = packable_weights(source, trust_remote_code=trust)
         self.changes = _by_stored_name(changes, self.layers)
         self.packing = source.packing()  # of the result; None: full precision
@@ -185,7 +185,7 @@ class _Merging:
             return whole_plan(stored)
         assert self.packing is not None
         if name in self.packed:
-            packed = read_packed(self.shards, name, self.packed[name])
+            packed = read_quantized(self.shards, name, self.packed[name])
             return packed_plans(name, packed.shape, _packing_of(packed))
         shape = stored.shape[::-1] if self.layers[name].transposed else stored.shape
         return packed_plans(name, shape, self.packing)
@@ -193,7 +193,7 @@ class _Merging:
     def _write_changed(self, writer: ShardWriter, stored: StoredTensor, change: _Change | None) -> None:
         name, layer = stored.name, self.layers[stored.name]
         what = f"{stored.path}: the tensor {name}"
-        packed = read_packed(self.shards, name, self.packed[name]) if name in self.packed else None
+        packed = read_quantized(self.shards, name, self.packed[name]) if name in self.packed else None
         whole = None if packed else self.shards.read(name)
         if whole is not None and self._becomes_packed(name):
             assert self.packing is not None

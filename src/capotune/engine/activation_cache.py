@@ -31,7 +31,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows, sorted_order, tokens_at_once
 from capotune.device import reusing_memory
 from capotune.errors import OutputError
-from capotune.kernels.linear import sixteen_bits
+from capotune.kernels.linear import reduced_precision
 from capotune.models.architecture import swap
 
 _FORMAT = 4
@@ -149,7 +149,7 @@ def compute_pooled(
     model = assembled.model
     features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
     order = sorted_order(rows.lengths, tokens_at_once(model.device))
-    with reusing_memory(), sixteen_bits(), assembled.reading():
+    with reusing_memory(), reduced_precision(), assembled.reading():
         for done, chosen in enumerate(order):
             batch = rows.batch(chosen, first_position=assembled.packing.first_position).to(model.device)
             features[torch.as_tensor(chosen)] = model.features(batch, layers).float().cpu()
@@ -169,7 +169,7 @@ def compute_boundary(
     order = sorted_order(rows.lengths, tokens_at_once(assembled.model.device))
     with (
         reusing_memory(),
-        sixteen_bits(),
+        reduced_precision(),
         assembled.reading(),
         _stop_at(assembled.model, architecture.blocks[block]) as caught,
     ):

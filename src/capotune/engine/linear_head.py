@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from capotune.kernels.linear import Rows, input_gradient, sixteen_bits
+from capotune.kernels.linear import LinearInput, input_gradient, reduced_precision
 
 _PATH = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blown up
@@ -173,7 +173,7 @@ class _Problem:
                 inside = (c * self.variance + 2 * regularization).reciprocal() - 1 / outside
                 weight = gradient[:, :-1]
                 within = input_gradient(weight.contiguous(), self.basis) * inside
-                weight = weight / outside + Rows(within).linear(self.basis)
+                weight = weight / outside + LinearInput(within).linear(self.basis)
                 return torch.cat([weight, gradient[:, -1:] / c], 1)
 
             head = _minimize(self.x, self.targets, head, regularization, precondition, tolerance)
@@ -271,13 +271,13 @@ def _line_search(
 
 def _logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """(labels, rows): a matrix with few rows before one with many is the quicker way round on a CPU."""
-    with sixteen_bits():
-        return Rows(head[:, :-1]).linear(x).add_(head[:, -1:])
+    with reduced_precision():
+        return LinearInput(head[:, :-1]).linear(x).add_(head[:, -1:])
 
 
 def _gradient(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(labels, columns) of (labels, rows)."""
-    with sixteen_bits():
+    with reduced_precision():
         return input_gradient(residual, x)
 
 

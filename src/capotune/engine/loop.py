@@ -24,9 +24,9 @@ from capotune.device import reusing_memory
 from capotune.engine.activation_cache import BoundaryStates, Progress, resume_from
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 from capotune.kernels import policy
-from capotune.kernels.kept import kept_in_16_bits
-from capotune.kernels.linear import sixteen_bits
+from capotune.kernels.linear import reduced_precision
 from capotune.kernels.memory import lending
+from capotune.kernels.saved_activations import quantized_saved_activations
 from capotune.models.architecture import with_forward
 from capotune.settings import TrainingSettings
 from capotune.tasks.base import Score
@@ -125,7 +125,7 @@ def train(
         torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
         while not finished(state, settings):
             order = epoch_order(train_examples.rows.lengths, settings.batch_size, seed, state.epoch)
-            with _dropout(assembled), sixteen_bits():
+            with _dropout(assembled), reduced_precision():
                 for chosen in order[state.batch :]:
                     set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
                     loss = _step(assembled, train_examples, chosen, optimizer, settings)
@@ -250,7 +250,7 @@ def accumulate(
 def _keeping_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:
     """With many tokens at a time, what is kept of each on a CPU is what counts in memory."""
     many = sum(lengths[row] for row in part) >= policy.QUANTIZE_SAVED_FROM_TOKENS
-    return kept_in_16_bits() if many else nullcontext()
+    return quantized_saved_activations() if many else nullcontext()
 
 
 def _batch(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from capotune.device import cpu_level
-from capotune.kernels._native import library
 from capotune.kernels._triton import available
-from capotune.kernels.linear import matrix_unit
+from capotune.kernels.linear import amx_kernels
+from capotune.kernels.native import library
 
 __all__ = ["described"]
 
@@ -18,7 +18,7 @@ def described(device: torch.device) -> str:
         return "PyTorch and Triton"
     if device.type != "cpu" or not all(library(name) for name in ("elementwise_cpu", "products_cpu")):
         return "PyTorch"
-    if matrix_unit() is not None:
+    if amx_kernels() is not None:
         return "compiled for amx, with the products of linear layers in reduced precision"
     level = cpu_level()
     return f"compiled for {'avx512' if level == 'amx' else level}"  # amx without the system's leave to use it

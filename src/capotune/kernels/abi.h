@@ -277,7 +277,7 @@ SHARING_KERNEL(linear, linear)                 /* y = x W^T + bias */
 SHARING_KERNEL(linear_input_gradient, linear)  /* y (+)= g W */
 SHARING_KERNEL(linear_weight_gradient, linear) /* y (+)= g^T W for g (out_features, rows), with x as W */
 
-/* ------------------------------------------------------------------------------------------------------ frozen_amx.c */
+/* ------------------------------------------------------------------------------------------------------ prepacked_amx.c */
 
 /* A weight's strips; items are strips of 16 columns */
 STRUCT(prepack_int16)

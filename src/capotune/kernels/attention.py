@@ -23,10 +23,10 @@ import torch
 from torch.nn import functional
 
 from capotune.kernels import policy
-from capotune.kernels._native import address, as_rows, over_rows, products
+from capotune.kernels.native import address, as_rows, over_rows, products
 
 _LANES = 8
-"""Numbers in one of products_cpu.c's vectors."""
+"""Elements in one of products_cpu.c's vectors."""
 _FLASH, _FLASH_HEAD = (torch.bfloat16, torch.float16), 256  # what flash attention takes
 _CAUSAL = 1  # of PyTorch's masks by number: from the top left corner
 

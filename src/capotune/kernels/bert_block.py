@@ -3,11 +3,11 @@
     u = norm₁(x + m₁⊙o(attention(q, k, v of x)))        y = norm₂(u + m₂⊙down(gelu(up(u))))
 
 m₁ and m₂ are dropout's, or left out; every linear layer is frozen, with or without a low-rank change. It computes what
-``models.fused`` composes of one function for each part, but for the order of sums of gradients. Where steps are short,
+``models.fusion`` composes of one function for each part, but for the order of sums of gradients. Where steps are short,
 calling those functions takes as long as their work.
 
 It is for fp32 on a CPU, short sequences, and models so small that their weights may be kept in the kernels' form too
-(``frozen_linear.py``): with a matrix unit where that one's precision is allowed, and with AVX2.
+(``prepacked.py``): with a matrix unit where that one's precision is allowed, and with AVX2.
 
 For the way back the inputs of norms, of the activation and of attention are kept, as the parts do.
 """
@@ -22,14 +22,14 @@ from torch.nn import functional
 
 from capotune.errors import SettingError
 from capotune.kernels import policy
-from capotune.kernels._native import address, check_shape, library
 from capotune.kernels.attention import Sequences, packed_attention_reference
-from capotune.kernels.frozen_linear import MOST_TERMS, allowed, frozen_unit, kernel_form, strip_bytes
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
-from capotune.kernels.lora_linear import LowRank, lora_reference
+from capotune.kernels.lora_linear import LinearLayer, lora_reference
 from capotune.kernels.low_rank import MOST_RANKS
 from capotune.kernels.memory import Memory
+from capotune.kernels.native import address, check_shape, library
+from capotune.kernels.prepacked import MOST_TERMS, fits_prepacked, prepack, prepacked_amx_kernels, strip_bytes
 from capotune.kernels.program import Affine, Program, kernel_address, symbol
 
 __all__ = ["BertBlock", "LayerNorm", "bert_block_reference"]
@@ -47,7 +47,7 @@ class LayerNorm(NamedTuple):
 
 def bert_block_reference(
     x: torch.Tensor,
-    groups: Sequence[Sequence[LowRank]],
+    groups: Sequence[Sequence[LinearLayer]],
     norms: Sequence[LayerNorm],
     sequences: Sequences,
     head_size: int,
@@ -63,10 +63,10 @@ def bert_block_reference(
     return add_layer_norm_reference(_linear_reference(wide, *groups[3]), u, *norms[1])
 
 
-def _linear_reference(x: torch.Tensor, layer: LowRank) -> torch.Tensor:
-    if layer.a is None or layer.b is None:
+def _linear_reference(x: torch.Tensor, layer: LinearLayer) -> torch.Tensor:
+    if layer.lora_a is None or layer.lora_b is None:
         return functional.linear(x, layer.weight(x.dtype), layer.bias)
-    return lora_reference(x, layer.weight, layer.bias, layer.a, layer.b, layer.scale)
+    return lora_reference(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale)
 
 
 class BertBlock:
@@ -75,7 +75,7 @@ class BertBlock:
 
     def __init__(
         self,
-        groups: Sequence[Sequence[LowRank]],
+        groups: Sequence[Sequence[LinearLayer]],
         norms: Sequence[LayerNorm],
         head_size: int,
         scale: float,
@@ -86,11 +86,11 @@ class BertBlock:
         self.groups, self.norms, self.memory = groups, norms, memory
         self.head_size, self.scale, self.causal = head_size, scale, causal
         self.layers = [layer for group in self.groups for layer in group]
-        self.adapted = [layer for layer in self.layers if layer.a is not None]
+        self.adapted = [layer for layer in self.layers if layer.lora_a is not None]
         weights = [layer.weight(torch.float32) for layer in self.layers]
         frozen = [*weights, *(one for norm in norms for one in (norm.weight, norm.bias))]
-        others = [one for layer in self.layers for one in (layer.bias, layer.a, layer.b) if one is not None]
-        ranks = [len(layer.a) for layer in self.adapted if layer.a is not None]
+        others = [one for layer in self.layers for one in (layer.bias, layer.lora_a, layer.lora_b) if one is not None]
+        ranks = [len(layer.lora_a) for layer in self.adapted if layer.lora_a is not None]
         self._programs: dict[tuple[Any, tuple[bool, ...]], _Writer] = {}
         self._forms: dict[tuple[int, bool], torch.Tensor] = {}
         self._known = (
@@ -110,7 +110,7 @@ class BertBlock:
         short = max(sequences.lengths, default=0) <= policy.SHORT_ATTENTION_LENGTH
         some = wanted is None or len(wanted) > 0
         plain = self._known and some and short and x.dtype == torch.float32 and x.is_contiguous()
-        return plain and allowed(x) and library("products_cpu") is not None
+        return plain and fits_prepacked(x) and library("products_cpu") is not None
 
     def __call__(
         self,
@@ -127,7 +127,7 @@ class BertBlock:
         if wanted is not None:
             check_rows(wanted, len(x))
         factors = [_dropout_factors(x if wanted is None else x[: len(wanted)], rate) for rate in dropout]
-        trained = [weight for layer in self.adapted for weight in (layer.a, layer.b) if weight is not None]
+        trained = [weight for layer in self.adapted for weight in (layer.lora_a, layer.lora_b) if weight is not None]
         if torch.is_grad_enabled():
             y: torch.Tensor = _BertBlock.apply(self, sequences, wanted, *factors, x, *trained)  # type: ignore[no-untyped-call]
             return y
@@ -158,11 +158,11 @@ class BertBlock:
             self._programs[key] = write(self, *how)
         return self._programs[key]
 
-    def form(self, layer: LowRank, *, input_gradient: bool) -> torch.Tensor:
+    def form(self, layer: LinearLayer, *, input_gradient: bool) -> torch.Tensor:
         """The kernels' form of its weight, made once."""
         key = (id(layer), input_gradient)
         if key not in self._forms:
-            self._forms[key] = kernel_form(layer.weight(torch.float32), input_gradient=input_gradient)
+            self._forms[key] = prepack(layer.weight(torch.float32), input_gradient=input_gradient)
         return self._forms[key]
 
 
@@ -297,7 +297,7 @@ class _Kept:
     def __init__(self, block: BertBlock) -> None:
         (hidden, inner), space = _widths(block), _Space("kept")
         self.space = space
-        self.b_turned = {id(one): space.numbers(one.b.numel()) for one in block.adapted if one.b is not None}
+        self.b_turned = {id(one): space.numbers(one.lora_b.numel()) for one in block.adapted if one.lora_b is not None}
         self.a = [self._place_of_a(block, group) for group in block.groups]
         self.low = [space.matrix(_ranks(group)) for group in block.groups]
         self.qkv = [space.matrix(hidden) for _ in range(3)]
@@ -306,7 +306,7 @@ class _Kept:
         self.means, self.roots = ([space.matrix(1) for _ in range(2)] for _ in range(2))
         self.wide = space.matrix(inner)
 
-    def _place_of_a(self, block: BertBlock, group: Sequence[LowRank]) -> Affine:
+    def _place_of_a(self, block: BertBlock, group: Sequence[LinearLayer]) -> Affine:
         """Of those one below the other; one alone stays where it is."""
         adapted = [number for number, layer in enumerate(block.adapted) if any(layer is one for one in group)]
         return symbol(f"a{adapted[0]}") if len(adapted) == 1 else self.space.numbers(_ranks(group) * _into(group))
@@ -318,12 +318,12 @@ def _widths(block: BertBlock) -> tuple[int, int]:
     return hidden, inner
 
 
-def _into(group: Sequence[LowRank]) -> int:
+def _into(group: Sequence[LinearLayer]) -> int:
     return group[0].weight(torch.float32).shape[1]
 
 
-def _ranks(group: Sequence[LowRank]) -> int:
-    return sum(0 if layer.a is None else len(layer.a) for layer in group)
+def _ranks(group: Sequence[LinearLayer]) -> int:
+    return sum(0 if layer.lora_a is None else len(layer.lora_a) for layer in group)
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -339,13 +339,13 @@ class _Writer:
         self.scratch, self.kept, self.grads = _Space("scratch"), _Kept(block), _Space("grads")
         self.starts = self._place_gradients()
         """Where the gradients of the trained weights begin in ``grads``, in their order."""
-        products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), frozen_unit()
+        products, elementwise, unit = library("products_cpu"), library("elementwise_cpu"), prepacked_amx_kernels()
         assert products is not None
         assert elementwise is not None
         self.products, self.elementwise, self.unit = products, elementwise, unit
         self._numbers = {id(layer): number for number, layer in enumerate(block.adapted)}
         self._turned = self.scratch.numbers(
-            max((one.b.numel() for one in block.adapted if one.b is not None), default=0)
+            max((one.lora_b.numel() for one in block.adapted if one.lora_b is not None), default=0)
         )
         self._strips = self.scratch.matrix(strip_bytes(max(_widths(block))) // (4 * _SIXTEEN))
 
@@ -379,11 +379,11 @@ class _Writer:
         for group, stacked in zip(self.block.groups, self.kept.a, strict=True):
             start = 0
             for layer in group:
-                if layer.a is not None and layer.b is not None:
-                    (rank, into), number = layer.a.shape, self._numbers[id(layer)]
+                if layer.lora_a is not None and layer.lora_b is not None:
+                    (rank, into), number = layer.lora_a.shape, self._numbers[id(layer)]
                     if rank < _ranks(group):
                         self._copy(symbol(f"a{number}"), rank, into, stacked + 4 * start * into, into, 1)
-                    self._turn(symbol(f"b{number}"), len(layer.b), rank, self.kept.b_turned[id(layer)])
+                    self._turn(symbol(f"b{number}"), len(layer.lora_b), rank, self.kept.b_turned[id(layer)])
                     start += rank
 
     def linears(self, group: int, x: _Matrix, outs: Sequence[_Matrix], before: Any = None) -> None:
@@ -419,10 +419,10 @@ class _Writer:
         """Of all layers of the group together."""
         if grad_low.columns:
             assert x is not None
-            first = next(layer for layer in self.block.groups[group] if layer.a is not None)
+            first = next(layer for layer in self.block.groups[group] if layer.lora_a is not None)
             self._low_rank("low_rank_gather", x, grad_low, self._gradient(first, 0))
 
-    def _gradient(self, layer: LowRank, which: int) -> Affine:
+    def _gradient(self, layer: LinearLayer, which: int) -> Affine:
         """Address of the gradient of A (0) or B (1)."""
         return symbol("grads") + 4 * self.starts[2 * self._numbers[id(layer)] + which]
 
@@ -433,15 +433,15 @@ class _Writer:
             start = self.grads.fixed
             self.grads.numbers(_ranks(group) * _into(group))
             for layer in group:
-                if layer.a is not None and layer.b is not None:
+                if layer.lora_a is not None and layer.lora_b is not None:
                     starts += [start, self.grads.fixed]
-                    start += layer.a.numel()
-                    self.grads.numbers(layer.b.numel())
+                    start += layer.lora_a.numel()
+                    self.grads.numbers(layer.lora_b.numel())
         return starts
 
     def _product(
         self,
-        layer: LowRank,
+        layer: LinearLayer,
         x: _Matrix,
         y: _Matrix,
         made: _Small,
@@ -473,7 +473,7 @@ class _Writer:
 
     def _product_by_vectors(
         self,
-        layer: LowRank,
+        layer: LinearLayer,
         x: _Matrix,
         y: _Matrix,
         made: _Small,
@@ -659,11 +659,11 @@ def _write_backward(block: BertBlock, some: bool, drops1: bool, drops2: bool, ne
     return writer
 
 
-def _by_rank(low: _Matrix, group: Sequence[LowRank]) -> list[_Matrix]:
+def _by_rank(low: _Matrix, group: Sequence[LinearLayer]) -> list[_Matrix]:
     """The columns of each layer of the group, none where it has no low-rank change."""
     found, start = [], 0
     for layer in group:
-        rank = 0 if layer.a is None else len(layer.a)
+        rank = 0 if layer.lora_a is None else len(layer.lora_a)
         found.append(low.part(start, rank))
         start += rank
     return found

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from capotune.errors import DataError
 from capotune.kernels import elementwise_triton, policy
-from capotune.kernels._native import address, check_shape, elementwise, over_rows
-from capotune.kernels.linear import Rows, input_gradient
+from capotune.kernels.linear import LinearInput, input_gradient
 from capotune.kernels.memory import shared_memory
+from capotune.kernels.native import address, check_shape, elementwise, over_rows
 
 
 def linear_cross_entropy_reference(
@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             chunk = hidden[part]
-            logits = Rows(chunk).linear(weight, bias, out=space[: len(chunk) * len(weight)].view(len(chunk), -1))
+            logits = LinearInput(chunk).linear(weight, bias, out=space[: len(chunk) * len(weight)].view(len(chunk), -1))
             if not elementwise_triton.kernels_for(logits):  # which take any dtype
                 logits = logits.float()
             losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)

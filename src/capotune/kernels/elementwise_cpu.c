@@ -393,7 +393,7 @@ void softmax_cross_entropy(const void *arguments, int64_t first, int64_t last) {
     }
 }
 
-/* ------------------------------------------------------------------------------------- saved for backward, kept.py */
+/* ------------------------------------------------------------------------------------- saved for backward, saved_activations.py */
 
 enum { LARGEST = 32767 };
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
+from capotune.kernels.native import address, check_shape, dtype_code, elementwise, over_rows
 
 __all__ = ["Gelu", "gelu_backward", "gelu_forward", "gelu_reference"]
 
@@ -31,12 +31,12 @@ class Gelu:
     def backward(
         self,
         grad: torch.Tensor,
-        kept: tuple[torch.Tensor, ...],
+        saved: tuple[torch.Tensor, ...],
         *,
-        rows: bool,  # noqa: ARG002 - y costs nothing
+        recompute: bool,  # noqa: ARG002 - y costs nothing
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The gradient in its own memory, and y in that of x, which nobody else reads."""
-        grad_x, y = gelu_backward(grad, *kept)
+        grad_x, y = gelu_backward(grad, *saved)
         return (grad_x,), y
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
+from capotune.kernels.native import address, check_shape, dtype_code, elementwise, over_rows
 
 __all__ = ["add_layer_norm", "add_layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_reference"]
 

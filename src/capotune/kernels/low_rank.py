@@ -1,9 +1,9 @@
-"""The small products of a low-rank change, with r ranks (8, say) between two sides of hundreds or thousands:
+"""The small products of a LoRA delta, with r ranks (8, say) between two sides of hundreds or thousands:
 
-    project: L = s·X Mᵀ        update: X += s·L M        gather: M = s·Lᵀ X
+    project: xa = s·X Mᵀ        update: X += s·xa M        gather: M = s·xaᵀ X
 
-with X (rows, columns), L (rows, r), M (r, columns). A library for large products runs these at a fraction of its speed.
-In C on the CPU each is one pass over X.
+with X (rows, columns), xa (rows, r), M (r, columns). A library for large products runs these at a fraction of its
+speed. In C on the CPU each is one pass over X.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ctypes import CDLL
 
 import torch
 
-from capotune.kernels._native import address, check_shape, over_rows, products
+from capotune.kernels.native import address, check_shape, over_rows, products
 
 __all__ = ["gather", "project", "update"]
 
@@ -30,9 +30,9 @@ def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torc
         out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device) if out is None else out
         return torch.addmm(out, x, matrix.to(x.dtype).t(), beta=0, alpha=scale, out=out)  # beta 0: out is not read
     if lib is None:  # the rank first in memory: with it last, a CPU takes twice as long
-        low = matrix.to(x.dtype) @ x.t()
-        low = (low if scale == 1 else low.mul_(scale)).t()
-        return low if out is None else out.copy_(low)
+        xa = matrix.to(x.dtype) @ x.t()
+        xa = (xa if scale == 1 else xa.mul_(scale)).t()
+        return xa if out is None else out.copy_(xa)
     if out is None:
         out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype)
     matrix = matrix.contiguous()
@@ -40,34 +40,34 @@ def project(x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0, out: torc
     return out
 
 
-def update(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """x (rows, columns) plus scale·low·matrix, in place; low (rows, r), matrix (r, columns)."""
-    check_shape("low", low, (x.shape[0], matrix.shape[0]))
+def update(x: torch.Tensor, xa: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """x (rows, columns) plus scale·xa·matrix, in place; xa (rows, r), matrix (r, columns)."""
+    check_shape("xa", xa, (x.shape[0], matrix.shape[0]))
     check_shape("matrix", matrix, (matrix.shape[0], x.shape[1]))
-    lib = _kernels(x, low, matrix)
+    lib = _kernels(x, xa, matrix)
     if lib is None:
-        return x.addmm_(low, matrix.to(x.dtype), alpha=scale)
+        return x.addmm_(xa, matrix.to(x.dtype), alpha=scale)
     matrix = matrix.contiguous()
-    _run(lib, "low_rank_update", x, low, matrix, scale, items=len(x), work=matrix.numel())
+    _run(lib, "low_rank_update", x, xa, matrix, scale, items=len(x), work=matrix.numel())
     return x
 
 
-def gather(low: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """low (rows, r), x (rows, columns) → scale·lowᵀ·x (r, columns) in x's dtype."""
-    check_shape("low", low, (x.shape[0], low.shape[1]))
-    matrix = torch.empty(low.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    lib = _kernels(x, low, matrix)
+def gather(xa: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """xa (rows, r), x (rows, columns) → scale·lowᵀ·x (r, columns) in x's dtype."""
+    check_shape("xa", xa, (x.shape[0], xa.shape[1]))
+    matrix = torch.empty(xa.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    lib = _kernels(x, xa, matrix)
     if lib is None:
-        return torch.addmm(matrix, low.t(), x, beta=0, alpha=scale, out=matrix)
+        return torch.addmm(matrix, xa.t(), x, beta=0, alpha=scale, out=matrix)
     groups = -(-x.shape[1] // _LANES)
-    _run(lib, "low_rank_gather", x, low, matrix, scale, items=groups, work=low.numel() * _LANES)
+    _run(lib, "low_rank_gather", x, xa, matrix, scale, items=groups, work=xa.numel() * _LANES)
     return matrix
 
 
-def _kernels(x: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor) -> CDLL | None:
+def _kernels(x: torch.Tensor, xa: torch.Tensor, matrix: torch.Tensor) -> CDLL | None:
     """The C kernels, where these are the tensors for them."""
-    known = 0 < matrix.shape[0] <= MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and low.stride(1) == 1
-    return products(x, low, matrix) if known else None
+    known = 0 < matrix.shape[0] <= MOST_RANKS and x.numel() > 0 and x.stride(1) == 1 and xa.stride(1) == 1
+    return products(x, xa, matrix) if known else None
 
 
 def _run(

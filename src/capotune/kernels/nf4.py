@@ -39,8 +39,8 @@ from torch.nn import functional as F
 
 from capotune.errors import ModelError, SettingError
 from capotune.kernels import nf4_triton, policy
-from capotune.kernels._native import in_threads, library, pointer
 from capotune.kernels._triton import available
+from capotune.kernels.native import in_threads, library, pointer
 
 __all__ = ["Linear4bit", "QuantizedTensor", "dequantize_4bit", "from_checkpoint", "quantize_4bit", "to_checkpoint"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from capotune.kernels import abi, policy
-from capotune.kernels._native import fork_join, library
+from capotune.kernels.native import fork_join, library
 
 __all__ = ["Affine", "Program", "kernel_address", "symbol"]
 

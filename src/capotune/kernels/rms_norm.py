@@ -15,7 +15,7 @@ from math import prod
 import torch
 
 from capotune.kernels import elementwise_triton
-from capotune.kernels._native import address, check_shape, dtype_code, elementwise, over_rows
+from capotune.kernels.native import address, check_shape, dtype_code, elementwise, over_rows
 
 __all__ = ["RmsNorm", "rms_norm_reference"]
 
@@ -42,11 +42,11 @@ class RmsNorm:
         return y, (roots,)
 
     def backward(
-        self, grad: torch.Tensor, kept: tuple[torch.Tensor, ...], *, rows: bool
+        self, grad: torch.Tensor, saved: tuple[torch.Tensor, ...], *, recompute: bool
     ) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None]:
         """The gradients of x and, where it learns, of the weight, and y once more."""
-        x, weight, roots = kept
-        y = _forward(x, weight, self.eps)[0] if rows else None
+        x, weight, roots = saved
+        y = _forward(x, weight, self.eps)[0] if recompute else None
         of_weight = None
         if self.learns:
             products = grad.float().mul(x).reshape(-1, x.shape[-1])

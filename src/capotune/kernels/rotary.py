@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from capotune.kernels import elementwise_triton
-from capotune.kernels._native import address, as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows
+from capotune.kernels.native import address, as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows
 
 __all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_reference"]
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from capotune.kernels import elementwise_triton
-from capotune.kernels._native import (
+from capotune.kernels.native import (
     address,
     as_rows,
     check_shape,
@@ -43,12 +43,12 @@ class SwiGLU:
     def backward(
         self,
         grad: torch.Tensor,
-        kept: tuple[torch.Tensor, ...],
+        saved: tuple[torch.Tensor, ...],
         *,
-        rows: bool,  # noqa: ARG002 - y costs nothing
+        recompute: bool,  # noqa: ARG002 - y costs nothing
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The gradients in the memory of gate and up, which nobody else reads, and y in that of its gradient."""
-        gate, up = kept
+        gate, up = saved
         return swiglu_backward(grad, gate, up, out=(gate, up), y=grad), grad
 
 

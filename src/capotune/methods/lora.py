@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import SettingError
-from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears, lora_reference
+from capotune.kernels.lora_linear import LinearLayer, LoraModule, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
@@ -30,7 +30,7 @@ _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pro
 """Layers that have one input, by the names that most families give them, in the order they are called."""
 
 
-class LoraLinear(LowRankLayer):
+class LoraLinear(LoraModule):
     """A frozen linear layer (Linear, Conv1D or 4-bit) with a trainable low-rank change."""
 
     def __init__(self, base_layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> None:
@@ -79,13 +79,13 @@ class LoraLinear(LowRankLayer):
             return layer(x) + self.scale * change  # type: ignore[no-any-return]
         if self.shared is not None and torch.is_grad_enabled():
             return self.shared.output(self, x)
-        return lora_linears((x,), (self.low_rank(),))[0]
+        return lora_linears((x,), (self.linear_layer(),))[0]
 
-    def low_rank(self) -> LowRank:
+    def linear_layer(self) -> LinearLayer:
         """What ``kernels.lora_linear`` computes with."""
         layer: Any = self.base_layer
         weight = layer.borrowed_weight if isinstance(layer, Linear4bit) else self.dense_weight
-        return LowRank(weight, layer.bias, self.lora_A, self.lora_B, self.scale)
+        return LinearLayer(weight, layer.bias, self.lora_A, self.lora_B, self.scale)
 
     @property
     def why_not_plain(self) -> str | None:
@@ -140,13 +140,13 @@ class SharedInput:
         """What ``layer`` gives for x (..., in)."""
         if layer is self.layers[0]:
             self._input = x
-            outs = lora_linears((x,), [one.low_rank() for one in self.layers])
+            outs = lora_linears((x,), [one.linear_layer() for one in self.layers])
             self._outputs = dict(zip(self.layers, outs, strict=True))
         same = x is self._input and layer in self._outputs
         if not same:
             for one in self.layers:
                 one.shared = None
-        out = self._outputs.pop(layer) if same else lora_linears((x,), (layer.low_rank(),))[0]
+        out = self._outputs.pop(layer) if same else lora_linears((x,), (layer.linear_layer(),))[0]
         if not self._outputs:
             self._input = None  # kept no longer than needed
         return out

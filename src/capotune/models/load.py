@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from capotune.errors import MissingLibraryError, ModelError, needs_extra
-from capotune.models.packed import holds_4_bits, packed_weights, read_packed
+from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.shards import Shards
 from capotune.models.stream import Progress, check_complete, stream_packed, wrong_shape
 from capotune.settings import nearest
@@ -82,8 +82,8 @@ class Source:
     def packing(self) -> Quantization | None:
         """How its weights are packed, by the first of them; None for a model in full precision."""
         shards = Shards(self.weight_files)
-        for weight, parts in packed_weights(shards).items():
-            packed = read_packed(shards, weight, parts)
+        for weight, parts in quantized_weights(shards).items():
+            packed = read_quantized(shards, weight, parts)
             return Quantization(packed.quant_type, packed.block_size, packed.nested)
         return None
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from capotune.errors import ModelError
 from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
 from capotune.models.architecture import LINEAR_TYPES, linear_shape, swap
-from capotune.models.packed import packed_weights, part_of, read_packed
+from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shards import Shards
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class _Filling:
         self.model, self.source, self.shards, self.dtype = model, source, shards, dtype
         self.quantization = quantization
         self.to_pack = packable(model) if quantization else {}
-        self.packed = packed_weights(shards)
+        self.packed = quantized_weights(shards)
         self.missing = {name for name, _ in model.named_parameters()}
         keys = (stored.name for stored in shards if not part_of(stored.name))
         self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_pack)
@@ -124,7 +124,7 @@ class _Filling:
         swap(self.model, self.to_pack[name], Linear4bit.from_quantized(packed, bias=layer.bias))
 
     def _put_packed(self, key: str, name: str) -> None:
-        packed = read_packed(self.shards, key, self.packed[key])
+        packed = read_quantized(self.shards, key, self.packed[key])
         path = name.rpartition(".")[0]
         layer = self.model.get_submodule(path)
         expected = linear_shape(layer) if isinstance(layer, LINEAR_TYPES) else tuple(layer.weight.shape)

@@ -34,10 +34,10 @@ from capotune.engine.loop import Examples, held_out_score, outputs, predict_logi
 from capotune.errors import DataError
 from capotune.evaluation.generate import generate
 from capotune.kernels.attention import Sequences
-from capotune.models import fused as fused_module
-from capotune.models import packing as packing_module
+from capotune.models import fusion as fused_module
+from capotune.models import sequence_packing as packing_module
 from capotune.models.load import Pooling
-from capotune.models.packing import Packing, packed, try_packing
+from capotune.models.sequence_packing import Packing, packed, try_packing
 from capotune.settings import DecodingSettings, FeatureExtractionSettings, MethodSettings
 from capotune.tasks.classification import Classification
 
@@ -457,7 +457,7 @@ def test_copied_blocks_are_packed_too(name: str) -> None:
 
 
 REGISTERED = """
-import torch, capotune, capotune.api, capotune.models.packing, capotune.engine.loop
+import torch, capotune, capotune.api, capotune.models.sequence_packing, capotune.engine.loop
 from transformers import AttentionInterface, AutoModel, LlamaConfig
 known = lambda: "capotune_packed" in AttentionInterface._global_mapping
 seen = [known()]
@@ -465,7 +465,7 @@ model = AutoModel.from_config(LlamaConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
 )).eval()
 seen.append(known())
-print(capotune.models.packing.try_packing(model).described, *seen, known())
+print(capotune.models.sequence_packing.try_packing(model).described, *seen, known())
 """
 
 

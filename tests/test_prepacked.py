@@ -9,31 +9,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_linear import native, some_frozen_unit, some_unit, unit
+from test_linear import any_amx, any_prepacked_amx, native, unit
 from torch import Tensor
 
-from capotune.kernels import abi, frozen_linear, linear
-from capotune.kernels._native import address, library
-from capotune.kernels.frozen_linear import allowed, kernel_form, may_be_kept, strip_bytes, whole_numbers_reference
-from capotune.kernels.linear import sixteen_bits
+from capotune.kernels import abi, linear, prepacked
+from capotune.kernels.linear import reduced_precision
+from capotune.kernels.native import address, library
+from capotune.kernels.prepacked import fits_prepacked, int16_product_reference, may_prepack, prepack, strip_bytes
 from capotune.kernels.program import kernel_address
 
-__all__ = ["native", "some_frozen_unit", "some_unit", "unit"]
+__all__ = ["any_amx", "any_prepacked_amx", "native", "unit"]
 
 
 def weight_panels(weight: Tensor, *, input_gradient: bool) -> Tensor:
-    """The form for processors without a matrix unit."""
+    """The form for processors without AMX."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "matrix_unit", lambda: None)
-        return kernel_form(weight, input_gradient=input_gradient)
+        patch.setattr(linear, "amx_kernels", lambda: None)
+        return prepack(weight, input_gradient=input_gradient)
 
 
 # ------------------------------------------------------------------------------------------------- panels, by vectors
 
 
 def frozen_product(
-    x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, onto: bool, low: Tensor, matrix: Tensor, scale: float,
-    shares: int = 1,
+    x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool, low: Tensor, matrix: Tensor,
+    scale: float, shares: int = 1,
 ) -> None:  # fmt: skip
     """Calls C with a sharer that gives it ``shares`` ranges of the panels, one after the other."""
     lib = library("products_cpu")
@@ -41,9 +41,9 @@ def frozen_product(
         pytest.skip("no C compiler here")
     arguments = {
         "rows": len(x), "terms": x.shape[1], "columns": y.shape[1], "x": address(x), "x_stride": x.stride(0),
-        "panels": address(panels), "bias": address(bias), "y": address(y), "y_stride": y.stride(0), "accumulate": onto,
-        "ranks": low.shape[1], "xa": address(low), "xa_stride": low.stride(0), "matrix": address(matrix),
-        "scale": scale,
+        "panels": address(panels), "bias": address(bias), "y": address(y), "y_stride": y.stride(0),
+        "accumulate": accumulate, "ranks": low.shape[1], "xa": address(low), "xa_stride": low.stride(0),
+        "matrix": address(matrix), "scale": scale,
     }  # fmt: skip
     asked: list[int] = []
 
@@ -66,14 +66,14 @@ def frozen_product(
     columns=st.sampled_from([1, 5, 15, 16, 17, 31, 32, 33, 70]),
     ranks=st.integers(0, 48),
     biased=st.booleans(),
-    onto=st.booleans(),
+    accumulate=st.booleans(),
     input_gradient=st.booleans(),
     shares=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_it_is_the_product(
-    rows: int, terms: int, columns: int, ranks: int, biased: bool, onto: bool, input_gradient: bool, shares: int,
+    rows: int, terms: int, columns: int, ranks: int, biased: bool, accumulate: bool, input_gradient: bool, shares: int,
     seed: int,
 ) -> None:  # fmt: skip
     random = torch.Generator().manual_seed(seed)
@@ -86,17 +86,17 @@ def test_it_is_the_product(
     x[:, :terms], low[:, :ranks] = normal(rows, terms), normal(rows, ranks)
     around = torch.full((rows + 1, columns + 5), 7.0)
     weight = normal(terms, columns) if input_gradient else normal(columns, terms)
-    bias, matrix = (normal(columns) if biased and not onto else None), normal(ranks, columns)
+    bias, matrix = (normal(columns) if biased and not accumulate else None), normal(ranks, columns)
     before = normal(rows, columns)
-    around[:rows, :columns] = before if onto else torch.nan
+    around[:rows, :columns] = before if accumulate else torch.nan
     y = around[:rows, :columns]
 
     panels = weight_panels(weight, input_gradient=input_gradient)
-    frozen_product(x[:, :terms], panels, bias, y, onto, low[:, :ranks], matrix, 0.5, shares)
+    frozen_product(x[:, :terms], panels, bias, y, accumulate, low[:, :ranks], matrix, 0.5, shares)
 
     across = weight if input_gradient else weight.t()
     expected = x[:, :terms].double() @ across.double() + 0.5 * low[:, :ranks].double() @ matrix.double()
-    expected += before.double() if onto else 0.0 if bias is None else bias.double()
+    expected += before.double() if accumulate else 0.0 if bias is None else bias.double()
     # a sum of n numbers of size 1 in fp32, in the worst order
     size = (
         x[:, :terms].abs().double() @ across.abs().double()
@@ -130,7 +130,7 @@ def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
     assert (y == 20).all()
 
 
-# ------------------------------------------------------------------------------------------- strips, by a matrix unit
+# ------------------------------------------------------------------------------------------- strips, by AMX
 
 
 class Product:
@@ -138,7 +138,7 @@ class Product:
 
     def __init__(self, x: Tensor, weight: Tensor, *, input_gradient: bool = False) -> None:
         self.x, self.columns = x, weight.t() if input_gradient else weight
-        self.form = kernel_form(weight, input_gradient=input_gradient)
+        self.form = prepack(weight, input_gradient=input_gradient)
         rows, columns = len(x), len(self.columns)
         self.strips = torch.full((strip_bytes(x.shape[1]) * -(-rows // 16) + 64,), 77, dtype=torch.int8)
         self.around = torch.full((rows + 1, columns + 5), 7.0)
@@ -147,10 +147,10 @@ class Product:
         self.bias: Tensor | None = None
         self.low, self.matrix, self.scale = torch.empty(rows, 0), torch.empty(0, columns), 0.0
         self.directions, self.made_scale = torch.empty(0, x.shape[1]), 0.0
-        self.onto = False
+        self.accumulate = False
 
     def run(self, threads: int = 1, *, ready: bool = False, before: object = None, pool: object = None) -> Tensor:
-        lib, made = frozen_linear.frozen_unit(), len(self.directions)
+        lib, made = prepacked.prepacked_amx_kernels(), len(self.directions)
         assert lib is not None
         if made:
             self.low[:, :made] = torch.nan
@@ -158,8 +158,9 @@ class Product:
             "rows": len(self.x), "terms": self.x.shape[1], "columns": len(self.columns),
             "x": address(self.x), "x_stride": self.x.stride(0), "activation": kernel_address(before),
             "strips": address(self.strips), "strips_ready": ready, "weight": address(self.form),
-            "bias": address(self.bias), "y": address(self.y), "y_stride": self.y.stride(0), "accumulate": self.onto,
-            "delta_ranks": len(self.matrix), "delta_xa": address(self.low), "delta_matrix": address(self.matrix),
+            "bias": address(self.bias), "y": address(self.y), "y_stride": self.y.stride(0),
+            "accumulate": self.accumulate, "delta_ranks": len(self.matrix), "delta_xa": address(self.low),
+            "delta_matrix": address(self.matrix),
             "delta_scale": self.scale, "projected_ranks": made, "projected_xa": address(self.low),
             "projected_matrix": address(self.directions), "projected_scale": self.made_scale,
             "xa_stride": self.low.stride(0),
@@ -208,7 +209,7 @@ def test_it_is_the_product_of_whole_numbers(
     """To the last bits of fp32."""
     weight = normal(terms, columns) if input_gradient else normal(columns, terms)
     made = Product(parts_of(normal(rows, terms, seed=1)), weight, input_gradient=input_gradient)
-    expected = whole_numbers_reference(made.x, made.columns)
+    expected = int16_product_reference(made.x, made.columns)
     assert ((made.run(threads).double() - expected).abs() <= 2.0**-22 * made.size()).all()
     truth = made.x.double() @ made.columns.double().t()
     if rows * columns > 500:
@@ -226,14 +227,14 @@ def test_it_is_the_product_of_whole_numbers(
 @pytest.mark.usefixtures("native")
 @given(
     rows=st.integers(1, 300), terms=st.integers(1, 200), columns=st.integers(1, 100), ranks=st.integers(0, 9),
-    made_ranks=st.integers(0, 9), biased=st.booleans(), onto=st.booleans(), ready=st.booleans(),
+    made_ranks=st.integers(0, 9), biased=st.booleans(), accumulate=st.booleans(), ready=st.booleans(),
     threads=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_what_comes_with_a_product(
-    rows: int, terms: int, columns: int, ranks: int, made_ranks: int, biased: bool, onto: bool, ready: bool,
+    rows: int, terms: int, columns: int, ranks: int, made_ranks: int, biased: bool, accumulate: bool, ready: bool,
     threads: int, seed: int,
 ) -> None:  # fmt: skip
     """A bias, what is there, a low-rank change, whose one half may be made of x before."""
@@ -241,9 +242,9 @@ def test_what_comes_with_a_product(
     made.low = parts_of(normal(rows, max(ranks, made_ranks), seed=seed + 2))
     made.matrix, made.scale = normal(ranks, columns, seed=seed + 3), 0.5
     made.directions, made.made_scale = normal(made_ranks, terms, seed=seed + 4), 2.0
-    made.bias, made.onto = (normal(columns, seed=seed + 5) if biased else None), onto
+    made.bias, made.accumulate = (normal(columns, seed=seed + 5) if biased else None), accumulate
     before = normal(rows, columns, seed=seed + 6)
-    if onto:
+    if accumulate:
         made.y.copy_(before)
     if ready:  # the rows are in the strips, and what is x is not read
         once = Product(made.x, normal(columns, terms, seed=seed + 1))
@@ -252,8 +253,8 @@ def test_what_comes_with_a_product(
     low = made.low.double().clone()
     if len(made.directions):
         low[:, :made_ranks] = 2 * made.x.double() @ made.directions.double().t()
-    expected = whole_numbers_reference(made.x, made.columns) + 0.5 * low[:, :ranks] @ made.matrix.double()
-    expected += before.double() if onto else 0 if made.bias is None else made.bias.double()
+    expected = int16_product_reference(made.x, made.columns) + 0.5 * low[:, :ranks] @ made.matrix.double()
+    expected += before.double() if accumulate else 0 if made.bias is None else made.bias.double()
     if ready:
         made.x = torch.full_like(made.x, torch.nan)
     found, kept = made.run(threads, ready=ready), made.low.double()
@@ -355,31 +356,31 @@ def test_parts_may_be_done_in_any_order(rows: int) -> None:
 
 @pytest.mark.usefixtures("native")
 def test_a_form_has_two_bytes_a_weight() -> None:
-    form = kernel_form(normal(384, 1536), input_gradient=False)
+    form = prepack(normal(384, 1536), input_gradient=False)
     assert form.nbytes == 384 * 1536 * 2 + 384 * 4
-    assert kernel_form(normal(384, 1536), input_gradient=True).nbytes == 384 * 1536 * 2 + 1536 * 4
+    assert prepack(normal(384, 1536), input_gradient=True).nbytes == 384 * 1536 * 2 + 1536 * 4
 
 
 # ------------------------------------------------------------------------------------------------------- which is asked
 
 
 def test_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "matrix_unit", lambda: None)
-    monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: True)
+    monkeypatch.setattr(linear, "amx_kernels", lambda: None)
+    monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: True)
     x = torch.zeros(48, 8)
-    assert not allowed(x)  # bits are to be PyTorch's
-    with sixteen_bits():
-        assert allowed(x)
-        assert not allowed(x[:47])
-        assert not allowed(x.double())
-        assert not allowed(x.to("meta"))
-        monkeypatch.setattr(frozen_linear, "_vectors_are_faster", lambda: False)
-        assert not allowed(x)
+    assert not fits_prepacked(x)  # bits are to be PyTorch's
+    with reduced_precision():
+        assert fits_prepacked(x)
+        assert not fits_prepacked(x[:47])
+        assert not fits_prepacked(x.double())
+        assert not fits_prepacked(x.to("meta"))
+        monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: False)
+        assert not fits_prepacked(x)
 
 
 @pytest.mark.parametrize(("name", "most"), [("native", 2**28), ("all_bits", 2**25)])
 def test_forms_of_small_models_are_kept(name: str, most: int, request: pytest.FixtureRequest) -> None:
-    """BERT-base's 85 million weights where there is a matrix unit."""
+    """BERT-base's 85 million weights where there is AMX."""
     request.getfixturevalue(name)
-    assert may_be_kept(most)
-    assert not may_be_kept(most + 1)
+    assert may_prepack(most)
+    assert not may_prepack(most + 1)

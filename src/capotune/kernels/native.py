@@ -42,7 +42,7 @@ SOURCE_FLAGS = {
     "elementwise_cpu": _LOOSE,
     "products_cpu": _LOOSE,
     "products_amx": (),
-    "frozen_amx": (),
+    "prepacked_amx": (),
 }
 # By level (``device.cpu_level``). Named instruction sets rather than -march=native: they are part of the cached file's
 # name, so that two machines that share a home folder do not run each other's code.
@@ -52,7 +52,7 @@ MORE_SIMD_FLAGS = {
     "elementwise_cpu": ("-mfma",),
     "products_cpu": ("-mfma",),
     "products_amx": ("-mfma", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "frozen_amx": ("-mfma", "-mamx-tile", "-mamx-int8"),
+    "prepacked_amx": ("-mfma", "-mamx-tile", "-mamx-int8"),
 }
 COMPILE_SECONDS = 120
 # How elementwise_cpu.c calls the dtypes.

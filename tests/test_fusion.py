@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LABELS, on_base, sequences, shake
-from test_packing import GPT2, GROUPED, SMALL, batch_of, made
+from test_sequence_packing import GPT2, GROUPED, SMALL, batch_of, made
 from torch import Tensor, nn
 
 import capotune
@@ -26,16 +26,16 @@ from capotune.data.batches import Batch, TokenRows, collate
 from capotune.device import reusing_memory
 from capotune.engine import loop
 from capotune.engine.loop import checkpointing
-from capotune.kernels.lora_linear import LowRankLayer
+from capotune.kernels.lora_linear import LoraModule
 from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.methods.lora import LoraLinear
-from capotune.models import fused as fused_module
+from capotune.models import fusion as fused_module
 from capotune.models.architecture import describe
-from capotune.models.fused import Fusing, fused, try_fusing, why_not_fused
+from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.load import Pooling, find, pooling
-from capotune.models.packing import Packing, packed, try_packing
+from capotune.models.sequence_packing import Packing, packed, try_packing
 from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
 from capotune.tasks.classification import pooled_positions
 
@@ -221,8 +221,8 @@ def test_a_block_that_computes_something_else_is_found_out(name: str) -> None:
 
 def test_an_adapted_layer_is_known_by_its_class() -> None:
     """Since Python 3.12 ``isinstance`` with a protocol does not see a module's children; no block would be fused."""
-    assert LowRankLayer in LoraLinear.__mro__
-    assert not getattr(LowRankLayer, "_is_protocol", False)
+    assert LoraModule in LoraLinear.__mro__
+    assert not getattr(LoraModule, "_is_protocol", False)
 
 
 def test_a_trial_leaves_no_trace() -> None:

@@ -41,7 +41,7 @@ def part_of(name: str) -> str | None:
     return found.group(1) if found else None
 
 
-def packed_weights(shards: Shards) -> dict[str, list[str]]:
+def quantized_weights(shards: Shards) -> dict[str, list[str]]:
     """Weights that are stored in 4 bits, with the names of their parts."""
     parts: dict[str, list[str]] = {}
     for stored in shards:
@@ -51,7 +51,7 @@ def packed_weights(shards: Shards) -> dict[str, list[str]]:
     return parts
 
 
-def read_packed(shards: Shards, weight: str, parts: list[str]) -> QuantizedTensor:
+def read_quantized(shards: Shards, weight: str, parts: list[str]) -> QuantizedTensor:
     """The packed weight, never unpacked. ``ModelError`` names tensor and file when its parts do not fit together."""
     tensors = {name: shards.read(name) for name in (weight, *parts) if name in shards}
     try:

@@ -13,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from capotune.kernels import kept, policy
-from capotune.kernels._native import library
-from capotune.kernels.kept import halve, halved_reference, kept_in_16_bits, whole_again
+from capotune.kernels import policy, saved_activations
+from capotune.kernels.native import library
+from capotune.kernels.saved_activations import (
+    dequantize_rows,
+    quantize_rows,
+    quantize_rows_reference,
+    quantized_saved_activations,
+)
 from capotune.settings import LoraSettings
 
 pytestmark = [
@@ -32,13 +37,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def put_away(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what was kept in 16 bits, also of small tensors."""
     shapes: list[tuple[int, ...]] = []
-    real = kept.halve
+    real = saved_activations.quantize_rows
 
-    def note(x: Tensor) -> kept.Halved:
+    def note(x: Tensor) -> saved_activations.QuantizedRows:
         shapes.append(tuple(x.shape))
         return real(x)
 
-    monkeypatch.setattr(kept, "halve", note)
+    monkeypatch.setattr(saved_activations, "quantize_rows", note)
     monkeypatch.setattr(policy, "QUANTIZE_SAVED_FROM_ELEMENTS", 1)
     return shapes
 
@@ -56,27 +61,27 @@ def test_it_is_the_definition(shape: list[int], scale: float, turned: bool, thre
     torch.set_num_threads(threads)
     x = normal(*shape, seed=seed) * scale
     x = x.transpose(0, -1) if turned else x
-    found = whole_again(halve(x))
-    assert torch.equal(found, halved_reference(x))
+    found = dequantize_rows(quantize_rows(x))
+    assert torch.equal(found, quantize_rows_reference(x))
     assert found.is_contiguous()
     assert ((found - x).abs() <= 2.0**-16 * (1 + 2.0**-6) * x.abs().amax(-1, keepdim=True)).all()
 
 
 def test_it_takes_half_the_memory() -> None:
     x = normal(512, 1536)
-    halved = halve(x)
-    assert halved.numbers.nbytes + halved.scales.nbytes < 0.501 * x.nbytes
+    quantized = quantize_rows(x)
+    assert quantized.values.nbytes + quantized.scales.nbytes < 0.501 * x.nbytes
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_no_numbers_stay_so(bad: float) -> None:
     x = normal(5, 40)
     x[1, 7], x[3] = bad, 1e-35
-    found = whole_again(halve(x))
+    found = dequantize_rows(quantize_rows(x))
     assert found[1].isnan().all()
     assert (found[3] == 0).all()
     torch.testing.assert_close(found[[0, 2, 4]], x[[0, 2, 4]], rtol=0, atol=1e-4)
-    assert torch.equal(found.nan_to_num(9), halved_reference(x).nan_to_num(9))
+    assert torch.equal(found.nan_to_num(9), quantize_rows_reference(x).nan_to_num(9))
 
 
 def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]) -> None:
@@ -88,7 +93,7 @@ def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]
         return [y, *torch.autograd.grad(y, [x, *layer.parameters()], normal(96, 50, seed=1))]
 
     expected = read()
-    with kept_in_16_bits():
+    with quantized_saved_activations():
         found = read()
     assert torch.equal(found[0], expected[0])
     for one, other in zip(found[1:], expected[1:], strict=True):
@@ -101,16 +106,16 @@ def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_kept_as_they_are(dtype: torch.dtype, put_away: list[tuple[int, ...]]) -> None:
     x = normal(50, 64).to(dtype).requires_grad_()
-    with kept_in_16_bits():
+    with quantized_saved_activations():
         y = (x * x).sin()
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x * (x * x).cos())
     assert put_away == []
 
 
 def test_without_c_all_is_kept_as_it_is(put_away: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "elementwise", lambda *_: None)
+    monkeypatch.setattr(saved_activations, "elementwise", lambda *_: None)
     x = normal(50, 64).requires_grad_()
-    with kept_in_16_bits():
+    with quantized_saved_activations():
         y = x.square()
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x)
     assert put_away == []

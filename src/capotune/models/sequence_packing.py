@@ -77,7 +77,7 @@ def _try_packing(backbone: Any) -> Packing:
         window = getattr(config, "sliding_window", None) or 0
     except RuntimeError:  # Transformers', where layers have settings of their own
         return Packing(None, "the model's layers differ in the window of their attention")
-    tried = _sequences_to_try(config, window)
+    tried = _probe_sequences(config, window)
     expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in tried])
     reason = ""
     # RoBERTa and its relatives count positions from the id of the padding token on
@@ -86,7 +86,7 @@ def _try_packing(backbone: Any) -> Packing:
         try:
             with packed(backbone, packing):
                 told: dict[nn.Module, int | None] = {}
-                found = _states(_read_packed(backbone, tried, first, told))[0]
+                found = _states(_forward_packed(backbone, tried, first, told))[0]
         except FAILURES as error:  # it was a try
             reason = f"the model's code does not take packed sequences ({error})"
             continue
@@ -126,7 +126,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(off.max())
 
 
-def _sequences_to_try(config: Any, window: int) -> list[torch.Tensor]:
+def _probe_sequences(config: Any, window: int) -> list[torch.Tensor]:
     """Ids of two short sequences that begin differently, and of one beyond the attention window where that is short."""
     words = [token for token in range(config.vocab_size) if token != config.pad_token_id][:7]
     lengths = [5, 3, window + 5] if 0 < window <= _LONGEST_TRIED else [5, 3]
@@ -135,22 +135,22 @@ def _sequences_to_try(config: Any, window: int) -> list[torch.Tensor]:
     ]
 
 
-def sequences_to_try(config: Any) -> list[torch.Tensor]:
+def probe_sequences(config: Any) -> list[torch.Tensor]:
     """Ids of the sequences that packing was tried on."""
-    return _sequences_to_try(config, getattr(config, "sliding_window", None) or 0)
+    return _probe_sequences(config, getattr(config, "sliding_window", None) or 0)
 
 
-def read_packed(
+def forward_packed(
     backbone: Any, tried: list[torch.Tensor], first_position: int, wanted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[nn.Module, int | None]]:
     """What ``backbone``, now packed, computes of a few sequences: (tokens, hidden), or with ``wanted`` perhaps of these
     positions alone; and the window that each of its attention modules was told."""
     told: dict[nn.Module, int | None] = {}
     more = {} if wanted is None else {"wanted": wanted}
-    return _states(_read_packed(backbone, tried, first_position, told, **more))[0], told
+    return _states(_forward_packed(backbone, tried, first_position, told, **more))[0], told
 
 
-def _read_packed(
+def _forward_packed(
     backbone: Any, tried: list[torch.Tensor], first_position: int, told: dict[nn.Module, int | None], **more: Any
 ) -> Any:
     sequences = Sequences(tuple(map(len, tried)))
@@ -158,7 +158,7 @@ def _read_packed(
         input_ids=torch.cat(tried)[None].to(backbone.device),
         position_ids=sequences.positions(first_position)[None].to(backbone.device),
         sequences=sequences,
-        windows_told=told,
+        observed_windows=told,
         **more,
     )
 
@@ -174,15 +174,15 @@ def _attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     sequences: Sequences | None = None,
-    windows_told: dict[nn.Module, int | None] | None = None,
+    observed_windows: dict[nn.Module, int | None] | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as Transformers calls it: query (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim)."""
     extra = sorted(name for name in ("softcap", "position_bias", "s_aux", "head_mask") if more.get(name) is not None)
     if sequences is None or attention_mask is not None or dropout or extra:
         raise PackingError(f"its attention asks for {', '.join(extra) or 'a mask or dropout'}")
-    if windows_told is not None:
-        windows_told[module] = sliding_window
+    if observed_windows is not None:
+        observed_windows[module] = sliding_window
     out = packed_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -6,9 +6,9 @@ Two forms, told by the names of their parts, whatever the family is called:
 - BERT's:   x = norm(x + o(attention(q, k, v of x)));       x = norm(x + down(gelu(up(x))))            layer norms
 
 Each linear layer is frozen, with or without a low-rank change, or learns as a whole. That a model computes just this is
-not believed but tried, as in ``models.packing``: on a few sequences, at early and at late positions, its own blocks and
-these must give the same. Blocks work so on packed sequences only; on anything else, as in a block of another form, the
-model's own code runs.
+not believed but tried, as in ``models.sequence_packing``: on a few sequences, at early and at late positions, its own
+blocks and these must give the same. Blocks work so on packed sequences only; on anything else, as in a block of another
+form, the model's own code runs.
 
 Where the caller names the positions that it ``wanted``, the last block computes what comes after its attention for
 these alone.
@@ -31,25 +31,25 @@ from transformers.activations import GELUActivation, SiLUActivation
 
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.bert_block import BertBlock, LayerNorm
-from capotune.kernels.frozen_linear import may_be_kept
 from capotune.kernels.gelu import Gelu
 from capotune.kernels.layer_norm import add_layer_norm
-from capotune.kernels.linear import matrix_unit, trained_linear
-from capotune.kernels.lora_linear import LowRank, LowRankLayer, lora_linears
+from capotune.kernels.linear import amx_kernels, trained_linear
+from capotune.kernels.lora_linear import LinearLayer, LoraModule, lora_linears
 from capotune.kernels.memory import Memory
 from capotune.kernels.nf4 import Linear4bit
+from capotune.kernels.prepacked import may_prepack
 from capotune.kernels.rms_norm import RmsNorm
 from capotune.kernels.rotary import rotary
 from capotune.kernels.swiglu import SwiGLU
 from capotune.models.architecture import with_forward
-from capotune.models.packing import (
+from capotune.models.sequence_packing import (
     FAILURES,
     TOLERANCE,
     Packing,
+    forward_packed,
     packed,
-    read_packed,
+    probe_sequences,
     relative_error,
-    sequences_to_try,
     without_dropout,
 )
 
@@ -74,13 +74,13 @@ def try_fusing(backbone: Any, blocks: Sequence[nn.Module], packing: Packing) -> 
     """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head that holds ``blocks``."""
     if packing.first_position is None:
         return Fusing(why_not="sequences are padded")
-    tried = sequences_to_try(backbone.config)
+    tried = probe_sequences(backbone.config)
     # some families treat late tokens in another way than early ones
     late = (getattr(backbone.config, "max_position_embeddings", None) or 0) - max(map(len, tried))
     try:
         with without_dropout(backbone), torch.no_grad(), packed(backbone, packing):
             for first in (packing.first_position, max(packing.first_position, late)):
-                expected, told = read_packed(backbone, tried, first)
+                expected, told = forward_packed(backbone, tried, first)
                 fusing = Fusing(tuple(_window(block, told) for block in blocks))
                 with fused(blocks, fusing):
                     if why_not := _differs(backbone, tried, first, expected):
@@ -93,7 +93,7 @@ def try_fusing(backbone: Any, blocks: Sequence[nn.Module], packing: Packing) -> 
 def _differs(backbone: Any, tried: list[torch.Tensor], first: int, expected: torch.Tensor) -> str | None:
     """How the fused blocks compute something else than ``expected`` (tokens, hidden), all or every second token."""
     second = torch.arange(0, len(expected), 2)
-    every, some = (read_packed(backbone, tried, first, wanted)[0].float() for wanted in (None, second))
+    every, some = (forward_packed(backbone, tried, first, wanted)[0].float() for wanted in (None, second))
     some = some if len(some) == len(second) else some[second]  # the last block is not fused
     pairs = ((every, expected.float()), (some, expected.float()[second]))
     off = max(relative_error(found, own) for found, own in pairs)
@@ -120,12 +120,12 @@ def fused(blocks: Sequence[nn.Module], fusing: Fusing) -> Iterator[None]:
     others the products of linear layers that train."""
     made: dict[nn.Module, Forward] = {}
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    memory = Memory() if may_be_kept(weights) else None
+    memory = Memory() if may_prepack(weights) else None
     for block, window in zip(blocks, fusing.windows, strict=False):
         try:
             made[block] = _fuse(block, window, last=block is blocks[-1], memory=memory)
         except NotFusedError:
-            made |= {layer: _trained(layer) for layer in block.modules() if _trains(layer)} if matrix_unit() else {}
+            made |= {layer: _trained(layer) for layer in block.modules() if _trains(layer)} if amx_kernels() else {}
     with with_forward(made):
         yield
 
@@ -137,26 +137,26 @@ def _window(block: nn.Module, told: dict[nn.Module, int | None]) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def _linear(layer: Any) -> LowRank:
+def _linear(layer: Any) -> LinearLayer:
     """The kernels' layer of a model's."""
-    changed = layer if isinstance(layer, LowRankLayer) else None
+    changed = layer if isinstance(layer, LoraModule) else None
     base: Any = layer if changed is None else changed.base_layer
     if type(base) not in (nn.Linear, Linear4bit):
         raise NotFusedError(f"its linear layers are of type {type(base).__name__}")
     if changed is None:
         if isinstance(base, Linear4bit):
-            return LowRank(base.borrowed_weight, base.bias)
-        return LowRank(base.weight.to, base.bias, learned=base.weight if base.weight.requires_grad else None)
+            return LinearLayer(base.borrowed_weight, base.bias)
+        return LinearLayer(base.weight.to, base.bias, trained_weight=base.weight if base.weight.requires_grad else None)
     if any(weight.requires_grad for weight in base.parameters()):
         raise NotFusedError("weights below a low-rank change train")
     if changed.why_not_plain is not None:
         raise NotFusedError(f"{changed.why_not_plain} is not among the kernels")
-    return changed.low_rank()
+    return changed.linear_layer()
 
 
 def _is_dense(layer: Any) -> bool:
     """Whether the frozen weight lies in memory as fp32, (out, in)."""
-    base = layer.base_layer if isinstance(layer, LowRankLayer) else layer
+    base = layer.base_layer if isinstance(layer, LoraModule) else layer
     return isinstance(base, nn.Linear) and base.weight.dtype == torch.float32
 
 
