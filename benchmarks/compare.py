@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.report import ComparisonRow, recommend
+from capotune.report import Comparison, recommend
 from capotune.settings import METHODS
 
 HERE = Path(__file__).parent
@@ -41,11 +41,8 @@ def compare(name: str, methods: list[str], data: Path, test: Path | None) -> Non
 def _with_other_rows(content: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     new = {row["method"]: row for row in content["rows"]}
     content["rows"] = [new.get(row["method"], row) for row in before["rows"]]
-    rows = [ComparisonRow(**row) for row in content["rows"]]
     content["base_score"] = before["base_score"]
-    chosen = recommend(rows, content["test_rows"], base_score=content["base_score"])
-    content["recommended"], content["why"] = chosen
-    return content
+    return recommend(Comparison.from_dict(content)).to_dict() | {"environment": content["environment"]}
 
 
 def main() -> None:

@@ -244,15 +244,21 @@ def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], 
     kinds: dict[str, Any] = {
         "model": str, "task": str, "metric": str, "higher_is_better": bool, "train_rows": int, "test_rows": int,
         "base_score": float, "base_scores": dict, "rows": list, "recommended": str, "why": str, "details": dict,
+        "best": str, "tolerance": float, "base_difference": float, "base_difference_interval": list, "base_label": str,
+        "columns": list,
     }  # fmt: skip
     of_rows: dict[str, Any] = {
         "method": str, "score": float, "trainable_parameters": int, "total_parameters": int, "adapter_bytes": int,
         "train_seconds": float, "peak_memory_bytes": int, "epochs": float, "adapter": str, "interval": list,
-        "scores": dict,
+        "scores": dict, "difference": float, "difference_interval": list, "paired_rows": int,
     }  # fmt: skip
     assert {name: type(value) for name, value in found.items()} == kinds
     for row in found["rows"]:
-        assert {name: type(value) for name, value in row.items()} == of_rows
+        if row["method"] == found["best"]:
+            assert (row.pop("difference"), row.pop("difference_interval"), row.pop("paired_rows")) == (0, None, 0)
+        else:
+            assert row["paired_rows"] == found["test_rows"]
+        assert {name: type(value) for name, value in row.items()} == {name: of_rows[name] for name in row}
         adapter = out / row["adapter"]
         assert row["adapter_bytes"] == sum(path.stat().st_size for path in adapter.iterdir())
         assert row["peak_memory_bytes"] > 10_000_000
@@ -277,7 +283,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(compared: tuple[Path, Result
 
 def test_compare_leaves_picture_page_and_adapters_and_nothing_else(compared: tuple[Path, Result]) -> None:
     out, shown = compared
-    run = ("run.json", "metrics.jsonl", "predictions.jsonl", "adapter")
+    run = ("run.json", "metrics.jsonl", "predictions.jsonl", "test_rows.json", "adapter")
     files = ("adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md")
     expected = {"compare.json", "compare.png", "compare.html"}
     for method in ("lora", "prompt-tuning"):

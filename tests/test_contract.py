@@ -397,7 +397,8 @@ def test_whole_run_repeats(
     stored = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == record["result"]["trainable_parameters"]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(
-        ["adapter", "predictions.jsonl", "run.json"] + ([] if variant == "features" else ["metrics.jsonl"])
+        ["adapter", "predictions.jsonl", "run.json", "test_rows.json"]
+        + ([] if variant == "features" else ["metrics.jsonl"])
     )
     again = capotune.evaluate(tmp_path / "one" / "adapter", data=str(tickets))
     assert again["accuracy"] == record["result"]["score"]

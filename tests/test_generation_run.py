@@ -103,7 +103,9 @@ def test_a_whole_run(
     record = start(method, data[kind], writers[base], out, report=events.append, base_score=True)
     result = record["result"]
     assert json.loads((out / "run.json").read_text(encoding="utf-8")) == json.loads(json.dumps(record))
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "metrics.jsonl", "predictions.jsonl", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter", "metrics.jsonl", "predictions.jsonl", "run.json", "test_rows.json"
+    ]  # fmt: skip
     assert folder_digest(writers[base]) == on_disk
 
     loss = result["scores"]["loss"]

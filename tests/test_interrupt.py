@@ -177,7 +177,7 @@ def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(
     resumed = capo(*flags, "--resume")
     assert resumed.code == 0, resumed.err
     assert sorted(path.name for path in (folder / "run").iterdir()) == [
-        "adapter", "metrics.jsonl", "predictions.jsonl", "run.json"
+        "adapter", "metrics.jsonl", "predictions.jsonl", "run.json", "test_rows.json"
     ]  # fmt: skip
 
 

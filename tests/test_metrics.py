@@ -9,7 +9,87 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capotune.evaluation.metrics import exact_match, mean_interval, perplexity, rouge_l, wilson_interval
+from capotune.evaluation.metrics import (
+    Metric,
+    exact_match,
+    mean_interval,
+    metric,
+    perplexity,
+    register,
+    rouge_l,
+    wilson_interval,
+)  # fmt: skip
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "score"),
+    [
+        ("accuracy", [[1, 1], [0, 1], [1, 1], [1, 1]], 3 / 4),
+        ("exact_match", [[1, 1], [0, 1]], 1 / 2),
+        ("rouge_l", [[0.5, 1], [1.0, 1]], 3 / 4),
+        ("loss", [[3.0, 2], [1.0, 6]], 1 / 2),
+        ("perplexity", [[3.0, 2], [1.0, 6]], math.exp(1 / 2)),
+        ("f1", [[2, 1, 0], [1, 0, 3]], 6 / 10),
+        ("f1", [[0, 0, 0]], 0.0),
+        ("loss", [[0.0, 0]], 0.0),
+    ],
+)
+def test_a_score_is_made_of_the_sums_of_its_counts(name: str, counts: list[list[float]], score: float) -> None:
+    assert metric(name).score(np.array(counts, dtype=float)) == pytest.approx(score)
+    assert len(metric(name).columns) == len(counts[0])
+
+
+def test_the_f1_of_entities_is_scikit_learns_of_single_labels() -> None:
+    from sklearn.metrics import f1_score
+
+    generator = np.random.default_rng(0)
+    true, predicted = generator.integers(0, 2, (2, 50))
+    counts = np.stack([true & predicted, predicted & ~true & 1, true & ~predicted & 1], 1)
+    assert metric("f1").score(counts.astype(float)) == pytest.approx(f1_score(true, predicted))
+
+
+def test_metrics_know_their_words_and_direction() -> None:
+    assert [metric(name).words for name in ("rouge_l", "exact_match", "f1")] == ["ROUGE-L", "exact match", "F1"]
+    lower = [name for name in ("accuracy", "f1", "loss", "perplexity", "macro_f1") if not metric(name).higher_is_better]
+    assert lower == ["loss", "perplexity"]
+    assert [metric(name).is_proportion for name in ("accuracy", "exact_match", "f1", "rouge_l")] == [1, 1, 0, 0]
+
+
+def test_an_unknown_metric_is_shown_as_it_is_until_it_is_registered() -> None:
+    assert metric("mean_rank") == Metric("mean_rank", "mean rank")
+    own = register(Metric("mean_rank_of_a_test", "mean rank", "where the right one stands", higher_is_better=False))
+    assert metric("mean_rank_of_a_test") is own
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "text"),
+    [
+        (12.345, "perplexity", "12.3"),
+        (1.2, "loss", "1.20"),
+        (0.0123, "loss", "0.0123"),
+        (1234.5, "perplexity", "1,234"),
+        (0.0, "loss", "0.00"),
+        (math.inf, "perplexity", "inf"),
+        (math.nan, "loss", "-"),
+        (0.4531, "rouge_l", "45.3 %"),
+    ],
+)
+def test_scores_have_three_digits(value: float, name: str, text: str) -> None:
+    assert metric(name).text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "base", "name", "text"),
+    [(12.34, 41.2, "perplexity", "-28.9"), (12.34, 812.0, "perplexity", "-800"), (0.71, 0.03, "exact_match", "+68.0"),
+     (12.3, math.inf, "perplexity", "-"), (0.456, 0.412, "loss", "+0.044"), (0.5, 0.5004, "accuracy", "+0.0")],
+)  # fmt: skip
+def test_a_difference_is_no_more_exact_than_its_scores(value: float, base: float, name: str, text: str) -> None:
+    assert metric(name).difference_text(value - base, max(value, base)) == text
+
+
+# --- labels, answers and losses ---------------------------------------------------------------------------------------
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12)
 
@@ -65,11 +145,22 @@ def test_perplexity_is_e_to_the_loss() -> None:
     assert perplexity(1e6) == math.inf
 
 
-def test_wilson_interval_of_a_published_case() -> None:
-    """Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 0 of 20."""
-    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=6e-5)
-    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=6e-5)
+@pytest.mark.parametrize(
+    ("successes", "rows", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_matches_the_published_examples(successes: int, rows: int, low: float, high: float) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (score, no continuity correction)."""
+    assert wilson_interval(successes / rows, rows) == pytest.approx((low, high), abs=6e-5)
     assert wilson_interval(0.5, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("rows", [0, 1, 10, 3080])
+def test_wilson_holds_the_score_and_stays_in_range(score: float, rows: int) -> None:
+    low, high = wilson_interval(score, rows)
+    assert 0 <= low <= score <= high <= 1
+    assert low < high
 
 
 def test_mean_interval_of_single_values_is_the_plain_one() -> None:

@@ -294,6 +294,9 @@ class CompareSettings(RunSettings):
     """Methods to run, in this order."""
     out: Path = Path("capo-compare")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
+    tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Points that a cheaper technique may score worse than the best and still be recommended, though it is shown to be
+    worse: percentage points for accuracy and the like, else the score's own unit."""
     feature_extraction: FeatureExtractionSettings = FeatureExtractionSettings()
     """Settings of feature extraction."""
     lora: LoraSettings = LoraSettings()

@@ -34,14 +34,18 @@ from capotune.api.training import (
     compare,
     compare_run,
     inspect,
-    render_comparison,
     train,
     train_run,
 )
+from capotune.evaluation.metrics import Metric, metric
+from capotune.report import Comparison, ComparisonRow
 
 __all__ = [
     "Classifier",
+    "Comparison",
+    "ComparisonRow",
     "Generator",
+    "Metric",
     "Prediction",
     "compare",
     "compare_run",
@@ -56,11 +60,11 @@ __all__ = [
     "load_generator",
     "load_model",
     "merge",
+    "metric",
     "predict",
     "quantize",
     "read_prompts",
     "read_texts",
-    "render_comparison",
     "train",
     "train_run",
     "user_turn",

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 Reporter = Callable[[dict[str, Any]], None]
 CompareReporter = Callable[[str, dict[str, Any]], None]
 
-SHOWN_ANSWERS = 5
-"""Prompts whose answers stand side by side on the page."""
-
 
 def train(
     method: str, *, data: str, out: str | Path = "capo-train", resume: bool = False, report: Reporter | None = None,
@@ -79,7 +76,7 @@ def compare_run(
     with output_folder(settings.out) as new:
         results = run_techniques(settings, new, listen)
         results = {method: _name_final_folder(new, settings.out, method) for method in results}
-        comparison = _comparison(results)
+        comparison = _comparison(results, new, settings.tolerance)
         details = _details(
             settings, comparison, results, new, inspected, command or f"capo compare --data {settings.data}"
         )
@@ -106,13 +103,6 @@ def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
     return {"task": found["task"], "model": chosen.model, "report": found["report"]}
 
 
-def render_comparison(comparison: Comparison) -> Any:
-    """The table of a comparison, for a rich console."""
-    from capotune.report import table
-
-    return table(comparison)
-
-
 def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], MethodSettings]:
     """Split flat keyword settings into the run's own and the method's."""
     cls = method_class(method)
@@ -124,34 +114,41 @@ def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Me
     return {name: value for name, value in settings.items() if name in RunSettings.model_fields}, own
 
 
-def _comparison(results: dict[str, dict[str, Any]]) -> Comparison:
+def _comparison(results: dict[str, dict[str, Any]], folder: Path, tolerance: float) -> Comparison:
+    from capotune.api import page_content
+    from capotune.evaluation.metrics import metric
+    from capotune.evaluation.pairs import RowCounts
     from capotune.report import Comparison, ComparisonRow, recommend
 
-    copied = [field.name for field in fields(ComparisonRow) if field.name not in ("method", "adapter")]
+    taken_over = {field.name for field in fields(ComparisonRow)} & next(iter(results.values()))["result"].keys()
     rows = tuple(
-        ComparisonRow(method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in copied})
+        ComparisonRow(
+            method=method,
+            adapter=f"{method}/adapter",
+            **{name: record["result"][name] for name in taken_over - {"adapter"}},
+        )
         for method, record in results.items()
     )
     first = next(iter(results.values()))
-    result, base = first["result"], _base(results)
-    higher_is_better = result["metric"] != "perplexity"
-    base_score = base.get("base_score", float("nan"))
-    recommended, why = recommend(
-        rows, result["test_rows"], higher_is_better, metric=result["metric"], base_score=base_score
-    )
-    return Comparison(
+    result, base, task = first["result"], _base(results), first["settings"]["task"]
+    comparison = Comparison(
         model=first["settings"]["model"],
-        task=first["settings"]["task"],
+        task=task,
         metric=result["metric"],
-        higher_is_better=higher_is_better,
+        higher_is_better=metric(result["metric"]).higher_is_better,
         train_rows=result["train_rows"],
         test_rows=result["test_rows"],
-        base_score=base_score,
+        base_score=base.get("base_score", float("nan")),
         base_scores=base.get("base_scores", {}),
         rows=rows,
-        recommended=recommended,
-        why=why,
+        tolerance=tolerance,
+        base_label=page_content.base_label(task),
+        columns=page_content.columns(task, result["metric"], result["scores"]),
     )
+    written = {method: json.loads((folder / method / "test_rows.json").read_text("utf-8")) for method in results}
+    counts = {method: RowCounts.from_dict(content) for method, content in written.items()}
+    of_base = next((content["base"] for content in written.values() if "base" in content), None)
+    return recommend(comparison, counts, RowCounts.from_dict(of_base) if of_base else None)
 
 
 def _base(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -168,16 +165,19 @@ def _details(
     command: str,
 ) -> Any:
     """What the page shows beside the table: mistakes where labels were learned, answers where text was."""
+    from capotune.api import page_content
     from capotune.report import PageDetails
 
     predictions = {method: _predictions(folder / method) for method in results}
-    shown: dict[str, Any] = {"labels": [], "confusion": [], "confusion_method": "", "mistakes": []}
+    chosen = comparison.recommended
     if comparison.task == "classification":
-        shown = _mistakes(folder / comparison.recommended, comparison.recommended, predictions[comparison.recommended])
+        sections = page_content.label_sections(folder / chosen, chosen, predictions[chosen]) if chosen else []
     else:
-        shown["answers"] = _answers({"base": _base(results).get("base_answers", []), **predictions})
+        sections = page_content.answer_sections({"base": _base(results).get("base_answers", []), **predictions})
     return PageDetails(
-        **shown,
+        sections=sections,
+        snippets=page_content.snippets(comparison),
+        base_note=page_content.base_note(comparison.task),
         settings={
             name: {**record["settings"], **record[name], "out": str(settings.out / name)}
             for name, record in results.items()
@@ -190,43 +190,6 @@ def _details(
 
 def _predictions(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _mistakes(run: Path, method: str, predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recommended technique's confusions, and the wrong labels it was surest of."""
-    import numpy as np
-
-    from capotune.evaluation.metrics import confusion
-    from capotune.report import Mistake
-
-    labels = json.loads((run / "adapter" / "capotune.json").read_text(encoding="utf-8"))["labels"]
-    number = {label: at for at, label in enumerate(labels)}
-    wrong = sorted(
-        (row for row in predictions if row["label"] != row["predicted"]), key=lambda row: -row["probability"]
-    )
-    return {
-        "labels": labels,
-        "confusion": confusion(
-            np.array([number[row["predicted"]] for row in predictions]),
-            np.array([number[row["label"]] for row in predictions]),
-            len(labels),
-        ),
-        "confusion_method": method,
-        "mistakes": [Mistake(row["text"], row["label"], row["predicted"], row["probability"]) for row in wrong[:12]],
-    }
-
-
-def _answers(predictions: dict[str, list[dict[str, Any]]]) -> list[Any]:
-    """The first test rows that all have answered, with what each wrote."""
-    from capotune.report import Answers
-
-    written = {who: {row["prompt"]: row["written"] for row in rows} for who, rows in predictions.items()}
-    first = next(iter(predictions.values()))
-    shared = [row for row in first if all(row["prompt"] in answers for answers in written.values())]
-    return [
-        Answers(row["prompt"], row["expected"], {who: answers[row["prompt"]] for who, answers in written.items()})
-        for row in shared[:SHOWN_ANSWERS]
-    ]
 
 
 def _name_final_folder(folder: Path, final: Path, method: str) -> dict[str, Any]:

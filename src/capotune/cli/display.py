@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from capotune import api
 from capotune.cli import data_report
+from capotune.cli.comparison_table import comparison_table
 from capotune.files import human_bytes
 
 Reporter = Callable[[str, dict[str, Any]], None]
@@ -150,7 +150,7 @@ def _trainable(method: str, event: dict[str, Any]) -> Text:
 def show_comparison(comparison: Any, out: Path) -> None:
     """The table and where everything is."""
     console = Console(markup=False)
-    console.print(api.render_comparison(comparison))
+    console.print(comparison_table(comparison))
     console.print()
     for name, what in (("compare.html", "the page"), ("compare.png", "the picture"), ("compare.json", "the numbers")):
         console.print(f"{out / name}  {what}", highlight=False, soft_wrap=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from capotune.adapters.assemble import Assembled
 from capotune.data.samples import Samples, answer_of
 from capotune.evaluation.generate import generate, room_after
-from capotune.evaluation.metrics import exact_match, mean_interval, rouge_l, wilson_interval
+from capotune.evaluation.metrics import exact_match, mean_interval, metric, rouge_l, wilson_interval
+from capotune.evaluation.pairs import RowCounts
 from capotune.settings import DecodingSettings
 
 
@@ -38,6 +39,11 @@ class Answers:
         if mean := mean_interval(self._rouge, [1] * len(self.rows)):
             found["rouge_l"] = max(0.0, mean[0]), min(1.0, mean[1])
         return found
+
+    @property
+    def counts(self) -> RowCounts:
+        """What each answered row adds to the exact matches."""
+        return RowCounts.of(metric("exact_match"), [[exact, 1] for exact in self._exact], self.rows)
 
     @property
     def _exact(self) -> list[bool]:

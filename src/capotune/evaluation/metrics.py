@@ -1,18 +1,154 @@
-"""Scores of labels, of written answers and of loss, with their uncertainty. The labels' formulas are scikit-learn's."""
+"""What a score is: one registry of metrics, and how labels, written answers and losses are scored.
+
+A metric that adds up over rows is a function of the sums of some counts of each row (``Metric.columns``). From the same
+counts come the score, and the paired difference of two techniques (``evaluation/pairs.py``).
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the report takes its intervals from here, and must not wait for these
     import numpy as np
     import torch
 
 _Z_95 = 1.959963984540054
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a score by its name, so that no other code asks which metric it has before it."""
+
+    name: str
+    """As it stands in files: ``exact_match``."""
+    words: str
+    """As people read it: ``exact match``."""
+    definition: str = ""
+    """What it counts, as half a sentence."""
+    higher_is_better: bool = True
+    kind: Literal["percentage", "plain"] = "plain"
+    """``percentage``: from 0 to 1, shown as 0 to 100 %. ``plain``: shown as it is."""
+    columns: tuple[str, ...] = ()
+    """The counts of each row that the score is made of; empty for a score that does not add up over rows."""
+    from_sums: Callable[[np.ndarray], np.ndarray] | None = None
+    """The score (...) of sums of ``columns`` (..., columns); 0 where nothing was counted. None without ``columns``."""
+
+    @property
+    def is_percentage(self) -> bool:
+        return self.kind == "percentage"
+
+    @property
+    def is_proportion(self) -> bool:
+        """Whether each row is right or wrong, and the score is the share of right ones."""
+        return self.columns == _RIGHT_OR_WRONG
+
+    def score(self, counts: np.ndarray) -> float:
+        """The score of rows with these counts (rows, columns)."""
+        assert self.from_sums is not None
+        return float(self.from_sums(counts.sum(0)))
+
+    def points(self, difference: float) -> float:
+        """A difference of two scores in points: percentage points, or the metric's own unit."""
+        return 100 * difference if self.is_percentage else difference
+
+    def text(self, value: float, digits: int = 1) -> str:
+        """A percentage with ``digits`` decimals, else ``digits`` + 2 significant digits; a dash for NaN."""
+        if math.isnan(value):
+            return "-"
+        return f"{100 * value:.{digits}f} %" if self.is_percentage else f"{value:,.{decimals(value, digits + 2)}f}"
+
+    def text_with_name(self, value: float) -> str:
+        """A score that says what it is, since a bare number could be anything: ``94.1 %``, ``perplexity 12.3``."""
+        return self.text(value) if self.is_percentage else f"{self.words} {self.text(value)}"
+
+    def difference_text(self, difference: float, beside: float) -> str:
+        """A signed difference in points, as exact as the score ``beside`` it; a dash for NaN and infinity."""
+        if not math.isfinite(difference):
+            return "-"
+        digits = 1 if self.is_percentage else decimals(beside)
+        text = f"{self.points(difference):+,.{digits}f}"
+        return text if float(text.replace(",", "")) else text.replace("-", "+")  # no "-0.0"
+
+
+def decimals(value: float, significant: int = 3) -> int:
+    """How many decimals show this many significant digits; none are cut before the point."""
+    before = math.floor(math.log10(abs(value))) + 1 if math.isfinite(value) and value else 1
+    return max(0, significant - before)
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """The first sum over the second; 0 where nothing was counted."""
+    quotient: np.ndarray = sums[..., 0] / sums[..., 1].clip(_TINY)
+    return quotient
+
+
+def _exponential_of_ratio(sums: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # infinite above 709 nats
+        exponential: np.ndarray = np.exp(_ratio(sums))
+    return exponential
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    """2·tp / (2·tp + fp + fn); 0 where there is nothing to find and nothing was found."""
+    twice = 2 * sums[..., 0]
+    quotient: np.ndarray = twice / (twice + sums[..., 1] + sums[..., 2]).clip(_TINY)
+    return quotient
+
+
+_RIGHT_OR_WRONG = ("correct", "rows")
+_METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> Metric:
+    """Make a metric known by its name; a task with a score of its own calls this where it defines it."""
+    _METRICS[metric.name] = metric
+    return metric
+
+
+def metric(name: str) -> Metric:
+    """The metric of this name; of an unknown one nothing is known but its name."""
+    return _METRICS.get(name) or Metric(name, name.replace("_", " "))
+
+
+for _metric in (
+    Metric(
+        "accuracy", "accuracy", "the share of test rows whose label is the right one",
+        kind="percentage", columns=_RIGHT_OR_WRONG, from_sums=_ratio,
+    ),
+    Metric(
+        "exact_match", "exact match",
+        "the share of answers that are the expected one to the letter, blanks around it aside",
+        kind="percentage", columns=_RIGHT_OR_WRONG, from_sums=_ratio,
+    ),
+    Metric(
+        "rouge_l", "ROUGE-L", "how many words, in their order, an answer shares with the expected one: F1 of the "
+        "longest common subsequence (Lin 2004), the mean of all answers",
+        kind="percentage", columns=("rouge_l", "rows"), from_sums=_ratio,
+    ),
+    Metric(
+        "f1", "F1", "2·tp / (2·tp + fp + fn), where tp entities are found with their exact ends and type, fp are found "
+        "and not there, fn are there and not found",
+        kind="percentage", columns=("tp", "fp", "fn"), from_sums=_f1,
+    ),
+    Metric("macro_f1", "macro F1", "the mean of every label's F1, each label counting alike", kind="percentage"),
+    Metric(
+        "loss", "loss", "mean cross-entropy of what all test rows hold to predict, in nats",
+        higher_is_better=False, columns=("nats", "tokens"), from_sums=_ratio,
+    ),
+    Metric(
+        "perplexity", "perplexity",
+        "the exponential of the mean loss: as if the model wavered between so many tokens at each step",
+        higher_is_better=False, columns=("nats", "tokens"), from_sums=_exponential_of_ratio,
+    ),
+):  # fmt: skip
+    register(_metric)
 
 
 @dataclass(frozen=True)

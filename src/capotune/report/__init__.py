@@ -1,4 +1,8 @@
-"""What a comparison leaves for people: the rule that recommends, the table, the picture and the page."""
+"""What a comparison leaves for people: the rule that recommends, the picture and the page.
+
+It knows no task and no method but by the data that they give: metrics (``evaluation/metrics.py``), sections of the page
+(``sections.py``) and words.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,10 @@ from pathlib import Path
 from capotune.files import write_atomic
 from capotune.report._page import page
 from capotune.report._plot import plot
-from capotune.report._records import Answers, Comparison, ComparisonRow, Mistake, PageDetails
+from capotune.report._records import Comparison, ComparisonRow, PageDetails, Snippet
 from capotune.report._rule import recommend
-from capotune.report._table import table
 
-__all__ = [
-    "Answers",
-    "Comparison",
-    "ComparisonRow",
-    "Mistake",
-    "PageDetails",
-    "page",
-    "plot",
-    "recommend",
-    "table",
-    "write",
-]
+__all__ = ["Comparison", "ComparisonRow", "PageDetails", "Snippet", "page", "plot", "recommend", "write"]
 
 
 def write(comparison: Comparison, details: PageDetails, folder: str | Path) -> None:

@@ -10,10 +10,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from capotune.evaluation.metrics import metric
 from capotune.files import write_atomic
 from capotune.report._records import Comparison, ComparisonRow
-from capotune.report._rule import finding, has_interval, interval, interval_name, scored
-from capotune.report._words import PERCENTAGES, base_label, score_text, words
+from capotune.report._rule import has_interval, interval, interval_name, scored
+from capotune.report._sentences import finding
 
 _PAPER, _INK, _MUTED, _RULE, _ACCENT = "#ffffff", "#22262b", "#667079", "#d9dde1", "#a8480f"
 _FARTHEST_BASE = 5  # times the techniques' own spread
@@ -23,8 +24,9 @@ _CSS_NAMES = {_PAPER: "paper", _INK: "ink", _MUTED: "muted", _RULE: "rule", _ACC
 def plot(comparison: Comparison, path: str | Path) -> None:
     """Draw score against training time as a PNG of 1600 pixels' width.
 
-    A point per technique with its 95 % interval; the point's area grows with peak memory, the recommended one
-    has the one colour, and names stand beside the points, so nothing depends on telling colours apart.
+    A point per technique; its bar is the 95 % interval of its difference from the best, placed so that it reaches the
+    best's line where the technique is not shown to be worse. The point's area grows with peak memory, the recommended
+    one has the one colour, and names stand beside the points, so nothing depends on telling colours apart.
     """
     write_atomic(path, _draw(comparison, "png", inches=(8.0, 4.8), titled=True))
 
@@ -56,7 +58,7 @@ def _draw(comparison: Comparison, kind: str, inches: tuple[float, float], titled
     with matplotlib.rc_context(style):
         figure = Figure(figsize=inches, dpi=200)
         FigureCanvasAgg(figure)
-        left, bottom, top = (0.1, 1.0, _draw_title(figure, comparison)) if titled else (0.0, 0.6, 0.35)
+        left, bottom, top = (0.1, *_draw_title(figure, comparison)) if titled else (0.0, 0.6, 0.35)
         axes = _axes_inches(figure, left + 0.45, 0.3, bottom, top)
         figure.text(left / inches[0], 1 - (top - 0.15) / inches[1], unit(comparison), color=_INK, fontsize=10.5)
         _draw_axes(axes, comparison)
@@ -68,14 +70,15 @@ def _draw(comparison: Comparison, kind: str, inches: tuple[float, float], titled
     return buffer.getvalue()
 
 
-def _draw_title(figure: Any, comparison: Comparison) -> float:
-    """The finding above and the footnote below; returns the inches that the plot leaves free at the top."""
+def _draw_title(figure: Any, comparison: Comparison) -> tuple[float, float]:
+    """The finding above and the footnote below; returns the inches that the plot leaves free below and above."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(finding(comparison), 66, break_on_hyphens=False)
     title = {"fontsize": 13, "fontweight": "bold", "va": "top", "linespacing": 1.3}
     figure.text(0.1 / width, 1 - 0.15 / height, "\n".join(lines), color=_INK, **title)
-    figure.text(0.1 / width, 0.15 / height, footnote(comparison), color=_MUTED, fontsize=9)
-    return 0.55 + 0.3 * len(lines)
+    notes = textwrap.wrap(footnote(comparison), 118, break_on_hyphens=False)
+    figure.text(0.1 / width, 0.15 / height, "\n".join(notes), color=_MUTED, fontsize=9, linespacing=1.3)
+    return 0.84 + 0.16 * len(notes), 0.55 + 0.3 * len(lines)
 
 
 def _axes_inches(figure: Any, left: float, right: float, bottom: float, top: float) -> Any:
@@ -108,27 +111,27 @@ def _draw_axes(axes: Any, comparison: Comparison) -> None:
 
 def _heights(comparison: Comparison) -> tuple[float, float]:
     """The score axis: every interval and the base, if it is in view, and a margin."""
-    ends = _interval_ends(comparison) + ([comparison.base_score] if _base_in_view(comparison) else [])
+    ends = _bar_ends(comparison) + ([comparison.base_score] if _base_in_view(comparison) else [])
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
     return _height(low - margin, comparison), _height(high + margin, comparison)
 
 
-def _interval_ends(comparison: Comparison) -> list[float]:
-    return [end for row in scored(comparison) for end in interval(row, comparison.test_rows, comparison.metric)]
+def _bar_ends(comparison: Comparison) -> list[float]:
+    return [end for row in scored(comparison) for end in _bar(row, comparison)]
 
 
 def _base_in_view(comparison: Comparison) -> bool:
     """Not where a far-off base would leave the techniques, which are what is compared, a sixth of the picture."""
     if len(scored(comparison)) < 2 or not math.isfinite(comparison.base_score):
         return math.isfinite(comparison.base_score)
-    ends = _interval_ends(comparison)
+    ends = _bar_ends(comparison)
     low, high = min(ends), max(ends)
     return max(low - comparison.base_score, comparison.base_score - high) <= _FARTHEST_BASE * (high - low)
 
 
 def _height(score: float, comparison: Comparison) -> float:
-    return 100 * score if comparison.metric in PERCENTAGES else score
+    return metric(comparison.metric).points(score)
 
 
 def _log_seconds(row: ComparisonRow) -> float:
@@ -146,8 +149,10 @@ def _draw_points(axes: Any, comparison: Comparison) -> list[Any]:
         x, y = _log_seconds(row), _height(row.score, comparison)
         area = 40 + 140 * row.peak_memory_bytes / most
         axes.scatter([x], [y], s=area, color=colour, zorder=layer, linewidths=0)
-        ends = interval(row, comparison.test_rows, comparison.metric)
+        ends = _bar(row, comparison)
         low, high = (_height(end, comparison) for end in ends)
+        if row.method == comparison.best and shows_differences(comparison):
+            axes.axhline(y, color=colour, linewidth=0.8, zorder=1.2)
         axes.plot([x, x], [low, high], color=colour, linewidth=1.6, zorder=layer - 1, solid_capstyle="butt")
         (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
         centre = axes.transData.transform((x, y))
@@ -166,7 +171,7 @@ def _draw_base(axes: Any, comparison: Comparison, taken: list[Any]) -> list[Any]
     axes.axhline(height, color=_MUTED, linewidth=1.3, linestyle=(0, (5, 4)), zorder=1)
     text = axes.annotate(
         _base_name(comparison), (0, height), (0, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-        fontsize=9.5, color=_MUTED,
+        fontsize=9.5, color=_MUTED, bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1},
     )  # fmt: skip
     frame = axes.get_window_extent()
 
@@ -198,7 +203,7 @@ def _point_to_base(axes: Any, comparison: Comparison) -> list[Any]:
 
 
 def _base_name(comparison: Comparison) -> str:
-    return f"{base_label(comparison.task)}: {score_text(comparison.base_score, comparison.metric)}"
+    return f"{comparison.base_label}: {metric(comparison.metric).text(comparison.base_score)}"
 
 
 def _label(axes: Any, comparison: Comparison, taken: list[Any]) -> None:
@@ -207,7 +212,7 @@ def _label(axes: Any, comparison: Comparison, taken: list[Any]) -> None:
     for row in sorted(scored(comparison), key=lambda row: row.method != comparison.recommended):
         recommended = row.method == comparison.recommended
         text = axes.annotate(
-            f"{row.method} {score_text(row.score, comparison.metric)}",
+            f"{row.method} {metric(comparison.metric).text(row.score)}",
             (_log_seconds(row), _height(row.score, comparison)), (0, 0), textcoords="offset points",
             color=_ACCENT if recommended else _INK, fontweight="bold" if recommended else "normal", zorder=4,
             bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5},
@@ -225,7 +230,7 @@ def _places(axes: Any, comparison: Comparison, row: ComparisonRow) -> Iterator[t
 
     The first four touch the point or the ends of its interval, the others need a line that leads to it.
     """
-    ends = interval(row, comparison.test_rows, comparison.metric)
+    ends = _bar(row, comparison)
     levels = [(1.0, _height(score, comparison)) for score in (*ends, row.score)]
     bottom, top, middle = axes.transData.transform(levels)[:, 1] * 72 / axes.figure.dpi
     yield 12, 0, "left", "center"
@@ -259,17 +264,40 @@ def _covered(box: Any, taken: list[Any], frame: Any) -> float:
 
 def unit(comparison: Comparison) -> str:
     """What the picture's height means."""
-    percent = " (%)" if comparison.metric in PERCENTAGES else ""
+    known = metric(comparison.metric)
+    percent = " (%)" if known.is_percentage else ""
     better = "" if comparison.higher_is_better else ", lower is better"
-    return f"{words(comparison.metric)}{percent}{better}"
+    return f"{known.words}{percent}{better}"
 
 
 def footnote(comparison: Comparison) -> str:
     """How to read the picture."""
     model = comparison.model if len(comparison.model) <= 40 else f"…{comparison.model[-39:]}"
     parts = [f"{model}, {comparison.test_rows:,} test rows."]
-    if has_interval(comparison):
+    if shows_differences(comparison):
+        parts.append(
+            f"A bar is the 95 % interval of a technique's difference from {comparison.best}: where it reaches the line "
+            f"of {comparison.best}, the technique is not shown to be worse."
+        )
+    elif has_interval(comparison):
         parts.append(f"Bars: 95 % {interval_name(comparison)}.")
     if any(row.peak_memory_bytes for row in comparison.rows):
         parts.append("Area of a point: peak memory.")
     return " ".join(parts)
+
+
+def shows_differences(comparison: Comparison) -> bool:
+    """Whether the bars are differences from the best; else they are each score's own interval."""
+    return any(row.difference_interval is not None for row in scored(comparison))
+
+
+def _bar(row: ComparisonRow, comparison: Comparison) -> tuple[float, float]:
+    """From where to where a technique's bar reaches, as scores; the best has none beside differences from it."""
+    if not shows_differences(comparison):
+        return interval(row, comparison.test_rows, comparison.metric)
+    if row.difference is None or row.difference_interval is None:
+        return row.score, row.score
+    low, high = (row.score - row.difference + end for end in row.difference_interval)
+    if metric(comparison.metric).is_percentage:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return min(low, row.score), max(high, row.score)

@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import Any
 
+from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quotes, Section, SideBySide
+
+Interval = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class ComparisonRow:
@@ -18,7 +22,7 @@ class ComparisonRow:
     score: float
     """The metric on the test rows; NaN when the technique ended without one."""
     trainable_parameters: int
-    """How many numbers training changed, the head included."""
+    """How many weights training changed, the head included."""
     total_parameters: int
     """How many parameters the base has: the 100 % of ``trainable_parameters``."""
     adapter_bytes: int
@@ -31,40 +35,49 @@ class ComparisonRow:
     """Passes over the training rows before training stopped."""
     adapter: str
     """The adapter folder, relative to the folder of ``compare.json``."""
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     """The 95 % confidence interval of ``score`` on the test rows; None: Wilson's for a proportion, else unknown."""
     scores: dict[str, float] = field(default_factory=dict)
     """Further metrics on the test rows by name: ``loss``, ``perplexity``, ``rouge_l``, ``macro_f1`` and the like."""
+    difference: float | None = None
+    """The score minus that of ``Comparison.best``, in the unit of ``score``; None without a score."""
+    difference_interval: Interval | None = None
+    """The 95 % confidence interval of ``difference``; None for the best itself, and where it is not known."""
+    paired_rows: int = 0
+    """Test rows that the difference was taken on, row by row; 0 when it comes from the two scores' own intervals."""
 
     def to_dict(self) -> dict[str, Any]:
         """A row of ``compare.json``; a number that JSON does not know (NaN, infinity) as ``None``."""
-        bounded = self.interval is not None and all(map(math.isfinite, self.interval))
         return asdict(self) | {
             "score": _finite(self.score),
-            "interval": self.interval if bounded else None,
+            "interval": _bounded(self.interval),
             "scores": _finite_values(self.scores),
+            "difference_interval": _bounded(self.difference_interval),
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ComparisonRow:
         """Read back what ``to_dict`` gave; further keys are ignored."""
         values = _known_fields(cls, content)
-        interval = values.get("interval")
         return cls(**values | {
             "score": _number(values["score"]),
-            "interval": interval and tuple(interval),
+            "interval": _pair(values.get("interval")),
             "scores": _numbers(values.get("scores", {})),
+            "difference_interval": _pair(values.get("difference_interval")),
         })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The techniques side by side on one data set: the content of ``compare.json``."""
+    """The techniques side by side on one data set: the content of ``compare.json``.
+
+    ``report.recommend`` fills in ``recommended``, ``why``, ``best`` and all differences.
+    """
 
     model: str
     """The base, as it was named."""
     task: str
-    """``classification`` or ``generation``."""
+    """The task's name."""
     metric: str
     """What ``score`` counts, for instance ``accuracy``."""
     higher_is_better: bool
@@ -74,15 +87,27 @@ class Comparison:
     test_rows: int
     """Rows that every score was taken on."""
     base_score: float
-    """The base without fine-tuning; in classification, the nearest class mean on frozen features. NaN if unknown."""
+    """The base without fine-tuning, as ``base_label`` says. NaN if unknown."""
     rows: tuple[ComparisonRow, ...]
     """One row per finished technique, in the order in which they ran."""
-    recommended: str
-    """The method to take, or an empty string when none finished."""
-    why: str
-    """The rule's outcome as a sentence with its numbers."""
+    recommended: str = ""
+    """The method to take: the cheapest that is not shown to be worse than ``best``. Empty when none finished."""
+    why: str = ""
+    """The rule's outcome in sentences with their numbers."""
     base_scores: dict[str, float] = field(default_factory=dict)
     """The base's further metrics, as ``ComparisonRow.scores``."""
+    best: str = ""
+    """The method with the best score; among equals the cheapest. Empty when none finished."""
+    tolerance: float = 0.0
+    """Points of the score that a cheaper technique may lose and still be recommended."""
+    base_difference: float | None = None
+    """The base's score minus that of ``best``."""
+    base_difference_interval: Interval | None = None
+    """The 95 % confidence interval of ``base_difference``."""
+    base_label: str = "base (not fine-tuned)"
+    """What the base's own score is called."""
+    columns: tuple[str, ...] = ()
+    """The further metrics that are worth a column in a small table."""
 
     @property
     def further_metrics(self) -> list[str]:
@@ -96,6 +121,7 @@ class Comparison:
             "base_score": _finite(self.base_score),
             "rows": [row.to_dict() for row in self.rows],
             "base_scores": _finite_values(self.base_scores),
+            "base_difference_interval": _bounded(self.base_difference_interval),
         }
         return content if details is None else content | {"details": asdict(details)}
 
@@ -107,66 +133,70 @@ class Comparison:
             "base_score": _number(values["base_score"]),
             "rows": tuple(map(ComparisonRow.from_dict, values["rows"])),
             "base_scores": _numbers(values.get("base_scores", {})),
+            "base_difference_interval": _pair(values.get("base_difference_interval")),
+            "columns": tuple(values.get("columns", ())),
         })  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A test row that the recommended technique got wrong."""
+class Snippet:
+    """Code to copy from the page."""
 
-    text: str
-    """The row's text."""
-    true: str
-    """Its label in the data."""
-    predicted: str
-    """The label that the technique gave."""
-    probability: float
-    """The technique's probability of ``predicted``, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One prompt of the test rows and what was written in answer to it."""
-
-    prompt: str
-    """What the model was asked."""
-    expected: str | None
-    """The answer in the data; None when the data has none, as in plain text."""
-    by: dict[str, str]
-    """Who answered what: ``base`` and the techniques by their names."""
+    heading: str
+    code: str
 
 
 @dataclass(frozen=True)
 class PageDetails:
     """What only the page shows."""
 
-    labels: list[str]
-    """The labels, in the order of the rows and columns of ``confusion``; empty outside classification."""
-    confusion: list[list[int]]
-    """Test rows by true label (row) and predicted label (column)."""
-    confusion_method: str
-    """The technique that ``confusion`` and ``mistakes`` belong to."""
-    mistakes: list[Mistake]
-    """The mistakes with the highest probability, highest first."""
     settings: dict[str, dict[str, Any]]
     """Every setting per method; a ``seed`` among them is also shown with the scores."""
     data: dict[str, Any]
-    """The data report: numbers and texts by name, nested as needed; ``test_from`` is also shown with the scores."""
+    """The data report: values and texts by name, nested as needed; ``test_from`` is also shown with the scores."""
     environment: dict[str, str]
     """Versions and machine, by name."""
     command: str
     """The command line that repeats the comparison."""
-    answers: list[Answers] = field(default_factory=list)
-    """In generation some test prompts with everyone's answers; empty in classification."""
+    sections: list[Section] = field(default_factory=list)
+    """What the task has to show: mistakes, answers, and the like."""
+    snippets: list[Snippet] = field(default_factory=list)
+    """How to use the recommended adapter."""
+    base_note: str = "The base as it is, without fine-tuning."
+    """How the base's score was obtained."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PageDetails:
         """Read back the ``details`` of a ``compare.json``."""
+        import pydantic
+
         values = _known_fields(cls, content)
-        return cls(**values | {
-            "mistakes": [Mistake(**mistake) for mistake in values["mistakes"]],
-            "answers": [Answers(**answers) for answers in values.get("answers", [])],
-        })  # fmt: skip
+        if "sections" not in values:
+            values["sections"] = _sections_of_version_0_1(content)
+        made: PageDetails = pydantic.TypeAdapter(cls).validate_python(values)
+        return made
+
+
+def _sections_of_version_0_1(content: Mapping[str, Any]) -> list[Section]:
+    """Labels, confusions, mistakes and answers as a ``compare.json`` of version 0.1.0 holds them."""
+    sections: list[Section] = []
+    method = content.get("confusion_method", "")
+    if content.get("labels"):
+        sections.append(ConfusionMatrix(f"What {method} confuses", content["labels"], content["confusion"]))
+    if content.get("mistakes"):
+        quotes = [
+            Quote([Part(one["text"])], [
+                Fact("labelled", one["true"]),
+                Fact("predicted", one["predicted"], wrong=True),
+                Fact("with", f"{100 * one['probability']:.1f} %"),
+            ])
+            for one in content["mistakes"]
+        ]  # fmt: skip
+        sections.append(Quotes("Its most confident mistakes", f"Test rows that {method} got wrong.", quotes))
+    if content.get("answers"):
+        prompts = [Answered(**one) for one in content["answers"]]
+        sections.append(SideBySide("The same prompts, answered", "Test rows, not seen in training.", prompts))
+    return sections
 
 
 def _known_fields(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +209,14 @@ def _finite(value: float) -> float | None:
 
 def _finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: _finite(value) for name, value in values.items()}
+
+
+def _bounded(interval: Interval | None) -> Interval | None:
+    return interval if interval is not None and all(map(math.isfinite, interval)) else None
+
+
+def _pair(interval: list[float] | None) -> Interval | None:
+    return None if interval is None else (interval[0], interval[1])
 
 
 def _number(value: float | None) -> float:

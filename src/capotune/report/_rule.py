@@ -1,62 +1,69 @@
-"""The rule that recommends a technique, and what it comes to in words."""
+"""The rule that recommends a technique."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from capotune.evaluation.metrics import wilson_interval
-from capotune.report._records import Comparison, ComparisonRow
-from capotune.report._words import PROPORTIONS, listed, score_text, score_with_name
+from capotune.evaluation.metrics import metric, wilson_interval
+from capotune.evaluation.pairs import Difference, RowCounts, paired_difference, unpaired_difference
+from capotune.report._records import Comparison, ComparisonRow, Interval
+from capotune.report._sentences import loses, why
 
 
 def recommend(
-    rows: Sequence[ComparisonRow],
-    test_rows: int,
-    higher_is_better: bool = True,
-    *,
-    metric: str = "accuracy",
-    base_score: float = math.nan,
-) -> tuple[str, str]:
-    """Choose the method to take, and say why in a sentence with its numbers.
+    comparison: Comparison, counts: Mapping[str, RowCounts] | None = None, base_counts: RowCounts | None = None
+) -> Comparison:
+    """The comparison with each technique's difference from the best, the method to take, and why.
 
-    The rule: the cheapest technique whose score is within the 95 % confidence interval of the best score on the test
-    rows. Cheapest is least training time, then the smaller adapter. The interval is the best row's own, else, for a
-    proportion, Wilson's; the bound itself is within. A score with neither (a loss, F1) is met
-    only by its equal. Techniques without a finite score are passed over; with none left the method is an empty string.
+    The rule: of the techniques that are not shown to be worse than the best, take the cheapest. Cheapest is least
+    training time, then the smaller adapter. Shown to be worse is a technique whose difference from the best has a 95 %
+    interval on the worse side of 0 alone. ``comparison.tolerance`` lets in one that is shown to be worse, when the
+    difference itself (the one that the table shows, not an end of its interval) is a loss of at most so many points.
 
-    The rule is cautious about a gain: all techniques answer the same rows, so a difference that the interval does not
-    resolve may still be real.
+    ``counts`` holds each technique's ``test_rows.json``; with it the difference is taken row by row
+    (``evaluation/pairs.py``). Without a technique's counts, its difference comes from the two scores' own intervals, as
+    if from different rows; without those, only an equal score is not worse. A technique without a finite score is
+    passed over; with none left the recommended method is an empty string.
     """
-    finished = [row for row in rows if math.isfinite(row.score)]
+    counts = counts or {}
+    finished = scored(comparison)
     if not finished:
-        return "", "No technique finished with a score, so there is nothing to recommend."
-    best = best_row(finished, higher_is_better)
-    low, high = interval(best, test_rows, metric)
-    within = [row for row in finished if (row.score >= low if higher_is_better else row.score <= high)]
-    chosen = min(within, key=_cost)
-    sentences = [_why(best, chosen, finished, test_rows, metric, higher_is_better)]
-    base = f"base without fine-tuning ({score_text(base_score, metric)})"
-    if base_score > high if higher_is_better else base_score < low:
-        each = "It" if len(finished) == 1 else "Every technique"
-        sentences.append(f"{each} scored clearly worse than the {base}: on this data fine-tuning does not help.")
-    elif low <= base_score <= high:
-        sentences.append(f"The {base} is inside the interval of the best too: a gain is not shown.")
-    return chosen.method, " ".join(sentences)
+        sentence = "No technique finished with a score, so there is nothing to recommend."
+        return replace(comparison, best="", recommended="", why=sentence)
+    best = best_row(finished, comparison.higher_is_better)
+    rows = tuple(_with_difference(row, best, comparison, counts) for row in comparison.rows)
+    to_base = _base_difference(comparison, best, counts, base_counts)
+    comparison = replace(
+        comparison, rows=rows, best=best.method, base_difference=to_base.value if to_base else None,
+        base_difference_interval=to_base.interval if to_base else None,
+    )  # fmt: skip
+    chosen = min((row for row in rows if _may_be_taken(row, comparison)), key=cost)
+    comparison = replace(comparison, recommended=chosen.method)
+    return replace(comparison, why=why(comparison, _base_difference(comparison, chosen, counts, base_counts)))
+
+
+def scored(comparison: Comparison) -> list[ComparisonRow]:
+    """The rows that have a finite score."""
+    return [row for row in comparison.rows if math.isfinite(row.score)]
 
 
 def best_row(rows: Sequence[ComparisonRow], higher_is_better: bool) -> ComparisonRow:
     """The best score; among equals the cheapest."""
     sign = -1 if higher_is_better else 1
-    return min((row for row in rows if math.isfinite(row.score)), key=lambda row: (sign * row.score, _cost(row)))
+    return min((row for row in rows if math.isfinite(row.score)), key=lambda row: (sign * row.score, cost(row)))
 
 
-def interval(row: ComparisonRow, rows: int, metric: str) -> tuple[float, float]:
+def cost(row: ComparisonRow) -> tuple[float, int]:
+    """What makes one technique cheaper than another."""
+    return row.train_seconds, row.adapter_bytes
+
+
+def interval(row: ComparisonRow, rows: int, name: str) -> Interval:
     """The 95 % confidence interval of a row's score; it holds the score, and has no width where none is known."""
-    if row.interval is not None and all(map(math.isfinite, row.interval)):
-        low, high = row.interval
-        return min(low, row.score), max(high, row.score)
-    return wilson_interval(row.score, rows) if metric in PROPORTIONS else (row.score, row.score)
+    low, high = _known_interval(row.score, row.interval, rows, name) or (row.score, row.score)
+    return min(low, row.score), max(high, row.score)
 
 
 def has_interval(comparison: Comparison) -> bool:
@@ -66,83 +73,59 @@ def has_interval(comparison: Comparison) -> bool:
 
 
 def interval_name(comparison: Comparison) -> str:
-    """What the interval is called: a proportion's is Wilson's, whoever computed it."""
-    return "Wilson interval" if comparison.metric in PROPORTIONS else "interval"
+    """What the interval of a score is called: a proportion's is Wilson's, whoever computed it."""
+    return "Wilson interval" if metric(comparison.metric).is_proportion else "interval"
 
 
-def _cost(row: ComparisonRow) -> tuple[float, int]:
-    return row.train_seconds, row.adapter_bytes
+def _known_interval(score: float, own: Interval | None, rows: int, name: str) -> Interval | None:
+    """The score's own interval, else Wilson's for a proportion."""
+    if own is not None and all(map(math.isfinite, own)):
+        return own
+    return wilson_interval(score, rows) if metric(name).is_proportion and 0 <= score <= 1 else None
 
 
-def _why(
-    best: ComparisonRow,
-    chosen: ComparisonRow,
-    finished: Sequence[ComparisonRow],
-    test_rows: int,
-    metric: str,
-    higher_is_better: bool,
-) -> str:
-    """Why ``chosen`` and not ``best``, or why the best itself."""
-    score = score_with_name(best.score, metric)
-    if len(finished) == 1:
-        return f"{best.method} is the only technique with a score ({score})."
-    winners = [row.method for row in finished if row.score == best.score]
-    who, whose = ("it", "its") if len(winners) == 1 else (best.method, "the")
-    if best is min(finished, key=_cost):
-        return f"{listed(winners)} scored best ({score}); {who} is also the cheapest to train."
-    low, high = interval(best, test_rows, metric)
-    if low == high:
-        return f"{listed(winners)} scored best ({score})."
-    end, highest, down = (low, "highest", "down") if higher_is_better else (high, "best", "up")
-    digits = 1 if score_text(end, metric) != score_text(chosen.score, metric) else 2
-    first = (
-        f"{listed(winners)} scored {highest} ({score}); with {test_rows:,} test rows {whose} 95 % interval "
-        f"reaches {down} to {score_text(end, metric, digits)}"
+def _with_difference(
+    row: ComparisonRow, best: ComparisonRow, comparison: Comparison, counts: Mapping[str, RowCounts]
+) -> ComparisonRow:
+    if row.method == best.method:
+        return replace(row, difference=0.0, difference_interval=None, paired_rows=0)
+    if not math.isfinite(row.score):
+        return replace(row, difference=None, difference_interval=None, paired_rows=0)
+    found = _paired(comparison, counts.get(row.method), counts.get(best.method))
+    if found is None:
+        name, rows = comparison.metric, comparison.test_rows
+        its, bests = (_known_interval(one.score, one.interval, rows, name) for one in (row, best))
+        found = unpaired_difference(row.score, its, best.score, bests)
+    return replace(row, difference=found.value, difference_interval=found.interval, paired_rows=found.paired_rows)
+
+
+def _base_difference(
+    comparison: Comparison, row: ComparisonRow, counts: Mapping[str, RowCounts], base_counts: RowCounts | None
+) -> Difference | None:
+    """The base's score minus the row's."""
+    if not math.isfinite(comparison.base_score):
+        return None
+    if found := _paired(comparison, base_counts, counts.get(row.method)):
+        return found
+    name, rows = comparison.metric, comparison.test_rows
+    base = _known_interval(comparison.base_score, None, rows, name)
+    return unpaired_difference(
+        comparison.base_score, base, row.score, _known_interval(row.score, row.interval, rows, name)
     )
-    if chosen is best:
-        return f"{first}, and nothing cheaper comes that close."
-    within = f"{chosen.method} ({score_text(chosen.score, metric, digits)}) is within it"
-    return f"{first}. {within} and {saving(best, chosen)}."
 
 
-def saving(costly: ComparisonRow, cheap: ComparisonRow) -> str:
-    """What the cheap technique saves: ``trains 6 times faster``."""
-    ratio = costly.train_seconds / max(cheap.train_seconds, 1e-9)
-    if ratio >= 1.15:
-        return f"trains {_times(ratio)} times faster"
-    return "has the smaller adapter" if ratio == 1 else "trains slightly faster"
+def _paired(comparison: Comparison, one: RowCounts | None, other: RowCounts | None) -> Difference | None:
+    if one is None or other is None:
+        return None
+    return paired_difference(metric(comparison.metric), one, other)
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}" if ratio >= 2.95 else f"{ratio:.1f}".removesuffix(".0")
+def _may_be_taken(row: ComparisonRow, comparison: Comparison) -> bool:
+    return row.difference is not None and (not loses(row, comparison) or _within_tolerance(row, comparison))
 
 
-def finding(comparison: Comparison) -> str:
-    """The result in one line, for the plot's title."""
-    chosen = recommended_row(comparison)
-    if chosen is None:
-        return "No technique finished with a score"
-    if hurts(comparison):
-        return "No technique reaches the base without fine-tuning"
-    best = best_row(comparison.rows, comparison.higher_is_better)
-    if best.score == chosen.score:
-        return f"{chosen.method} scores best: {score_with_name(chosen.score, comparison.metric)}"
-    return f"{chosen.method} comes within the margin of error of {best.method} and {saving(best, chosen)}"
-
-
-def hurts(comparison: Comparison) -> bool:
-    """Whether the base is clearly better than the best technique."""
-    best = best_row(comparison.rows, comparison.higher_is_better)
-    low, high = interval(best, comparison.test_rows, comparison.metric)
-    base = comparison.base_score
-    return base > high if comparison.higher_is_better else base < low
-
-
-def scored(comparison: Comparison) -> list[ComparisonRow]:
-    """The rows that have a finite score."""
-    return [row for row in comparison.rows if math.isfinite(row.score)]
-
-
-def recommended_row(comparison: Comparison) -> ComparisonRow | None:
-    """The row of the recommended method, if there is one."""
-    return next((row for row in scored(comparison) if row.method == comparison.recommended), None)
+def _within_tolerance(row: ComparisonRow, comparison: Comparison) -> bool:
+    """Whether the row's loss against the best is one that the user accepts."""
+    assert row.difference is not None
+    loss = metric(comparison.metric).points(abs(row.difference))
+    return round(loss, 9) <= comparison.tolerance

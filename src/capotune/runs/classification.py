@@ -18,7 +18,8 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
 from capotune.engine.loop import Examples, TrainingState, predict_logits, start
 from capotune.errors import ModelError, SettingError
-from capotune.evaluation.metrics import classification_scores, nearest_mean_logits, wilson_interval
+from capotune.evaluation.metrics import classification_scores, metric, nearest_mean_logits, wilson_interval
+from capotune.evaluation.pairs import RowCounts
 from capotune.models.load import find, pooling
 from capotune.runs.task_run import (
     MOST_HELD_OUT,
@@ -101,7 +102,8 @@ class ClassificationRun(TaskRun):
         logits = nearest_mean_logits(train_features, self._train_targets, test_features, len(self.task.labels))
         accuracy = float((logits.argmax(1) == targets).float().mean())
         intervals = {"accuracy": wilson_interval(accuracy, len(targets))}
-        return Tested("accuracy", accuracy, {"accuracy": accuracy}, intervals, len(targets), [])
+        counts = _right_or_wrong(logits, targets)
+        return Tested("accuracy", accuracy, {"accuracy": accuracy}, intervals, len(targets), [], counts)
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """The features, when the method leaves them equal: to the bit, whoever filled the cache."""
@@ -159,6 +161,7 @@ class ClassificationRun(TaskRun):
             {"accuracy": wilson_interval(scores.accuracy, scores.rows)},
             scores.rows,
             self._predictions(logits),
+            _right_or_wrong(logits, targets),
         )
 
     def _start_features(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> torch.Tensor:
@@ -211,6 +214,12 @@ def _pooled(
     if len(assembled.model.feature_layers) == len(layers):
         return features
     return features[:, -hidden:].clone()  # a copy, so that the other layers' memory is free again
+
+
+def _right_or_wrong(logits: torch.Tensor, targets: torch.Tensor) -> RowCounts:
+    """What each row adds to the accuracy."""
+    right = (logits.argmax(1) == targets).long()
+    return RowCounts.of(metric("accuracy"), torch.stack([right, torch.ones_like(right)], 1).numpy())
 
 
 def _set_head(assembled: Assembled, head: LinearHead) -> None:

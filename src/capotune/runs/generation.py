@@ -21,7 +21,8 @@ from capotune.engine.loop import Examples, TrainingState, held_out_score, output
 from capotune.errors import DataError, SettingError
 from capotune.evaluation.answers import answer_rows
 from capotune.evaluation.generate import generate
-from capotune.evaluation.metrics import mean_interval, perplexity
+from capotune.evaluation.metrics import mean_interval, metric, perplexity
+from capotune.evaluation.pairs import RowCounts
 from capotune.methods import Untouched, make
 from capotune.models.load import find
 from capotune.runs.task_run import (
@@ -174,6 +175,7 @@ class GenerationRun(TaskRun):
         intervals = {}
         if spread := mean_interval(found[:, 0].tolist(), [int(count) for count in found[:, 1].tolist()]):
             intervals["perplexity"] = (perplexity(spread[0]), perplexity(spread[1]))
+        counts = RowCounts.of(metric("perplexity"), found.numpy())
         predictions = self._write(assembled, report)
         if self._has_answers:
             report({"kind": "stage", "text": "answering test rows"})
@@ -185,9 +187,10 @@ class GenerationRun(TaskRun):
                 {"prompt": question_of(samples[row]), "expected": expected, "written": written}
                 for row, expected, written in zip(answers.rows, answers.expected, answers.written, strict=True)
             ]
-        metric = self.metric if self.metric in scores else "perplexity"
-        rows = len(predictions) if metric == "exact_match" else len(self._test.rows.sequences)
-        return Tested(metric, scores[metric], scores, intervals, rows, predictions)
+        name = self.metric if self.metric in scores else "perplexity"
+        if name == "exact_match":
+            counts = answers.counts
+        return Tested(name, scores[name], scores, intervals, len(counts.counts), predictions, counts)
 
     def _write(self, assembled: Assembled, report: Reporter) -> list[dict[str, object]]:
         """How the model goes on with the start of the first test texts, where no row has an answer."""

@@ -24,6 +24,7 @@ from capotune.engine.activation_cache import ActivationCache, default_folder
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.loop import TrainingState
 from capotune.errors import OutputError, SettingError
+from capotune.evaluation.pairs import RowCounts
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described, policy
 from capotune.methods import Start
@@ -108,9 +109,11 @@ def _run(
     assembled, dtype = _load(settings, method, task_run, report)
     identity = _identity(record, assembled, dtype)
     cache = ActivationCache(default_folder() / "activations" if settings.cache else None, identity)
+    base_counts = None
     if base_score:
         report({"kind": "stage", "text": "scoring the base"})
         base = task_run.score_base(assembled, cache, report)
+        base_counts = base.counts
         record |= {"base_score": base.score, "base_scores": base.scores, "base_answers": base.predictions}
     cache.reused_seconds, started = 0.0, time.perf_counter()
     assembled = task_run.settle(assembled, report)
@@ -144,7 +147,7 @@ def _run(
     }
     shutil.rmtree(settings.out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
     save_adapter(settings.out / "adapter", assembled, trained)
-    _write_predictions(settings.out / "predictions.jsonl", tested)
+    _write_predictions(settings.out, tested, base_counts)
     record[method.method] = assembled.method.settings.model_dump(mode="json")
     record["result"] = trained | {
         "trainable_parameters": trainable,
@@ -242,9 +245,13 @@ def _difference(part: str, there: Any, here: Any) -> str:
     return f"{part}.{name} is {here.get(name)} now and was {there.get(name)}"
 
 
-def _write_predictions(path: Path, tested: Tested) -> None:
-    """One line per test row."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tested.predictions))
+def _write_predictions(out: Path, tested: Tested, base: RowCounts | None) -> None:
+    """``predictions.jsonl``, one line per test row, and ``test_rows.json``, what each adds to the score."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tested.predictions)
+    write_atomic(out / "predictions.jsonl", lines)
+    if tested.counts:
+        content = tested.counts.to_dict() | ({"base": base.to_dict()} if base else {})
+        write_atomic(out / "test_rows.json", json.dumps(content) + "\n")
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.loop import Examples, TrainingState, finished, train
 from capotune.errors import SettingError
+from capotune.evaluation.pairs import RowCounts
 from capotune.files import write_atomic
 from capotune.models.load import Source
 from capotune.settings import MethodSettings, TrainSettings
@@ -58,6 +59,8 @@ class Tested:
     rows: int
     predictions: list[dict[str, Any]]
     """One for each row, as predictions.jsonl holds them."""
+    counts: RowCounts | None = None
+    """What each row adds to ``score``; None without test rows."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
