@@ -951,5 +951,5 @@ def test_a_text_without_tokens_is_refused() -> None:
     words = Tokenizer(WordLevel({"late": 0, "[UNK]": 1}, "[UNK]"))
     task = Classification(("a", "b"), transformers.PreTrainedTokenizerFast(tokenizer_object=words), 8, "last")
     assert task.encode(["late", "other"]) == [[0], [1]]
-    with pytest.raises(DataError, match=r"text 2 of 2 \(''\): .* makes no token of it\. Remove it\."):
+    with pytest.raises(DataError, match=r"text 2 of 2: .* makes no token of the text ''\. Remove it\."):
         task.encode(["late", ""])

@@ -14,6 +14,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from capotune.errors import SettingError
+from capotune.memory_table import DataSource
 
 MethodName = Literal["feature-extraction", "lora", "qlora", "prompt-tuning"]
 TaskName = Literal["classification", "generation"]
@@ -38,12 +39,12 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Which data, and how to read it."""
 
-    data: str
+    data: DataSource
     """Labelled text, or text to write (conversations, prompts and completions, plain text): a csv, tsv, jsonl, parquet
     or text file, or a dataset id on the hub."""
     task: Literal["auto", "classification", "generation"] = "auto"
     """Whether a label is learned or text; auto: as the first record shows."""
-    test: str | None = None
+    test: DataSource | None = None
     """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
     """Column that holds the text. Found by name when left out."""

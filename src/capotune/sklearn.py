@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,30 +42,23 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> TextClassifier:
         """Train on texts (rows,) and labels (rows,) of any kind that numpy can sort."""
-        texts = _checked(texts)
-        values = column_or_1d(labels)
-        if values.dtype.kind == "f" and np.isnan(values).any():
-            raise DataError(f"row {np.isnan(values).argmax()}: the label is NaN. Fill it in or leave the row out.")
-        check_classification_targets(values)
+        texts, values = _checked(texts), _checked_labels(labels)
         if len(texts) != len(values):
             raise DataError(f"{len(texts)} texts but {len(values)} labels were given; they go in pairs.")
         empty = next((at for at, text in enumerate(texts) if not text.strip()), None)
         if empty is not None:
-            raise DataError(f"row {empty}: empty text. Fill it in or leave the row out.")
+            raise DataError("empty text.", where=f"row {empty}", advice="Fill it in or leave the row out.")
         classes = np.unique(values)
         names = [_name(one) for one in classes]
         if "" in names or len(set(names)) < len(names):
             raise DataError(f"labels must differ by more than space and not be empty, found {classes.tolist()}.")
         own = sorted({"data", "test", "out", "resume", "report"} & set(self.settings or {}))
         if own:
-            raise SettingError(f"settings {', '.join(own)}: fit decides these itself. Leave them out.")
+            raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
+        rows = [{"text": text, "label": _name(label)} for text, label in zip(texts, values, strict=True)]
         with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
-            data = Path(folder) / "data.jsonl"
-            rows = zip(texts, values, strict=True)
-            lines = [json.dumps({"text": text, "label": _name(label)}) for text, label in rows]
-            data.write_text("\n".join(lines) + "\n", encoding="utf-8")
             run = {"out": Path(folder) / "run", "model": self.model, "seed": self.seed, "test_fraction": 0}
-            record = api.train(self.method, data=str(data), **{**run, **(self.settings or {})})
+            record = api.train(self.method, data=rows, **{**run, **(self.settings or {})})
             adapter = Path(folder) / "run" / "adapter"
             files = {path.name: path.read_bytes() for path in adapter.iterdir()}
         self.classes_, self.run_, self.files_ = classes, record, files  # all of one fit, or of the one before
@@ -115,11 +107,22 @@ def _name(label: object) -> str:
     return str(label).strip()
 
 
+def _checked_labels(labels: Sequence[Any]) -> np.ndarray:
+    values: np.ndarray = column_or_1d(labels)
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        where, advice = f"row {np.isnan(values).argmax()}", "Fill it in or leave the row out."
+        raise DataError("the label is NaN.", where=where, advice=advice)
+    check_classification_targets(values)
+    return values
+
+
 def _checked(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
-        raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}. Put it in a list.")
+        raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}.", advice="Put it in a list.")
     rows = list(texts)
     wrong = next((at for at, text in enumerate(rows) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise DataError(f"row {wrong}: texts must be strings, found {type(rows[wrong]).__name__} {rows[wrong]!r}.")
+        raise DataError(
+            f"texts must be strings, found {type(rows[wrong]).__name__} {rows[wrong]!r}.", where=f"row {wrong}"
+        )
     return rows

@@ -335,7 +335,7 @@ def generate(
 def evaluate(
     adapter: str | Path,
     *,
-    data: str,
+    data: object,
     text_column: str | None = None,
     label_column: str | None = None,
     prompt_template: str | None = None,
@@ -345,6 +345,8 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score an adapter, or a language model alone, on data: the test rows when a `split` column marks some, else all.
+
+    ``data``: a path, a dataset id on the hub, or rows in memory, as in ``train``.
 
     For labels: accuracy, macro_f1, loss, rows, and the accuracy's 95 % interval. For text: loss (nats a learned token),
     perplexity, rows, tokens; exact_match and rouge_l of at most ``answers`` rows, drawn by a fixed seed, when the data
@@ -363,22 +365,23 @@ def evaluate(
             task = "labels" if classifies else "text"
             raise SettingError(f"--{name.replace('_', '-')} {value}: '{adapter}' gives {task}; leave this setting out.")
     if isinstance(loaded, Classifier):
-        return _evaluate_labels(loaded, str(data), **columns)
-    return _evaluate_text(loaded, str(data), answers, progress, **templates)
+        return _evaluate_labels(loaded, data, **columns)
+    return _evaluate_text(loaded, data, answers, progress, **templates)
 
 
-def _evaluate_labels(classifier: Classifier, data: str, **columns: str | None) -> dict[str, Any]:
+def _evaluate_labels(classifier: Classifier, data: object, **columns: str | None) -> dict[str, Any]:
     import torch
 
     from capotune.data.labelled import read_to_score
     from capotune.evaluation.metrics import classification_scores, wilson_interval
 
     rows = read_to_score(data, **columns)
-    for label, line in zip(rows.labels, rows.lines, strict=True):
+    for row, label in enumerate(rows.labels):
         if label not in classifier.labels:
             raise DataError(
-                f"{data}:{line}: the label '{label}' is not one the adapter knows.{nearest(label, classifier.labels)} "
-                f"It knows: {', '.join(classifier.labels[:10])}{', …' if len(classifier.labels) > 10 else ''}."
+                f"the label '{label}' is not one the adapter knows.{nearest(label, classifier.labels)} It knows: "
+                f"{', '.join(classifier.labels[:10])}{', …' if len(classifier.labels) > 10 else ''}.",
+                where=rows.where(row),
             )
     number = {label: at for at, label in enumerate(classifier.labels)}
     logits = torch.from_numpy(classifier.predict_proba(rows.texts)).clamp_min(1e-12).log()
@@ -389,7 +392,7 @@ def _evaluate_labels(classifier: Classifier, data: str, **columns: str | None) -
 
 def _evaluate_text(
     generator: Generator,
-    data: str,
+    data: object,
     most: int,
     progress: Callable[[int, int], None] | None,
     **templates: str | None,

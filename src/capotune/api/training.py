@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from capotune.device import collector_at_rest
 from capotune.errors import SettingError
+from capotune.memory_table import MemoryTable
 from capotune.settings import CompareSettings, MethodSettings, RunSettings, TrainSettings, build, method_class, nearest
 
 if TYPE_CHECKING:
@@ -20,10 +21,13 @@ CompareReporter = Callable[[str, dict[str, Any]], None]
 
 
 def train(
-    method: str, *, data: str, out: str | Path = "capo-train", resume: bool = False, report: Reporter | None = None,
+    method: str, *, data: object, out: str | Path = "capo-train", resume: bool = False, report: Reporter | None = None,
     **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one technique on labelled text and write its run folder; returns what ``run.json`` holds.
+
+    ``data``, and ``test`` in ``settings``: a path, a dataset id on the hub, or rows in memory: a list of dicts
+    (``[{"text": "…", "label": "…"}]``), a pandas DataFrame, a ``datasets.Dataset`` or ``DatasetDict``.
 
     ``method`` is ``feature-extraction``, ``lora``, ``qlora`` or ``prompt-tuning``; ``settings`` are those of
     ``capo train METHOD --help`` by name (``rank=8``, ``test="test.csv"``). ``report`` is called with progress events.
@@ -31,7 +35,7 @@ def train(
     Raises ``CapotuneError`` subclasses, all ``ValueError``s, for unusable settings, data, models and folders.
     """
     shared, own = _separate(method, settings)
-    return train_run(build(TrainSettings, {"data": str(data), "out": out, **shared}), own, resume=resume, report=report)
+    return train_run(build(TrainSettings, {"out": out, **_sources(data, shared)}), own, resume=resume, report=report)
 
 
 def train_run(
@@ -45,14 +49,14 @@ def train_run(
 
 
 def compare(
-    *, data: str, out: str | Path = "capo-compare", report: CompareReporter | None = None, **settings: Any
+    *, data: object, out: str | Path = "capo-compare", report: CompareReporter | None = None, **settings: Any
 ) -> Comparison:
     """Run the techniques side by side; writes ``compare.json``, ``.png``, ``.html`` and an adapter each into ``out``.
 
-    ``settings`` are those of ``capo compare --help`` by name: ``test``, ``model``, ``methods``, ``seed``, and one
-    dictionary per method (``lora={"rank": 8}``). Raises as ``train``.
+    ``data`` and ``test`` as in ``train``; ``settings`` are those of ``capo compare --help`` by name: ``model``,
+    ``methods``, ``seed``, and one dictionary per method (``lora={"rank": 8}``). Raises as ``train``.
     """
-    return compare_run(build(CompareSettings, {"data": str(data), "out": out, **settings}), report=report)
+    return compare_run(build(CompareSettings, {"out": out, **_sources(data, settings)}), report=report)
 
 
 def compare_run(
@@ -77,17 +81,16 @@ def compare_run(
         results = run_techniques(settings, new, listen)
         results = {method: _name_final_folder(new, settings.out, method) for method in results}
         comparison = _comparison(results, new, settings.tolerance)
-        details = _details(
-            settings, comparison, results, new, inspected, command or f"capo compare --data {settings.data}"
-        )
+        details = _details(settings, comparison, results, new, inspected, command or _command(settings))
         write(comparison, details, new)
     return comparison
 
 
-def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
-    """What a data file holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
+def inspect(*, data: object, **settings: Any) -> dict[str, Any]:
+    """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
 
-    ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
+    ``data`` and ``test`` as in ``train``; ``settings`` are those of ``capo data --help`` by name. Nothing is trained or
+    written. Raises as ``train``.
     """
     with collector_at_rest():
         from capotune.runs.run import prepare
@@ -99,8 +102,23 @@ def inspect(*, data: str, **settings: Any) -> dict[str, Any]:
         if event["kind"] == "data":
             found.update(task=event["task"], report=event["report"])
 
-    chosen, _, _ = prepare(build(TrainSettings, {"data": str(data), **shared}), method, listen)
+    chosen, _, _ = prepare(build(TrainSettings, _sources(data, shared)), method, listen)
     return {"task": found["task"], "model": chosen.model, "report": found["report"]}
+
+
+def _sources(data: object, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with ``data`` and ``test`` as settings hold them."""
+    from capotune.data.readers import as_source
+
+    test = settings.get("test")
+    return {**settings, "data": as_source(data), **({} if test is None else {"test": as_source(test, "test")})}
+
+
+def _command(settings: CompareSettings) -> str:
+    """How to make the comparison again."""
+    if isinstance(settings.data, MemoryTable) or isinstance(settings.test, MemoryTable):
+        return "capotune.compare(data=…)"
+    return f"capo compare --data {settings.data}"
 
 
 def _separate(method: str, settings: dict[str, Any]) -> tuple[dict[str, Any], MethodSettings]:

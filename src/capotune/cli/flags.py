@@ -5,14 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from capotune.errors import SettingError
+from capotune.memory_table import MemoryTable
 from capotune.settings import Settings, build, read_yaml
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+_RULES = tyro.constructors.ConstructorRegistry()
+
+
+@_RULES.primitive_rule
+def _path_alone(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A setting that may hold rows in memory takes a path or a hub id on the command line."""
+    if not _mentions(info.type, MemoryTable):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _mentions(annotation: Any, wanted: type) -> bool:
+    return annotation is wanted or any(_mentions(part, wanted) for part in get_args(annotation))
+
 
 _IN_BACKTICKS = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]*))?`")
 
@@ -53,11 +75,11 @@ def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = 
     values = read_yaml(config) if config else {}
     cls = type(program, (cls,), {"__doc__": cls.__doc__})  # tyro's messages show the class's name
     if not values:
-        return tyro.cli(cls, args=flags, prog=program)
+        return tyro.cli(cls, args=flags, prog=program, registry=_RULES)
     required = {name: "" for name, field in cls.model_fields.items() if field.is_required() and name not in values}
     checked = build(cls, {**required, **values}, where=f"--config {config}")
     default = checked.model_copy(update=dict.fromkeys(required, tyro.MISSING))
-    return tyro.cli(cls, args=flags, prog=program, default=default)
+    return tyro.cli(cls, args=flags, prog=program, default=default, registry=_RULES)
 
 
 def parse_repeating(cls: type[Any], flags: list[str], program: str) -> Any:

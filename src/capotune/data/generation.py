@@ -12,7 +12,7 @@ from capotune.data.columns import find_column, has_label_column, part_of_each_ro
 from capotune.data.formats import find_format, known_layout
 from capotune.data.formats.layout import convert
 from capotune.data.formats.template import template_layout
-from capotune.data.readers import is_plain_text, read_table, read_text
+from capotune.data.readers import as_source, is_plain_text, read_table, read_text
 from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
 from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
 from capotune.data.table import Origin
@@ -23,7 +23,7 @@ __all__ = ["load_samples", "looks_like_generation", "read_samples_to_score"]
 END_OF_DOCUMENT: Final = "<|endoftext|>"  # separates the documents of a plain text file
 
 
-def looks_like_generation(source: str, prompt_template: str | None = None) -> bool:
+def looks_like_generation(source: object, prompt_template: str | None = None) -> bool:
     """Whether ``source`` is text to write rather than text to classify, by the columns of its first row.
 
     Rows with a ``text`` and a label are text to classify, and so is a question with a column ``label`` beside its
@@ -47,9 +47,9 @@ def looks_like_generation(source: str, prompt_template: str | None = None) -> bo
 
 
 def load_samples(
-    data: str,
+    data: object,
     *,
-    test: str | None = None,
+    test: object = None,
     prompt_template: str | None = None,
     completion_column: str | None = None,
     test_fraction: float = 0.2,
@@ -62,8 +62,8 @@ def load_samples(
     document is not split here: its test rows are none, and ``test_from`` says that they are the end of the text.
 
     Args:
-        data: a file or hub dataset, as ``read_table`` takes it, or a plain text file. Plain text is one document, or
-            several with ``<|endoftext|>`` between them.
+        data: a file, a hub dataset or rows in memory, as ``read_table`` takes it, or a plain text file. Plain text is
+            one document, or several with ``<|endoftext|>`` between them.
         test: a second one, to test on; read to the same kind of sample.
         prompt_template: a prompt with columns in braces, such as ``"Question: {question}"``, for rows of no known
             format. ``{{`` and ``}}`` stand for braces, and a typed ``\\n`` for a line break.
@@ -76,6 +76,7 @@ def load_samples(
             ``data`` or is read to something else, or no row can be held out.
         SettingError: the template is broken, a setting does not fit the data, or ``test_fraction`` is out of range.
     """
+    data, test = as_source(data), None if test is None else as_source(test, "test")
     if test is not None:
         refuse_same_source(data, test)
     rows, parts = _read(data, prompt_template, completion_column)
@@ -93,7 +94,7 @@ def load_samples(
 
 
 def read_samples_to_score(
-    source: str, *, prompt_template: str | None = None, completion_column: str | None = None
+    source: object, *, prompt_template: str | None = None, completion_column: str | None = None
 ) -> Samples:
     """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
 
@@ -106,7 +107,7 @@ def read_samples_to_score(
 # One source
 
 
-def _read(source: str, prompt_template: str | None, completion_column: str | None) -> tuple[Samples, list[str]]:
+def _read(source: object, prompt_template: str | None, completion_column: str | None) -> tuple[Samples, list[str]]:
     """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
     if completion_column is not None and prompt_template is None:
         raise SettingError(
@@ -120,7 +121,7 @@ def _read(source: str, prompt_template: str | None, completion_column: str | Non
             raise SettingError(
                 "is plain text without columns.", where=str(source), advice="Leave `prompt_template` out."
             )
-        return _read_documents(source), []
+        return _read_documents(str(source)), []
     table = read_table(source)
     if prompt_template is None:
         layout = known_layout(table)
@@ -133,7 +134,7 @@ def _read(source: str, prompt_template: str | None, completion_column: str | Non
 
 def _read_documents(source: str) -> Samples:
     """A plain text file as one document, or as those between ``<|endoftext|>``, without the empty ones."""
-    text, origin = read_text(source), Origin(str(source))
+    text, origin = read_text(source), Origin(source)
     if END_OF_DOCUMENT not in text:
         return Samples([Document(text)], [1], origin, "text", ())
     documents: list[Sample] = []

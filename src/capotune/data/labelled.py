@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from capotune.data.columns import find_label_columns, part_of_each_row, value_as_text
-from capotune.data.readers import read_table
+from capotune.data.readers import as_source, read_table
 from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
 from capotune.data.table import Origin, Table
-from capotune.data.wording import bad_rows, did_you_mean, shorten
+from capotune.data.wording import bad_rows, did_you_mean, shorten, type_name
 from capotune.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class LabelledData:
 
 
 def load_labelled(
-    data: str,
+    data: object,
     *,
-    test: str | None = None,
+    test: object = None,
     text_column: str | None = None,
     label_column: str | None = None,
     test_fraction: float = 0.2,
@@ -83,7 +83,7 @@ def load_labelled(
     as train); without that column a part of ``data``, held out by ``hold_out`` so that equal texts stay together.
 
     Args:
-        data: a file or hub dataset, as ``read_table`` takes it.
+        data: a file, a hub dataset or rows in memory, as ``read_table`` takes it.
         test: a second one with the same columns, to test on.
         text_column: the column to read, found by its name or content when not given.
         label_column: the column to predict, found likewise.
@@ -95,6 +95,7 @@ def load_labelled(
             test rows alone, ``test`` is the same file as ``data``, or no row can be held out.
         SettingError: ``test_fraction`` is out of range.
     """
+    data, test = as_source(data), None if test is None else as_source(test, "test")
     if test is not None:
         refuse_same_source(data, test)
     rows, parts = _read(data, text_column, label_column)
@@ -109,7 +110,7 @@ def load_labelled(
     return split
 
 
-def read_labelled(source: str, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
+def read_labelled(source: object, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
     """Read one source and check every row.
 
     A column is found by its name (``text``, ``sentence``, ``message`` …; ``label``, ``category``, ``intent`` …; as it
@@ -122,7 +123,7 @@ def read_labelled(source: str, *, text_column: str | None = None, label_column: 
     return _read(source, text_column, label_column)[0]
 
 
-def read_to_score(source: str, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
+def read_to_score(source: object, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
     """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
 
     Raises:
@@ -132,7 +133,7 @@ def read_to_score(source: str, *, text_column: str | None = None, label_column: 
 
 
 def _read(
-    source: str, text_column: str | None, label_column: str | None, named_by: str | None = None
+    source: object, text_column: str | None, label_column: str | None, named_by: str | None = None
 ) -> tuple[LabelledText, list[str]]:
     """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
     table = read_table(source)
@@ -165,7 +166,7 @@ def _problem(text: object, label: str | None, text_column: str, label_column: st
     if text is None or (isinstance(text, str) and not text.strip()):
         problems.append(f"empty text ({text_column})")
     elif not isinstance(text, str):
-        problems.append(f"text ({text_column}) is {type(text).__name__}, not a string")
+        problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
     if label is None:
         problems.append(f"label ({label_column}) is neither text nor a number")
     elif not label:

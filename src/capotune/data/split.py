@@ -10,6 +10,7 @@ import numpy as np
 
 from capotune.data.table import Origin
 from capotune.errors import DataError, SettingError
+from capotune.memory_table import MemoryTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,15 +68,23 @@ def _part(rows: AnyRows, parts: Sequence[str], wanted: str) -> AnyRows:
     return rows.take(chosen)
 
 
-def refuse_same_source(data: str, test: str) -> None:
-    """Raise a ``DataError`` when both are one file, under whatever name."""
-    paths = os.path.expanduser(data), os.path.expanduser(test)  # noqa: PTH111
-    if data == test or (all(map(os.path.exists, paths)) and os.path.samefile(*paths)):  # noqa: PTH121
+def refuse_same_source(data: object, test: object) -> None:
+    """Raise a ``DataError`` when both are one file, under whatever name, or the same rows in memory."""
+    if _is_same(data, test):
         raise DataError(
             "is given as test data (`test`) and as training data (`data`), so the score would mean nothing.",
-            where=test,
+            where=str(test) if isinstance(test, str | MemoryTable) else None,
             advice="Give other rows, or leave `test` out: a part of the data is then held out.",
         )
+
+
+def _is_same(data: object, test: object) -> bool:
+    if isinstance(data, MemoryTable) and isinstance(test, MemoryTable):
+        return data.sha256 == test.sha256
+    if not isinstance(data, str | os.PathLike) or not isinstance(test, str | os.PathLike):
+        return data is test
+    paths = os.path.expanduser(data), os.path.expanduser(test)  # noqa: PTH111
+    return data == test or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))  # noqa: PTH121
 
 
 def hold_out(

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from capotune.data.table import Origin
 from capotune.errors import DataError
+from capotune.memory_table import Unreadable
 
-__all__ = ["SHOWN", "bad_rows", "count", "did_you_mean", "excerpt", "first_line", "kind_of", "shorten"]
+__all__ = ["SHOWN", "bad_rows", "count", "did_you_mean", "excerpt", "first_line", "kind_of", "shorten", "type_name"]
 
 SHOWN: Final = 5
 """How many bad rows one message names."""
@@ -47,7 +48,12 @@ def count(number: int, noun: str) -> str:
 
 def kind_of(value: object) -> str:
     """What a value is, in words that a reader of JSON knows."""
-    return "missing" if value is None else _KINDS.get(type(value), type(value).__name__)
+    return "missing" if value is None else _KINDS.get(type(value), type_name(value))
+
+
+def type_name(value: object) -> str:
+    """The name of a value's type; of one in memory that could not be read, of the type it had there."""
+    return value.kind if isinstance(value, Unreadable) else type(value).__name__
 
 
 def excerpt(text: str, limit: int = 60) -> str:

@@ -66,8 +66,9 @@ class ClassificationRun(TaskRun):
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
         fit, held = hold_out(targets.tolist(), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
-        self.train = Examples(TokenRows(task.encode(data.train.texts), task.pad_id), targets)
-        self._test = Examples(TokenRows(task.encode(data.test.texts), task.pad_id), task.targets(data.test.labels))
+        self.train = Examples(TokenRows(task.encode(data.train.texts, data.train.where), task.pad_id), targets)
+        test_rows = TokenRows(task.encode(data.test.texts, data.test.where), task.pad_id)
+        self._test = Examples(test_rows, task.targets(data.test.labels))
         self.train_rows = len(data.train)
         self.data_sha256 = _data_hash(data)
         self._features: torch.Tensor | None = None
@@ -194,10 +195,10 @@ class ClassificationRun(TaskRun):
     def _predictions(self, logits: torch.Tensor) -> list[dict[str, object]]:
         probabilities, predicted = logits.softmax(1).max(1)
         labels, test = self.task.labels, self.data.test
-        rows = zip(test.texts, test.labels, predicted.tolist(), probabilities.tolist(), strict=True)
+        rows = zip(test.lines, test.texts, test.labels, predicted.tolist(), probabilities.tolist(), strict=True)
         return [
-            {"text": text, "label": label, "predicted": labels[number], "probability": round(p, 6)}
-            for text, label, number, p in rows
+            {"line": line, "text": text, "label": label, "predicted": labels[number], "probability": round(p, 6)}
+            for line, text, label, number, p in rows
         ]
 
 

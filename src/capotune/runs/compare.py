@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from capotune.errors import CapotuneError
+from capotune.memory_table import MemoryTable
 from capotune.settings import CompareSettings, RunSettings
 
 Reporter = Callable[[str, dict[str, Any]], None]
@@ -45,7 +46,8 @@ def run_techniques(settings: CompareSettings, folder: Path, report: Reporter) ->
 
 
 def _request(settings: CompareSettings, method: str, out: Path, base_score: bool) -> dict[str, Any]:
-    shared = {name: getattr(settings, name) for name in RunSettings.model_fields}
+    values = {name: getattr(settings, name) for name in RunSettings.model_fields}
+    shared = {name: value.packed() if isinstance(value, MemoryTable) else value for name, value in values.items()}
     return {
         "method": method,
         "method_settings": settings.for_method(method).model_dump(mode="json"),

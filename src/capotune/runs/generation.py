@@ -88,7 +88,9 @@ class GenerationRun(TaskRun):
         self._test, _ = self._examples(test, data.test)
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(groups))
         if len(set(groups)) < 2:
-            raise DataError(f"{settings.data}: one row is not enough: none can be held out to see when to stop.")
+            raise DataError(
+                "one row is not enough: none can be held out to see when to stop.", where=str(settings.data)
+            )
         fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(self.train.rows.sequences)
@@ -182,9 +184,14 @@ class GenerationRun(TaskRun):
             answers = answer_rows(assembled, self.data.test, self.settings.answers, self.decoding, counter(report))
             scores |= answers.scores
             intervals |= answers.intervals
-            samples = self.data.test.samples
+            test = self.data.test
             predictions = [
-                {"prompt": question_of(samples[row]), "expected": expected, "written": written}
+                {
+                    "line": test.lines[row],
+                    "prompt": question_of(test.samples[row]),
+                    "expected": expected,
+                    "written": written,
+                }
                 for row, expected, written in zip(answers.rows, answers.expected, answers.written, strict=True)
             ]
         name = self.metric if self.metric in scores else "perplexity"

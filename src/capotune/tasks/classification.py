@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -146,14 +147,20 @@ class Classification(Task):
         """Length of each text in tokens before cutting."""
         return [len(ids) for ids in self._ids(texts, truncation=False)]
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``. Raises ``DataError`` for a text of which no token comes."""
+    def encode(self, texts: list[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_length``.
+
+        ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
+        for a text of which no token comes.
+        """
         found = self._ids(texts, truncation=True, max_length=self.max_length)
-        for number, (text, ids) in enumerate(zip(texts, found, strict=True), 1):
-            if not ids:
-                raise DataError(
-                    f"text {number} of {len(texts)} ({text!r}): the base's tokenizer makes no token of it. Remove it."
-                )
+        empty = next((at for at, ids in enumerate(found) if not ids), None)
+        if empty is not None:
+            raise DataError(
+                f"the base's tokenizer makes no token of the text {texts[empty]!r}.",
+                where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
+                advice="Remove it.",
+            )
         return found
 
     def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:

@@ -16,8 +16,10 @@ __all__ = ["decode", "is_plain_text", "read_bytes", "read_text"]
 _ALLOWED = "UTF-8, or UTF-16 with a byte-order mark"
 
 
-def is_plain_text(source: str | os.PathLike[str]) -> bool:
+def is_plain_text(source: object) -> bool:
     """Whether ``source`` is a file that holds no rows, by its ending."""
+    if not isinstance(source, str | os.PathLike):
+        return False
     path = Path(source).expanduser()
     return os.path.isfile(path) and path.suffix.lower() not in ENDINGS  # noqa: PTH113 - as in read_table
 
