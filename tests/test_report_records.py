@@ -93,11 +93,15 @@ def test_every_kind_of_section_round_trips_through_json() -> None:
 
 
 def test_what_json_does_not_know_is_null() -> None:
-    first = replace(row("lora", math.inf, 1.0), interval=(12.0, math.inf), scores={"loss": math.nan, "rouge_l": 0.5})
-    made = generation(rows=(first,), base_score=math.inf, base_scores={"loss": math.inf})
+    first = replace(
+        row("lora", math.inf, 1.0), interval=(12.0, math.inf), scores={"loss": math.nan, "rouge_l": 0.5},
+        difference_interval=(-math.inf, math.inf),
+    )  # fmt: skip
+    made = replace(generation(), rows=(first,), base_score=math.inf, base_scores={"loss": math.inf})
     content = json.loads(json.dumps(made.to_dict(), allow_nan=False))
     line = content["rows"][0]
     assert (line["score"], line["interval"], line["scores"]) == (None, None, {"loss": None, "rouge_l": 0.5})
+    assert line["difference_interval"] is None
     assert (content["base_score"], content["base_scores"]) == (None, {"loss": None})
     again = Comparison.from_dict(content)
     assert math.isnan(again.rows[0].scores["loss"])

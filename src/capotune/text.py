@@ -27,7 +27,7 @@ def seconds_text(value: float) -> str:
 
 
 def count_text(n: int, all_digits_below: int = 10_000_000) -> str:
-    """All digits of small numbers, millions beyond."""
+    """All digits of a small count, millions beyond."""
     return f"{n:,}" if n < all_digits_below else f"{n / 1e6:,.1f} M"
 
 

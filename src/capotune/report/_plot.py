@@ -89,7 +89,7 @@ def _axes_inches(figure: Any, left: float, right: float, bottom: float, top: flo
 
 
 def _draw_axes(axes: Any, comparison: Comparison) -> None:
-    """Limits with room for labels, quiet lines, round numbers of seconds."""
+    """Limits that leave space for labels, quiet lines, round numbers of seconds."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     seconds = [_log_seconds(row) for row in scored(comparison)] or [1.0]

@@ -173,8 +173,8 @@ class PageDetails:
         values = _known_fields(cls, content)
         if "sections" not in values:
             values["sections"] = _sections_of_version_0_1(content)
-        made: PageDetails = pydantic.TypeAdapter(cls).validate_python(values)
-        return made
+        details: PageDetails = pydantic.TypeAdapter(cls).validate_python(values)
+        return details
 
 
 def _sections_of_version_0_1(content: Mapping[str, Any]) -> list[Section]:
