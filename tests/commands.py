@@ -14,6 +14,16 @@ from pathlib import Path
 
 from capotune.cli import main
 
+PATIENCE = 600.0
+"""Seconds after which a test no longer waits for another process. It waits for what the process does, not for a time:
+this only ends a test whose process hangs."""
+PROGRAM = (
+    "import signal, sys; from capotune.cli import main\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it\n"
+    "sys.exit(main())"
+)
+"""``capo`` for ``python -c``, started as from a terminal."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,7 +68,7 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
         "-W",
         "error:Implicitly cleaning up:ResourceWarning",  # a temporary folder
         "-c",
-        "import sys; from capotune.cli import main; sys.exit(main())",
+        PROGRAM,
     ]
     return subprocess.Popen(
         [*command, *map(str, arguments)], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -66,9 +76,9 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Return once ``happened``; fail when the process ends before, or nothing comes."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not happened():
         assert process.poll() is None, f"it ended before: {process.communicate()}"
         assert time.monotonic() < end, "it did not come so far"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 FILLER = ["the", "a", "my", "parcel", "order", "please", "help", "was", "not"]
@@ -14,6 +15,10 @@ WORDS = {"late": ["late", "when", "here"], "broken": ["broken", "lamp", "is"], "
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+ON_A_BUSY_MACHINE = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("capotune", ON_A_BUSY_MACHINE)
+hypothesis.settings.load_profile("capotune")
 
 
 def pytest_configure() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, capo
+from commands import PATIENCE, PROGRAM, Result, capo
 
 import capotune
 from capotune.cli.chat import Session
@@ -254,20 +254,20 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         self.master, slave = pty.openpty()
-        command = [sys.executable, "-c", "import sys; from capotune.cli import main; sys.exit(main())"]
         self.process = subprocess.Popen(
-            [*command, "chat", *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            [sys.executable, "-c", PROGRAM, "chat", *map(str, arguments)],
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: os.close(os.open(os.ttyname(slave), os.O_RDWR)),
         )  # fmt: skip
         os.close(slave)
         self.shown = ""
 
-    def wait_for(self, words: str, seconds: float = 120, press: bytes = b"") -> None:
+    def wait_for(self, words: str, press: bytes = b"") -> None:
         """Return once ``words`` have come, behind those waited for before; ``press`` keys as long as nothing comes."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         os.write(self.master, press)
         while words not in self.shown:
-            ready, _, _ = select.select([self.master], [], [], 2)
+            ready, _, _ = select.select([self.master], [], [], 5)
             assert time.monotonic() < end, f"'{words}' did not come: {self.shown!r}"
             if not ready:
                 os.write(self.master, press)
@@ -298,11 +298,10 @@ def test_at_a_terminal_control_c_clears_the_line_and_control_d_ends(adapters: di
         # readline misses a signal that comes while it is not waiting: press again, as a person would
         terminal.wait_for("(Ctrl-D or /quit ends)", press=b"\x03")
         terminal.wait_for("> ")
-        terminal.type(b"/adapter soft\r")
-        terminal.wait_for("now soft answers")
+        terminal.wait_for("now soft answers", press=b"/adapter soft\r")  # a late Ctrl-C may have cleared the line
         terminal.wait_for("> ")
         terminal.type(b"\x04")
-        assert terminal.process.wait(120) == 0
+        assert terminal.process.wait(PATIENCE) == 0
 
 
 def test_sigterm_ends_it(adapters: dict[str, Path]) -> None:
@@ -312,9 +311,10 @@ def test_sigterm_ends_it(adapters: dict[str, Path]) -> None:
         assert _ended_by(terminal.process, signal.SIGTERM) == 143
 
 
-def _ended_by(process: subprocess.Popen[bytes], number: signal.Signals, tries: int = 4) -> int:
-    for _ in range(tries):
+def _ended_by(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         process.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(30)
-    raise AssertionError(f"still there after {tries} of {number.name}")
+    raise AssertionError(f"still there after many a {number.name}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, capo, tree
+from commands import PATIENCE, Result, capo, tree
 
 COMMANDS = ("compare", "train", "evaluate", "predict", "info")
 METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
@@ -189,7 +189,7 @@ def test_standard_input_is_answered_line_by_line_and_head_may_go_away(adapters: 
         process.stdout.close()
         process.stdin.write("one more\n" * 3)
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(PATIENCE) == 0
         assert process.stderr.read() == ""
 
 
