@@ -121,24 +121,17 @@ def name_kernels(stack: ExitStack) -> None:
 
     from capotune.kernels import (
         attention,
-        cross_entropy,
-        gelu,
-        layer_norm,
         linear,
-        low_rank,
-        native_module,
+        native_ops,
         program,
-        rms_norm,
-        rotary,
-        swiglu,
     )
 
     def named(lib: Any, kernel: str, *sizes: Any, **arguments: Any) -> None:
         with record_function(kernel):
             plain(lib, kernel, *sizes, **arguments)
 
-    plain = native_module.over_rows
-    for module in (attention, cross_entropy, gelu, layer_norm, low_rank, rms_norm, rotary, swiglu):
+    plain = native_ops.over_rows
+    for module in (attention, native_ops):
         stack.enter_context(patch.object(module, "over_rows", named))
     multiply = linear._multiply
 

@@ -10,19 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from capotune.kernels import elementwise_triton
+from capotune.kernels import reference, triton_ops
 from capotune.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     softmax_cross_entropy,
-    softmax_cross_entropy_reference,
 )
 from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
 from capotune.kernels.rotary import rotary_backward, rotary_forward, rotary_reference
 from capotune.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = elementwise_triton.DTYPES
+DTYPES = triton_ops.DTYPES
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 MORE = DEVICE.type == "cuda"  # the interpreter takes milliseconds for a program
 SIZES = [(1, 1), (2, 577), (1, 2500), *([(70, 64), (5, 3), (300, 4096)] if MORE else [])]
@@ -37,13 +36,13 @@ VOCABULARIES = [(1, 1), (2, 3), (2, 4097), *([(7, 4096), (300, 49152)] if MORE e
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that were called; a test in which none was has tested something else."""
     names: list[str] = []
-    real = elementwise_triton._kernel
+    real = triton_ops._kernel
 
     def note(name: str) -> Any:
         names.append(name)
         return real(name)
 
-    monkeypatch.setattr(elementwise_triton, "_kernel", note)
+    monkeypatch.setattr(triton_ops, "_kernel", note)
     yield names
     assert names
 
@@ -108,7 +107,7 @@ def test_a_norm_of_more_than_two_dimensions_and_one_too_wide(called: list[str]) 
     y, (roots,) = RmsNorm(1e-5).forward(x, weight)
     torch.testing.assert_close(y, rms_norm_reference(x, weight, 1e-5))
     assert roots.shape == (6,)
-    wide, weight = random(1, elementwise_triton.WIDEST + 1), random(elementwise_triton.WIDEST + 1, seed=1)
+    wide, weight = random(1, triton_ops.WIDEST + 1), random(triton_ops.WIDEST + 1, seed=1)
     torch.testing.assert_close(RmsNorm(1e-5).forward(wide, weight)[0], rms_norm_reference(wide, weight, 1e-5))
     assert called == ["rms_norm_kernel"]
 
@@ -164,7 +163,7 @@ def test_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype, smoothing
     logits = random(rows, vocabulary + 5, dtype=dtype, scale=5)[:, 5:]
     targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     truth = logits.double()
-    expected = softmax_cross_entropy_reference(truth, targets, smoothing, True)  # truth is the gradient now
+    expected = reference.softmax_cross_entropy(truth, targets, smoothing, True)  # truth is the gradient now
     alone = softmax_cross_entropy(logits, targets, smoothing, False)
     losses = softmax_cross_entropy(logits, targets, smoothing, True)
     assert torch.equal(alone, losses)
@@ -175,7 +174,7 @@ def test_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype, smoothing
 @pytest.mark.parametrize("target", [-1, 12])
 def test_a_target_beyond_the_vocabulary_is_no_number(target: int) -> None:
     logits, targets = random(2, 12), torch.tensor([3, target], device=DEVICE)
-    losses = elementwise_triton.softmax_cross_entropy(logits, targets, 0.0, True)
+    losses = triton_ops.softmax_cross_entropy(logits, targets, 0.0, True)
     assert losses.isnan().tolist() == [False, True]
 
 

@@ -11,7 +11,7 @@ import torch
 from capotune import device, kernels
 from capotune.device import CPU_LEVELS, cpu_level, machine_cpu_level
 from capotune.errors import SettingError
-from capotune.kernels import linear, prepacked
+from capotune.kernels import linear, native_ops, prepacked
 from capotune.kernels import native as native_module
 
 FOUND = getattr(machine_cpu_level, "__wrapped__", None)
@@ -130,6 +130,7 @@ def test_record_names_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_record_tells_where_amx_may_not_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system may keep its registers from a process."""
     monkeypatch.setattr(kernels, "library", lambda _: object())
+    monkeypatch.setattr(kernels, "bound", lambda *_: native_ops)
     monkeypatch.setattr(kernels, "cpu_level", lambda: "amx")
     monkeypatch.setattr(kernels, "amx_kernels", lambda: None)
     assert kernels.described(torch.device("cpu")) == "compiled for avx512"

@@ -9,13 +9,12 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError, SettingError
-from capotune.kernels import cross_entropy, policy
+from capotune.kernels import cross_entropy, policy, reference
 from capotune.kernels import native as native_module
 from capotune.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     softmax_cross_entropy,
-    softmax_cross_entropy_reference,
 )
 from capotune.kernels.memory import lending, shared_memory
 
@@ -159,7 +158,7 @@ def test_the_c_kernel_is_more_exact_than_what_it_replaced(smoothing: float) -> N
     targets = torch.randint(4000, (8,), generator=generator)
     truth = torch_cross_entropy(logits, targets, smoothing)
     errors = []
-    for function in (softmax_cross_entropy, softmax_cross_entropy_reference):
+    for function in (softmax_cross_entropy, reference.softmax_cross_entropy):
         changed = logits.clone()
         losses = function(changed, targets, smoothing, True)
         errors.append([float((losses - truth[0]).abs().max()), float((changed - truth[1]).abs().max())])

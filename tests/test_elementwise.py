@@ -313,7 +313,7 @@ def test_the_environment_variable_turns_the_c_path_off(monkeypatch: pytest.Monke
     gate, up, grad = (random(5, 33, seed=seed) for seed in range(3))
     before = differentiate(swiglu, (gate, up), grad=grad)
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
-    monkeypatch.setattr("capotune.kernels.swiglu.over_rows", lambda *_, **__: pytest.fail("C although turned off"))
+    monkeypatch.setattr("capotune.kernels.native_ops.over_rows", lambda *_, **__: pytest.fail("C although turned off"))
     native_module.library.cache_clear()
     try:
         assert native_module.library("elementwise_cpu") is None

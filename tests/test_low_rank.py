@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capotune.errors import SettingError
-from capotune.kernels import low_rank, policy
 from capotune.kernels import native as native_module
+from capotune.kernels import native_ops, policy
 from capotune.kernels.low_rank import gather, project, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ SIZES = [(1, 1, 1), (5, 7, 3), (3, 8, 8), (33, 16, 13), (32, 17, 48), (31, 100, 
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
-        monkeypatch.setattr(low_rank, "products", lambda *_: None)
+        monkeypatch.setattr(native_module, "library", lambda _: None)
     elif native_module.library("products_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
@@ -41,13 +41,13 @@ def native() -> None:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the C kernels that were called."""
     names: list[str] = []
-    real = low_rank.over_rows
+    real = native_ops.over_rows
 
     def note(lib: object, kernel: str, *sizes: object, **arguments: object) -> None:
         names.append(kernel)
         real(lib, kernel, *sizes, **arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(low_rank, "over_rows", note)
+    monkeypatch.setattr(native_ops, "over_rows", note)
     return names
 
 

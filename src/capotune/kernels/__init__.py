@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from capotune.device import cpu_level
-from capotune.kernels._triton import available
+from capotune.kernels import native_ops
+from capotune.kernels.backends import bound
 from capotune.kernels.linear import amx_kernels
 from capotune.kernels.native import library
 
@@ -14,10 +15,9 @@ __all__ = ["described"]
 
 def described(device: torch.device) -> str:
     """Who computes a step there, for the record of a run: results differ in the last bits, and in time."""
-    if device.type != "cpu" and available(device):
-        return "PyTorch and Triton"
-    if device.type != "cpu" or not all(library(name) for name in ("elementwise_cpu", "products_cpu")):
-        return "PyTorch"
+    backend = bound(device, torch.float32)
+    if backend is not native_ops or library("products_cpu") is None:
+        return backend.NAME
     if amx_kernels() is not None:
         return "compiled for amx, with the products of linear layers in reduced precision"
     level = cpu_level()

@@ -26,9 +26,9 @@ from capotune.kernels.attention import Sequences, packed_attention_reference
 from capotune.kernels.gelu import gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm_reference
 from capotune.kernels.lora_linear import LinearLayer, lora_reference
-from capotune.kernels.low_rank import MOST_RANKS
 from capotune.kernels.memory import Memory
 from capotune.kernels.native import address, check_shape, library
+from capotune.kernels.native_ops import MOST_RANKS
 from capotune.kernels.prepacked import MOST_TERMS, fits_prepacked, prepack, prepacked_amx_kernels, strip_bytes
 from capotune.kernels.program import Affine, Program, kernel_address, symbol
 

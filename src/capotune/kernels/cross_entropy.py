@@ -19,10 +19,11 @@ import torch
 from torch.nn import functional
 
 from capotune.errors import DataError
-from capotune.kernels import elementwise_triton, policy
+from capotune.kernels import policy
+from capotune.kernels.backends import backend_for
 from capotune.kernels.linear import LinearInput, input_gradient
 from capotune.kernels.memory import shared_memory
-from capotune.kernels.native import address, check_shape, elementwise, over_rows
+from capotune.kernels.native import check_shape
 
 
 def linear_cross_entropy_reference(
@@ -73,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             chunk = hidden[part]
             logits = LinearInput(chunk).linear(weight, bias, out=space[: len(chunk) * len(weight)].view(len(chunk), -1))
-            if not elementwise_triton.kernels_for(logits):  # which take any dtype
+            if logits.dtype not in backend_for(logits).LOGITS_DTYPES:
                 logits = logits.float()
             losses[part] = softmax_cross_entropy(logits, targets[part], label_smoothing, needs_gradient)
             if gradient is not None:
@@ -103,35 +104,7 @@ def softmax_cross_entropy(
     check_shape("targets", targets, (len(logits),))
     targets = targets.long()
     _check_targets(targets, logits.shape[1])
-    if elementwise_triton.kernels_for(logits) and logits.stride(1) == 1:
-        return elementwise_triton.softmax_cross_entropy(logits, targets.contiguous(), label_smoothing, in_place)
-    lib = elementwise(logits)
-    if lib is None or not logits.is_contiguous():
-        return softmax_cross_entropy_reference(logits, targets, label_smoothing, in_place)
-    rows, columns = logits.shape
-    targets, losses = targets.contiguous(), torch.empty(rows, dtype=torch.float32)
-    over_rows(
-        lib, "softmax_cross_entropy", rows, columns,
-        logits=address(logits), columns=columns, targets=address(targets), smoothing=label_smoothing,
-        in_place=in_place, losses=address(losses),
-    )  # fmt: skip
-    return losses
-
-
-def softmax_cross_entropy_reference(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, in_place: bool
-) -> torch.Tensor:
-    """The same in plain PyTorch."""
-    target, total = targets[:, None], logits.logsumexp(1)
-    losses = total - (1 - label_smoothing) * logits.gather(1, target)[:, 0]
-    if label_smoothing:
-        losses -= label_smoothing * logits.mean(1)
-    if in_place:
-        logits.sub_(total[:, None]).exp_()  # softmax
-        logits.scatter_add_(1, target, torch.full_like(target, -(1 - label_smoothing), dtype=logits.dtype))
-        if label_smoothing:
-            logits.sub_(label_smoothing / logits.shape[1])
-    return losses
+    return backend_for(logits).softmax_cross_entropy(logits, targets, label_smoothing, in_place)
 
 
 def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:

@@ -9,16 +9,12 @@ is one C call, elsewhere the same in PyTorch.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from capotune.kernels.native import address, check_shape, dtype_code, elementwise, over_rows
+from capotune.kernels.backends import backend_for
+from capotune.kernels.native import check_shape
+from capotune.kernels.reference import gelu_reference
 
 __all__ = ["Gelu", "gelu_backward", "gelu_forward", "gelu_reference"]
-
-
-def gelu_reference(x: torch.Tensor) -> torch.Tensor:
-    """The definition in plain PyTorch."""
-    return functional.gelu(x)
 
 
 class Gelu:
@@ -43,26 +39,12 @@ class Gelu:
 @torch.no_grad()
 def gelu_forward(x: torch.Tensor) -> torch.Tensor:
     """x (rows, columns), contiguous → a new tensor like it; outside of autograd."""
-    lib = elementwise(x)
-    if lib is None or not x.is_contiguous():
-        return gelu_reference(x)
-    y = torch.empty_like(x)
-    rows, columns = x.shape
-    over_rows(lib, "gelu", rows, columns, dtype=dtype_code(x), columns=columns, x=address(x), y=address(y))
-    return y
+    return backend_for(x).gelu(x)
 
 
 @torch.no_grad()
 def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x, y), in the memory of ``grad`` and of ``x``. Raises ``SettingError`` where shapes differ."""
     check_shape("grad", grad, x.shape)
-    lib = elementwise(grad, x)
-    if lib is None or not (x.is_contiguous() and grad.is_contiguous()):
-        torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
-        return grad, torch.ops.aten.gelu.out(x, out=x)
-    rows, columns = x.shape
-    over_rows(
-        lib, "gelu_backward", rows, columns,
-        dtype=dtype_code(x), columns=columns, grad=address(grad), x=address(x), grad_x=address(grad), y=address(x),
-    )  # fmt: skip
+    backend_for(grad, x).gelu_backward(grad, x)
     return grad, x

@@ -11,21 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from capotune.kernels.native import address, check_shape, dtype_code, elementwise, over_rows
+from capotune.kernels.backends import backend_for
+from capotune.kernels.native import check_shape
+from capotune.kernels.reference import add_layer_norm_reference
 
 __all__ = ["add_layer_norm", "add_layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_reference"]
 
 Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """t (rows, hidden), m (rows,) and r (rows,), the last two in fp32."""
-
-
-def add_layer_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """The definition in plain PyTorch. Shapes as in ``add_layer_norm_forward``."""
-    return functional.layer_norm(x + residual, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -60,23 +54,11 @@ def add_layer_norm_forward(
 
     Raises ``SettingError`` where shapes do not fit.
     """
-    rows, columns = x.shape
+    columns = x.shape[1]
     check_shape("residual", residual, x.shape)
     check_shape("the norm's weight", weight, (columns,))
     check_shape("the norm's bias", bias, (columns,))
-    lib = elementwise(x, residual, weight, bias)
-    if lib is None:
-        total = x + residual
-        y, means, roots = torch.native_layer_norm(total, [columns], weight, bias, eps)
-        return y, (total, means[:, 0], roots[:, 0])
-    x, residual, weight, bias = (tensor.contiguous() for tensor in (x, residual, weight, bias))
-    total, y, means, roots = torch.empty_like(x), torch.empty_like(x), *torch.empty(2, rows, dtype=torch.float32)
-    over_rows(
-        lib, "add_layer_norm", rows, columns,
-        dtype=dtype_code(x), x=address(x), residual=address(residual), weight=address(weight), bias=address(bias),
-        columns=columns, eps=eps, total=address(total), y=address(y), means=address(means), roots=address(roots),
-    )  # fmt: skip
-    return y, (total, means, roots)
+    return backend_for(x, residual, weight, bias).add_layer_norm(x, residual, weight, bias, eps)
 
 
 @torch.no_grad()
@@ -84,17 +66,4 @@ def add_layer_norm_backward(grad: torch.Tensor, kept: Kept, weight: torch.Tensor
     """The gradient of x, which is the residual's too, from that of y (rows, hidden); a new tensor."""
     total, means, roots = kept
     check_shape("grad", grad, total.shape)
-    lib = elementwise(grad, total, weight)
-    if lib is None:
-        statistics, wanted = (means[:, None], roots[:, None]), [True, False, False]
-        given = (grad, total, weight.shape, *statistics, weight, None)
-        return torch.ops.aten.native_layer_norm_backward(*given, wanted)[0]  # type: ignore[no-any-return]
-    grad, weight = grad.contiguous(), weight.contiguous()
-    rows, columns = grad.shape
-    grad_x = torch.empty_like(grad)
-    over_rows(
-        lib, "add_layer_norm_backward", rows, columns,
-        dtype=dtype_code(grad), grad=address(grad), total=address(total), weight=address(weight),
-        means=address(means), roots=address(roots), columns=columns, grad_x=address(grad_x),
-    )  # fmt: skip
-    return grad_x
+    return backend_for(grad, total, weight).add_layer_norm_backward(grad, total, means, roots, weight)

@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 
-from capotune.kernels import elementwise_triton
-from capotune.kernels.native import address, as_rows, check_shape, dtype_code, elementwise, output_rows, over_rows
+from capotune.kernels.backends import backend_for
+from capotune.kernels.native import as_rows, check_shape, output_rows
+from capotune.kernels.reference import rotary_reference
 
 __all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_reference"]
-
-
-def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The definition in plain PyTorch. Shapes as in ``rotary``."""
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -52,18 +47,18 @@ def rotary_forward(
     The rows of x and of ``out`` may be a slice of the columns of a larger matrix; ``out`` may be x. Raises
     ``SettingError`` where shapes do not fit, head_dim is odd, or ``out`` has another layout.
     """
-    return _turn(x, cos, sin, out, transposed=False)
+    return _rotate(x, cos, sin, out, transposed=False)
 
 
 def rotary_backward(
     grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gradient of x from that of y; shapes, ``out`` and errors as in ``rotary_forward``."""
-    return _turn(grad, cos, sin, out, transposed=True)
+    return _rotate(grad, cos, sin, out, transposed=True)
 
 
 @torch.no_grad()
-def _turn(
+def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None, *, transposed: bool
 ) -> torch.Tensor:
     tokens, heads, size = x.shape
@@ -73,23 +68,6 @@ def _turn(
         check_shape(name, tensor, shape)
     check_shape("x", x, (tokens, heads, size // 2 * 2))
     written = output_rows(out, tokens, heads * size)
-    lib = elementwise(x, cos, sin, out)
-    read, cos, sin = as_rows(x, tokens, heads * size), cos.contiguous(), sin.contiguous()
-    if lib is None and elementwise_triton.kernels_for(x, cos, sin, out) and heads * size <= elementwise_triton.WIDEST:
-        elementwise_triton.rotary(read, cos, sin, written, heads, transposed=transposed)
-        return out
-    if lib is None:
-        out.copy_(_transposed_reference(x, cos, sin) if transposed else rotary_reference(x, cos, sin))
-        return out
-    over_rows(
-        lib, "rotary", tokens, heads * size,
-        dtype=dtype_code(x), heads=heads, half=size // 2, x=address(read), cos=address(cos), sin=address(sin),
-        y=address(written), x_stride=read.stride(0), y_stride=written.stride(0), transposed=transposed,
-    )  # fmt: skip
+    read = as_rows(x, tokens, heads * size)
+    backend_for(x, cos, sin, out).rotary(read, cos, sin, written, heads, transposed=transposed)
     return out
-
-
-def _transposed_reference(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = grad * sin[:, None]
-    a, b = turned[..., : turned.shape[-1] // 2], turned[..., turned.shape[-1] // 2 :]
-    return grad * cos[:, None] + torch.cat((b, -a), dim=-1)

@@ -12,25 +12,12 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from torch.nn import functional
 
-from capotune.kernels import elementwise_triton
-from capotune.kernels.native import (
-    address,
-    as_rows,
-    check_shape,
-    dtype_code,
-    elementwise,
-    output_rows,
-    over_rows,
-)
+from capotune.kernels.backends import backend_for
+from capotune.kernels.native import as_rows, check_shape, output_rows
+from capotune.kernels.reference import swiglu_reference
 
 __all__ = ["SwiGLU", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
-
-
-def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The definition in plain PyTorch."""
-    return functional.silu(gate) * up
 
 
 class SwiGLU:
@@ -65,18 +52,8 @@ def swiglu_forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | Non
         out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     check_shape("out", out, gate.shape)
     written = output_rows(out, rows, columns)
-    lib = elementwise(gate, up, out)
     gate_rows, up_rows = (as_rows(tensor, rows, columns) for tensor in (gate, up))
-    if lib is not None:
-        over_rows(
-            lib, "swiglu", rows, columns,
-            dtype=dtype_code(out), columns=columns, gate=address(gate_rows), up=address(up_rows), y=address(written),
-            gate_stride=gate_rows.stride(0), up_stride=up_rows.stride(0), y_stride=written.stride(0),
-        )  # fmt: skip
-    elif elementwise_triton.kernels_for(gate, up, out):
-        elementwise_triton.swiglu(gate_rows, up_rows, written)
-    else:
-        out.copy_(swiglu_reference(gate, up))
+    backend_for(gate, up, out).swiglu(gate_rows, up_rows, written)
     return out
 
 
@@ -98,32 +75,10 @@ def swiglu_backward(
     for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1]), ("y", again)):
         check_shape(name, tensor, gate.shape)
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
-    grad_gate, grad_up, y = (output_rows(tensor, rows, columns) for tensor in (*out, again))
-    lib = elementwise(grad, gate, up, *out, again)
-    read = grad_rows, gate_rows, up_rows = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
-    if lib is not None:
-        over_rows(
-            lib, "swiglu_backward", rows, columns,
-            dtype=dtype_code(grad), columns=columns, grad=address(grad_rows), gate=address(gate_rows),
-            up=address(up_rows), grad_gate=address(grad_gate), grad_up=address(grad_up), y=address(y),
-            grad_stride=grad_rows.stride(0), gate_stride=gate_rows.stride(0), up_stride=up_rows.stride(0),
-            grad_gate_stride=grad_gate.stride(0), grad_up_stride=grad_up.stride(0), y_stride=y.stride(0),
-        )  # fmt: skip
-    elif elementwise_triton.kernels_for(grad, gate, up, *out, again):
-        elementwise_triton.swiglu_backward(read, [grad_gate, grad_up, y])
-    else:
-        found = *_backward_reference(grad, gate, up), swiglu_reference(gate, up)
-        for target, values in zip((*out, again), found, strict=True):
-            target.copy_(values)
+    written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
+    read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
+    backend_for(grad, gate, up, *out, again).swiglu_backward(*read, *written)
     return out
-
-
-def _backward_reference(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients in fp32 (fp64 for fp64): 1 − s is taken as s(−gate), which does not cancel."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    grad, gate, up = grad.to(wide), gate.to(wide), up.to(wide)
-    s = torch.sigmoid(gate)
-    return grad * up * (s * (1 + gate * torch.sigmoid(-gate))), grad * (gate * s)
 
 
 def _new(like: torch.Tensor) -> torch.Tensor:
