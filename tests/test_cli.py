@@ -233,7 +233,7 @@ def compared(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory
         encoding="utf-8",
     )
     out = folder / 'größe "1"' / "out dir"
-    flags = ["--methods", "prompt-tuning", "lora", "--lora.rank", "2", "--seed", "7"]
+    flags = ["--methods", "prompt-tuning", "lora", "--lora.rank", "2", "--seed", "7", "--tolerance", "1.5"]
     return out, capo("compare", "--config", config, "--out", out, *flags)
 
 
@@ -278,6 +278,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(compared: tuple[Path, Result
     assert settings["lora"]["target_modules"] == ["query", "value"]
     assert settings["prompt-tuning"]["num_virtual_tokens"] == 4
     assert settings["lora"]["seed"] == 7
+    assert found["tolerance"] == 1.5
     assert settings["lora"]["alpha"] == 32.0
 
 

@@ -15,6 +15,7 @@ from test_report_page import seen, text_of
 from capotune.data.inspect.measures import Lengths, Lines
 from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span
 from capotune.report import Comparison
+from capotune.report._data_view import value_text
 
 
 def data_report(**changes: Any) -> dict[str, Any]:
@@ -106,3 +107,9 @@ def test_a_base_in_a_folder_is_named_from_the_root(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     made = generation(model="models/smol")
     assert f'from_pretrained("{tmp_path.resolve()}/models/smol")' in peft_snippet(made, tmp_path)
+
+
+def test_lines_of_version_0_1_have_no_unit() -> None:
+    assert value_text({"count": 2, "first": [4, 12]}) == "2 (lines 4, 12)"
+    assert value_text({"count": 1, "first": [3], "unit": "row"}) == "1 (rows 3)"
+    assert value_text({"count": 0, "first": []}) == "0"

@@ -67,8 +67,9 @@ def value_text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, Mapping) and value.keys() == {"count", "first", "unit"}:
-        return f"{value['count']:,} ({value['unit']}s {value_text(value['first'])})" if value["count"] else "0"
+    if isinstance(value, Mapping) and {"count", "first"} <= value.keys():
+        unit = value.get("unit", "line")
+        return f"{value['count']:,} ({unit}s {value_text(value['first'])})" if value["count"] else "0"
     if isinstance(value, Mapping):
         return ", ".join(f"{_name(str(key))} {value_text(item)}" for key, item in value.items())
     return ", ".join(map(value_text, value)) if isinstance(value, (list, tuple)) else str(value)
