@@ -14,25 +14,26 @@ import torch
 from _engine_clock import Clock
 from _engine_data import DEVICE, VIRTUAL_TOKENS, Job, dtype_of, without_dropout
 from _engine_workloads import Workload
+from capotune.runs.task_run import TaskRun, with_boundary
 from safetensors.torch import load_file, save_file
 
-from capotune.adapters.assemble import Assembled, assemble, attach, classification_task, generation_task
+from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import TokenRows, epoch_order
 from capotune.engine import loop
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.loop import Examples, TrainingState
+from capotune.engine.state import TrainingState
+from capotune.evaluation.forward import Examples
 from capotune.methods import Start
-from capotune.models.load import find, pooling
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import find
+from capotune.models.load import pooling
 from capotune.runs.run import prepare
-from capotune.runs.task_run import TaskRun, with_boundary
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-    TrainSettings,
-)
+from capotune.settings import TrainingSettings, TrainSettings
+from capotune.tasks.classification import Classification
+from capotune.tasks.generation import Generation
 
 # -------------------------------------------------------------------------------------------------------- a run
 
@@ -95,7 +96,7 @@ def solve_head(job: Job, clock: Clock) -> None:
 # -------------------------------------------------------------------------------------------------------- the model
 
 
-def settings_of(work: Workload, batch_size: int, **options: Any) -> MethodSettings:
+def settings_of(work: Workload, batch_size: int, **options: Any) -> TrainingSettings:
     """What Trainer does by default, in Capotune's words."""
     common = {
         "learning_rate": work.learning_rate, "head_learning_rate": work.learning_rate, "warmup": 0.0,
@@ -109,16 +110,16 @@ def settings_of(work: Workload, batch_size: int, **options: Any) -> MethodSettin
     return {"lora": LoraSettings, "qlora": QloraSettings}[work.method](rank=8, alpha=16, **common)
 
 
-def assembled(work: Workload, settings: MethodSettings, base: dict[str, Any]) -> Assembled:
+def assembled(work: Workload, settings: TrainingSettings, base: dict[str, Any]) -> Assembled:
     """The base with the method attached."""
     source = find("minilm" if work.classifies else base["folder"])
     tokens: list[int] = []
     if work.classifies:
         virtual = VIRTUAL_TOKENS if work.method == "prompt-tuning" else 0
-        task: Any = classification_task(source, tuple(base["labels"]), pooling(source), None, virtual)
+        task: Any = Classification.on(source, tuple(base["labels"]), pooling(source), None, virtual)
         tokens = task.tokenizer(", ".join(base["labels"]), add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        task = generation_task(source, None, 0)
+        task = Generation.on(source, None, 0)
     model = assemble(source, settings, task, device=DEVICE, dtype=dtype_of(work))
     attach(model, Start(torch.Generator().manual_seed(0), tokens))
     return model
@@ -135,7 +136,7 @@ def write_start(work: Workload, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the rows
 
 
-def labelled(work: Workload, folder: Path, method: MethodSettings) -> tuple[TrainSettings, MethodSettings, TaskRun]:
+def labelled(work: Workload, folder: Path, method: TrainingSettings) -> tuple[TrainSettings, TrainingSettings, TaskRun]:
     """Banking77, read and tokenised as ``capo train`` does; with ``rows``, an evenly taken part of it."""
     files = [work.data() / "train.csv", work.data() / "test.csv"]
     if work.rows is not None:

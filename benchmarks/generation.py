@@ -25,16 +25,12 @@ from torch import nn
 from capotune import settings as config
 from capotune.cli import main as capo
 from capotune.methods import METHODS
-from capotune.methods.feature_extraction import FeatureExtraction
+from capotune.methods.feature_extraction import FeatureExtraction, FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.runs.run import run
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-    TrainSettings,
-)
+from capotune.settings import TrainingSettings, TrainSettings
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -68,7 +64,7 @@ class FullFineTuning(FeatureExtraction):
 
 
 EPOCHS = {"tinyshakespeare": 1, "wikisql": 3, "gsm8k": 2}
-RUNS: dict[str, MethodSettings] = {
+RUNS: dict[str, TrainingSettings] = {
     "feature extraction, last 2 blocks": FeatureExtractionSettings(),
     "LoRA": LoraSettings(),
     "QLoRA, NF4": QloraSettings(),
@@ -99,7 +95,7 @@ def data_sets(folder: Path) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def one_run(name: str, shared: dict[str, Any], method: MethodSettings, out: Path, is_first: bool) -> dict[str, Any]:
+def one_run(name: str, shared: dict[str, Any], method: TrainingSettings, out: Path, is_first: bool) -> dict[str, Any]:
     """One technique on one data set: its ``run.json``."""
     settings = TrainSettings(model=str(SHARED / "models" / "stories260K"), out=out, answers=50, cache=False, **shared)
     record = run(settings, method, base_score=is_first)

@@ -36,10 +36,11 @@ from capotune.engine.loop import checkpointing
 from capotune.kernels import native as native_module
 from capotune.kernels.cross_entropy import linear_cross_entropy
 from capotune.methods import Start, make
-from capotune.models.load import Quantization, Source, load_causal_lm
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import Base, Quantization
+from capotune.models.load import load_causal_lm
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.stream import empty_model
-from capotune.settings import QloraSettings
 
 BLOCKS, TOKENS, LIMIT_GIB = 40, 512, 12
 EVERY = 0.2  # seconds between two looks at the memory
@@ -183,7 +184,7 @@ def main() -> None:
         gc.collect()
         dtype = compute_dtype(torch.device("cpu"), packed=True)
         with watch.phase("load into 4 bits"):
-            model = load_causal_lm(Source("13b", folder), dtype=dtype, quantization=Quantization("nf4", 64, True))
+            model = load_causal_lm(Base("13b", folder), dtype=dtype, quantization=Quantization("nf4", 64, True))
         step = train_step(model, watch, options.keep_activations)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,15 +14,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from capotune.adapters.assemble import Assembled, assemble, attach, generation_task
+from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import Encoded, TokenRows, sorted_order
 from capotune.data.samples import Conversation, Pair, Sample, Samples
 from capotune.data.table import Origin
-from capotune.engine.loop import Examples
+from capotune.evaluation.forward import Examples
 from capotune.methods import Start
-from capotune.models.load import find
-from capotune.settings import MethodSettings
+from capotune.models.base import find
+from capotune.settings import Context, TrainingSettings
 from capotune.tasks.generation import Generation
+from capotune.tasks.generation.objective import TokenCrossEntropy
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\\nTools:' + tools | tojson + '<|im_end|>\\n' }}{% endif %}"
@@ -103,7 +104,7 @@ def samples_of(*samples: Sample) -> Samples:
 
 def make_task(base: Path, max_length: int | None = None, **options: Any) -> Generation:
     """The task on a base; ``options`` as ``generation_task`` takes them."""
-    return generation_task(find(str(base)), max_length, 0, **options)
+    return Generation.on(find(str(base)), max_length, 0, **options)
 
 
 def encode(task: Generation, sample: Sample) -> list[Encoded]:
@@ -154,7 +155,7 @@ def conversation(number: int, turns: int = 1) -> Conversation:
 
 def on_base(
     base: Path,
-    settings: MethodSettings | None,
+    settings: TrainingSettings | None,
     *,
     seed: int = 0,
     attached: bool = True,
@@ -163,10 +164,11 @@ def on_base(
     max_length: int | None = None,
 ) -> Assembled:
     """A fresh copy of ``base`` with the method on it."""
-    virtual = getattr(settings, "num_virtual_tokens", None) or 0
     source = find(str(base))
-    task = generation_task(source, max_length, virtual, separator="\n")
-    assembled = assemble(source, settings, task, device=torch.device("cpu"), dtype=dtype)
+    complete = None if settings is None else settings.completed(Context(source.hidden_size, has_head=False))
+    virtual = 0 if complete is None else complete.virtual_tokens
+    task = Generation.on(source, max_length, virtual, separator="\n")
+    assembled = assemble(task, complete, device=torch.device("cpu"), dtype=dtype)
     if attached:
         tokens = task.tokenizer(words, add_special_tokens=False)["input_ids"]
         attach(assembled, Start(torch.Generator().manual_seed(seed), tokens))
@@ -180,7 +182,7 @@ def examples(assembled: Assembled, count: int = 40, seed: int = 0) -> Examples:
 
 def as_examples(assembled: Assembled, samples: Sequence[Sample]) -> Examples:
     """Samples as they are trained on, after the method's virtual tokens."""
-    task = assembled.generation
+    task = assembled.task
     encoded = [one for of_sample in task.encode(samples_of(*samples)) for one in of_sample]
     rows = TokenRows([one.ids for one in encoded], task.pad_id, assembled.method.virtual_token_ids)
     return Examples(rows, [one.labels for one in encoded])
@@ -208,7 +210,7 @@ def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.T
 
 def with_plain_head(assembled: Assembled, plain: bool) -> Assembled:
     """The same with or without the short way from states to losses."""
-    return replace(assembled, task=replace(assembled.generation, plain_head=plain))
+    return replace(assembled, task=replace(assembled.task, objective=TokenCrossEntropy(plain)))
 
 
 # Files

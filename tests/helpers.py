@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
+from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import TokenRows
 from capotune.engine import loop
-from capotune.engine.loop import Examples, TrainingState, predict_logits, train
+from capotune.engine.loop import train
+from capotune.engine.state import TrainingState
+from capotune.evaluation.forward import BoundaryStates, Examples, held_out_score, outputs
 from capotune.methods import Start
-from capotune.models.load import Pooling, find, pooling
-from capotune.settings import MethodSettings
+from capotune.models.base import Base, Pooling, find
+from capotune.settings import Context, TrainingSettings
+from capotune.tasks.classification import Classification
 
 LABELS = ("late", "broken", "money")
 CPU = torch.device("cpu")
@@ -29,7 +32,7 @@ WORDS = range(4, 28)
 
 def on_base(
     base: Path,
-    settings: MethodSettings,
+    settings: TrainingSettings,
     *,
     seed: int = 0,
     attached: bool = True,
@@ -37,10 +40,9 @@ def on_base(
     tokens: list[int] | None = None,
 ) -> Assembled:
     """A fresh copy of ``base`` with the method on it and a head drawn from ``seed``."""
-    source = find(str(base))
-    virtual = getattr(settings, "num_virtual_tokens", None) or 0
-    task = classification_task(source, LABELS, pool or pooling(source), None, virtual)
-    assembled = assemble(source, settings, task, device=CPU)
+    settings = complete(settings, find(str(base)))
+    task = Classification.on(find(str(base)), LABELS, None, settings.virtual_tokens, pool)
+    assembled = assemble(task, settings, device=CPU)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in assembled.model.classifier.parameters():
@@ -50,7 +52,12 @@ def on_base(
     return assembled
 
 
-def accumulate(assembled: Assembled, given: Examples, chosen: np.ndarray, settings: MethodSettings) -> float:
+def complete(settings: TrainingSettings, base: Base, *, has_head: bool = True) -> Any:
+    """The settings with what was left out filled in, as a run does it."""
+    return settings.completed(Context(base.hidden_size, has_head))
+
+
+def accumulate(assembled: Assembled, given: Examples, chosen: np.ndarray, settings: TrainingSettings) -> float:
     """The loop's, with the base reading as it does there."""
     with assembled.reading():
         return float(loop.accumulate(assembled, given, chosen, settings))
@@ -84,7 +91,8 @@ def fit(assembled: Assembled, *, seed: int = 0, **options: Any) -> tuple[Trainin
     given = options.pop("train_examples", None) or examples(assembled)
     held = options.pop("held_examples", None) or examples(assembled, 12, seed=1)
     settings = assembled.method.settings
-    return train(assembled, given, held, settings, seed=seed, on_step=on_step, **options), losses
+    options.setdefault("evaluate", lambda: held_out_score(assembled, held))
+    return train(assembled, given, settings, seed=seed, on_step=on_step, **options), losses
 
 
 def shake(assembled: Assembled, seed: int = 7) -> None:
@@ -99,6 +107,12 @@ def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.T
     """Logits of rows (some random ones when left out) in padded batches."""
     prefix = assembled.method.virtual_token_ids if assembled.model.virtual_tokens else range(0)
     return predict_logits(assembled, TokenRows(rows or sequences(11, seed=3), assembled.task.pad_id, prefix))
+
+
+def predict_logits(assembled: Assembled, rows: TokenRows, boundary: BoundaryStates | None = None) -> torch.Tensor:
+    """A classifier's logits (rows, labels), in the order of the rows."""
+    unknown = torch.zeros(len(rows.sequences), dtype=torch.long)
+    return outputs(assembled, Examples(rows, unknown, boundary))
 
 
 def weights(assembled: Assembled) -> dict[str, torch.Tensor]:

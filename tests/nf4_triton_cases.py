@@ -8,8 +8,7 @@ from torch import Tensor
 
 from capotune.kernels import _triton, nf4, nf4_triton
 from capotune.kernels.nf4 import Linear4bit, QuantizedTensor, dequantize_4bit, quantize_4bit
-from capotune.methods.lora import LoraLinear
-from capotune.settings import LoraSettings
+from capotune.methods.lora import LoraLinear, LoraSettings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,23 +16,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, assert_same_bits, examples, fit, on_base, sequences, shake, weights
+from helpers import CPU, assert_same_bits, examples, fit, on_base, predict_logits, sequences, shake, weights
 from safetensors import SafetensorError
 from torch import nn
 
 import capotune
-from capotune.adapters import assemble as assemble_module
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.fingerprint import config_hash
 from capotune.data.batches import TokenRows
 from capotune.engine import activation_cache
-from capotune.engine.activation_cache import ActivationCache, resume_from
-from capotune.engine.loop import predict_logits
+from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import OutputError
-from capotune.models.load import Quantization, Source, find, load_backbone
+from capotune.evaluation.forward import resume_from
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import Base, Quantization, find
+from capotune.models.load import load_backbone
 from capotune.models.sequence_packing import Packing, packed
 from capotune.runs.run import run
-from capotune.settings import FeatureExtractionSettings, LoraSettings, QloraSettings, TrainSettings
+from capotune.settings import TrainSettings
+from capotune.tasks.classification import task as task_module
+from capotune.tasks.classification.features import compute_features
 
 BASES = ("bert", "llama", "gpt2")
 QUICK: dict[str, Any] = {"epochs": 2, "patience": 2, "batch_size": 8, "learning_rate": 5e-3, "head_learning_rate": 2e-2}
@@ -46,7 +51,7 @@ def models(bert: Path, llama: Path, gpt2: Path) -> dict[str, Path]:
 @pytest.fixture
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Every base loaded from now on raises when it is called."""
-    real, loaded = assemble_module.load_backbone, []
+    real, loaded = task_module.load_backbone, []
 
     def load(*args: Any, **options: Any) -> Any:
         backbone = real(*args, **options)
@@ -58,12 +63,21 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         loaded.append(backbone)
         return backbone
 
-    monkeypatch.setattr(assemble_module, "load_backbone", load)
+    monkeypatch.setattr(task_module, "load_backbone", load)
     return loaded
 
 
 def features(base: Path) -> Assembled:
     return on_base(base, FeatureExtractionSettings())
+
+
+def pooled(cache: ActivationCache, assembled: Assembled, layers: tuple[int, ...], rows: TokenRows) -> torch.Tensor:
+    """Features of these layers, from the cache or computed."""
+
+    def compute() -> torch.Tensor:
+        return compute_features(assembled, layers, rows, None, reduced=True)
+
+    return cache.features(rows, compute, pooling=assembled.model.pooling, layers=layers)
 
 
 def rows_of(assembled: Assembled, count: int = 12, seed: int = 0) -> TokenRows:
@@ -83,7 +97,7 @@ def test_cached_features_are_the_computed_ones(base: str, models: dict[str, Path
     assembled = features(models[base])
     rows, layers = rows_of(assembled), assembled.model.feature_layers
     cold, warm, none = (ActivationCache(folder, {}) for folder in (tmp_path, tmp_path, None))
-    computed, found, uncached = (cache.pooled(assembled, layers, rows) for cache in (cold, warm, none))
+    computed, found, uncached = (pooled(cache, assembled, layers, rows) for cache in (cold, warm, none))
     assert torch.equal(found, computed)
     assert torch.equal(found, uncached)
     assert [cache.forward_rows for cache in (cold, warm, none)] == [12, 0, 12]
@@ -147,7 +161,7 @@ def test_everything_that_matters_makes_another_entry(bert: Path, tmp_path: Path)
     ]
     for number, (model, identity, layers, given) in enumerate(seen):
         cache = ActivationCache(tmp_path, identity)
-        cache.pooled(model, layers, given)
+        pooled(cache, model, layers, given)
         assert cache.forward_rows == len(given.sequences), number
     assert len(entries(tmp_path)) == len(seen)
     for block in (1, 2):
@@ -297,7 +311,7 @@ def test_disk_full(error: Exception, bert: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(activation_cache, "save_file", full)
     assembled = features(bert)
     with pytest.raises(OutputError, match=r"cannot be written: .*No space left.*CAPOTUNE_CACHE.*--no-cache"):
-        ActivationCache(tmp_path, {}).pooled(assembled, (-1,), rows_of(assembled))
+        pooled(ActivationCache(tmp_path, {}), assembled, (-1,), rows_of(assembled))
     assert entries(tmp_path) == []
 
 
@@ -337,14 +351,14 @@ def test_disk_full_leaves_no_run_behind(
 def test_a_damaged_entry_is_computed_again(keep: int, bert: Path, tmp_path: Path) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    before = ActivationCache(tmp_path, {}).pooled(assembled, (-1,), rows)
+    before = pooled(ActivationCache(tmp_path, {}), assembled, (-1,), rows)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:keep])
     again = ActivationCache(tmp_path, {})
-    assert torch.equal(again.pooled(assembled, (-1,), rows), before)
+    assert torch.equal(pooled(again, assembled, (-1,), rows), before)
     assert again.forward_rows == 12
     final = ActivationCache(tmp_path, {})
-    final.pooled(assembled, (-1,), rows)
+    pooled(final, assembled, (-1,), rows)
     assert final.forward_rows == 0
 
 
@@ -406,7 +420,7 @@ def test_the_same_weights_read_otherwise_are_another_base(bert: Path, tickets: P
 
 def test_code_that_comes_with_a_base_is_part_of_it(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "coded")
-    source = Source("coded", tmp_path / "coded")
+    source = Base("coded", tmp_path / "coded")
     plain = config_hash(source, with_code=False)
     assert config_hash(source, with_code=True) == plain
     (tmp_path / "coded" / "modeling.py").write_text("a = 1")
@@ -419,14 +433,14 @@ def test_an_entry_taken_away_while_it_is_opened_is_computed_again(
 ) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    expected = ActivationCache(tmp_path, {}).pooled(assembled, (0,), rows)
+    expected = pooled(ActivationCache(tmp_path, {}), assembled, (0,), rows)
 
     def gone(*_: object, **__: object) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr("capotune.engine.activation_cache.safe_open", gone)
     cache = ActivationCache(tmp_path, {})
-    assert torch.equal(cache.pooled(assembled, (0,), rows), expected)
+    assert torch.equal(pooled(cache, assembled, (0,), rows), expected)
     assert cache.forward_rows == len(rows.sequences)
 
 
@@ -436,6 +450,6 @@ def test_what_a_killed_process_left_is_removed_after_days(bert: Path, tmp_path: 
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
     assembled = features(bert)
-    ActivationCache(tmp_path, {}).pooled(assembled, (0,), rows_of(assembled))
+    pooled(ActivationCache(tmp_path, {}), assembled, (0,), rows_of(assembled))
     assert not old.exists()
     assert new.exists()

@@ -489,7 +489,7 @@ def test_a_disk_that_fills_up_while_files_are_made_durable(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_disk_that_fills_up_while_the_log_grows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    import capotune.runs.task_run as fit
+    import capotune.engine.recorded as fit
 
     monkeypatch.setattr(fit, "_open_log", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115
     refuse(place, ROW_TRAIN, "no space left on the disk while writing new/run")

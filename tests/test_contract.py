@@ -28,29 +28,28 @@ from safetensors.torch import load_file
 
 import capotune
 from capotune.adapters.assemble import Assembled, attach
-from capotune.adapters.store import load_adapter, read_adapter, save_adapter
+from capotune.adapters.store import read_adapter, save_adapter
 from capotune.engine import loop as loop_module
+from capotune.engine import recorded as recorded_module
 from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
-from capotune.engine.loop import TrainingState
 from capotune.engine.optimizer import set_learning_rate
+from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, OutputError
+from capotune.events import Event, StepTaken, TrainingStarted
 from capotune.methods import Start
-from capotune.methods.prompt_tuning import PromptEmbedding
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptEmbedding, PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.runs import run as run_module
-from capotune.runs import task_run as task_run_module
-from capotune.runs.classification import ClassificationRun
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
+from capotune.settings import TrainingSettings
+from capotune.tasks.classification.run import ClassificationRun
+from capotune.tasks.loading import load_adapter
 
 QUICK: dict[str, Any] = {"epochs": 4, "patience": 4, "batch_size": 8, "head_learning_rate": 2e-2}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 5e-3, **QUICK}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 5, "learning_rate": 5e-2, **QUICK}
-VARIANTS: dict[str, MethodSettings] = {
+VARIANTS: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(**QUICK),
     "features-k1": FeatureExtractionSettings(trainable_layers=1, learning_rate=5e-3, **QUICK),
     "features-k2": FeatureExtractionSettings(trainable_layers=2, learning_rate=5e-3, **QUICK),
@@ -415,14 +414,14 @@ def test_whole_run_resumes(
 ) -> None:
     whole_run(variant, tickets, bert, tmp_path / "whole")
 
-    def crash(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["loss"] is not None and event["step"] == 5:
+    def crash(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.step == 5:
             raise StoppedError
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         if mid_epoch:
-            patch.setattr(task_run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
+            patch.setattr(recorded_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             whole_run(variant, tickets, bert, out, report=crash)
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}-epoch-1"]
@@ -443,7 +442,7 @@ def test_a_crash_after_training_resumes_too(
 ) -> None:
     """Killed while testing, or between the finished adapter and the end."""
     whole_run("lora", tickets, bert, tmp_path / "whole")
-    where, name = (ClassificationRun, "test") if moment == "result" else (run_module, "_write_predictions")
+    where, name = (ClassificationRun, "test") if moment == "result" else (run_module, "_write_scored")
 
     def crash(*_: Any) -> None:
         raise StoppedError
@@ -458,8 +457,8 @@ def test_a_crash_after_training_resumes_too(
 
 
 def test_a_crash_before_the_first_checkpoint_leaves_nothing(bert: Path, tickets: Path, tmp_path: Path) -> None:
-    def crash(event: dict[str, Any]) -> None:
-        if event["kind"] == "start":
+    def crash(event: Event) -> None:
+        if isinstance(event, TrainingStarted):
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -551,7 +550,7 @@ def test_an_epoch_that_the_checkpoint_has_not_seen_is_not_logged_twice(tmp_path:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1}\n{"epoch": 1}\n')
     for epoch, kept in ((1, 2), (0, 1)):
-        task_run_module._open_log(log, TrainingState(step=1, epoch=epoch)).close()
+        recorded_module._open_log(log, TrainingState(step=1, epoch=epoch)).close()
         assert len(log.read_text().splitlines()) == kept
 
 

@@ -21,23 +21,27 @@ from torch import Tensor, nn
 
 import capotune
 from capotune import device as device_module
-from capotune.adapters.assemble import Assembled, assemble, attach, classification_task
+from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import Batch, TokenRows, collate
 from capotune.device import reusing_memory
 from capotune.engine import loop
 from capotune.engine.loop import checkpointing
+from capotune.evaluation.forward import Examples, held_out_score
 from capotune.kernels.lora_linear import LoraModule
 from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
 from capotune.methods.base import Method
-from capotune.methods.lora import LoraLinear
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraLinear, LoraSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.models import fusion as fused_module
 from capotune.models.architecture import describe
+from capotune.models.base import Pooling, find
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
-from capotune.models.load import Pooling, find, pooling
 from capotune.models.sequence_packing import Packing, packed, try_packing
-from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings, QloraSettings
-from capotune.tasks.classification import pooled_positions
+from capotune.settings import Context, TrainingSettings
+from capotune.tasks.classification import Classification
+from capotune.tasks.classification.model import pooled_positions
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOMETHING_ELSE = "the model's blocks compute something else (by "
@@ -117,11 +121,11 @@ def family(name: str) -> Base:
     return base_of(made(*{**FUSES, **PLAIN}[name][:2]))
 
 
-def with_method(name: str, settings: MethodSettings) -> tuple[Base, Method]:
+def with_method(name: str, settings: TrainingSettings) -> tuple[Base, Method]:
     """A copy of the family with the method on it, moved from its start, and how it was before."""
     base = family(name)
     model = copy.deepcopy(base.model)
-    holder, method = nn.ModuleDict({"base": model}), make(settings.completed("classification", 32))
+    holder, method = nn.ModuleDict({"base": model}), make(settings.completed(Context(32, has_head=True)))
     method.attach(holder, parts_of(model), Start(torch.Generator().manual_seed(0), [9, 10]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -364,9 +368,9 @@ def test_trained_blocks_are_fused(which: str, request: pytest.FixtureRequest, ca
 def test_trained_blocks_compute_in_fp32_above_a_base_of_16_bits(which: str, request: pytest.FixtureRequest) -> None:
     """What is handed to them beside the states, the angles of rotary embedding, is of 16 bits."""
     source = find(str(request.getfixturevalue(which)))
-    task = classification_task(source, LABELS, pooling(source), None, 0)
+    task = Classification.on(source, LABELS, None, 0)
     settings = FeatureExtractionSettings(trainable_layers=1)
-    assembled = assemble(source, settings, task, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assembled = assemble(task, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
     attach(assembled, Start(torch.Generator().manual_seed(0), []))
     assert assembled.how_it_reads()["blocks"] == "fused"
     found, expected = features_both_ways(assembled)
@@ -651,10 +655,10 @@ def test_training_is_sparing_with_memory_where_it_is_asked_to_be(
     monkeypatch.setattr(loop, "reusing_memory", note)
     settings = LoraSettings(rank=2, gradient_checkpointing=checkpointed, epochs=1)
     assembled = on_base(llama, settings)
-    examples = loop.Examples(TokenRows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
+    examples = Examples(TokenRows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
     lent: list[bool] = []
     loop.train(
-        assembled, examples, examples, assembled.method.settings, seed=0,
+        assembled, examples, assembled.method.settings, seed=0, evaluate=lambda: held_out_score(assembled, examples),
         on_step=lambda *_: lent.append(shared_memory() is not None) or False,
     )  # fmt: skip
     assert asked == [checkpointed]

@@ -15,26 +15,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from capotune.adapters.assemble import Assembled, attach
-from capotune.adapters.store import load_adapter, load_plain, read_adapter, save_adapter, switch
+from capotune.adapters.store import read_adapter, save_adapter
 from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
-from capotune.engine.loop import TrainingState, held_out_score
+from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, SettingError
+from capotune.evaluation.forward import held_out_score
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import Start
-from capotune.methods.lora import LoraLinear
-from capotune.models.load import find
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraLinear, LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import find
+from capotune.settings import TrainingSettings
+from capotune.tasks.loading import load_adapter, load_plain, switch
 
 QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8, "warmup": 0.0}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 3e-2, **QUICK}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 5, "learning_rate": 0.1, **QUICK}
-VARIANTS: dict[str, MethodSettings] = {
+VARIANTS: dict[str, TrainingSettings] = {
     "features-k1": FeatureExtractionSettings(trainable_layers=1, learning_rate=1e-2, **QUICK),
     "features-k2": FeatureExtractionSettings(trainable_layers=2, learning_rate=1e-2, **QUICK),
     "lora": LoraSettings(**LORA),
@@ -257,7 +256,7 @@ def test_saved_and_loaded_gives_equal_outputs(
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == trainable_by_hand(variant, base)
     for name in ("chat_template", "template_from", "separator", "learn", "max_length", "end_ids", "plain_head", "chat"):
-        assert getattr(loaded.generation, name) == getattr(assembled.generation, name), name
+        assert getattr(loaded.generation, name) == getattr(assembled.task, name), name
 
 
 @pytest.mark.parametrize(("variant", "base"), LORA_FAMILY)

@@ -34,7 +34,8 @@ from shared import SHARED, needs_shared
 from capotune.data.batches import IGNORE_INDEX
 from capotune.data.samples import Conversation, Document, Pair, Sample
 from capotune.errors import DataError, ModelError, SettingError
-from capotune.tasks.generation import PLAIN_TEMPLATE, Generation
+from capotune.tasks.generation import Generation
+from capotune.tasks.generation.encoding import PLAIN_TEMPLATE
 
 QUESTIONS = Conversation(
     (

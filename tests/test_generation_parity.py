@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from capotune.runs.task_run import with_boundary
 from generation_helpers import (
     as_examples,
     examples,
@@ -30,24 +31,23 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import load_adapter, read_adapter, save_adapter
+from capotune.adapters.store import read_adapter, save_adapter
 from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.loop import Examples, held_out_score, outputs, train
+from capotune.engine.loop import train
+from capotune.evaluation.forward import Examples, held_out_score, outputs
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.models.fusion import Fusing
-from capotune.runs.task_run import with_boundary
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
+from capotune.settings import TrainingSettings
+from capotune.tasks.loading import load_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 12}
-PARITY: dict[str, MethodSettings] = {
+PARITY: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA),
     "rslora": LoraSettings(rslora=True, **LORA),
     "dora": LoraSettings(dora=True, **LORA),
@@ -137,7 +137,7 @@ def made_by_peft(folder: Path, model: Path) -> Any:
 STEPS: dict[str, Any] = {
     "epochs": 4, "patience": 4, "batch_size": 10, "warmup": 0.1, "schedule": "linear", "learning_rate": 1e-2,
 }  # fmt: skip
-TRAINING: dict[str, MethodSettings] = {
+TRAINING: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA, **STEPS),
     "dora": LoraSettings(dora=True, **LORA, **STEPS),
     "qlora": QloraSettings(**LORA, **STEPS),
@@ -198,8 +198,9 @@ def steps_of(assembled: Assembled, given: Examples) -> tuple[list[np.ndarray], l
             return super().batch(rows, *how)
 
     noted = Examples(Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix), given.targets)
+    held = examples(assembled, 6, seed=1)
     train(
-        assembled, noted, examples(assembled, 6, seed=1), assembled.method.settings, seed=0,
+        assembled, noted, assembled.method.settings, seed=0, evaluate=lambda: held_out_score(assembled, held),
         on_step=lambda _state, _total, loss: bool(losses.append(loss)),
     )  # fmt: skip
     return batches, losses
@@ -242,7 +243,7 @@ def varied(assembled: Assembled) -> Examples:
     return Examples(TokenRows(rows, assembled.task.pad_id, assembled.method.virtual_token_ids), targets)
 
 
-EVERY: dict[str, MethodSettings] = {
+EVERY: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(trainable_layers=1),
     "lora": LoraSettings(**LORA),
     "qlora": QloraSettings(**LORA),
@@ -255,7 +256,7 @@ EVERY: dict[str, MethodSettings] = {
 def test_the_loss_is_transformers_own(variant: str, base: str, all_writers: dict[str, Path]) -> None:
     assembled = on_base(all_writers[base], EVERY[variant])
     shake(assembled)
-    task, given = assembled.generation, varied(assembled)
+    task, given = assembled.task, varied(assembled)
     assert task.plain_head == (base != "gemma2")
     batch = given.rows.batch(np.arange(8), given.targets)
     learned = task.units(given.targets, list(range(8)))
@@ -367,7 +368,7 @@ def test_a_mean_of_means_would_be_another_gradient(llama_writer: Path) -> None:
     """That the rows above tell the right way from the usual mistake."""
     assembled = on_base(llama_writer, EVERY["lora"])
     shake(assembled)
-    given, rows, task = varied(assembled), np.arange(8), assembled.generation
+    given, rows, task = varied(assembled), np.arange(8), assembled.task
     accumulate(assembled, given, rows, assembled.method.settings)
     whole = gradients(assembled)
     parts = parts_of(rows, given.rows.lengths, 60)
@@ -424,7 +425,7 @@ def test_training_above_cached_layers_is_training_above_them(
 def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: dict[str, Path]) -> None:
     """Each block is computed twice, with the same dropout; losses and weights are those without it, by the blocks' own
     code and by the kernels. GPT-2 has dropout of its own."""
-    known: dict[str, MethodSettings] = {
+    known: dict[str, TrainingSettings] = {
         "features": FeatureExtractionSettings(trainable_layers=2, **LESS),
         "lora": LoraSettings(**LORA, **LESS),
         "lora, dropout": LoraSettings(dropout=0.3, **LORA, **LESS),
@@ -462,7 +463,7 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
 # ---------------------------------------------------------------------------------------- bf16
 
 HALF: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8, "learning_rate": 2e-2}
-IN_HALF: dict[str, MethodSettings] = {
+IN_HALF: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(trainable_layers=2, **HALF),
     "lora": LoraSettings(**LORA, **HALF),
     "lora, dropout": LoraSettings(dropout=0.1, **LORA, **HALF),

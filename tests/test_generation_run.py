@@ -30,23 +30,28 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import capotune
+from capotune import methods
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import RECORD, load_adapter, load_plain, read_adapter, switch
+from capotune.adapters.store import RECORD, read_adapter
 from capotune.data.batches import TokenRows
 from capotune.data.generation import load_samples, read_samples_to_score
 from capotune.data.samples import Pair
-from capotune.engine.loop import Examples, train
+from capotune.engine import recorded as recorded_module
+from capotune.engine.loop import train
 from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, OutputError, SettingError
-from capotune.models.load import find
+from capotune.evaluation.forward import Examples, held_out_score
+from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.models.base import find
 from capotune.runs import run as run_module
-from capotune.runs import task_run as task_run_module
-from capotune.runs.generation import GenerationRun
 from capotune.runs.run import run
-from capotune.settings import FeatureExtractionSettings, MethodSettings, TrainSettings, method_class
+from capotune.settings import TrainingSettings, TrainSettings
+from capotune.tasks.generation.run import GenerationRun
+from capotune.tasks.loading import load_adapter, load_plain, switch
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
-METHODS: dict[str, MethodSettings] = {
-    name: method_class(name)(**QUICK, **own)
+METHODS: dict[str, TrainingSettings] = {
+    name: methods.get(name).Settings(**QUICK, **own)
     for name, own in {
         "feature-extraction": {"learning_rate": 1e-2},
         "lora": {"rank": 4, "dropout": 0.1, "learning_rate": 3e-2},
@@ -62,7 +67,7 @@ def data(colour_pairs: Path, colour_chats: Path, story: Path) -> dict[str, Path]
 
 
 def start(
-    method: str | MethodSettings, data: Path, model: Path, out: Path, *, report: Any = None, resume: bool = False,
+    method: str | TrainingSettings, data: Path, model: Path, out: Path, *, report: Any = None, resume: bool = False,
     base_score: bool = False, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one technique; ``settings`` are those of ``TrainSettings``."""
@@ -130,20 +135,27 @@ def test_a_whole_run(
     assert all((row["expected"] is None) == (kind == "story") for row in written)
     assert [row["prompt"] for row in written] == [row["prompt"] for row in record["base_answers"]]
 
-    kinds = [event["kind"] for event in events]
-    assert [kinds.count(name) for name in ("data", "start", "epoch", "result")] == [1, 1, 2, 1]
-    report = next(event for event in events if event["kind"] == "data")["report"]
+    kinds = [type(event) for event in events]
+    assert [kinds.count(one) for one in (DataInspected, TrainingStarted, EpochEnded, Finished)] == [1, 1, 2, 1]
+    report = data_report(events)
     assert report["loss_tokens"] > 0
     assert report["train_without_loss"]["count"] == 0
-    chat = loaded.generation
+    chat = loaded.task
     assert chat.chat == (kind == "chats")
     assert (chat.chat_template is None) == (base == "gpt2" and kind != "chats")
     assert chat.separator == ("\n" if kind == "pairs" else "")
 
 
+def data_report(events: list[Event]) -> dict[str, Any]:
+    """What the run said of its data."""
+    (report,) = (event.report for event in events if isinstance(event, DataInspected))
+    assert report is not None
+    return report
+
+
 def by_transformers(loaded: Assembled, source: Path, kind: str) -> float:
     """Mean loss of the test rows' learned tokens, one row at a time."""
-    task, total, learned = loaded.generation, 0.0, 0
+    task, total, learned = loaded.task, 0.0, 0
     if kind == "story":
         windows = task.encode(load_samples(str(source)).train)[0]
         rows = windows[len(windows) - round(0.2 * len(windows)) :]
@@ -204,14 +216,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     start(method, colour_pairs, writers[base], tmp_path / "whole", answers=0)
 
-    def crash(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["loss"] is not None and event["step"] == 7:
+    def crash(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.step == 7:
             raise StoppedError
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         if mid_epoch:
-            patch.setattr(task_run_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
+            patch.setattr(recorded_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(StoppedError):
             start(method, colour_pairs, writers[base], out, answers=0, report=crash)
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{6 if mid_epoch else 5}-epoch-1"]
@@ -232,7 +244,7 @@ def test_a_crash_while_testing_resumes_too(
     def crash(*_: Any) -> None:
         raise StoppedError
 
-    for where, name in ((GenerationRun, "test"), (run_module, "_write_predictions")):
+    for where, name in ((GenerationRun, "test"), (run_module, "_write_scored")):
         out = tmp_path / name
         with monkeypatch.context() as patch:
             patch.setattr(where, name, crash)
@@ -247,8 +259,8 @@ def test_a_crash_while_testing_resumes_too(
 def test_a_crash_before_the_first_checkpoint_leaves_nothing(
     colour_pairs: Path, llama_writer: Path, tmp_path: Path
 ) -> None:
-    def crash(event: dict[str, Any]) -> None:
-        if event["kind"] == "start":
+    def crash(event: Event) -> None:
+        if isinstance(event, TrainingStarted):
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -274,11 +286,11 @@ def test_label_smoothing_is_for_training_alone(colour_pairs: Path, llama_writer:
 def test_learning_the_last_answers_alone(colour_chats: Path, qwen2_writer: Path, tmp_path: Path) -> None:
     learned = {}
     for learn in ("all", "last"):
-        events: list[dict[str, Any]] = []
+        events: list[Event] = []
         start(
             "prompt-tuning", colour_chats, qwen2_writer, tmp_path / learn, report=events.append, learn=learn, answers=0
         )
-        learned[learn] = next(event for event in events if event["kind"] == "data")["report"]["loss_tokens"]
+        learned[learn] = data_report(events)["loss_tokens"]
         assert read_adapter(tmp_path / learn / "adapter").record["learn"] == learn
     assert learned["last"] < learned["all"]
 
@@ -293,7 +305,7 @@ def primed_writer(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A Llama that answers right after one prompt, and says nothing of the kind after another."""
     settings = FeatureExtractionSettings(trainable_layers=3, learning_rate=1e-2, epochs=8, patience=8, batch_size=16)
     assembled = on_base(llama_writer, settings)
-    task, rows, targets = assembled.generation, [], []
+    task, rows, targets = assembled.task, [], []
     for prompt, answers in ((GOOD, COLOURS), (BAD, dict.fromkeys(COLOURS, "parcel parcel parcel"))):
         before = task.tokenizer(prompt)["input_ids"]
         for number, pair in enumerate(pairs(48)):
@@ -302,7 +314,7 @@ def primed_writer(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) 
             rows.append(before + given.rows.sequences[0])
             targets.append([-100] * len(before) + given.targets[0])
     learned = Examples(TokenRows(rows, task.pad_id), targets)
-    train(assembled, learned, learned, settings, seed=0)
+    train(assembled, learned, assembled.method.settings, seed=0, evaluate=lambda: held_out_score(assembled, learned))
     folder = tmp_path_factory.mktemp("models") / "primed"
     assembled.model.save_pretrained(folder)
     make_tokenizer(chat_template=CHATML).save_pretrained(folder)
@@ -315,8 +327,8 @@ def candidates(folder: Path, *prompts: str) -> str:
     return str(path)
 
 
-def hard(**settings: Any) -> MethodSettings:
-    return method_class("prompt-tuning")(**{"hard": True, **settings})
+def hard(**settings: Any) -> TrainingSettings:
+    return methods.get("prompt-tuning").Settings(**{"hard": True, **settings})
 
 
 def embeddings_of(model: Path, text: str) -> torch.Tensor:
@@ -329,7 +341,7 @@ def test_the_best_hard_prompt_is_kept_and_nothing_trains(
 ) -> None:
     method = hard(candidates=candidates(tmp_path, BAD, "tell me", "", GOOD, GOOD, "on day 1:\\n"))
     out = tmp_path / "run"
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     record = start(method, colour_pairs, primed_writer, out, report=events.append, base_score=True)
     result = record["result"]
     tried = {row["prompt"]: row["held_out_loss"] for row in result["candidates"]}
@@ -340,7 +352,7 @@ def test_the_best_hard_prompt_is_kept_and_nothing_trains(
     assert result["scores"]["loss"] < record["base_scores"]["loss"] - 0.5
     assert result["epochs"] == 0
     assert not (out / "metrics.jsonl").exists()
-    assert not [event for event in events if event["kind"] == "epoch"]
+    assert not [event for event in events if isinstance(event, EpochEnded)]
 
     (vectors,) = load_file(out / "adapter" / "adapter_model.safetensors").values()
     assert torch.equal(vectors, embeddings_of(primed_writer, GOOD))
@@ -357,7 +369,7 @@ def by_words(loaded: Assembled, source: Path) -> float:
     """The loss of the test rows on the base itself, with the prompt's words before each row."""
     model = AutoModelForCausalLM.from_pretrained(loaded.source.folder)
     words = make_tokenizer()(GOOD)["input_ids"]
-    encoded = loaded.generation.encode(read_samples_to_score(str(source)))
+    encoded = loaded.task.encode(read_samples_to_score(str(source)))
     rows = [one for of_row in encoded for one in of_row]
     total = 0.0
     for row in rows:
@@ -430,9 +442,9 @@ def long_rows(folder: Path, long: int, short: int) -> Path:
 
 def test_prompts_longer_than_the_context_are_counted_and_left_out(llama_writer: Path, tmp_path: Path) -> None:
     source = long_rows(tmp_path, 4, 16)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     record = start("lora", source, llama_writer, tmp_path / "run", report=events.append, test_fraction=0)
-    report = next(event for event in events if event["kind"] == "data")["report"]
+    report = data_report(events)
     assert report["train_without_loss"]["count"] == 4
     assert report["train_without_loss"]["first"] == [1, 2, 3, 4]
     assert record["result"]["train_rows"] == 16
@@ -507,7 +519,7 @@ def test_a_candidate_too_long_for_the_context(colour_pairs: Path, llama_writer: 
 def test_settings_that_do_not_fit_labels(
     shared: dict[str, Any], own: dict[str, Any], words: str, tickets: Path, llama_writer: Path, tmp_path: Path
 ) -> None:
-    method = method_class("prompt-tuning")(**own)
+    method = methods.get("prompt-tuning").Settings(**own)
     refused(CapotuneError, words, tmp_path, method, tickets, llama_writer, **shared)
 
 

@@ -19,7 +19,7 @@ import pytest
 from commands import PATIENCE, capo, start, tree, wait_until
 
 from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
-from capotune.engine.loop import TrainingState
+from capotune.engine.state import TrainingState
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 

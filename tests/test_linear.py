@@ -38,8 +38,10 @@ from capotune.kernels.linear import (
     weight_gradient,
 )
 from capotune.kernels.prepacked import prepacked_amx_kernels
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
 from capotune.models import fusion
-from capotune.settings import FeatureExtractionSettings, LoraSettings, MethodSettings
+from capotune.settings import TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -928,7 +930,7 @@ def test_blocks_of_large_models_are_computed_by_their_parts(
 @pytest.mark.parametrize("base", ["bert", "llama"])
 def test_training_goes_as_with_all_bits(
     base: str,
-    method: MethodSettings,
+    method: TrainingSettings,
     bert: Path,
     llama_writer: Path,
     called: list[str],

@@ -16,16 +16,19 @@ import torch
 from helpers import CPU, LABELS, fit, on_base
 from torch import nn
 
-from capotune.adapters.assemble import assemble, classification_task
+from capotune.adapters.assemble import assemble
 from capotune.data.batches import Batch
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
+from capotune.methods.lora import LoraSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.models import load as load_module
 from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count
-from capotune.models.load import EMBEDDED, Quantization, find, load_backbone, load_tokenizer, pooling
+from capotune.models.base import EMBEDDED, Quantization, find
+from capotune.models.load import load_backbone
 from capotune.models.shards import Shards
-from capotune.settings import LoraSettings, QloraSettings
+from capotune.tasks.classification import Classification
 
 PACKAGE, SHA256 = EMBEDDED["minilm"].package, EMBEDDED["minilm"].sha256
 MINILM_IS_THERE = importlib.util.find_spec(PACKAGE.replace("-", "_")) is not None
@@ -157,9 +160,9 @@ def test_training_leaves_no_dense_weight(base: str, request: pytest.FixtureReque
 def test_qlora_on_minilm_trains_from_packed_weights() -> None:
     """The assembled model is packed too, and answers like the same base in fp32 up to the rounding of 4 bits."""
     source = find("minilm")
-    task = classification_task(source, LABELS, pooling(source), None, 0)
-    packed, whole = (assemble(source, one, task, device=CPU) for one in (QloraSettings(), LoraSettings()))
-    ids = load_tokenizer(source)(["where is my parcel", "I was charged twice"], padding=True, return_tensors="pt")
+    task = Classification.on(source, LABELS, None, 0)
+    packed, whole = (assemble(task, one, device=CPU) for one in (QloraSettings(), LoraSettings()))
+    ids = source.tokenizer(["where is my parcel", "I was charged twice"], padding=True, return_tensors="pt")
     with torch.no_grad():
         here, there = (
             one.model.features(Batch.of_padded(ids["input_ids"], ids["attention_mask"]), (-1,))
@@ -214,5 +217,5 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_minilm
 def test_minilm_pools_by_the_mean() -> None:
     source = find("minilm")
-    assert pooling(source) == "mean"
-    assert classification_task(source, LABELS, pooling(source), None, 0).max_length <= 512
+    assert source.pooling == "mean"
+    assert Classification.on(source, LABELS, None, 0).max_length <= 512

@@ -18,16 +18,15 @@ import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import save_adapter
 from capotune.errors import AdapterError, CapotuneError, DataError, OutputError, SettingError
+from capotune.events import Event, Progress
 from capotune.kernels.nf4 import Linear4bit, dequantize_4bit, quantize_4bit
-from capotune.methods.lora import LoraLinear
-from capotune.models.load import find, load_causal_lm
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraLinear, LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import find
+from capotune.models.load import load_causal_lm
+from capotune.settings import TrainingSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
 VARIANTS = {
@@ -166,7 +165,7 @@ def test_what_the_merge_cost_is_what_is_printed(writers: dict[str, Path], text: 
     adapter = save(assembled, tmp_path / "adapter")
     ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--text", text, "--json")
     printed = json.loads(ran.out)["answers"]
-    ids = assembled.generation.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    ids = assembled.task.tokenizer(TEXT, return_tensors="pt")["input_ids"]
     merged = load_causal_lm(find(str(tmp_path / "merged")))
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits[0].double().log_softmax(1) for model in (assembled.model, merged))
@@ -186,7 +185,7 @@ def refuse(adapter: Path, error: type[CapotuneError], said: str, out: Path, **op
 
 
 @pytest.mark.parametrize("settings", [PromptTuningSettings(num_virtual_tokens=3), FeatureExtractionSettings()], ids=str)
-def test_methods_without_a_change_of_weights(settings: MethodSettings, bert: Path, tmp_path: Path) -> None:
+def test_methods_without_a_change_of_weights(settings: TrainingSettings, bert: Path, tmp_path: Path) -> None:
     adapter = save(helpers.on_base(bert, settings), tmp_path / "adapter")
     refuse(adapter, SettingError, f"{settings.method} has no change.*lora and qlora", tmp_path / "merged")
 
@@ -259,8 +258,8 @@ def test_stopped_halfway_leaves_nothing(writers: dict[str, Path], tmp_path: Path
     adapter = save(generation_helpers.on_base(writers["llama"], LoraSettings(**LORA)), tmp_path / "adapter")
     before = tree(tmp_path)
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] > event["total"] / 2:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > event.total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

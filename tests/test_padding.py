@@ -11,17 +11,15 @@ import torch
 from helpers import logits, on_base, sequences, shake
 
 from capotune.data.batches import Batch, TokenRows, collate, epoch_order, sorted_order, tokens_at_once
-from capotune.models.load import Pooling
-from capotune.settings import (
-    FeatureExtractionSettings,
-    LoraSettings,
-    MethodSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
-from capotune.tasks.classification import pool, pooled_positions
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.models.base import Pooling
+from capotune.settings import TrainingSettings
+from capotune.tasks.classification.model import pool, pooled_positions
 
-VARIANTS: dict[str, MethodSettings] = {
+VARIANTS: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(),
     "features-k1": FeatureExtractionSettings(trainable_layers=1),
     "lora": LoraSettings(rank=4),

@@ -20,10 +20,13 @@ from capotune.adapters.store import save_adapter
 from capotune.data.batches import collate
 from capotune.engine.loop import train
 from capotune.kernels.nf4 import Linear4bit
-from capotune.settings import LoraSettings, MethodSettings, PromptTuningSettings, QloraSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
+from capotune.settings import TrainingSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 12}
-VARIANTS: dict[str, MethodSettings] = {
+VARIANTS: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA),
     "rslora": LoraSettings(rslora=True, **LORA),
     "dora": LoraSettings(dora=True, **LORA),
@@ -138,7 +141,7 @@ STEPS: dict[str, Any] = {
     "epochs": 4, "patience": 4, "batch_size": 10, "warmup": 0.0, "schedule": "constant",
     "learning_rate": 5e-3, "head_learning_rate": 5e-3, "max_grad_norm": 1e9,
 }  # fmt: skip
-TRAINING: dict[str, MethodSettings] = {
+TRAINING: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA, **STEPS),
     "rslora": LoraSettings(rslora=True, **LORA, **STEPS),
     "dora": LoraSettings(dora=True, **LORA, **STEPS),

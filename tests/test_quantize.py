@@ -19,11 +19,12 @@ from torch import Tensor, nn
 import capotune
 from capotune.errors import CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.evaluation.divergence import compare_logits, compare_models, compare_states, read_text
+from capotune.events import Event, Progress
 from capotune.kernels.nf4 import dequantize_4bit, quantize_4bit
 from capotune.models import quantize as quantize_module
 from capotune.models import shard_writer
-from capotune.models.load import Quantization, find
-from capotune.models.quantize import layer_error, write_packed
+from capotune.models.base import Quantization, find
+from capotune.models.quantize import layer_error, write_quantized
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import Shards
 from capotune.runs import convert as conversion
@@ -192,7 +193,7 @@ MEASURE = """
 import os, sys, threading
 from pathlib import Path
 from capotune.models.load import Quantization, find, load_causal_lm
-from capotune.models.quantize import write_packed
+from capotune.models.quantize import write_quantized
 
 def own():  # without the pages of libraries and other files, which come and go as the machine likes
     resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
@@ -201,7 +202,7 @@ def own():  # without the pages of libraries and other files, which come and go 
 def work(folder, out):
     Path(out).mkdir()
     if sys.argv[1] == "write":
-        return write_packed(find(folder), Path(out), Quantization("nf4", 64, True))
+        return write_quantized(find(folder), Path(out), Quantization("nf4", 64, True))
     return load_causal_lm(find(folder), quantization=Quantization("nf4", 64, True))
 
 def watch():
@@ -319,13 +320,13 @@ def test_report_says_what_was_lost(family: str, models: dict[str, Path], tmp_pat
 
 def test_json_and_no_report(models: dict[str, Path], tmp_path: Path) -> None:
     ran = capo("quantize", models["bert"], "--out", tmp_path / "packed", "--json", "--no-double-quant")
-    assert json.loads(ran.out)["packing"] == {"quant_type": "nf4", "block_size": 64, "double_quant": False}
-    assert "packing: nf4, blocks of 64" in ran.err
+    assert json.loads(ran.out)["quantization"] == {"quant_type": "nf4", "block_size": 64, "double_quant": False}
+    assert "quantizing: nf4, blocks of 64" in ran.err
     assert not (tmp_path / "packed" / "report.json").exists()
-    seen: list[dict[str, Any]] = []
+    seen: list[Event] = []
     capotune.quantize(str(models["bert"]), out=tmp_path / "again", progress=seen.append)
-    steps = [event for event in seen if event["kind"] == "step"]
-    assert steps[-1]["step"] == steps[-1]["total"] > 0
+    steps = [event for event in seen if isinstance(event, Progress)]
+    assert steps[-1].done == steps[-1].total > 0
     assert len(steps) <= 101
 
 
@@ -371,8 +372,8 @@ def test_weights_that_are_not_finite_are_named(models: dict[str, Path], tmp_path
 
 
 def test_stopped_halfway_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
-    def stop(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] > event["total"] / 2:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done > event.total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -396,4 +397,4 @@ def test_a_model_without_linear_layers_is_refused(models: dict[str, Path], tmp_p
     save_file({"embeddings.word_embeddings.weight": torch.zeros(40, 64)}, folder / "model.safetensors")
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="no linear layer's weight"):
-        write_packed(find(str(folder)), tmp_path / "out", Quantization("nf4", 64, True))
+        write_quantized(find(str(folder)), tmp_path / "out", Quantization("nf4", 64, True))

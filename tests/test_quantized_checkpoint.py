@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ import capotune
 from capotune import device
 from capotune.device import compute_dtype
 from capotune.errors import ModelError, SettingError
+from capotune.events import Event, Progress, Stage
 from capotune.kernels.nf4 import Linear4bit
+from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.lora import LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
+from capotune.methods.qlora import QloraSettings
 from capotune.models import stream
-from capotune.models.load import Quantization, find, load_backbone, load_causal_lm
+from capotune.models.base import Quantization, find
+from capotune.models.load import load_backbone, load_causal_lm
 from capotune.models.shards import Shards
-from capotune.settings import FeatureExtractionSettings, LoraSettings, PromptTuningSettings, QloraSettings
 
 NF4 = Quantization("nf4", 64, True)
 FAMILIES = ("llama", "bert", "gpt2")
@@ -182,22 +188,24 @@ def test_a_run_says_how_its_base_is_stored_and_shows_the_load(
     llama_writer: Path, colour_pairs: Path, tmp_path: Path
 ) -> None:
     capotune.quantize(str(llama_writer), out=tmp_path / "packed")
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     record = capotune.train(
         "qlora", data=str(colour_pairs), model=str(tmp_path / "packed"), out=tmp_path / "run", epochs=1, rank=2,
         quant_type="fp4", report=events.append,
     )  # fmt: skip
-    loading = next(at for at, event in enumerate(events) if event.get("text", "").startswith("loading base"))
-    said = events[loading]["text"]
+    loading = next(
+        at for at, event in enumerate(events) if isinstance(event, Stage) and event.text.startswith("loading base")
+    )
+    said = events[loading].text
     assert "in the 4 bits that it is stored in (nf4, blocks of 64, double-quantised)" in said
     dtype = "float32"  # too narrow a model to gain from bf16
     assert f"to compute in {dtype} on cpu" in said
-    assert record["base"]["packing"] == "nf4, blocks of 64, double-quantised"
-    steps = [event for event in events[loading + 1 :] if event["kind"] in ("step", "stage", "start")]
-    assert (steps[0]["kind"], steps[0]["loss"]) == ("step", None)
-    shown = [event["step"] for event in steps[: next(at for at, one in enumerate(steps) if one["kind"] != "step")]]
+    assert record["base"]["quantization"] == "nf4, blocks of 64, double-quantised"
+    steps = list(takewhile(lambda event: isinstance(event, Progress), events[loading + 1 :]))
+    shown = [event.done for event in steps]
+    assert shown
     assert shown == sorted(shown)
-    assert shown[-1] == steps[0]["total"]
+    assert shown[-1] == steps[0].total
 
 
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512", "amx"])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import accumulate, examples, fit, on_base, sequences, shake
+from helpers import accumulate, examples, fit, on_base, predict_logits, sequences, shake
 from test_contract import VARIANTS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,17 +29,19 @@ import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of, sorted_order
 from capotune.engine import loop as loop_module
-from capotune.engine.activation_cache import ActivationCache, compute_boundary, compute_pooled
-from capotune.engine.loop import Examples, held_out_score, outputs, predict_logits
+from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
+from capotune.evaluation.forward import Examples, compute_boundary, held_out_score, outputs
 from capotune.evaluation.generate import generate
 from capotune.kernels.attention import Sequences
+from capotune.methods.feature_extraction import FeatureExtractionSettings
 from capotune.models import fusion as fused_module
 from capotune.models import sequence_packing as packing_module
-from capotune.models.load import Pooling
+from capotune.models.base import Pooling
 from capotune.models.sequence_packing import Packing, packed, try_packing
-from capotune.settings import DecodingSettings, FeatureExtractionSettings, MethodSettings
+from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
+from capotune.tasks.classification.features import compute_features
 
 PADDED = Packing(None, "for this test")
 SMALL: dict[str, Any] = {
@@ -621,7 +623,7 @@ def both_ways(make: Make) -> tuple[Assembled, Assembled]:
     return one, other
 
 
-def shorter(settings: MethodSettings, **changes: Any) -> MethodSettings:
+def shorter(settings: TrainingSettings, **changes: Any) -> TrainingSettings:
     return settings.model_copy(update={"epochs": 2, "patience": 2, "batch_size": 8, **changes})
 
 
@@ -809,10 +811,10 @@ def test_features(base: str, models: dict[str, Path], attended: list[int]) -> No
     rows = TokenRows(sequences(23, seed=6), one.task.pad_id)
     layers = one.model.feature_layers
     attended.clear()
-    found = compute_pooled(one, layers, rows)
+    found = compute_features(one, layers, rows, None, reduced=True)
     assert max(attended) == 23
     attended.clear()
-    torch.testing.assert_close(found, compute_pooled(other, layers, rows), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, compute_features(other, layers, rows, None, reduced=True), rtol=0, atol=1e-5)
     assert not attended
     with torch.no_grad():
         alone = [torch.cat([pooled_alone(one, ids, layer) for layer in layers]) for ids in rows.sequences]
@@ -879,11 +881,11 @@ def test_an_error_puts_the_attention_back(moment: str, llama: Path, monkeypatch:
 
     options: dict[str, Any] = {"on_step": fail} if moment == "a step" else {}
     if moment == "the loss":
-        monkeypatch.setattr(type(assembled.task), "loss", fail)
+        monkeypatch.setattr(type(assembled.task.objective), "loss", fail)
     if moment == "the score":
-        monkeypatch.setattr(type(assembled.task), "outputs", fail)
+        monkeypatch.setattr(type(assembled.task.objective), "outputs", fail)
     if moment == "packing":
-        monkeypatch.setattr(loop_module, "_batch", fail)
+        monkeypatch.setattr(loop_module, "batch_of", fail)
     with pytest.raises(OutOfTimeError):
         fit(assembled, **options)
     assert inside == [{"capotune_packed"}]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from capotune.data.batches import IGNORE_INDEX, TokenRows
-from capotune.models.load import find, load_backbone
+from capotune.models.base import find
+from capotune.models.load import load_backbone
 from capotune.models.sequence_packing import packed, try_packing
 from capotune.tasks.token_classification.model import TokenClassifier, spread_layers
 

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capotune.api import (
-        Classifier,
-        Generator,
-        Prediction,
         compare,
         evaluate,
         generate,
@@ -25,8 +22,12 @@ if TYPE_CHECKING:
         train,
     )
     from capotune.errors import CapotuneError
+    from capotune.events import CancelToken
+    from capotune.tasks.classification import Classifier, Prediction
+    from capotune.tasks.generation import Generator
 
 __all__ = [
+    "CancelToken",
     "CapotuneError",
     "Classifier",
     "Generator",
@@ -46,9 +47,18 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+_ELSEWHERE = {
+    "CancelToken": "capotune.events",
+    "CapotuneError": "capotune.errors",
+    "Classifier": "capotune.tasks.classification",
+    "Generator": "capotune.tasks.generation",
+    "Prediction": "capotune.tasks.classification",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'capotune' has no attribute '{name}'")
-    from capotune import api, errors
+    from importlib import import_module
 
-    return getattr(errors if name == "CapotuneError" else api, name)
+    return getattr(import_module(_ELSEWHERE.get(name, "capotune.api")), name)

@@ -80,10 +80,10 @@ def _linux_lists(flags: set[str]) -> bool:
     return flags <= set(line.split())
 
 
-def compute_dtype(device: torch.device, *, packed: bool = False) -> torch.dtype:
+def compute_dtype(device: torch.device, *, quantized: bool = False) -> torch.dtype:
     """What a language model computes in: bf16 on a GPU that has it, else fp32.
 
-    A model that is ``packed`` in 4 bits computes in bf16 on a CPU with instructions for it too: on an EPYC with
+    A model that is ``quantized`` to 4 bits computes in bf16 on a CPU with instructions for it too: on an EPYC with
     avx512_bf16 a QLoRA step of 512 tokens takes a third of the time, at the same loss to five digits. Such processors
     are at ``cpu_level`` avx512 or above.
     """
@@ -92,7 +92,7 @@ def compute_dtype(device: torch.device, *, packed: bool = False) -> torch.dtype:
     if device.type == "cpu":
         find: Any = getattr(torch.cpu, "get_capabilities", dict)  # which older PyTorch does not have
         has_bf16 = any(find().get(name) for name in ("avx512_bf16", "amx_bf16"))
-        fast = packed and has_bf16 and cpu_level() in ("avx512", "amx")
+        fast = quantized and has_bf16 and cpu_level() in ("avx512", "amx")
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -7,7 +7,8 @@ the worker process of ``compare`` sends them as JSON (``to_json``) and its paren
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "Heartbeat",
     "Progress",
     "Reporter",
     "Stage",
@@ -25,6 +27,7 @@ __all__ = [
     "TrainingStarted",
     "Warned",
     "bytes_as_progress",
+    "counter",
     "from_json",
     "ignore",
     "to_json",
@@ -79,6 +82,11 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
+class Heartbeat(Event):
+    """The current stage goes on, with nothing to show: long stages report it so that a run can be stopped in them."""
+
+
+@dataclass(frozen=True)
 class StepTaken(Event):
     """An optimizer step was taken."""
 
@@ -119,7 +127,7 @@ Reporter = Callable[[Event], None]
 _EVENTS: dict[str, type[Event]] = {
     event.__name__: event
     for event in (
-        Stage, Warned, DataInspected, TrainingStarted, Progress, StepTaken, EpochEnded, Finished, Failed,
+        Stage, Warned, DataInspected, TrainingStarted, Progress, Heartbeat, StepTaken, EpochEnded, Finished, Failed,
     )
 }  # fmt: skip
 
@@ -137,6 +145,11 @@ def from_json(values: dict[str, Any]) -> Event:
     """The event that ``to_json`` wrote. ``KeyError`` for an unknown one."""
     values = dict(values)
     return _EVENTS[values.pop("event")](**values)
+
+
+def counter(report: Reporter) -> Callable[[int, int], None]:
+    """A ``(done, total)`` callback that reports ``Progress``."""
+    return lambda done, total: report(Progress(done=done, total=total))
 
 
 def bytes_as_progress(report: Reporter) -> Callable[[int, int], None]:
@@ -160,6 +173,7 @@ class CancelToken:
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
+        self._actions: list[Callable[[], object]] = []
 
     @property
     def cancelled(self) -> bool:
@@ -169,6 +183,19 @@ class CancelToken:
     def cancel(self) -> None:
         """Ask the run to stop; returns at once."""
         self._cancelled.set()
+        for action in tuple(self._actions):
+            action()
+
+    @contextmanager
+    def calling(self, action: Callable[[], object]) -> Iterator[None]:
+        """Inside, ``cancel`` also calls ``action``, in the thread that cancels: to end a process that is waited for."""
+        self._actions.append(action)
+        try:
+            if self.cancelled:
+                action()
+            yield
+        finally:
+            self._actions.remove(action)
 
     def check(self) -> None:
         """Raise ``KeyboardInterrupt`` when ``cancel`` was called."""

@@ -54,7 +54,9 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if os.path.lexists(path):
-        raise OutputError(f"the output folder {path} exists already: choose another --out, or remove it first")
+        raise OutputError(
+            f"the output folder {path} exists already.", advice="Choose another `out`, or remove it first."
+        )
     partial = _partial_name(path)
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
     try:
@@ -126,9 +128,9 @@ def _as_output_error(path: Path, *, any_reason: bool) -> Iterator[None]:
 
 def _output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in _DISK_FULL:
-        return OutputError(f"no space left on the disk while writing {path}: free some space and run again")
+        return OutputError(f"no space left on the disk while writing {path}.", advice="Free some space and run again.")
     if error.errno in _FORBIDDEN:
-        return OutputError(f"not allowed to write {path}: choose a folder you can write to")
+        return OutputError(f"not allowed to write {path}.", advice="Choose a folder that you can write to.")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
 
 

@@ -7,6 +7,7 @@ A field's docstring is its help text; its default is the one that ``docs/default
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -16,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from capotune.errors import SettingError
 from capotune.memory_table import DataSource
 
-MethodName = Literal["feature-extraction", "lora", "qlora", "prompt-tuning"]
-TaskName = Literal["classification", "generation"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,14 +35,25 @@ class Settings(BaseModel):
             raise SettingError("\n".join(_explain(type(self), problem) for problem in error.errors())) from None
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the defaults of a method depend on."""
+
+    hidden_size: int
+    """Width of the base's hidden states."""
+    has_head: bool
+    """Whether the task puts a head of its own on the base (labels), or trains the base's own output (text)."""
+
+
 class DataSettings(Settings):
     """Which data, and how to read it."""
 
     data: DataSource
     """Labelled text, or text to write (conversations, prompts and completions, plain text): a csv, tsv, jsonl, parquet
     or text file, or a dataset id on the hub."""
-    task: Literal["auto", "classification", "generation"] = "auto"
-    """Whether a label is learned or text; auto: as the first record shows."""
+    task: str = "auto"
+    """What is predicted: `classification` (a label a text), `token-classification` (a tag a word), `generation` (text).
+    auto: as the first record shows."""
     test: DataSource | None = None
     """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
@@ -55,9 +65,9 @@ class DataSettings(Settings):
     completion_column: str | None = None
     """Generation: with a prompt template, the column that holds the text to write. Found by name when left out."""
     learn: Literal["all", "last"] = "all"
-    """Generation: the assistant's turns that are learned in a conversation, all or the last."""
+    """Generation: the assistant's turns that are trained on in a conversation, all or the last."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Part of the rows kept for the test when no test rows are given. 0: train on all rows, without a test."""
+    """Part of the rows held out for the test when no test rows are given. 0: train on all rows, without a test."""
     max_length: Count | None = None
     """Longest text in tokens; longer ones are cut. The base's own limit when left out."""
 
@@ -73,7 +83,7 @@ class RunSettings(DataSettings):
     validation_fraction: Fraction = 0.1
     """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most)."""
     cache: bool = True
-    """Keep what the frozen layers compute on disk, so that a second run on the same data does no forward pass."""
+    """Store what the frozen layers compute on disk, so that a second run on the same data need not compute it."""
     answers: int = Field(default=200, ge=0)
     """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
     trust_remote_code: bool = False
@@ -82,6 +92,9 @@ class RunSettings(DataSettings):
 
 class TrainingSettings(Settings):
     """How weights are fitted. Each method has its own defaults; where None, ``completed`` chooses by task and model."""
+
+    method: ClassVar[str]
+    """The method's name on the command line."""
 
     learning_rate: Positive | None = None
     """Peak learning rate of the method's weights (AdamW). Left out: 1e-3 for labels; for text by the model's width,
@@ -109,127 +122,49 @@ class TrainingSettings(Settings):
     """Tokens that go through the model at a time. A step's rows are shared out over as many passes as that takes: less
     memory, the same gradient."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again on the way back: less memory, a third more work."""
+    """Save only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
 
-    def completed(self: AnyTraining, task: TaskName, hidden_size: int) -> AnyTraining:
-        """These settings with what was left out chosen for the task and the model's width."""
-        chosen = self._chosen(task, hidden_size)
+    def completed(self: AnyTraining, context: Context) -> AnyTraining:
+        """These settings with what was left out chosen for the task and the base. Raises ``SettingError``."""
+        chosen = self._defaults(context)
         left_out = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return self.model_copy(update=left_out)
 
-    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
-        if task == "classification":
+    def _defaults(self, context: Context) -> dict[str, Any]:
+        """A value for each field that may be left out."""
+        if context.has_head:
             return {"learning_rate": 1e-3, "epochs": 4}
-        return {"learning_rate": round(5e-4 * (2000 / hidden_size) ** 0.775, 6), "epochs": 3}
+        return {"learning_rate": round(5e-4 * (2000 / context.hidden_size) ** 0.775, 6), "epochs": 3}
 
-
-class FeatureExtractionSettings(TrainingSettings):
-    """Frozen layers, computed once; a head, or the last blocks and a head, adapt."""
-
-    method: ClassVar[MethodName] = "feature-extraction"
-    trainable_layers: int | None = Field(default=None, ge=0)
-    """Last blocks that train, with the norm above them. Left out: 0 for labels (the head alone, which is solved to
-    convergence, not trained in steps), 2 for text."""
-    learning_rate: Positive | None = None
-    """Peak learning rate of the last blocks. Left out: 1e-4 for labels; for text by the model's width, as LoRA's."""
-
-    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
-        chosen = super()._chosen(task, hidden_size)
-        if task == "classification":
-            return {**chosen, "learning_rate": 1e-4, "trainable_layers": 0}
-        return {**chosen, "trainable_layers": 2}
-
-
-class LoraSettings(TrainingSettings):
-    """LoRA (Hu et al. 2021): W stays frozen, y = xWᵀ + scale·(xAᵀ)Bᵀ."""
-
-    method: ClassVar[MethodName] = "lora"
-    rank: Count = 16
-    """Rows of A, columns of B: how large a change can be learned."""
-    alpha: Positive = 32.0
-    """Scale of the change: alpha/rank, or alpha/√rank with rslora."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the input of A."""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Linear layers to adapt: `all-linear`, names or endings of names (`query value`), or one regular expression."""
-    layers: tuple[int, ...] | None = None
-    """Only the blocks with these numbers (from 0)."""
-    rslora: bool = False
-    """Scale by alpha/√rank (Kalajdzievski 2023), which keeps large ranks trainable."""
-    dora: bool = False
-    """Learn a magnitude for each output beside the direction (DoRA, Liu et al. 2024)."""
-    lora_plus_ratio: Positive = 1.0
-    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."""
+    # What a task may ask of any method's settings. Only methods that put something before the text say more.
 
     @property
-    def scale(self) -> float:
-        """Factor of the low-rank product: alpha/rank, or alpha/√rank with rslora."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+    def virtual_tokens(self) -> int:
+        """Positions before every text that the method takes; 0 when not yet known."""
+        return 0
 
+    @property
+    def starts_from(self) -> Literal["labels", "text", "vocabulary"] | None:
+        """Whose token embeddings the method's vectors start from; None: it needs none."""
+        return None
 
-class QloraSettings(LoraSettings):
-    """QLoRA (Dettmers et al. 2023): LoRA over a base held in 4 bits."""
+    @property
+    def start_text(self) -> str | None:
+        """The words, where it starts from a text."""
+        return None
 
-    method: ClassVar[MethodName] = "qlora"
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code book of the frozen weights."""
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share one scale."""
-    double_quant: bool = True
-    """Quantise the scales as well, to 8 bits."""
+    @property
+    def trains(self) -> bool:
+        """Whether any weight is trained."""
+        return True
 
+    def candidate_prompts(self) -> list[str]:
+        """Prompts written by people, the best of which is to be found before training; none for most methods."""
+        return []
 
-class PromptTuningSettings(TrainingSettings):
-    """Prompt tuning (Lester et al. 2021): trained vectors before the input embeddings; no weight changes."""
-
-    method: ClassVar[MethodName] = "prompt-tuning"
-    num_virtual_tokens: Count | None = None
-    """Vectors put before every text. Left out: 20, or with `candidates` or `hard` as many as the words have tokens."""
-    init: Literal["labels", "text", "vocabulary"] | None = None
-    """Where the vectors start: the embeddings of the label names, of `init_text`, or of sampled words. Left out: the
-    label names, or for text sampled words."""
-    init_text: str | None = None
-    """Words whose embeddings start the prompt (with init text)."""
-    candidates: str | None = None
-    """Generation: a file with one prompt a line, written by people. Each is tried on held-out rows; the vectors start
-    from the best."""
-    hard: bool = False
-    """Keep the best of the `candidates` (or `init_text`) as it is and train nothing."""
-    learning_rate: Positive | None = None
-    """Peak learning rate of the prompt vectors. Left out: 1e-2 for labels; for text the standard deviation of the
-    base's token embeddings, since that is the scale on which vectors differ."""
-    head_learning_rate: Positive = 1e-2
-    """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
-    epochs: Count | None = None
-    """Most passes over the training rows; training stops earlier when the held-out score no longer rises. Left out: 3.
-    """
-
-    @pydantic.model_validator(mode="after")
-    def _what_belongs_together_is_given_together(self) -> PromptTuningSettings:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(
-                "settings 'init' and 'init_text': init text needs init_text, and init_text needs init text."
-            )
-        if self.hard and self.candidates is None and self.init_text is None:
-            raise ValueError(
-                "setting 'hard': it keeps the best of some candidates; give candidates, a file with one prompt a line."
-            )
-        if self.candidates is not None and (self.init is not None or self.num_virtual_tokens is not None):
-            raise ValueError(
-                "setting 'candidates': the best of them decides where the vectors start and how many there are; leave "
-                "init and num_virtual_tokens out."
-            )
-        return self
-
-    def _chosen(self, task: TaskName, hidden_size: int) -> dict[str, Any]:
-        chosen = {**super()._chosen(task, hidden_size), "epochs": 3}
-        if task == "classification":
-            chosen["learning_rate"] = 1e-2
-        else:
-            del chosen["learning_rate"]  # the method takes it from the base's embeddings
-        if self.candidates is not None or self.hard:  # the words themselves give the number once they are known
-            return chosen
-        return {**chosen, "num_virtual_tokens": 20, "init": "labels" if task == "classification" else "vocabulary"}
+    def with_prompt(self: AnyTraining, text: str, tokens: int) -> AnyTraining:
+        """These settings, starting from the candidate ``text`` of so many ``tokens``."""
+        raise NotImplementedError("only methods with candidates are asked")
 
 
 class MergeSettings(Settings):
@@ -242,8 +177,8 @@ class MergeSettings(Settings):
     model: str | None = None
     """Where the base is, when not where it was trained."""
     requantize: bool = False
-    """qlora: add the change to what the 4 bits stand for, and pack the sum again, instead of adding it to the base in
-    full precision."""
+    """qlora: add the change to what the 4 bits stand for, and quantize the sum again, instead of adding it to the base
+    in full precision."""
     text: str | None = None
     """A text file of your own, on which the merged model's answers are compared with the adapter's. Left out: a few
     lines of ours."""
@@ -255,9 +190,9 @@ class QuantizeSettings(Settings):
     """A model in 4 bits."""
 
     model: str
-    """Model to pack: `minilm` (embedded), a folder, or a model id on the hub."""
+    """Model to quantize: `minilm` (embedded), a folder, or a model id on the hub."""
     out: Path
-    """Folder for the packed model. Must not exist."""
+    """Folder for the quantized model. Must not exist."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit code book."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
@@ -265,20 +200,12 @@ class QuantizeSettings(Settings):
     double_quant: bool = True
     """Quantise the scales as well, to 8 bits."""
     report: bool = False
-    """Show the worst layers and write report.json: each layer's error, and with --text how the answers change."""
+    """Show the worst layers and write report.json: each layer's error, and with `text` how the answers change."""
     text: str | None = None
     """A text file of your own: the model's answers on it are compared with those at full precision, which needs memory
     for the whole model."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
-
-
-MethodSettings = FeatureExtractionSettings | LoraSettings | QloraSettings | PromptTuningSettings
-
-METHODS: dict[str, type[MethodSettings]] = {
-    settings.method: settings
-    for settings in (FeatureExtractionSettings, LoraSettings, QloraSettings, PromptTuningSettings)
-}
 
 
 class TrainSettings(RunSettings):
@@ -289,7 +216,7 @@ class TrainSettings(RunSettings):
 
 
 class CompareSettings(RunSettings):
-    """Several methods on the same data, side by side."""
+    """Several methods on the same data, side by side. ``capotune.methods.compare_settings`` adds a field a method."""
 
     methods: tuple[str, ...] = ("feature-extraction", "lora", "qlora", "prompt-tuning")
     """Methods to run, in this order."""
@@ -298,29 +225,18 @@ class CompareSettings(RunSettings):
     tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Points that a cheaper technique may score worse than the best and still be recommended, though it is shown to be
     worse: percentage points for accuracy and the like, else the score's own unit."""
-    feature_extraction: FeatureExtractionSettings = FeatureExtractionSettings()
-    """Settings of feature extraction."""
-    lora: LoraSettings = LoraSettings()
-    """Settings of LoRA."""
-    qlora: QloraSettings = QloraSettings()
-    """Settings of QLoRA."""
-    prompt_tuning: PromptTuningSettings = PromptTuningSettings()
-    """Settings of prompt tuning."""
 
     @pydantic.field_validator("methods")
     @classmethod
-    def _each_method_is_known_and_named_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        for name in methods:
-            method_class(name)
+    def _each_method_is_named_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
         if not methods or len(set(methods)) < len(methods):
             given = ", ".join(methods) or "none"
-            allowed = ", ".join(METHODS)
-            raise SettingError(f"name at least one method, and each once; given: {given}. Allowed: {allowed}.")
+            raise SettingError("name at least one method, and each once.", setting="methods", given=given)
         return methods
 
-    def for_method(self, method: str) -> MethodSettings:
-        """The settings of one method by its name on the command line."""
-        settings: MethodSettings = getattr(self, method.replace("-", "_"))
+    def for_method(self, method: str) -> TrainingSettings:
+        """The settings of one method by its name."""
+        settings: TrainingSettings = getattr(self, method.replace("-", "_"))
         return settings
 
 
@@ -356,13 +272,6 @@ def build(cls: type[AnySettings], values: dict[str, Any], where: str = "") -> An
         raise SettingError("\n".join(lines)) from None
 
 
-def method_class(name: str) -> type[MethodSettings]:
-    """Settings class of a method; an unknown name is a ``SettingError`` with the nearest one."""
-    if name not in METHODS:
-        raise SettingError(f"unknown method '{name}'. Allowed: {', '.join(METHODS)}.{nearest(name, METHODS)}")
-    return METHODS[name]
-
-
 def nearest(name: str, known: Any) -> str:
     """' Did you mean …?' for a mistyped name, or nothing when none is near."""
     close = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=0.5)
@@ -376,14 +285,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"--config {path}: cannot be read ({error}). Give a YAML file.") from None
+        raise SettingError(
+            f"cannot be read ({error}).", setting="config", given=path, advice="Give a YAML file."
+        ) from None
     except yaml.YAMLError as error:
-        raise SettingError(f"--config {path}: not valid YAML: {error}") from None
+        raise SettingError(f"not valid YAML: {error}", setting="config", given=path) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise SettingError(
-            f"--config {path}: expected settings as 'name: value' lines, found a {type(values).__name__}."
+            f"expected settings as 'name: value' lines, found a {type(values).__name__}.", setting="config", given=path
         )
     return _underscored(values)
 
@@ -402,10 +313,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown setting '{name}'.{nearest(name, cls.model_fields)}"
     if problem["type"] == "missing":
-        return f"setting '{name}' is missing."
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(
-        problem.get("ctx", {}).get("error"), ValueError
-    ):  # said by our own check, or by settings inside these
-        return f"{name}: {message}" if name else message
-    return f"setting '{name}': {message[0].lower() + message[1:]}, but {problem['input']!r} was given."
+        return f"the setting `{name}` is missing."
+    own = problem.get("ctx", {}).get("error")
+    if isinstance(own, ValueError):  # said by our own check, or by settings inside these
+        return f"{name}: {own}" if name and not isinstance(own, SettingError) else str(own)
+    message = problem["msg"]
+    return f"`{name}={problem['input']}`: {message[0].lower() + message[1:]}."

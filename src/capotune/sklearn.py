@@ -62,7 +62,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             adapter = Path(folder) / "run" / "adapter"
             files = {path.name: path.read_bytes() for path in adapter.iterdir()}
         self.classes_, self.run_, self.files_ = classes, record, files  # all of one fit, or of the one before
-        self._classifier: api.Classifier | None = None
+        self._classifier: Any = None
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
@@ -71,7 +71,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         texts = _checked(texts)
         if self._classifier is None:
             with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
-                self._classifier = api.load_classifier(self.save(Path(folder) / "adapter"), model=self.model)
+                self._classifier = api.load_predictor(self.save(Path(folder) / "adapter"), model=self.model)
         classifier = self._classifier
         probabilities: np.ndarray = classifier.predict_proba(texts)
         columns = [classifier.labels.index(_name(one)) for one in self.classes_]

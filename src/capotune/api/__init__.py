@@ -11,29 +11,27 @@
 
 from __future__ import annotations
 
+from capotune.api.comparison import compare, compare_run, compare_settings
 from capotune.api.conversion import merge, quantize
 from capotune.api.inference import (
-    Classifier,
-    Generator,
-    Prediction,
     evaluate,
     generate,
     info,
     is_adapter,
     load,
     load_base,
-    load_classifier,
     load_generator,
     load_model,
+    load_predictor,
     predict,
     read_prompts,
     read_texts,
-    user_turn,
 )
 from capotune.api.training import (
-    compare,
-    compare_run,
+    command_of,
     inspect,
+    method_names,
+    method_settings,
     train,
     train_run,
 )
@@ -41,14 +39,13 @@ from capotune.evaluation.metrics import Metric, metric
 from capotune.report import Comparison, ComparisonRow
 
 __all__ = [
-    "Classifier",
     "Comparison",
     "ComparisonRow",
-    "Generator",
     "Metric",
-    "Prediction",
+    "command_of",
     "compare",
     "compare_run",
+    "compare_settings",
     "evaluate",
     "generate",
     "info",
@@ -56,10 +53,12 @@ __all__ = [
     "is_adapter",
     "load",
     "load_base",
-    "load_classifier",
     "load_generator",
     "load_model",
+    "load_predictor",
     "merge",
+    "method_names",
+    "method_settings",
     "metric",
     "predict",
     "quantize",
@@ -67,5 +66,4 @@ __all__ = [
     "read_texts",
     "train",
     "train_run",
-    "user_turn",
 ]

@@ -2,227 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capotune.errors import AdapterError, DataError, ModelError, SettingError
-from capotune.settings import DecodingSettings, build, nearest
+from capotune.events import CancelToken, Reporter, ignore
+from capotune.settings import DataSettings, build
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
-    from capotune.adapters.assemble import Assembled
     from capotune.adapters.store import StoredAdapter
-    from capotune.data.samples import Samples
-
-Messages = Sequence[dict[str, Any]]
-"""Turns of a conversation, or tools, in OpenAI's form."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One text's answer."""
-
-    text: str
-    label: str
-    probability: float
-    """Of ``label``, from 0 to 1."""
+    from capotune.tasks.base import Task
+    from capotune.tasks.classification import Prediction
+    from capotune.tasks.generation import Generator
 
 
-class Classifier:
-    """A base with an adapter on it, ready to answer. Made by ``load``."""
-
-    def __init__(self, assembled: Assembled) -> None:
-        self._assembled = assembled
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Label names, in the order of ``predict_proba``'s columns."""
-        return self._assembled.classification.labels
-
-    @property
-    def model(self) -> nn.Module:
-        """The PyTorch module: token ids (rows, tokens) and mask in, ``.logits`` (rows, labels) out."""
-        model: nn.Module = self._assembled.model
-        return model
-
-    @property
-    def method(self) -> Any:
-        """The attached method (``capotune.methods``)."""
-        return self._assembled.method
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return self._assembled.task.tokenizer
-
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """(texts, labels) fp32 probabilities."""
-        import numpy as np
-
-        from capotune.data.batches import TokenRows
-        from capotune.engine.loop import predict_logits
-
-        _check_texts(texts)
-        if not len(texts):
-            return np.zeros((0, len(self.labels)), dtype=np.float32)
-        task = self._assembled.classification
-        rows = TokenRows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
-        probabilities: np.ndarray = predict_logits(self._assembled, rows).softmax(1).numpy()
-        return probabilities
-
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The most probable label of each text."""
-        return [prediction.label for prediction in self.answer(texts)]
-
-    def answer(self, texts: Sequence[str]) -> list[Prediction]:
-        """The most probable label of each text, with its probability."""
-        probabilities = self.predict_proba(texts)
-        best = probabilities.argmax(1)
-        return [
-            Prediction(text, self.labels[number], float(row[number]))
-            for text, number, row in zip(texts, best, probabilities, strict=True)
-        ]
-
-    def merge(self) -> bool:
-        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
-        return self._assembled.method.merge()
-
-
-class Generator:
-    """A language model, with or without an adapter, ready to write. Made by ``load`` and ``load_model``.
-
-    ``decoding`` are the settings of ``capo generate --help`` by name (``max_tokens=64``). Every method raises
-    ``SettingError`` for a setting out of range and for a prompt that leaves no room in the model's context.
-    """
-
-    def __init__(self, assembled: Assembled) -> None:
-        self._assembled = assembled
-
-    @property
-    def model(self) -> Any:
-        """Transformers' own causal language model, with the adapter inside."""
-        return self._assembled.model
-
-    @property
-    def method(self) -> Any:
-        """The attached method (``capotune.methods``)."""
-        return self._assembled.method
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return self._assembled.task.tokenizer
-
-    @property
-    def chats(self) -> bool:
-        """Whether the adapter was trained on conversations."""
-        return self._assembled.generation.chat
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used."""
-        return self._assembled.generation.chat_template is not None
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that the model can hold, prompt and answer together."""
-        from capotune.evaluation.generate import context_length
-
-        return context_length(self._assembled)
-
-    def generate(
-        self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
-    ) -> list[str]:
-        """What the model writes after each text, without the text itself. ``progress``: (answered, all)."""
-        _check_texts(prompts)
-        return self._write([self._assembled.generation.encode_prompt(text) for text in prompts], decoding, progress)
-
-    def stream(self, prompt: str, **decoding: Any) -> Iterator[str]:
-        """As ``generate`` for one text, in pieces as they are written. Close the iterator to stop the model."""
-        _check_texts([prompt])
-        return self._stream(self._assembled.generation.encode_prompt(prompt), decoding)
-
-    def chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> str:
-        """The assistant's next turn in a conversation: ``[{"role": "user", "content": "…"}]``.
-
-        ``tools`` are the functions that the model may call, as JSON schemas. Raises ``SettingError`` when the model has
-        no chat template.
-        """
-        return self._write([self._encode_chat(messages, tools)], decoding)[0]
-
-    def stream_chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> Iterator[str]:
-        """As ``chat``, in pieces as they are written. Close the iterator to stop the model."""
-        return self._stream(self._encode_chat(messages, tools), decoding)
-
-    def chat_each(
-        self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
-    ) -> list[str]:
-        """The answer to each text as a conversation of its own, in batches."""
-        _check_texts(prompts)
-        return self._write([self._encode_chat([user_turn(text)], ()) for text in prompts], decoding, progress)
-
-    def room(self, messages: Messages, tools: Messages = ()) -> int:
-        """Tokens that the context leaves for the next turn of a conversation; none or fewer when it is too long."""
-        from capotune.evaluation.generate import room_after
-
-        return room_after(self._assembled, self._encode_chat(messages, tools))
-
-    def use(self, adapter: str | Path | None) -> None:
-        """Put another adapter on in place of the one there is; None: the base alone.
-
-        Without a chat template of its own the new one is asked in the template of the one before, so that a
-        conversation can go on. Raises ``AdapterError`` when it is for another task or base; the model is then as it
-        was.
-        """
-        from capotune.adapters.store import read_adapter, switch
-
-        before = self._assembled.generation
-        switched = switch(self._assembled, None if adapter is None else read_adapter(adapter))
-        if switched.generation.chat_template is None:
-            task = replace(switched.generation, chat_template=before.chat_template, template_from=before.template_from)
-            switched = replace(switched, task=task)
-        self._assembled = switched
-
-    def merge(self) -> bool:
-        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
-        return self._assembled.method.merge()
-
-    def _encode_chat(self, messages: Messages, tools: Messages) -> list[int]:
-        if isinstance(messages, str) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-            raise DataError(
-                'a list of messages is needed, such as [{"role": "user", "content": "Hello"}]; found '
-                f"{str(messages)[:60]!r}."
-            )
-        _check_texts([turn["content"] for turn in messages if isinstance(turn.get("content"), str)])
-        return self._assembled.generation.encode_chat(messages, tools)
-
-    def _write(
-        self,
-        prompts: list[list[int]],
-        decoding: dict[str, Any],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
-        from capotune.evaluation.generate import generate
-
-        return generate(self._assembled, prompts, build(DecodingSettings, decoding), progress)
-
-    def _stream(self, prompt: list[int], decoding: dict[str, Any]) -> Iterator[str]:
-        from capotune.evaluation.generate import stream
-
-        return stream(self._assembled, prompt, build(DecodingSettings, decoding))
-
-
-def user_turn(text: str) -> dict[str, Any]:
-    """A text as a message of the user's."""
-    return {"role": "user", "content": text}
-
-
-def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Classifier | Generator:
-    """Put an adapter on its base: a ``Classifier`` or a ``Generator``, by the task that it was trained for.
+def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Put an adapter on its base: a ``Classifier`` for labels, a ``Generator`` for text, or what another task makes.
 
     ``model`` names another place where the same base is. Raises ``AdapterError`` when the folder is incomplete or
     damaged or the base is another one.
@@ -237,26 +35,24 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
 
     Raises ``ModelError`` when there is none or it writes no text.
     """
-    from capotune.adapters.store import load_plain
     from capotune.device import compute_dtype, pick_device
-    from capotune.models.load import find
+    from capotune.models.base import find
+    from capotune.tasks.generation import Generator
+    from capotune.tasks.loading import load_plain
 
-    device, source = pick_device(), find(str(model))
-    dtype = compute_dtype(device)
-    return Generator(load_plain(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    device, base = pick_device(), find(str(model), trust_remote_code=trust_remote_code)
+    return Generator(load_plain(base, device=device, dtype=compute_dtype(device)))
 
 
-def load_classifier(adapter: str | Path, *, model: str | None = None) -> Classifier:
-    """``load`` for an adapter that gives labels; ``AdapterError`` for one that writes text."""
+def load_predictor(adapter: str | Path, *, model: str | None = None) -> Any:
+    """``load`` for an adapter that is used with ``predict``; ``AdapterError`` for one that writes text."""
     from capotune.adapters.store import read_adapter
 
-    loaded = _loaded(read_adapter(adapter), model, wanted="classification")
-    assert isinstance(loaded, Classifier)
-    return loaded
+    return _loaded(read_adapter(adapter), model, command="predict")
 
 
 def load_generator(adapter_or_model: str | Path, *, model: str | None = None) -> Generator:
-    """``load`` or ``load_model``, whichever fits; ``AdapterError`` for an adapter that gives labels.
+    """``load`` or ``load_model``, whichever fits; ``AdapterError`` for an adapter that writes no text.
 
     ``model`` names another place of an adapter's base.
     """
@@ -264,8 +60,7 @@ def load_generator(adapter_or_model: str | Path, *, model: str | None = None) ->
 
     if not is_adapter(adapter_or_model):
         return _named_model(adapter_or_model, model)
-    loaded = _loaded(read_adapter(adapter_or_model), model, wanted="generation")
-    assert isinstance(loaded, Generator)
+    loaded: Generator = _loaded(read_adapter(adapter_or_model), model, command="generate")
     return loaded
 
 
@@ -277,33 +72,35 @@ def is_adapter(name: str | Path) -> bool:
 
 def _named_model(name: str | Path, model: str | None) -> Generator:
     if model is not None:
-        raise SettingError(f"--model {model}: belongs to an adapter, and '{name}' is none. Leave --model out.")
-    from capotune.models.load import EMBEDDED, find
+        raise SettingError(
+            f"belongs to an adapter, and '{name}' is none.", setting="model", given=model, advice="Leave it out."
+        )
+    from capotune.models.base import EMBEDDED, find
 
     if str(name) not in EMBEDDED and not Path(name).expanduser().is_dir():
         try:
             find(str(name))
         except ModelError as error:
-            raise AdapterError(f"{name}: no such adapter folder, and no model either. {error}") from None
+            raise AdapterError(f"no such adapter folder, and no model either. {error}", where=str(name)) from None
     return load_model(name)
 
 
 def _loaded(
-    stored: StoredAdapter, model: str | None, trust_remote_code: bool = False, wanted: str | None = None
-) -> Classifier | Generator:
-    """The adapter on its base; ``AdapterError`` before anything is loaded when it is for another task than wanted."""
-    from capotune.adapters.store import load_adapter
+    stored: StoredAdapter, model: str | None, trust_remote_code: bool = False, command: str | None = None
+) -> Any:
+    """The adapter on its base; ``AdapterError`` before anything is loaded when another command uses it."""
     from capotune.device import pick_device
+    from capotune.tasks.loading import load_adapter, task_class
 
-    if wanted not in (None, stored.task):
-        does, use = (
-            ("writes text and knows no labels", "generate")
-            if wanted == "classification"
-            else ("gives labels and writes no text", "predict")
+    task = task_class(stored)
+    if command not in (None, task.command):
+        raise AdapterError(
+            f"this adapter {task.gives}.",
+            where=str(stored.folder),
+            advice=f'Use it with: capo {task.command} {stored.folder} "your text"',
         )
-        raise AdapterError(f'{stored.folder}: this adapter {does}. Use it with: capo {use} {stored.folder} "your text"')
     assembled = load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code)
-    return Classifier(assembled) if stored.task == "classification" else Generator(assembled)
+    return assembled.task.facade(assembled)
 
 
 def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
@@ -314,7 +111,8 @@ def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
     >>> base = capotune.load_base("compared/lora/adapter")                     # doctest: +SKIP
     >>> peft.PeftModel.from_pretrained(base, "compared/lora/adapter").eval()   # doctest: +SKIP
     """
-    from capotune.adapters.store import bare_base, read_adapter
+    from capotune.adapters.store import read_adapter
+    from capotune.tasks.loading import bare_base
 
     base: nn.Module = bare_base(read_adapter(adapter), model=model).model
     return base
@@ -322,7 +120,8 @@ def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
 
 def predict(adapter: str | Path, texts: Sequence[str], *, model: str | None = None) -> list[Prediction]:
     """Label and probability of each text. For many calls, ``load`` once and use its methods."""
-    return load_classifier(adapter, model=model).answer(texts)
+    predictions: list[Prediction] = load_predictor(adapter, model=model).answer(texts)
+    return predictions
 
 
 def generate(
@@ -335,140 +134,66 @@ def generate(
 def evaluate(
     adapter: str | Path,
     *,
-    data: object,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    prompt_template: str | None = None,
-    completion_column: str | None = None,
-    answers: int = 200,
+    data: Any,
+    answers: int | None = None,
     model: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    report: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **columns: str | None,
 ) -> dict[str, Any]:
     """Score an adapter, or a language model alone, on data: the test rows when a `split` column marks some, else all.
 
     ``data``: a path, a dataset id on the hub, or rows in memory, as in ``train``.
 
-    For labels: accuracy, macro_f1, loss, rows, and the accuracy's 95 % interval. For text: loss (nats a learned token),
-    perplexity, rows, tokens; exact_match and rouge_l of at most ``answers`` rows, drawn by a fixed seed, when the data
-    holds answers; ``intervals`` with the 95 % interval of each. ``progress``: (rows answered, rows to answer).
+    It is the score of the run that made the adapter, by the same code and decoding: on that run's test file, the same
+    values to the last digit. For labels: accuracy, macro_f1, loss. For text: loss (nats a token in the loss),
+    perplexity, and exact_match and rouge_l of at most ``answers`` rows where the data holds answers. Also ``metric``,
+    the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each.
+
+    ``columns`` are ``text_column``, ``label_column``, ``prompt_template``, ``completion_column``.
 
     Raises ``DataError`` for data that cannot be read or a label that the adapter does not know.
     """
-    from capotune.adapters.store import read_adapter
+    from capotune.data.readers import as_source
 
-    loaded = _loaded(read_adapter(adapter), model) if is_adapter(adapter) else _named_model(adapter, model)
-    classifies = isinstance(loaded, Classifier)
-    columns = {"text_column": text_column, "label_column": label_column}
-    templates = {"prompt_template": prompt_template, "completion_column": completion_column}
-    for name, value in (templates if classifies else columns).items():
-        if value is not None:
-            task = "labels" if classifies else "text"
-            raise SettingError(f"--{name.replace('_', '-')} {value}: '{adapter}' gives {task}; leave this setting out.")
-    if isinstance(loaded, Classifier):
-        return _evaluate_labels(loaded, data, **columns)
-    return _evaluate_text(loaded, data, answers, progress, **templates)
-
-
-def _evaluate_labels(classifier: Classifier, data: object, **columns: str | None) -> dict[str, Any]:
-    import torch
-
-    from capotune.data.labelled import read_to_score
-    from capotune.evaluation.metrics import classification_scores, wilson_interval
-
-    rows = read_to_score(data, **columns)
-    for row, label in enumerate(rows.labels):
-        if label not in classifier.labels:
-            raise DataError(
-                f"the label '{label}' is not one the adapter knows.{nearest(label, classifier.labels)} It knows: "
-                f"{', '.join(classifier.labels[:10])}{', …' if len(classifier.labels) > 10 else ''}.",
-                where=rows.where(row),
-            )
-    number = {label: at for at, label in enumerate(classifier.labels)}
-    logits = torch.from_numpy(classifier.predict_proba(rows.texts)).clamp_min(1e-12).log()
-    scores = classification_scores(logits, torch.tensor([number[label] for label in rows.labels]))
-    low, high = wilson_interval(scores.accuracy, scores.rows)
-    return {**asdict(scores), "interval": [low, high]}
-
-
-def _evaluate_text(
-    generator: Generator,
-    data: object,
-    most: int,
-    progress: Callable[[int, int], None] | None,
-    **templates: str | None,
-) -> dict[str, Any]:
-    from capotune.data.generation import read_samples_to_score
-    from capotune.evaluation.answers import answer_rows
-    from capotune.evaluation.metrics import mean_interval, perplexity
-
-    samples = read_samples_to_score(data, **templates)
-    assembled = generator._assembled
-    nats, tokens = _losses(assembled, samples)
-    loss = sum(nats) / max(sum(tokens), 1)
-    spread = mean_interval(nats, tokens)
-    answered = answer_rows(assembled, samples, most, DecodingSettings(), progress)
-    intervals = {"loss": spread, "perplexity": tuple(map(perplexity, spread))} if spread else {}
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "rows": len(samples),
-        "tokens": sum(tokens),
-        **answered.scores,
-        "answered": len(answered.rows),
-        "intervals": {name: list(ends) for name, ends in {**intervals, **answered.intervals}.items()},
-    }
-
-
-def _losses(assembled: Assembled, samples: Samples) -> tuple[list[float], list[int]]:
-    """Of each sample the sum of its losses in nats and the number of its learned tokens, all its windows together."""
-    from capotune.data.batches import TokenRows
-    from capotune.engine.loop import Examples, outputs
-
-    task = assembled.generation
-    parts = [(number, part) for number, of_sample in enumerate(task.encode(samples)) for part in of_sample]
-    rows = TokenRows([part.ids for _, part in parts], task.pad_id, assembled.method.virtual_token_ids)
-    found = outputs(assembled, Examples(rows, [part.labels for _, part in parts])).double().tolist()
-    nats, tokens = [0.0] * len(samples), [0] * len(samples)
-    for (number, _), (loss, learned) in zip(parts, found, strict=True):
-        nats[number] += loss
-        tokens[number] += int(learned)
-    return nats, tokens
+    settings = build(DataSettings, {"data": as_source(data), **columns})
+    report = (cancel or CancelToken()).watching(report)
+    assembled = (load(adapter, model=model) if is_adapter(adapter) else _named_model(adapter, model))._assembled
+    task: Task = assembled.task
+    task.check_settings(columns, f"'{adapter}'")
+    return task.evaluate(assembled, settings, answers, report).values()
 
 
 def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     """What an adapter is: task, method, base, size, settings, how it scored; labels, or how it writes.
 
-    A soft prompt comes with its vectors' nearest real tokens, a hard one with its words.
+    A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
+    own facts as lines for people.
     """
+    from capotune import methods
     from capotune.adapters.store import read_adapter
+    from capotune.tasks.loading import task_class
 
     stored = read_adapter(adapter)
-    own = (
-        ("labels", "pooling")
-        if stored.task == "classification"
-        else ("chat", "chat_template", "template_from", "learn")
-    )
-    facts = {
+    task = task_class(stored)
+    facts = task.facts(stored.record)
+    own = methods.get(stored.settings.method).stored_facts(stored.settings)
+    if own is None:
+        loaded = load(adapter, model=model)
+        own = loaded.method.facts(loaded.tokenizer)
+    return {
         "adapter": str(stored.folder),
         "task": stored.task,
         "method": stored.settings.method,
         "base": stored.record["base"],
-        **{name: stored.record[name] for name in own},
-        "max_length": stored.record["max_length"],
+        **facts,
+        "in_words": task.facts_in_words(facts),
         "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),
         "bytes": stored.nbytes,
         "settings": stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
+        **own,
     }
-    if getattr(stored.settings, "hard", False):
-        facts["hard_prompt"] = stored.record["settings"]["init_text"]
-    elif stored.settings.method == "prompt-tuning":
-        loaded = load(adapter, model=model)
-        facts["nearest_tokens"] = [
-            [(loaded.tokenizer.convert_ids_to_tokens(token), round(similarity, 3)) for token, similarity in near]
-            for near in loaded.method.nearest_tokens(len(loaded.tokenizer))
-        ]
-    return facts
 
 
 def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
@@ -478,15 +203,15 @@ def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
     content = _plain_content(source)
     if content is not None:
         return [line for line in content.split("\n") if line.strip()]
-    return _column(source, text_column, TEXT_NAMES, "--text-column")
+    return _column(source, text_column, TEXT_NAMES, "text_column")
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
-    """Prompts to go on from: a column of a csv, tsv, jsonl or parquet file, or any other file as one prompt."""
+    """Prompts to continue: a column of a csv, tsv, jsonl or parquet file, or any other file as one prompt."""
     content = _plain_content(source)
     if content is not None:
         return [content.removesuffix("\n")]
-    return _column(source, prompt_column, ("prompt", "question", "instruction", "input", "text"), "--prompt-column")
+    return _column(source, prompt_column, ("prompt", "question", "instruction", "input", "text"), "prompt_column")
 
 
 def _plain_content(source: str) -> str | None:
@@ -497,11 +222,11 @@ def _plain_content(source: str) -> str | None:
     path = Path(source).expanduser()
     if not path.exists():
         near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DataError(f"{source}: no such file. {near}Give a file of texts.")
+        raise DataError("no such file.", where=source, advice=f"{near}Give a file of texts.")
     return read_text(source) if is_plain_text(source) else None
 
 
-def _column(source: str, given: str | None, names: Sequence[str], flag: str) -> list[str]:
+def _column(source: str, given: str | None, names: Sequence[str], setting: str) -> list[str]:
     """A column's texts; without a name the first of ``names`` that is there, or the only one."""
     from capotune.data.readers import read_table
     from capotune.data.wording import bad_rows
@@ -512,7 +237,9 @@ def _column(source: str, given: str | None, names: Sequence[str], flag: str) -> 
         column = table.columns[0]
     if column not in table.columns:
         why = f"'{column}' is no column" if column else "it is not clear which column holds the text"
-        raise DataError(f"{source}: {why}. The columns are {', '.join(table.columns)}. Give {flag}.")
+        raise DataError(
+            f"{why}. The columns are {', '.join(table.columns)}.", where=source, advice=f"Give `{setting}`."
+        )
     texts: list[Any] = [row.get(column) for row in table.rows]
     bad = {
         line: f"the column {column!r} holds {text!r}"
@@ -522,16 +249,3 @@ def _column(source: str, given: str | None, names: Sequence[str], flag: str) -> 
     if bad:
         raise bad_rows(table.source, "rows without a text", bad, "Fill these in or delete the rows.")
     return texts
-
-
-def _check_texts(texts: Sequence[str]) -> None:
-    """``DataError`` for what no tokenizer takes."""
-    if isinstance(texts, str):
-        raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}. Put it in a list.")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"text {number}: a string is needed, found {type(text).__name__} {text!r}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # what the shell or a pipe gave was not UTF-8
-            raise DataError(f"text {number} is not UTF-8: {text[:40]!r}. Convert it first, say with iconv.") from None

@@ -17,6 +17,7 @@ import tyro
 
 from capotune.cli.flags import parse_repeating
 from capotune.cli.generate import decoding_of, show
+from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.settings import DecodingSettings, nearest
 
@@ -83,7 +84,7 @@ class Session:
             if line:
                 self._answer(line)
         except CapotuneError as error:
-            _say(str(error))
+            _say(in_flags(error))
         return True
 
     def _obey(self, command: str, rest: str) -> bool:
@@ -133,9 +134,7 @@ class Session:
 
     def _answer(self, text: str) -> None:
         """Let the model answer; a turn that gets no answer is forgotten."""
-        from capotune import api
-
-        turns = self._shortened([*self.turns, api.user_turn(text)])
+        turns = self._shortened([*self.turns, {"role": "user", "content": text}])
         written: list[str] = []
         try:
             show(self.generator.stream_chat(self._all(turns), **self.decoding), written)
@@ -150,16 +149,16 @@ class Session:
         return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
     def _shortened(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The turns without the oldest ones where the context leaves too little room for an answer."""
+        """The turns without the oldest ones where the context leaves too few tokens for an answer."""
         context = self.generator.context_length
         wanted = min(self.decoding["max_tokens"], context // 4)
-        kept = turns
-        while len(kept) > 1 and self.generator.room(self._all(kept)) < wanted:
-            kept = kept[2:]  # a question and its answer
-        dropped = len(turns) - len(kept)
-        if dropped and self.generator.room(self._all(kept)) > 0:
+        newest = turns
+        while len(newest) > 1 and self.generator.tokens_left(self._all(newest)) < wanted:
+            newest = newest[2:]  # a question and its answer
+        dropped = len(turns) - len(newest)
+        if dropped and self.generator.tokens_left(self._all(newest)) > 0:
             _say(f"(the model holds {context:,} tokens: the oldest {dropped} turns are left out)")
-        return kept
+        return newest
 
 
 def _lines() -> Iterator[str]:

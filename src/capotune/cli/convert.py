@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
+from capotune.events import Event, Progress, Reporter, Stage
 from capotune.files import human_bytes
 from capotune.settings import MergeSettings, QuantizeSettings
 
@@ -24,7 +26,7 @@ class Quantize(QuantizeSettings):
     """Write a model with its linear weights in 4 bits, for Transformers with bitsandbytes and for qlora."""
 
     model: tyro.conf.Positional[str]
-    """Model to pack: `minilm` (embedded), a folder, or a model id on the hub."""
+    """Model to quantize: `minilm` (embedded), a folder, or a model id on the hub."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -69,35 +71,35 @@ def merge(rest: list[str]) -> int:
 
 
 @contextmanager
-def watch_bytes() -> Iterator[Callable[[dict[str, Any]], None]]:
+def watch_bytes() -> Iterator[Reporter]:
     """A bar of bytes on standard error; where that is no terminal, a line per stage."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield (
             lambda event: (
-                console.print(event["text"], highlight=False, soft_wrap=True) if event["kind"] == "stage" else None
+                console.print(event.text, highlight=False, soft_wrap=True) if isinstance(event, Stage) else None
             )
         )
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=None)
+    with ProgressBars(*columns, console=console) as bars:
+        bar = bars.add_task("", total=None)
 
-        def report(event: dict[str, Any]) -> None:
-            if event["kind"] == "stage":
-                progress.update(bar, description=event["text"], total=None, completed=0)
-            else:
-                progress.update(bar, completed=event["step"], total=event["total"])
+        def report(event: Event) -> None:
+            if isinstance(event, Stage):
+                bars.update(bar, description=event.text, total=None, completed=0)
+            elif isinstance(event, Progress):
+                bars.update(bar, completed=event.done, total=event.total)
 
         yield report
 
 
 def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
     grid = _grid()
-    share = result["packed_weights"] / result["all_weights"]
+    share = result["quantized_weights"] / result["all_weights"]
     grid.add_row("weights", f"{share:.1%} of {result['all_weights']:,} in 4 bits ({len(result['layers'])} layers)")
     grid.add_row("size", f"{human_bytes(result['bytes_before'])} before, {human_bytes(result['bytes'])} now")
-    grid.add_row("error", f"{result['relative_error']:.2%} of the packed weights' norm")
+    grid.add_row("error", f"{result['relative_error']:.2%} of the quantized weights' norm")
     if "answers" in result:
         grid.add_row("answers", describe_answers(result["answers"]))
     grid.add_row("written to", result["out"])
@@ -113,7 +115,7 @@ def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
 
 def _show_merged(result: dict[str, Any]) -> None:
     grid = _grid()
-    how = "in 4 bits: unpacked, changed, packed again" if result["requantized"] else "as the base is stored"
+    how = "in 4 bits: dequantized, changed, quantized again" if result["requantized"] else "as the base is stored"
     grid.add_row("merged", f"{result['changed_layers']} layers of {result['base']}, {how}")
     grid.add_row("answers", f"{describe_answers(result['answers'])}, against the adapter on its base")
     grid.add_row("written to", f"{result['out']}, {human_bytes(result['bytes'])}")

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import capotune
-from capotune.settings import (
-    CompareSettings,
-    FeatureExtractionSettings,
-    LoraSettings,
-    PromptTuningSettings,
-    QloraSettings,
-)
+from capotune import api
 
 EXPRESSIONS = Path(capotune.__file__).parent / "examples" / "python_expressions.jsonl"
 
@@ -27,16 +21,9 @@ def demo(out: Path, show_page: bool, epochs: int | None = None) -> int:
 
     few_rows: dict[str, Any] = {"epochs": 7, "patience": 7, "batch_size": 16, "learning_rate": 4e-3}
     chosen = {} if epochs is None else {"epochs": epochs, "patience": epochs}
-    longer = few_rows | chosen
-    settings = CompareSettings(
-        data=str(EXPRESSIONS),
-        model="capo-tiny",
-        out=out,
-        feature_extraction=FeatureExtractionSettings(**longer),
-        lora=LoraSettings(**longer),
-        qlora=QloraSettings(**longer),
-        prompt_tuning=PromptTuningSettings(**chosen),
-    )
+    each: dict[str, Any] = dict.fromkeys(("feature_extraction", "lora", "qlora"), few_rows | chosen)
+    each["prompt_tuning"] = chosen
+    settings = api.compare_settings()(data=str(EXPRESSIONS), model="capo-tiny", out=out, **each)
     shorter = [] if epochs is None else ["--epochs", str(epochs)]
     code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out), *shorter]))
     page = (out / "compare.html").resolve()

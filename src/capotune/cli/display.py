@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
+from capotune import api
 from capotune.cli import data_report
 from capotune.cli.comparison_table import comparison_table
+from capotune.events import (
+    DataInspected,
+    EpochEnded,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Reporter,
+    Stage,
+    StepTaken,
+    TrainingStarted,
+    Warned,
+)
 from capotune.files import human_bytes
 
-Reporter = Callable[[str, dict[str, Any]], None]
-
-_SHARES = ("accuracy", "exact_match")  # shown as percentages
-_NAMES = {"macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+_SHARES = ("accuracy", "exact_match", "f1", "precision", "recall")  # shown as percentages
+_NAMES = {"macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L", "f1": "F1"}
 
 
 class _Steps(ProgressColumn):
@@ -32,10 +45,13 @@ class _Steps(ProgressColumn):
 
 @contextmanager
 def watch(methods: Sequence[str]) -> Iterator[Reporter]:
-    """A live bar per technique on standard error; where that is no terminal, a line per stage and epoch."""
+    """A live bar per technique on standard error; where that is no terminal, a line per stage and epoch.
+
+    Events that name no method are those of the first.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _plain_lines(console)
+        yield _Lines(console, methods[0])
         return
     columns = (
         TextColumn("{task.description}"),
@@ -45,106 +61,126 @@ def watch(methods: Sequence[str]) -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        bars = {
-            method: progress.add_task(f"{method:18}", total=None, start=False, note="waiting") for method in methods
-        }
-        yield _bars(progress, bars, console)
+    with ProgressBars(*columns, console=console) as bars:
+        yield _Bars(bars, console, methods)
 
 
-def _bars(progress: Progress, bars: dict[str, Any], console: Console) -> Reporter:
-    shown: set[str] = set()
+class _Watcher:
+    """What both kinds of watching share: the data report, once for all techniques."""
 
-    def report(method: str, event: dict[str, Any]) -> None:
-        bar, kind = bars[method], event["kind"]
-        if not progress.tasks[bar].started:
-            progress.start_task(bar)
-        if kind == "data":
-            _show_data(console, event, shown)
-        elif kind == "start":
-            progress.console.print(_trainable(method, event))
-        elif kind == "stage":
-            progress.update(bar, note=event["text"], total=None, completed=0)
-        elif kind == "step":
-            note = f"loss {event['loss']:.3f}" if event["loss"] is not None else progress.tasks[bar].fields["note"]
-            progress.update(bar, completed=event["step"], total=event["total"], note=note)
-        elif kind == "result":
-            progress.update(bar, note=_scored(event), total=1, completed=1)
-            progress.stop_task(bar)
-        elif kind == "failed":
-            progress.update(bar, note="failed")
-            console.print(f"{method}: {event['text']}", style="red", markup=False, highlight=False)
+    def __init__(self, console: Console, first: str) -> None:
+        self.console, self.first, self.shown_data = console, first, False
 
-    return report
+    def method(self, event: Event) -> str:
+        return event.method or self.first
+
+    def show_data(self, event: DataInspected) -> None:
+        if not self.shown_data:
+            self.console.print(data_report.draw(event.report or {}))
+            self.console.print()
+        self.shown_data = True
 
 
-def _plain_lines(console: Console) -> Reporter:
-    shown: set[str] = set()
+class _Bars(_Watcher):
+    """A bar per technique."""
 
-    def report(method: str, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "data":
-            _show_data(console, event, shown)
-        elif kind == "start":
-            console.print(_trainable(method, event))
-        elif kind == "stage" or kind == "failed":
-            console.print(f"{method}: {event['text']}", highlight=False)
-        elif kind == "epoch":
-            held_out = f"held-out {_score(event['metric'], event['score'])}"
-            text = f"epoch {event['epoch']}: loss {event['loss']:.4f}, {held_out}"
-            console.print(f"{method}: {text}", highlight=False)
-        elif kind == "result":
-            console.print(f"{method}: {_scored(event)} in {event['train_seconds']:.1f} s", highlight=False)
+    def __init__(self, bars: ProgressBars, console: Console, methods: Sequence[str]) -> None:
+        super().__init__(console, methods[0])
+        self.bars = bars
+        self.tasks = {name: bars.add_task(f"{name:18}", total=None, start=False, note="waiting") for name in methods}
 
-    return report
+    def __call__(self, event: Event) -> None:
+        method = self.method(event)
+        bar = self.tasks[method]
+        if not self.bars.tasks[bar].started:
+            self.bars.start_task(bar)
+        if isinstance(event, DataInspected):
+            self.show_data(event)
+        elif isinstance(event, TrainingStarted):
+            self.bars.console.print(_trainable(method, event))
+        elif isinstance(event, Stage):
+            self.bars.update(bar, note=event.text, total=None, completed=0)
+        elif isinstance(event, StepTaken):
+            self.bars.update(bar, completed=event.step, total=event.total, note=f"loss {event.loss:.3f}")
+        elif isinstance(event, Progress):
+            self.bars.update(bar, completed=event.done, total=event.total)
+        elif isinstance(event, Finished):
+            self.bars.update(bar, note=_scored(event), total=1, completed=1)
+            self.bars.stop_task(bar)
+        elif isinstance(event, Failed):
+            self.bars.update(bar, note="failed")
+            self.console.print(f"{method}: {event.text}", style="red", markup=False, highlight=False)
+        elif isinstance(event, Warned):
+            self.console.print(f"{method}: {event.text}", style="yellow", markup=False, highlight=False)
+
+
+class _Lines(_Watcher):
+    """A line per stage and epoch."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, DataInspected):
+            self.show_data(event)
+        elif isinstance(event, TrainingStarted):
+            self.console.print(_trainable(self.method(event), event))
+        elif isinstance(event, Stage | Failed | Warned):
+            self._line(event, event.text)
+        elif isinstance(event, EpochEnded):
+            held_out = f"held-out {_score(event.metric, event.score)}"
+            self._line(event, f"epoch {event.epoch}: loss {event.loss:.4f}, {held_out}")
+        elif isinstance(event, Finished):
+            seconds = (event.result or {})["train_seconds"]
+            self._line(event, f"{_scored(event)} in {seconds:.1f} s")
+
+    def _line(self, event: Event, text: str) -> None:
+        self.console.print(f"{self.method(event)}: {text}", highlight=False)
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A count on standard error, ``what done/total``, while something long is done; None where that is no terminal."""
+def counting(what: str) -> Iterator[Reporter]:
+    """A count on standard error, ``what done/total``, while something long is done; nothing where it is no terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(TextColumn(what), BarColumn(bar_width=24), _Steps(), console=console, transient=True) as progress:
-        bar = progress.add_task(what, total=None, visible=False)
-        yield lambda done, total: progress.update(bar, completed=done, total=total, visible=True)
+    with ProgressBars(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        _Steps(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        bar = bars.add_task(what, total=None, visible=False)
+
+        def report(event: Event) -> None:
+            if isinstance(event, Stage):
+                bars.update(bar, description=event.text, completed=0, total=None)
+            elif isinstance(event, Progress):
+                bars.update(bar, completed=event.done, total=event.total, visible=True)
+
+        yield report
 
 
-def _scored(event: dict[str, Any]) -> str:
-    return _score(event["metric"], event["score"]) if event["test_rows"] else "done"
+def _scored(event: Finished) -> str:
+    result = event.result or {}
+    return _score(result["metric"], result["score"]) if result["test_rows"] else "done"
 
 
 def _score(metric: str, value: float) -> str:
     """A score with its name; perplexity with the loss whose exponential it is."""
     if metric == "perplexity":
         return f"loss {math.log(value):.3f}, perplexity {value:.2f}"
-    return (
-        f"{_NAMES.get(metric, metric)} {value:.2%}"
-        if metric in _SHARES
-        else f"{_NAMES.get(metric, metric)} {value:.4f}"
-    )
-
-
-def _show_data(console: Console, event: dict[str, Any], shown: set[str]) -> None:
-    """The data report, once for all techniques."""
-    if not shown:
-        console.print(data_report.draw(event["report"]))
-        console.print()
-    shown.add("data")
+    return f"{_NAMES.get(metric, metric)} {_number(metric, value)}"
 
 
 def show_data(found: dict[str, Any]) -> None:
     """A data report, and whose tokens it counts."""
     console = Console(markup=False)
     console.print(data_report.draw(found["report"]))
-    what = "text to write" if found["task"] == "generation" else "labelled text"
-    console.print(f"\nRead as {what}; tokens are those of {found['model']}.", highlight=False, soft_wrap=True)
+    text = f"\nRead as {found['title']}; tokens are those of {found['model']}."
+    console.print(text, highlight=False, soft_wrap=True)
 
 
-def _trainable(method: str, event: dict[str, Any]) -> Text:
-    share = event["trainable"] / event["total"]
-    return Text(f"{method}: {event['trainable']:,} trainable parameters, {share:.2%} of the base's {event['total']:,}")
+def _trainable(method: str, event: TrainingStarted) -> Text:
+    share = event.trainable / event.total
+    return Text(f"{method}: {event.trainable:,} trainable parameters, {share:.2%} of the base's {event.total:,}")
 
 
 def show_comparison(comparison: Any, out: Path) -> None:
@@ -167,9 +203,9 @@ def show_run(record: dict[str, Any], out: Path) -> None:
             rows = f" on {result['test_rows']:,} test rows" if name == result["metric"] else ""
             grid.add_row(_NAMES.get(name, name), f"{_number(name, value)}{rows}")
     else:
-        metric = "perplexity" if record["settings"]["task"] == "generation" else "accuracy"
+        metric = result["held_out_metric"]
         held_out = _number(metric, result["held_out_score"])
-        grid.add_row(metric, f"{held_out} on the held-out rows (no test rows)")
+        grid.add_row(_NAMES.get(metric, metric), f"{held_out} on the held-out rows (no test rows)")
     grid.add_row(
         "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
     )
@@ -183,37 +219,22 @@ def show_run(record: dict[str, Any], out: Path) -> None:
 
 
 def _try_it(console: Console, task: str, adapter: Path) -> None:
-    command = "generate" if task == "generation" else "predict"
-    console.print(f'\nTry it: capo {command} {adapter} "your text"', highlight=False, soft_wrap=True)
+    text = f'\nTry it: capo {api.command_of(task)} {adapter} "your text"'
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def show_scores(scores: dict[str, Any]) -> None:
-    """Every score with its interval, and how many rows it is from."""
+    """Every score with its interval and what it was measured on, the compared one first."""
     grid = _grid()
-    if "accuracy" in scores:
-        low, high = scores["interval"]
-        interval = f"95 % interval {low:.2%} to {high:.2%}"
-        grid.add_row("accuracy", f"{scores['accuracy']:.2%} on {scores['rows']:,} rows ({interval})")
-        grid.add_row("macro F1", f"{scores['macro_f1']:.4f}")
-        grid.add_row("loss", f"{scores['loss']:.4f}")
-    else:
-        for name in ("exact_match", "rouge_l", "perplexity", "loss"):
-            if name in scores:
-                grid.add_row(_NAMES.get(name, name), _with_interval(name, scores))
+    measured = {name: scores[name] for name in scores["measured_on"]}
+    for name, value in _main_first(scores["metric"], measured).items():
+        interval = ""
+        if name in scores["intervals"]:
+            low, high = (_number(name, end) for end in scores["intervals"][name])
+            interval = f" (95 % interval {low} to {high})"
+        text = f"{_number(name, value)} on {scores['measured_on'][name]}{interval}"
+        grid.add_row(_NAMES.get(name, name), text)
     Console(markup=False).print(grid)
-
-
-def _with_interval(name: str, scores: dict[str, Any]) -> str:
-    answered, rows = scores["answered"], scores["rows"]
-    if name in ("perplexity", "loss"):
-        where = f"{scores['tokens']:,} tokens of {rows:,} rows"
-    else:
-        where = f"{answered:,} rows" if answered == rows else f"{answered:,} of {rows:,} rows, drawn by a fixed seed"
-    interval = ""
-    if name in scores["intervals"]:
-        low, high = (_number(name, value) for value in scores["intervals"][name])
-        interval = f" (95 % interval {low} to {high})"
-    return f"{_number(name, scores[name])} on {where}{interval}"
 
 
 def _number(metric: str, value: float) -> str:
@@ -231,18 +252,9 @@ def show_info(facts: dict[str, Any]) -> None:
     grid = _grid()
     grid.add_row("method", facts["method"])
     grid.add_row("base", f"{facts['base']['name']} (fingerprint {facts['base']['fingerprint'][:16]}…)")
-    if facts["task"] == "classification":
-        labels = facts["labels"]
-        grid.add_row("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}")
-        text = f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"
-    else:
-        grid.add_row("writes", "answers in a conversation" if facts["chat"] else "text that goes on from a prompt")
-        grid.add_row("template", facts["template_from"])
-        turns = " assistant turn" if facts["learn"] == "last" else " assistant turns"
-        learned = f", learned: {facts['learn']}{turns}" if facts["chat"] else ""
-        text = f"up to {facts['max_length']} tokens{learned}"
+    for name, text in facts["in_words"]:
+        grid.add_row(name, text)
     grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
-    grid.add_row("text", text)
     grid.add_row("trained", _trained(facts["trained"]))
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
     if "hard_prompt" in facts:

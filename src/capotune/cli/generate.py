@@ -12,6 +12,7 @@ import tyro
 
 from capotune.cli.flags import Json, parse_repeating
 from capotune.errors import DataError, SettingError
+from capotune.events import counter
 from capotune.settings import DecodingSettings
 
 
@@ -50,12 +51,12 @@ def generate(rest: list[str]) -> int:
     chat = settings.chat or (generator.chats and not settings.raw)
     decoding = decoding_of(settings)
     if len(prompts) == 1 and not settings.as_json:
-        turns = [api.user_turn(prompts[0])]
+        turns = [{"role": "user", "content": prompts[0]}]
         show(generator.stream_chat(turns, **decoding) if chat else generator.stream(prompts[0], **decoding))
         return 0
-    with counting("answered") as progress:
+    with counting("answered") as report:
         write = generator.chat_each if chat else generator.generate
-        texts = write(prompts, progress=progress, **decoding)
+        texts = write(prompts, progress=counter(report), **decoding)
     for prompt, text in zip(prompts, texts, strict=True):
         if settings.as_json:
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)

@@ -15,18 +15,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from capotune.cli.flags import Json, in_flags, parse, take_config
+from capotune.cli.flags import Json, parse, take_config
+from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
-from capotune.settings import (
-    METHODS,
-    CompareSettings,
-    DataSettings,
-    Settings,
-    TrainSettings,
-    build,
-    method_class,
-    nearest,
-)
+from capotune.settings import CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
 
 HELP = """usage: capo COMMAND …
 
@@ -64,8 +56,9 @@ class Evaluate(Settings):
     """Text to write: the prompt made from columns, as in `Question: {question} Answer:`."""
     completion_column: str | None = None
     """Text to write: with a prompt template, the column that holds the text to write. Found by name when left out."""
-    answers: Annotated[int, Field(ge=0)] = 200
-    """Text to write: rows that the model answers, for exact match and ROUGE-L (0: none)."""
+    answers: Annotated[int, Field(ge=0)] | None = None
+    """Text to write: rows that the model answers, for exact match and ROUGE-L (0: none). Left out: as many as in the
+    run that made the adapter, or 200."""
     model: str | None = None
     """Where the base is, when not where it was trained."""
     as_json: Json = False
@@ -143,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(given)
     except CapotuneError as error:
-        print(f"capo: {in_flags(str(error))}", file=sys.stderr)
+        print(f"capo: {in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ncapo: stopped.", file=sys.stderr, flush=True)
@@ -179,7 +172,10 @@ def _dispatch(given: list[str]) -> int:
 
 def _compare(rest: list[str]) -> int:
     flags, config = take_config(rest)
-    return compare(parse(CompareSettings, flags, "capo compare", config), shlex.join(["capo", "compare", *rest]))
+    from capotune import api
+
+    settings = parse(api.compare_settings(), flags, "capo compare", config)
+    return compare(settings, shlex.join(["capo", "compare", *rest]))
 
 
 def compare(settings: CompareSettings, command: str) -> int:
@@ -194,23 +190,25 @@ def compare(settings: CompareSettings, command: str) -> int:
 
 
 def _train(rest: list[str]) -> int:
+    from capotune import api
+
+    known = ", ".join(api.method_names())
     if not rest:
-        raise SettingError(f"train which method? Give one of {', '.join(METHODS)}: capo train lora --data tickets.csv")
+        raise SettingError(f"train which method? Give one of {known}: capo train lora --data tickets.csv")
     if rest[0] in ("-h", "--help"):
-        print(f"usage: capo train METHOD --data FILE …\n\nMETHOD is one of: {', '.join(METHODS)}.")
+        print(f"usage: capo train METHOD --data FILE …\n\nMETHOD is one of: {known}.")
         print("`capo train METHOD --help` lists its settings.")
         return 0
-    own_class = method_class(rest[0])
+    own_class = api.method_settings(rest[0])
     flags, config = take_config(rest[1:])
     both: Any = type("Train", (Resumable, own_class), {"__doc__": f"{Resumable.__doc__} {own_class.__doc__}"})
     parsed = parse(both, flags, f"capo train {rest[0]}", config).model_dump()
-    from capotune import api
     from capotune.cli.display import show_run, watch
 
     settings = build(TrainSettings, {name: parsed[name] for name in TrainSettings.model_fields})
     own = build(own_class, {name: parsed[name] for name in own_class.model_fields})
     with watch([own.method]) as report:
-        record = api.train_run(settings, own, resume=parsed["resume"], report=lambda event: report(own.method, event))
+        record = api.train_run(settings, own, resume=parsed["resume"], report=report)
     show_run(record, settings.out)
     return 0
 
@@ -221,8 +219,8 @@ def _evaluate(rest: list[str]) -> int:
     from capotune.cli.display import counting, show_scores
 
     given = {name: value for name, value in settings.model_dump().items() if name not in ("adapter", "as_json")}
-    with counting("answered") as progress:
-        scores = api.evaluate(settings.adapter, progress=progress, **given)
+    with counting("scored") as report:
+        scores = api.evaluate(settings.adapter, report=report, **given)
     if settings.as_json:
         print(json.dumps(scores))
     else:
@@ -236,17 +234,19 @@ def _predict(rest: list[str]) -> int:
 
     if settings.texts and settings.file:
         raise SettingError("give texts or --file, not both.")
-    classifier = api.load_classifier(settings.adapter, model=settings.model)
+    predictor = api.load_predictor(settings.adapter, model=settings.model)
     if settings.texts or settings.file:
         texts = list(settings.texts) or list(api.read_texts(str(settings.file), settings.text_column))
-        _print_predictions(classifier.answer(texts), settings.as_json)
+        _print_predictions(predictor.answer(texts), settings.as_json)
         return 0
     try:
         for line in sys.stdin:  # answered as they come, so that it works inside a pipe
             if line.strip():
-                _print_predictions(classifier.answer([line.rstrip("\n")]), settings.as_json)
+                _print_predictions(predictor.answer([line.rstrip("\n")]), settings.as_json)
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8 text ({error}). Convert it first, say with iconv.") from None
+        raise DataError(
+            f"standard input is not UTF-8 text ({error}).", advice="Convert it first, say with iconv."
+        ) from None
     return 0
 
 
@@ -324,8 +324,4 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _print_predictions(predictions: list[Any], as_json: bool) -> None:
     for one in predictions:
-        if as_json:
-            row = {"text": one.text, "label": one.label, "probability": round(one.probability, 6)}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-        else:
-            print(f"{one.label}\t{one.probability:.3f}\t{' '.join(one.text.split())}", flush=True)
+        print(json.dumps(one.as_json(), ensure_ascii=False) if as_json else one.as_line(), flush=True)

@@ -1,4 +1,4 @@
-"""A training state on disk: tensors in safetensors, numbers in JSON, complete or absent."""
+"""A training state on disk: tensors in safetensors, counters in JSON, complete or absent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from capotune.engine.loop import TrainingState
+from capotune.engine.state import TrainingState
 from capotune.errors import OutputError
 from capotune.files import output_folder, write_atomic
 
-_NUMBERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum")
+_COUNTERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum")
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:
@@ -27,7 +27,7 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
     if not target.exists():
         with output_folder(target) as new:
             write_atomic(new / "state.safetensors", save(_tensors(state)))
-            write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _NUMBERS}))
+            write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _COUNTERS}))
     for old in _all(folder):
         if old != target:
             for path in old.iterdir():  # by rmtree, a signal may become an OSError
@@ -39,15 +39,15 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """The newest state under ``folder``. ``OutputError`` when there is none or it is damaged."""
     found = _all(folder)
     if not found:
-        raise OutputError(f"--resume: no checkpoint in {folder}. Start the run without --resume.")
+        raise OutputError(f"no checkpoint in {folder}.", setting="resume", advice="Start the run without `resume`.")
     try:
-        numbers: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        counters: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
         for name in ("best_score", "trained_score"):
-            numbers[name] = tuple(numbers[name])
-        return _state(numbers, load_file(found[-1] / "state.safetensors"))
+            counters[name] = tuple(counters[name])
+        return _state(counters, load_file(found[-1] / "state.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(
-            f"--resume: the checkpoint {found[-1]} is damaged ({error!r}). Start without --resume."
+            f"the checkpoint {found[-1]} is damaged ({error!r}).", setting="resume", advice="Start without `resume`."
         ) from None
 
 
@@ -65,8 +65,8 @@ def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in flat.items()}
 
 
-def _state(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TrainingState:
-    state = TrainingState(rng=tensors["rng"], **numbers)
+def _state(counters: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TrainingState:
+    state = TrainingState(rng=tensors["rng"], **counters)
     for flat, value in tensors.items():
         kind, _, key = flat.partition("/")
         if kind == "weights":

@@ -36,6 +36,10 @@ _ROUGH, _ROUGH_EXACT = 5e-3, 1e-3  # tolerances on the path, within a sample's s
 _MAX_STEPS, _HISTORY = 500, 10
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class LinearHead:
     """weight (labels, features) and bias (labels,) for features as they come, not standardised."""
@@ -57,14 +61,16 @@ def choose_regularization(
     held_targets: torch.Tensor,
     labels: int,
     tolerance: float = 2e-3,
+    on_iteration: Callable[[], object] = _nothing,
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
 
     Shapes: features (rows, features), targets (rows,). The path ends when the held-out loss has risen twice in a row.
     On the path the problem is solved roughly and within the sample's span; the λ chosen is then solved to
     ``tolerance``, looser than that of ``solve``: this head is to be judged or trained on, not the final one.
+    ``on_iteration`` is called before every step of the solver.
     """
-    problem = _Problem.of(features, targets)
+    problem = _Problem.of(features, targets, on_iteration)
     held = problem.project(held_features)
     head = best = problem.zeros(labels)
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
@@ -87,10 +93,11 @@ def solve(
     regularization: float,
     tolerance: float = 1e-4,
     near: LinearHead | None = None,
+    on_iteration: Callable[[], object] = _nothing,
 ) -> LinearHead:
     """The best head for one λ: F is within about ``tolerance``·F of its minimum. ``near``: one to start from, such as
     that of most of these rows; without it the path is followed."""
-    problem = _Problem.of(features, targets)
+    problem = _Problem.of(features, targets, on_iteration)
     if near is not None:
         return problem.finish(problem.in_span(near), regularization, tolerance)
     head = problem.zeros(labels)
@@ -117,9 +124,10 @@ class _Problem:
     """x·basis, (rows, columns)."""
     exact: bool
     """Whether the best head is sure to lie in the span."""
+    on_iteration: Callable[[], object]
 
     @staticmethod
-    def of(features: torch.Tensor, targets: torch.Tensor) -> _Problem:
+    def of(features: torch.Tensor, targets: torch.Tensor, on_iteration: Callable[[], object]) -> _Problem:
         mean, (rows, columns) = features.mean(0), features.shape
         x = features - mean
         std = torch.linalg.vector_norm(x, dim=0) / rows**0.5
@@ -131,7 +139,7 @@ class _Problem:
         z = x @ basis
         variance, axes = torch.linalg.eigh(z.t() @ z / rows)
         exact = count == rows or basis.shape[1] == columns
-        return _Problem(mean, scale, x, targets, basis @ axes, variance.clamp_min(0), z @ axes, exact)
+        return _Problem(mean, scale, x, targets, basis @ axes, variance.clamp_min(0), z @ axes, exact, on_iteration)
 
     @property
     def rough(self) -> float:
@@ -158,7 +166,7 @@ class _Problem:
             weight = gradient[:, :-1] / (c * self.variance + 2 * regularization)
             return torch.cat([weight, gradient[:, -1:] / c], 1)
 
-        return _minimize(self.z, self.targets, head, regularization, precondition, tolerance)
+        return _minimize(self.z, self.targets, head, regularization, precondition, tolerance, self.on_iteration)
 
     def finish(self, head: torch.Tensor, regularization: float, tolerance: float) -> LinearHead:
         """The best of all heads, from one within the span, for features as they come."""
@@ -176,7 +184,7 @@ class _Problem:
                 weight = weight / outside + LinearInput(within).linear(self.basis)
                 return torch.cat([weight, gradient[:, -1:] / c], 1)
 
-            head = _minimize(self.x, self.targets, head, regularization, precondition, tolerance)
+            head = _minimize(self.x, self.targets, head, regularization, precondition, tolerance, self.on_iteration)
         weight = head[:, :-1] * self.scale
         return LinearHead(weight, head[:, -1] - weight @ self.mean, regularization)
 
@@ -188,6 +196,7 @@ def _minimize(
     regularization: float,
     precondition: Callable[[torch.Tensor, float], torch.Tensor],
     tolerance: float,
+    on_iteration: Callable[[], object],
 ) -> torch.Tensor:
     """L-BFGS with an exact line search, until the loss still to gain, about ½·gᵀP⁻¹g, is below ``tolerance``·F.
 
@@ -199,6 +208,7 @@ def _minimize(
     before, before_p, step = head, head, head
     c = 0.0
     for number in range(_MAX_STEPS):
+        on_iteration()
         log_p = torch.log_softmax(logits, 0)
         loss = -log_p[targets, rows].mean() + regularization * head[:, :-1].square().sum()
         residual = log_p.exp_()

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from capotune.device import pick_device
 from capotune.errors import DataError
-from capotune.models.load import Source, load_backbone, load_causal_lm, load_config, load_tokenizer, max_length
+from capotune.models.base import Base
+from capotune.models.load import load_backbone, load_causal_lm
 
 WINDOW = 512
 """Tokens that a model reads at once."""
@@ -76,25 +77,23 @@ def compare_states(original: Tensor, changed: Tensor) -> StateDivergence:
     return StateDivergence(len(cosine), float(cosine.mean()), float(cosine.min()))
 
 
-def compare_models(original: Source, changed: Source, text: str, trust: bool = False) -> Divergence | StateDivergence:
+def compare_models(original: Base, changed: Base, text: str) -> Divergence | StateDivergence:
     """Of two models of one tokenizer, one after the other in memory, ``original`` at full precision.
 
     Raises ``DataError`` when the text is too short, ``ModelError`` when a model cannot be loaded.
     """
     writes = writes_text(original)
-    windows = text_windows(original, text, by_line=not writes, trust=trust)
+    windows = text_windows(original, text, by_line=not writes)
     load = load_causal_lm if writes else load_backbone
-    answers = [
-        answers_of(load(source, trust_remote_code=trust), windows) for source in (original, changed)
-    ]  # one at a time
+    answers = [answers_of(load(base), windows) for base in (original, changed)]  # one model at a time
     return compare_logits(*answers) if writes else compare_states(*answers)
 
 
-def writes_text(source: Source) -> bool:
+def writes_text(base: Base) -> bool:
     """Whether the model is stored with a language model's output layer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return (source.config().get("architectures") or [None])[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (base.config_values.get("architectures") or [None])[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def read_text(path: str | Path | None) -> str:
@@ -104,19 +103,26 @@ def read_text(path: str | Path | None) -> str:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {path}: cannot be read as UTF-8 text ({error}). Give a text file.") from None
+        raise DataError(
+            f"cannot be read as UTF-8 text ({error}).", setting="text", given=path, advice="Give a text file."
+        ) from None
     if not text.strip():
-        raise DataError(f"--text {path}: the file holds no text. Give some of the text that the model will meet.")
+        raise DataError(
+            "the file holds no text.",
+            setting="text",
+            given=path,
+            advice="Give some of the text that the model will meet.",
+        )
     return text
 
 
-def text_windows(source: Source, text: str, *, by_line: bool, trust: bool = False) -> list[Tensor]:
+def text_windows(base: Base, text: str, *, by_line: bool) -> list[Tensor]:
     """Token ids, each (1, tokens): the start of ``text``, line by line or as one stream.
 
     Raises ``DataError`` when there are not two tokens.
     """
-    tokenizer = load_tokenizer(source, trust)
-    longest = min(WINDOW, max_length(tokenizer, load_config(source, trust)))
+    tokenizer = base.tokenizer
+    longest = min(WINDOW, base.max_length)
     if not by_line:
         ids = tokenizer(text, verbose=False)["input_ids"][:MOST_TOKENS]
         rows = [ids[at : at + longest] for at in range(0, len(ids), longest)]
@@ -125,7 +131,9 @@ def text_windows(source: Source, text: str, *, by_line: bool, trust: bool = Fals
         each = (tokenizer(line, truncation=True, max_length=longest)["input_ids"] for line in lines)
         rows = list(_up_to(MOST_TOKENS, each))
     if sum(len(row) for row in rows) < 2:
-        raise DataError("--text: the tokenizer makes less than two tokens of this text. Give more of it.")
+        raise DataError(
+            "the tokenizer makes less than two tokens of this text.", setting="text", advice="Give more of it."
+        )
     return [torch.tensor([row]) for row in rows]
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -37,7 +38,7 @@ from transformers.generation import (
 from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
 from capotune.kernels import policy
-from capotune.models.load import max_length
+from capotune.models.base import longest_input
 from capotune.settings import DecodingSettings
 
 
@@ -49,14 +50,16 @@ def generate(
 ) -> list[str]:
     """The text that the model writes after each prompt (token ids), in the prompts' order, without the prompt.
 
-    ``progress`` is called with (prompts answered, all prompts). Raises ``SettingError`` for a prompt that leaves no
-    room in the model's context, an empty one that the model cannot start from, and settings that exclude each other.
+    ``progress`` is called with (prompts answered, all prompts), also after every token: an exception in it stops the
+    model. Raises ``SettingError`` for a prompt that leaves no token in the model's context, an empty one that the model
+    cannot start from, and settings that exclude each other.
     """
     _check(decoding)
     answers = [""] * len(prompts)
     done = 0
     for rows, tokens in _batches(assembled, prompts, decoding):
-        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens)
+        alive = [_Alive(partial(progress, done, len(prompts)))] if progress else []
+        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive)
         for row, ids in zip(rows, written, strict=True):
             answers[row] = _Cut(assembled.task, decoding.stop).text(ids)
         done += len(rows)
@@ -81,10 +84,10 @@ def stream(assembled: Assembled, prompt: list[int], decoding: DecodingSettings) 
 
 def context_length(assembled: Assembled) -> int:
     """Most tokens that the model can hold: soft prompt, prompt and answer together."""
-    return max_length(assembled.task.tokenizer, assembled.model.config)
+    return longest_input(assembled.task.tokenizer, assembled.model.config)
 
 
-def room_after(assembled: Assembled, prompt: list[int]) -> int:
+def tokens_left(assembled: Assembled, prompt: list[int]) -> int:
     """Tokens that the context leaves for an answer to a prompt; none or fewer when it is too long."""
     return context_length(assembled) - len(assembled.method.virtual_token_ids) - len(prompt)
 
@@ -105,6 +108,18 @@ def _pieces(assembled: Assembled, prompt: list[int], decoding: DecodingSettings,
             relay.stopped.set()
     if rest := cut.text(ids)[len(shown) :]:
         yield rest
+
+
+class _Alive(StoppingCriteria):  # type: ignore[misc]
+    """Calls a function after every token."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """ids (rows, tokens so far) → no row is done (rows,)."""
+        self.call()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Relay(StoppingCriteria):  # type: ignore[misc]
@@ -196,37 +211,45 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 def _check(decoding: DecodingSettings) -> None:
     if decoding.num_beams > 1 and decoding.temperature > 0:
         raise SettingError(
-            f"--num-beams {decoding.num_beams} and --temperature {decoding.temperature:g} exclude each other: beam "
-            "search draws nothing. Leave one of them out."
+            f"`num_beams={decoding.num_beams}` and `temperature={decoding.temperature:g}` exclude each other: beam "
+            "search draws nothing.",
+            advice="Leave one of them out.",
         )
     if decoding.top_p < 1 and decoding.temperature == 0:
         raise SettingError(
-            f"--top-p {decoding.top_p:g} needs a --temperature above 0: without one nothing is drawn. "
-            "Give both, or none."
+            "needs a `temperature` above 0: without one nothing is drawn.",
+            setting="top_p",
+            given=f"{decoding.top_p:g}",
+            advice="Give both, or none.",
         )
     if "" in decoding.stop:
-        raise SettingError("--stop: an empty text would end every answer at once. Give at least one character.")
+        raise SettingError(
+            "an empty text would end every answer at once.", setting="stop", advice="Give at least one character."
+        )
 
 
 def _allowed(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, name: str) -> int:
     """Most tokens to write after a prompt, which a message calls ``name``."""
     if not prompt and not assembled.method.virtual_token_ids:
-        raise SettingError(f"{name} is empty, and this model has no token that starts a text. Give at least one word.")
-    room = room_after(assembled, prompt)
-    if room < 1:
+        raise SettingError(
+            f"{name} is empty, and this model has no token that starts a text.", advice="Give at least one word."
+        )
+    left = tokens_left(assembled, prompt)
+    if left < 1:
         virtual = len(assembled.method.virtual_token_ids)
         soft = f" and the soft prompt {virtual}" if virtual else ""
         raise SettingError(
             f"{name} is too long: it has {len(prompt):,} tokens{soft}, and the model holds "
-            f"{context_length(assembled):,}. At most {len(prompt) + room - 1:,} leave room for an answer. Shorten it."
+            f"{context_length(assembled):,}. At most {len(prompt) + left - 1:,} leave tokens for an answer.",
+            advice="Shorten it.",
         )
-    return min(room, decoding.max_tokens)
+    return min(left, decoding.max_tokens)
 
 
 def _batches(
     assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings
 ) -> Iterator[tuple[list[int], int]]:
-    """(positions of the prompts, most tokens to write), the longest first; a batch's prompts have the same room."""
+    """(positions of the prompts, most tokens to write), longest first; a batch's prompts have as many tokens left."""
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
     tokens = [_allowed(assembled, prompt, decoding, name) for prompt, name in zip(prompts, names, strict=True)]
     virtual, batch = len(assembled.method.virtual_token_ids), list[int]()

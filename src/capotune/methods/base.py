@@ -1,12 +1,14 @@
 """The contract between a method and everything above it.
 
 A method swaps parts of a frozen model from outside and says what is trainable. It knows no task: the head on top is the
-task's. Adding a method is one file that fills this class in, and one line in ``methods/__init__``.
+task's. A method is one file: its settings, a ``TrainingSettings``, and this class filled in; ``methods.register`` makes
+it known.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +16,8 @@ import torch
 from torch import nn
 
 from capotune.models.architecture import Architecture
-from capotune.models.load import Quantization
-from capotune.settings import MethodSettings
+from capotune.models.base import Quantization
+from capotune.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,22 @@ class Start:
 class Method(ABC):
     """One way to adapt a frozen model. Call ``attach`` once; the other members need it, ``quantization`` does not."""
 
+    Settings: ClassVar[type[TrainingSettings]]
+    """The class of its settings; ``Settings.method`` is its name."""
     identity_at_start: ClassVar[bool] = True
     """Whether the model computes the same before and right after ``attach``."""
     key_prefix: ClassVar[str] = "base_model.model."
     """What PEFT puts before a module's path in an adapter's keys."""
 
-    def __init__(self, settings: MethodSettings | None) -> None:
-        self.settings: Any = settings
-        """Complete: nothing in them is left out (``TrainingSettings.completed``)."""
+    known_to_peft: ClassVar[bool] = True
+    """Whether PEFT loads its adapters."""
+    saves_head_whole: ClassVar[bool] = False
+    """Whether PEFT stores a task's head beside this method's weights as ``modules_to_save``."""
+    settings: Any
+    """Complete: nothing is left out (``TrainingSettings.completed``) but what ``resolve`` fills in."""
+
+    def __init__(self, settings: TrainingSettings | None) -> None:
+        self.settings = settings
 
     @property
     def name(self) -> str:
@@ -47,7 +57,7 @@ class Method(ABC):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base must be packed when it is loaded; None for full precision."""
+        """How the base must be quantized when it is loaded; None for full precision."""
         return None
 
     @property
@@ -59,6 +69,9 @@ class Method(ABC):
     def feature_layers(self) -> tuple[int, ...] | None:
         """Hidden states that a head on this method should read; None: every one of them."""
         return (-1,)
+
+    def resolve(self, model: nn.Module, architecture: Architecture) -> None:  # noqa: B027 - most have nothing to do
+        """Fill in what the settings leave out and only the loaded base can tell. Called once before ``attach``."""
 
     @abstractmethod
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
@@ -95,6 +108,25 @@ class Method(ABC):
         """Write the change into plain layers in memory; False when the method has nothing that can be merged."""
         return False
 
+    @classmethod
+    def weight_changes(
+        cls,
+        settings: Any,  # noqa: ARG003 - most methods have no change of weights
+        tensors: Mapping[str, torch.Tensor],  # noqa: ARG003
+    ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]] | None:
+        """From stored ``tensors``, for each changed layer's path a function from its weight W (out, in), fp32, to the
+        merged one; None for methods that change no weight. Raises ``AdapterError`` for damaged tensors."""
+        return None
+
+    @classmethod
+    def stored_facts(cls, settings: Any) -> dict[str, Any] | None:  # noqa: ARG003
+        """What ``capo info`` says by an adapter's settings alone; None: only the loaded model tells (``facts``)."""
+        return {}
+
+    def facts(self, tokenizer: Any) -> dict[str, Any]:  # noqa: ARG002
+        """What ``capo info`` says of the attached method."""
+        return {}
+
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put stored weights in place of the initial ones. ``KeyError`` or ``ValueError`` when they don't fit."""
         with torch.no_grad():
@@ -118,7 +150,7 @@ class Untouched(Method):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base is packed; None for full precision."""
+        """How the base is quantized; None for full precision."""
         return self._quantization
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:

@@ -8,19 +8,53 @@ them, computed once as well.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from capotune.errors import SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, swap
+from capotune.settings import Context, Positive, TrainingSettings
+
+
+class FeatureExtractionSettings(TrainingSettings):
+    """Frozen layers, computed once; a head, or the last blocks and a head, adapt."""
+
+    method: ClassVar[str] = "feature-extraction"
+    trainable_layers: int | None = Field(default=None, ge=0)
+    """Last blocks that train, with the norm above them. Left out: 0 for labels (the head alone, which is solved to
+    convergence, not trained in steps), 2 for text."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the last blocks. Left out: 1e-4 for labels; for text by the model's width, as LoRA's."""
+
+    def _defaults(self, context: Context) -> dict[str, Any]:
+        chosen = super()._defaults(context)
+        if context.has_head:
+            return {**chosen, "learning_rate": 1e-4, "trainable_layers": 0}
+        return {**chosen, "trainable_layers": 2}
+
+    def completed(self, context: Context) -> FeatureExtractionSettings:
+        """As for every method; ``SettingError`` for no trainable layer where the task has no head of its own."""
+        if self.trainable_layers == 0 and not context.has_head:
+            raise SettingError(
+                "trains a head alone, and text has none of its own.",
+                setting="trainable_layers",
+                given=0,
+                allowed="1 or more",
+            )
+        return super().completed(context)
 
 
 class FeatureExtraction(Method):
-    """The last k blocks and the norm become trainable copies; the frozen originals are kept aside."""
+    """The last k blocks and the norm become trainable copies; the frozen originals are set aside."""
+
+    Settings = FeatureExtractionSettings
+    known_to_peft = False
+    settings: FeatureExtractionSettings
 
     @property
     def feature_layers(self) -> tuple[int, ...] | None:
@@ -30,14 +64,20 @@ class FeatureExtraction(Method):
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:  # noqa: ARG002 - no random numbers
         """Copy the last k blocks and the norm. ``SettingError`` when the model has fewer blocks."""
         count, trainable = len(architecture.blocks), self.settings.trainable_layers
+        assert trainable is not None
         if trainable > count:
             raise SettingError(
-                f"--trainable-layers {trainable}: this model has {count} blocks; allowed are 0 to {count}."
+                f"this model has {count} blocks.",
+                setting="trainable_layers",
+                given=trainable,
+                allowed=f"0 to {count}",
             )
         if trainable and any(isinstance(model.get_submodule(path), Linear4bit) for path in architecture.linears):
             raise SettingError(
-                f"--trainable-layers {trainable}: this base is stored in 4 bits, and such weights cannot train. Give "
-                "the model in full precision, or --trainable-layers 0, or train lora or qlora on it."
+                "this base is stored in 4 bits, and such weights cannot train.",
+                setting="trainable_layers",
+                given=trainable,
+                advice="Give the model in full precision, or `trainable_layers=0`, or train lora or qlora on it.",
             )
         self.model, self.architecture = model, architecture
         paths = [*architecture.blocks[count - trainable :]] if trainable else []
@@ -76,7 +116,7 @@ class FeatureExtraction(Method):
 
     def first_trainable_block(self) -> int:
         """L − k; with k = 0 no block at all, so L."""
-        return len(self.architecture.blocks) - int(self.settings.trainable_layers)
+        return len(self.architecture.blocks) - int(self.settings.trainable_layers or 0)
 
     def peft_config(self) -> dict[str, Any]:
         """Not a PEFT type; the file says so plainly."""

@@ -2,7 +2,7 @@
 
     y = xWᵀ + bias + scale·(xAᵀ)Bᵀ        A (rank, in) Kaiming-uniform, B (out, rank) zero: at the start nothing changes
 
-The product BA has W's shape and is never formed in training. DoRA (Liu et al. 2024, arXiv 2402.09353, §4) also learns
+The product BA has W's shape and is never formed in training. DoRA (Liu et al. 2024, arXiv 2402.09353, §4) also trains
 each output's magnitude m and lets BA change the direction only:
 
     y = (m / ‖W + scale·BA‖)·(xWᵀ + scale·(xAᵀ)Bᵀ) + bias        norms over rows, held constant in the gradient (§4.3)
@@ -12,26 +12,56 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from capotune.errors import SettingError
+from capotune.errors import AdapterError, SettingError
 from capotune.kernels.lora_linear import LinearLayer, LoraModule, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
-from capotune.settings import LoraSettings, nearest
+from capotune.settings import Count, Positive, TrainingSettings, nearest
 
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers that have one input, by the names that most families give them, in the order they are called."""
 
 
+class LoraSettings(TrainingSettings):
+    """LoRA (Hu et al. 2021): W stays frozen, y = xWᵀ + scale·(xAᵀ)Bᵀ."""
+
+    method: ClassVar[str] = "lora"
+    rank: Count = 16
+    """Rows of A, columns of B: how large a change can be."""
+    alpha: Positive = 32.0
+    """Scale of the change: alpha/rank, or alpha/√rank with rslora."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Linear layers to adapt: `all-linear`, names or endings of names (`query value`), or one regular expression."""
+    layers: tuple[int, ...] | None = None
+    """Only the blocks with these numbers (from 0)."""
+    rslora: bool = False
+    """Scale by alpha/√rank (Kalajdzievski 2023), which keeps large ranks trainable."""
+    dora: bool = False
+    """Learn a magnitude for each output beside the direction (DoRA, Liu et al. 2024)."""
+    lora_plus_ratio: Positive = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product: alpha/rank, or alpha/√rank with rslora."""
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
 class LoraLinear(LoraModule):
-    """A frozen linear layer (Linear, Conv1D or 4-bit) with a trainable low-rank change."""
+    """A frozen linear layer (Linear, Conv1D or 4-bit) with a trainable LoRA delta beside it."""
 
     def __init__(self, base_layer: nn.Module, settings: LoraSettings, generator: torch.Generator) -> None:
         super().__init__()
@@ -162,6 +192,19 @@ def merged(
     return changed
 
 
+def _checked_merge(
+    weight: torch.Tensor, *, path: str, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float
+) -> torch.Tensor:
+    """``merged`` for a weight (out, in) of another checkpoint. ``AdapterError`` when the shapes do not fit."""
+    a, b, magnitude = parts
+    shape = (b.shape[0], a.shape[1])
+    if weight.shape != shape:
+        raise AdapterError(
+            f"{path}: the LoRA delta is {shape} and the base's weight {tuple(weight.shape)}; they do not fit together."
+        )
+    return merged(weight, a, b, scale, magnitude)
+
+
 def _or0(bias: torch.Tensor | None) -> torch.Tensor | float:
     return 0.0 if bias is None else bias
 
@@ -169,7 +212,9 @@ def _or0(bias: torch.Tensor | None) -> torch.Tensor | float:
 class Lora(Method):
     """Every chosen linear layer becomes a ``LoraLinear``."""
 
+    Settings = LoraSettings
     settings: LoraSettings
+    saves_head_whole = True
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
         """Swap the target layers. ``SettingError`` when a target matches nothing or the rank is too large."""
@@ -225,6 +270,31 @@ class Lora(Method):
             swap(self.model, path, plain_linear(layer.merged_weight(), bias))
         return True
 
+    @classmethod
+    def weight_changes(
+        cls, settings: Any, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """W (out, in) fp32 → W + scale·BA of every adapted layer, by its path with the backbone's name before it.
+
+        Raises ``AdapterError`` for tensors that lack a part, do not fit W, or are not finite.
+        """
+        found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        for key, a in tensors.items():
+            layer, _, name = key.partition(".lora_A.weight")
+            if key != f"{layer}.lora_A.weight" or name:
+                continue
+            b, magnitude = (tensors.get(f"{layer}.{part}") for part in ("lora_B.weight", "lora_magnitude_vector"))
+            if b is None or (magnitude is None) == settings.dora:
+                raise AdapterError(f"what belongs to {key} is missing; the adapter is damaged.")
+            if not all(bool(torch.isfinite(part).all()) for part in (a, b, magnitude) if part is not None):
+                raise AdapterError(f"{layer} holds values that are NaN or infinite.")
+            wide = a.float(), b.float(), None if magnitude is None else magnitude.float()
+            path = layer.removeprefix(cls.key_prefix)
+            found[path] = partial(_checked_merge, path=path, parts=wide, scale=settings.scale)
+        if not found:
+            raise AdapterError("it holds no LoRA delta of any layer.")
+        return found
+
     def peft_config(self) -> dict[str, Any]:
         """A PEFT ``LoraConfig`` as it stands in adapter_config.json."""
         settings = self.settings
@@ -260,8 +330,11 @@ class Lora(Method):
         largest = max(min(linear_shape(self.model.get_submodule(path))) for path in self.targets)
         if self.settings.rank > largest:
             raise SettingError(
-                f"--rank {self.settings.rank} is more than any target layer has: allowed are 1 to {largest}. "
-                "8 to 64 is usual."
+                "more than any target layer has.",
+                setting="rank",
+                given=self.settings.rank,
+                allowed=f"1 to {largest}",
+                advice="8 to 64 is usual.",
             )
 
 
@@ -274,26 +347,31 @@ def find_targets(
     characters that no name has is a regular expression over whole paths. Every entry must match something.
     """
     if not target_modules:
-        raise SettingError("--target-modules: name at least one layer, or give all-linear.")
+        raise SettingError("name at least one layer, or give all-linear.", setting="target_modules")
     chosen: set[str] = set()
     for entry in target_modules:
         found = [path for path in architecture.linears if _matches(entry, path)]
         if not found:
             names = sorted({path.rpartition(".")[2] for path in architecture.linears})
             raise SettingError(
-                f"--target-modules: '{entry}' matches no linear layer of this model.{nearest(entry, names)} "
-                f"Layers are called: {', '.join(names)}; or give all-linear."
+                f"'{entry}' matches no linear layer of this model.{nearest(entry, names)}",
+                setting="target_modules",
+                advice=f"Layers are called: {', '.join(names)}; or give all-linear.",
             )
         chosen.update(found)
     if layers is not None:
         count = len(architecture.blocks)
         wrong = [number for number in layers if not 0 <= number < count]
         if wrong or not layers:
-            raise SettingError(f"--layers {' '.join(map(str, layers))}: this model has blocks 0 to {count - 1}.")
+            raise _layers_error(layers, f"this model has blocks 0 to {count - 1}.")
         chosen = {path for path in chosen if architecture.block_of(path) in layers}
         if not chosen:
-            raise SettingError(f"--layers {' '.join(map(str, layers))}: no target layer stands in these blocks.")
+            raise _layers_error(layers, "no target layer stands in these blocks.")
     return tuple(path for path in architecture.linears if path in chosen)
+
+
+def _layers_error(layers: tuple[int, ...], problem: str) -> SettingError:
+    return SettingError(problem, setting="layers", given=" ".join(map(str, layers)))
 
 
 def _matches(entry: str, path: str) -> bool:
@@ -304,4 +382,6 @@ def _matches(entry: str, path: str) -> bool:
     try:
         return re.fullmatch(entry, path) is not None
     except re.error as error:
-        raise SettingError(f"--target-modules: '{entry}' is not a valid regular expression ({error}).") from None
+        raise SettingError(
+            f"'{entry}' is not a valid regular expression ({error}).", setting="target_modules"
+        ) from None

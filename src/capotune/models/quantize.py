@@ -1,7 +1,8 @@
 """A model's checkpoint written anew with its linear weights in 4 bits, as bitsandbytes and Transformers publish it.
 
-Tensors go from file to file one at a time. Packed are the linear layers of the transformer; embeddings, norms, pooler
-and heads are copied byte by byte, and so is everything else in the folder (tokenizer, generation settings, pooling).
+Tensors go from file to file one at a time. Quantized are the linear layers of the transformer; embeddings, norms,
+pooler and heads are copied byte by byte, and so is everything else in the folder (tokenizer, generation settings,
+pooling).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from capotune.errors import ModelError
 from capotune.files import write_atomic
 from capotune.kernels.nf4 import (
     NESTED_BLOCK_SIZE,
@@ -27,10 +27,10 @@ from capotune.kernels.nf4 import (
     to_checkpoint,
 )
 from capotune.models.architecture import LINEAR_TYPES
-from capotune.models.load import Quantization, Source, load_config
+from capotune.models.base import Base, Quantization
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import DTYPES, Shards, StoredTensor
-from capotune.models.stream import Progress, empty_model, model_key, pack
+from capotune.models.stream import Progress, empty_model, model_key, quantize_weight
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
@@ -38,18 +38,18 @@ HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 
 
 @dataclass(frozen=True)
-class Packable:
+class Quantizable:
     """A weight of a checkpoint that 4 bits are for."""
 
     path: str
     """Its layer, as a path in the backbone."""
     transposed: bool
-    """Stored as (in, out), as Conv1D's is; packed as (out, in)."""
+    """Stored as (in, out), as Conv1D's is; quantized as (out, in)."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a packed weight Ŵ is from what it was, in Frobenius norms."""
+    """How far a quantized weight Ŵ is from what it was, in Frobenius norms."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,83 +65,84 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Quantized:
     """What was written."""
 
     layers: tuple[LayerError, ...]
-    packed_weights: int
+    quantized_weights: int
     all_weights: int
 
 
-def packable_weights(source: Source, *, trust_remote_code: bool = False) -> dict[str, Packable]:
-    """Weights of the checkpoint to be packed, by their names there: every plain linear layer's of the transformer.
+def quantizable_weights(base: Base) -> dict[str, Quantizable]:
+    """Weights of the checkpoint to be quantized, by their names there: every plain linear layer's of the transformer.
 
     Left out are the pooler, which is a head, and what the family keeps in fp32 (Transformers then leaves it out too).
     """
     from transformers import AutoModel
 
-    model = empty_model(AutoModel, load_config(source, trust_remote_code))
+    model = empty_model(AutoModel, base.config)
     kept = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}
     layers = {
-        f"{path}.weight": Packable(path, isinstance(part, Conv1D))
+        f"{path}.weight": Quantizable(path, isinstance(part, Conv1D))
         for path, part in model.named_modules()
         if type(part) in (nn.Linear, Conv1D) and kept.isdisjoint(path.split("."))
     }
     wanted = set(layers)
     found = {}
-    for stored in Shards(source.weight_files):
+    for stored in Shards(base.weight_files):
         name = model_key(stored.name, wanted, model.base_model_prefix)
         if name is not None:
             found[stored.name] = layers[name]
     if not found:
-        raise ModelError(f"--model {source.name}: no linear layer's weight is stored in {source.folder}.")
+        raise base.error(f"no linear layer's weight is stored in {base.folder}.")
     return found
 
 
-def write_packed(
-    source: Source,
+def write_quantized(
+    base: Base,
     folder: Path,
     quantization: Quantization,
     *,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Packed:
-    """Write ``source`` with its linear weights in 4 bits into the existing ``folder``.
+) -> Quantized:
+    """Write ``base`` with its linear weights in 4 bits into the existing ``folder``.
 
-    Peak memory is one tensor and what packing it takes. Raises ``ModelError``, which names tensor and file, for weights
-    that are damaged or not finite.
+    Peak memory is one tensor and what quantizing it takes. Raises ``ModelError``, which names tensor and file, for
+    weights that are damaged or not finite.
     """
-    shards = Shards(source.weight_files)
-    to_pack = packable_weights(source, trust_remote_code=trust_remote_code)
-    errors, read, packed_weights = [], 0, 0
-    buffer = shards.buffer_for(to_pack)
-    with ShardWriter(folder, (_plans(stored, to_pack, quantization) for stored in shards)) as writer:
+    shards = Shards(base.weight_files)
+    to_quantize = quantizable_weights(base)
+    errors, read, quantized_weights = [], 0, 0
+    buffer = shards.buffer_for(to_quantize)
+    with ShardWriter(folder, (_plans(stored, to_quantize, quantization) for stored in shards)) as writer:
         for stored in shards:
-            layer = to_pack.get(stored.name)
+            layer = to_quantize.get(stored.name)
             if layer is None:
                 writer.copy(stored.name, shards.chunks(stored.name))
             else:
                 weight = shards.read(stored.name, buffer)
-                packed = pack(weight, layer.transposed, quantization, f"{stored.path}: the tensor {stored.name}")
-                write_tensors(writer, to_checkpoint(packed, stored.name.removesuffix("weight")))
-                errors.append(layer_error(stored.name, weight.t() if layer.transposed else weight, packed))
-                packed_weights += packed.numel
+                quantized = quantize_weight(
+                    weight, layer.transposed, quantization, f"{stored.path}: the tensor {stored.name}"
+                )
+                write_tensors(writer, to_checkpoint(quantized, stored.name.removesuffix("weight")))
+                errors.append(layer_error(stored.name, weight.t() if layer.transposed else weight, quantized))
+                quantized_weights += quantized.numel
             read += stored.nbytes
             if progress is not None:
                 progress(read, shards.nbytes)
-    copy_other_files(source.folder, folder)
-    write_config(folder, source, quantization_config(source, quantization, to_pack, trust_remote_code))
-    return Packed(tuple(errors), packed_weights, sum(prod(stored.shape) for stored in shards))
+    copy_other_files(base.folder, folder)
+    write_config(folder, base, quantization_config(base, quantization, to_quantize))
+    return Quantized(tuple(errors), quantized_weights, sum(prod(stored.shape) for stored in shards))
 
 
-def layer_error(name: str, weight: Tensor, packed: QuantizedTensor) -> LayerError:
-    """Of ``weight`` (out, in) and what its packed form stands for."""
+def layer_error(name: str, weight: Tensor, quantized: QuantizedTensor) -> LayerError:
+    """Of ``weight`` (out, in) and what its quantized form stands for."""
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-    difference = Linear4bit.from_quantized(packed).borrowed_weight(torch.float32).sub_(weight)
-    return LayerError(name, packed.shape, norm, float(torch.linalg.vector_norm(difference)))
+    difference = Linear4bit.from_quantized(quantized).borrowed_weight(torch.float32).sub_(weight)
+    return LayerError(name, quantized.shape, norm, float(torch.linalg.vector_norm(difference)))
 
 
-def packed_plans(name: str, shape: tuple[int, ...], quantization: Quantization) -> list[Plan]:
+def quantized_plans(name: str, shape: tuple[int, ...], quantization: Quantization) -> list[Plan]:
     """What ``to_checkpoint`` gives for the weight ``name`` of ``shape`` (out, in)."""
     numbers = prod(shape)
     blocks = -(-numbers // quantization.block_size)
@@ -164,25 +165,23 @@ def write_tensors(writer: ShardWriter, tensors: dict[str, Tensor]) -> None:
         writer.write(name, tensor)
 
 
-def quantization_config(
-    source: Source, quantization: Quantization, to_pack: dict[str, Packable], trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """What ``config.json`` says of the packing, in Transformers' words."""
+def quantization_config(base: Base, quantization: Quantization, to_quantize: dict[str, Quantizable]) -> dict[str, Any]:
+    """What ``config.json`` says of the quantization, in Transformers' words."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": quantization.quant_type,
         "bnb_4bit_use_double_quant": quantization.double_quant,
-        "bnb_4bit_compute_dtype": _stored_dtype(source, to_pack),
+        "bnb_4bit_compute_dtype": _stored_dtype(base, to_quantize),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _left_whole(source, to_pack, trust_remote_code),
+        "llm_int8_skip_modules": _left_whole(base, to_quantize),
     }
 
 
-def write_config(folder: Path, source: Source, stated: dict[str, Any] | None) -> None:
-    """``config.json`` of ``source`` with what is ``stated`` of the packing; None: the weights are whole."""
-    config = {name: value for name, value in source.config().items() if name != "quantization_config"}
+def write_config(folder: Path, base: Base, stated: dict[str, Any] | None) -> None:
+    """``config.json`` of ``base`` with what is ``stated`` of the quantization; None: the weights are whole."""
+    config = {name: value for name, value in base.config_values.items() if name != "quantization_config"}
     if stated is not None:
         config["quantization_config"] = stated
     write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -199,32 +198,32 @@ def copy_other_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def _plans(stored: StoredTensor, to_pack: dict[str, Packable], quantization: Quantization) -> list[Plan]:
-    if stored.name not in to_pack:
+def _plans(stored: StoredTensor, to_quantize: dict[str, Quantizable], quantization: Quantization) -> list[Plan]:
+    if stored.name not in to_quantize:
         return whole_plan(stored)
-    shape = stored.shape[::-1] if to_pack[stored.name].transposed else stored.shape
-    return packed_plans(stored.name, shape, quantization)
+    shape = stored.shape[::-1] if to_quantize[stored.name].transposed else stored.shape
+    return quantized_plans(stored.name, shape, quantization)
 
 
-def _stored_dtype(source: Source, to_pack: dict[str, Packable]) -> str:
+def _stored_dtype(base: Base, to_quantize: dict[str, Quantizable]) -> str:
     """PyTorch's name of the dtype that the weights are stored in; the product runs in it."""
-    dtype = DTYPES.get(Shards(source.weight_files)[next(iter(to_pack))].dtype, torch.float32)
+    dtype = DTYPES.get(Shards(base.weight_files)[next(iter(to_quantize))].dtype, torch.float32)
     return str(dtype if dtype in WEIGHT_DTYPES.values() else torch.float32).removeprefix("torch.")
 
 
-def _left_whole(source: Source, to_pack: dict[str, Packable], trust_remote_code: bool) -> list[str]:
+def _left_whole(base: Base, to_quantize: dict[str, Quantizable]) -> list[str]:
     """Linear layers that Transformers must not look for in 4 bits: pooler, heads, and what the family keeps in fp32."""
     import transformers
 
-    config = load_config(source, trust_remote_code)
-    packed = {layer.path for layer in to_pack.values()}
+    config = base.config
+    quantized = {layer.path for layer in to_quantize.values()}
     names = set(HEADS)
-    for architecture in ("AutoModel", *(source.config().get("architectures") or ())):
+    for architecture in ("AutoModel", *(base.config_values.get("architectures") or ())):
         auto = getattr(transformers, architecture, None)
         if auto is None:  # the model's own code
             continue
         model = empty_model(auto, config)
         prefix = f"{model.base_model_prefix}."
         paths = [path.removeprefix(prefix) for path, part in model.named_modules() if isinstance(part, LINEAR_TYPES)]
-        names.update(path for path in paths if path not in packed)
-    return sorted(name for name in names if not any(path.endswith(name) for path in packed))
+        names.update(path for path in paths if path not in quantized)
+    return sorted(name for name in names if not any(path.endswith(name) for path in quantized))

@@ -1,7 +1,7 @@
 """A model whose linear weights are in 4 bits, filled from disk tensor by tensor.
 
-The whole model is never in memory at full precision: it is built without weights, and a linear layer's weight is packed
-before the next tensor is read. A weight that is stored packed goes in as it is.
+The whole model is never in memory at full precision: it is built without weights, and a linear layer's weight is
+quantized before the next tensor is read. A weight that is stored in 4 bits goes in as it is.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shards import Shards
 
 if TYPE_CHECKING:
-    from capotune.models.load import Quantization, Source
+    from capotune.models.base import Base, Quantization
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far, and of how many."""
 
 
-def stream_packed(
+def stream_quantized(
     auto_class: Any,
-    source: Source,
+    base: Base,
     config: Any,
     dtype: torch.dtype,
     quantization: Quantization | None,
@@ -37,21 +37,21 @@ def stream_packed(
 ) -> Any:
     """The model of Transformers' ``auto_class`` with its linear layers in 4 bits and all else in ``dtype``.
 
-    A model that is stored in 4 bits keeps its own packing; else ``quantization`` packs every linear layer but a
-    language model's output layer. Peak memory is the packed model and one tensor at full precision.
+    A model that is stored in 4 bits keeps its own quantization; else ``quantization`` applies to every linear layer but
+    a language model's output layer. Peak memory is the quantized model and one tensor at full precision.
 
     Raises ``ModelError``, which names tensor and file, for weights that are missing, damaged, not finite or do not fit.
     """
     model = empty_model(auto_class, config, dtype)
-    shards = Shards(source.weight_files)
-    filling = _Filling(model, source, shards, dtype, None if source.is_packed else quantization)
+    shards = Shards(base.weight_files)
+    filling = _Filling(model, base, shards, dtype, None if base.is_quantized else quantization)
     read, total = 0, shards.nbytes
     for stored in shards:
         filling.take(stored.name)
         read += stored.nbytes
         if progress is not None:
             progress(read, total)
-    check_complete(source, filling.missing)
+    check_complete(base, filling.missing)
     model.tie_weights()  # an output layer that is the embedding is not stored a second time
     return model
 
@@ -62,7 +62,7 @@ def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32
         return auto_class.from_config(config, dtype=dtype) if hasattr(auto_class, "from_config") else auto_class(config)
 
 
-def packable(model: Any) -> dict[str, str]:
+def quantizable(model: Any) -> dict[str, str]:
     """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's but the output layer's."""
     head = model.get_output_embeddings()
     return {
@@ -76,19 +76,20 @@ class _Filling:
     """A model on its way from empty to whole."""
 
     def __init__(
-        self, model: Any, source: Source, shards: Shards, dtype: torch.dtype, quantization: Quantization | None
+        self, model: Any, base: Base, shards: Shards, dtype: torch.dtype, quantization: Quantization | None
     ) -> None:
-        self.model, self.source, self.shards, self.dtype = model, source, shards, dtype
+        self.model, self.base, self.shards, self.dtype = model, base, shards, dtype
         self.quantization = quantization
-        self.to_pack = packable(model) if quantization else {}
-        self.packed = quantized_weights(shards)
+        self.to_quantize = quantizable(model) if quantization else {}
+        self.quantized = quantized_weights(shards)
         self.missing = {name for name, _ in model.named_parameters()}
         keys = (stored.name for stored in shards if not part_of(stored.name))
-        self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_pack)
-        if source.is_packed and not self.packed:
-            raise ModelError(
-                f"--model {source.name}: quantization_config in {source.folder / 'config.json'} says that weights are "
-                "stored in 4 bits, and none is. Download or save the model again, or take that entry out."
+        self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_quantize)
+        if base.is_quantized and not self.quantized:
+            raise base.error(
+                f"quantization_config in {base.folder / 'config.json'} says that weights are stored in 4 bits, and "
+                "none is.",
+                advice="Download or save the model again, or take that entry out.",
             )
 
     def take(self, key: str) -> None:
@@ -97,10 +98,10 @@ class _Filling:
         if name is None:
             return
         self.missing.discard(name)
-        if key in self.packed:
-            self._put_packed(key, name)
-        elif name in self.to_pack:
-            self._pack(key, name)
+        if key in self.quantized:
+            self._put_quantized(key, name)
+        elif name in self.to_quantize:
+            self._quantize(key, name)
         else:
             tensor = self._read(key, name, None).to(self.dtype)
             path, _, leaf = name.rpartition(".")
@@ -113,28 +114,28 @@ class _Filling:
         tensor = self.shards.read(key, buffer)
         expected = self.model.get_parameter(name).shape
         if tensor.shape != expected:
-            raise wrong_shape(self.source, name, tensor.shape, expected)
+            raise wrong_shape(self.base, name, tensor.shape, expected)
         return tensor
 
-    def _pack(self, key: str, name: str) -> None:
+    def _quantize(self, key: str, name: str) -> None:
         assert self.quantization is not None
-        weight, layer = self._read(key, name, self.buffer), self.model.get_submodule(self.to_pack[name])
+        weight, layer = self._read(key, name, self.buffer), self.model.get_submodule(self.to_quantize[name])
         what = f"{self.shards[key].path}: the tensor {key}"
-        packed = pack(weight, isinstance(layer, Conv1D), self.quantization, what)
-        swap(self.model, self.to_pack[name], Linear4bit.from_quantized(packed, bias=layer.bias))
+        quantized = quantize_weight(weight, isinstance(layer, Conv1D), self.quantization, what)
+        swap(self.model, self.to_quantize[name], Linear4bit.from_quantized(quantized, bias=layer.bias))
 
-    def _put_packed(self, key: str, name: str) -> None:
-        packed = read_quantized(self.shards, key, self.packed[key])
+    def _put_quantized(self, key: str, name: str) -> None:
+        quantized = read_quantized(self.shards, key, self.quantized[key])
         path = name.rpartition(".")[0]
         layer = self.model.get_submodule(path)
         expected = linear_shape(layer) if isinstance(layer, LINEAR_TYPES) else tuple(layer.weight.shape)
-        if packed.shape != expected or not isinstance(layer, LINEAR_TYPES):
-            raise wrong_shape(self.source, name, packed.shape, expected)
-        swap(self.model, path, Linear4bit.from_quantized(packed, bias=layer.bias))
+        if quantized.shape != expected or not isinstance(layer, LINEAR_TYPES):
+            raise wrong_shape(self.base, name, quantized.shape, expected)
+        swap(self.model, path, Linear4bit.from_quantized(quantized, bias=layer.bias))
 
 
-def pack(weight: torch.Tensor, transposed: bool, quantization: Quantization, what: str) -> QuantizedTensor:
-    """``weight`` in 4 bits; Conv1D's, stored as (in, out), is packed ``transposed`` like any linear layer's.
+def quantize_weight(weight: torch.Tensor, transposed: bool, quantization: Quantization, what: str) -> QuantizedTensor:
+    """``weight`` in 4 bits, as (out, in); ``transposed``: it is stored as (in, out), as Conv1D's is.
 
     ``ModelError`` begins with ``what``, which names the tensor, when its values are not finite.
     """
@@ -158,17 +159,19 @@ def model_key(key: str, wanted: set[str], prefix: str) -> str | None:
     return next((name for name in candidates if name in wanted), None)
 
 
-def check_complete(source: Source, missing: Any) -> None:
+def check_complete(base: Base, missing: Any) -> None:
+    """``ModelError`` when weights other than a pooler's are ``missing``."""
     lacking = sorted(key for key in missing if "pooler" not in key.split("."))
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise ModelError(f"--model {source.name}: the weights in {source.folder} lack {shown}.")
+        raise base.error(f"the weights in {base.folder} lack {shown}.")
 
 
-def wrong_shape(source: Source, name: str, found: Any, expected: Any) -> ModelError:
-    return ModelError(
-        f"--model {source.name}: the tensor {name} in {source.folder} is {tuple(found)}, where config.json asks for "
-        f"{tuple(expected)}. Download or save the model again."
+def wrong_shape(base: Base, name: str, found: Any, expected: Any) -> ModelError:
+    """The error for a stored tensor of another shape than the configuration asks for."""
+    return base.error(
+        f"the tensor {name} in {base.folder} is {tuple(found)}, where config.json asks for {tuple(expected)}.",
+        advice="Download or save the model again.",
     )
 
 
@@ -188,16 +191,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def bytes_as_steps(report: Callable[[dict[str, Any]], None]) -> Progress:
-    """Progress in bytes as events (``kind`` step, step, total), a hundred of them at most."""
-    last = -1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if 100 * done // total > last:
-            last = 100 * done // total
-            report({"kind": "step", "step": done, "total": total})
-
-    return progress

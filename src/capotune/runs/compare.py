@@ -11,18 +11,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from capotune import errors, methods, tasks
 from capotune.errors import CapotuneError
+from capotune.events import CancelToken, Event, Failed, Reporter, from_json
 from capotune.memory_table import MemoryTable
 from capotune.settings import CompareSettings, RunSettings
 
-Reporter = Callable[[str, dict[str, Any]], None]
-"""Called with the method's name and one of ``training.run``'s events, or ``{"kind": "failed", "text": …}``."""
 
-
-def run_techniques(settings: CompareSettings, folder: Path, report: Reporter) -> dict[str, dict[str, Any]]:
+def run_techniques(
+    settings: CompareSettings, folder: Path, report: Reporter, cancel: CancelToken
+) -> dict[str, dict[str, Any]]:
     """Run every method of ``settings`` into ``folder/METHOD``; returns each finished one's ``run.json``.
 
     A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
@@ -30,14 +32,18 @@ def run_techniques(settings: CompareSettings, folder: Path, report: Reporter) ->
     """
     results: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(settings.methods):
+
+        def listen(event: Event, method: str = method) -> None:
+            report(replace(event, method=method))
+
         request = _request(settings, method, folder / method, base_score=number == 0)
         try:
-            failure = _run_one(request, lambda event, method=method: report(method, event))  # type: ignore[misc]
-        except CapotuneError as error:  # said by the technique, which knows its folder's temporary name alone
-            raise CapotuneError(str(error).replace(str(folder), str(settings.out))) from None
+            failure = _run_one(request, listen, cancel)
+        except CapotuneError as error:  # it names the folder's temporary name, the only one that it knows
+            raise _rename(error, str(folder), str(settings.out)) from None
         if failure:
             shutil.rmtree(folder / method, ignore_errors=True)  # what a killed process left half-written
-            report(method, {"kind": "failed", "text": failure})
+            report(Failed(method=method, text=failure))
         else:
             results[method] = json.loads((folder / method / "run.json").read_text(encoding="utf-8"))
     if not results:
@@ -53,10 +59,12 @@ def _request(settings: CompareSettings, method: str, out: Path, base_score: bool
         "method_settings": settings.for_method(method).model_dump(mode="json"),
         "settings": {**shared, "out": str(out)},
         "base_score": base_score,
+        "modules": sorted({*methods.extra_modules(), *tasks.extra_modules()}),
+        "path": sys.path,
     }
 
 
-def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> str | None:
+def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: CancelToken) -> str | None:
     """Run one technique's process to its end; why it failed, or None."""
     command = [sys.executable, "-m", "capotune.runs"]
     with (
@@ -64,6 +72,7 @@ def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True
         ) as process,
+        cancel.calling(process.kill),
     ):
         try:
             assert process.stdin is not None
@@ -71,15 +80,29 @@ def _run_one(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
             process.stdin.write(json.dumps(request))
             process.stdin.close()
             for line in process.stdout:
-                event = json.loads(line)
-                if event["kind"] == "error":
-                    raise CapotuneError(event["text"])
-                report(event)
+                values = json.loads(line)
+                if "error" in values:
+                    raise _error(values)
+                report(from_json(values))
+            cancel.check()
         except BaseException:
             process.kill()  # Ctrl-C must not wait for the step in flight
             raise
         process.wait()
         return _failure(process.returncode, messages)
+
+
+def _error(values: dict[str, Any]) -> CapotuneError:
+    """The error that a technique's process wrote."""
+    kind: type[CapotuneError] = getattr(errors, values.pop("error"))
+    return kind(values.pop("problem"), **values)
+
+
+def _rename(error: CapotuneError, before: str, after: str) -> CapotuneError:
+    parts = {
+        name: part.replace(before, after) if isinstance(part, str) else part for name, part in error.parts().items()
+    }
+    return type(error)(parts.pop("problem"), **parts)
 
 
 def _failure(code: int, messages: IO[str]) -> str | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
 import torch
 
-from capotune.adapters.merge import check_mergeable, save_head, write_merged
-from capotune.adapters.store import StoredAdapter, find_base, load_adapter, read_adapter
+from capotune import methods
+from capotune.adapters.assemble import assemble, attach
+from capotune.adapters.merge import check_mergeable, write_merged
+from capotune.adapters.store import StoredAdapter, find_base, read_adapter, save_adapter
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.divergence import (
@@ -22,15 +23,17 @@ from capotune.evaluation.divergence import (
     read_text,
     text_windows,
 )
+from capotune.events import Reporter, Stage, bytes_as_progress
 from capotune.files import output_folder, write_atomic
-from capotune.models.load import Quantization, Source, find, load_causal_lm
-from capotune.models.quantize import LayerError, write_packed
-from capotune.models.stream import bytes_as_steps
-from capotune.settings import MergeSettings, QuantizeSettings
+from capotune.methods import Start
+from capotune.models.base import Base, Quantization, find
+from capotune.models.load import load_causal_lm
+from capotune.models.quantize import LayerError, write_quantized
+from capotune.settings import Context, MergeSettings, QuantizeSettings
+from capotune.tasks.loading import load_adapter, task_class
 
-Event = dict[str, Any]
-Reporter = Callable[[Event], None]
-"""``kind`` and its values: stage(text), step(step, total) in bytes."""
+HEAD = "adapter"
+"""Folder of a merged model's head."""
 
 
 def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
@@ -41,37 +44,33 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
     if settings.text is not None and not settings.report:
-        raise SettingError("--text is what --report measures the model's answers on. Give --report as well.")
-    text = read_text(settings.text) if settings.text is not None else None
-    source = find(settings.model)
-    if source.is_packed:
         raise SettingError(
-            f"--model {settings.model}: its weights are in 4 bits already ({source.packing()}). Give the model in full "
-            "precision."
+            "it is what `report` measures the model's answers on.", setting="text", advice="Give `report=True` as well."
         )
-    packing = Quantization(settings.quant_type, settings.block_size, settings.double_quant)
+    text = read_text(settings.text) if settings.text is not None else None
+    base = find(settings.model, trust_remote_code=settings.trust_remote_code)
+    if base.is_quantized:
+        raise base.error(
+            f"its weights are in 4 bits already ({base.quantization}).", advice="Give the model in full precision."
+        )
+    quantization = Quantization(settings.quant_type, settings.block_size, settings.double_quant)
     with output_folder(settings.out) as new:
-        report({"kind": "stage", "text": f"packing: {packing}"})
-        packed = write_packed(
-            source, new, packing, trust_remote_code=settings.trust_remote_code, progress=bytes_as_steps(report)
-        )
+        report(Stage(text=f"quantizing: {quantization}"))
+        written = write_quantized(base, new, quantization, progress=bytes_as_progress(report))
+        changed = Base(str(settings.out), new, settings.trust_remote_code)
         result = {
             "model": settings.model,
             "out": str(settings.out),
-            "packing": asdict(packing),
-            "bytes_before": _weight_bytes(source),
-            "bytes": _weight_bytes(Source(str(settings.out), new)),
-            "packed_weights": packed.packed_weights,
-            "all_weights": packed.all_weights,
-            **_errors(packed.layers),
+            "quantization": asdict(quantization),
+            "bytes_before": base.weight_bytes,
+            "bytes": changed.weight_bytes,
+            "quantized_weights": written.quantized_weights,
+            "all_weights": written.all_weights,
+            **_errors(written.layers),
         }
         if text is not None:
-            report({"kind": "stage", "text": "comparing answers at full precision and in 4 bits"})
-            changed = Source(str(settings.out), new)
-            result["answers"] = {
-                "text": settings.text,
-                **asdict(compare_models(source, changed, text, settings.trust_remote_code)),
-            }
+            report(Stage(text="comparing answers at full precision and in 4 bits"))
+            result["answers"] = {"text": settings.text, **asdict(compare_models(base, changed, text))}
         if settings.report:
             write_atomic(new / "report.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -80,55 +79,66 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
 def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     """Write an adapter's base with the adapter's change in its weights into ``settings.out``; says what changed.
 
-    The folder is complete or absent. A classifier's head goes into an adapter inside it.
+    The folder is complete or absent. A task's head goes into an adapter inside it.
 
     Raises ``CapotuneError`` subclasses for everything the user can mend, also for methods that cannot be merged.
     """
     text = read_text(settings.text)
     stored = read_adapter(settings.adapter)
-    source = find_base(stored, settings.model)
-    check_mergeable(stored, source, settings.requantize)
+    base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code)
+    check_mergeable(stored, base, settings.requantize)
+    has_head = task_class(stored).has_head
     with output_folder(settings.out) as new:
-        report({"kind": "stage", "text": f"merging into {source.name}{' in 4 bits' if settings.requantize else ''}"})
-        changed = write_merged(
-            stored,
-            source,
-            new,
-            requantize=settings.requantize,
-            trust_remote_code=settings.trust_remote_code,
-            progress=bytes_as_steps(report),
-        )
-        merged = Source(str(settings.out.absolute()), new)
-        if stored.task == "classification":
-            save_head(stored, merged, settings.out)
-        report({"kind": "stage", "text": "comparing answers with the adapter's"})
+        report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
+        progress = bytes_as_progress(report)
+        changed = write_merged(stored, base, new, requantize=settings.requantize, progress=progress)
+        merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
+        if has_head:
+            _save_head(stored, merged)
+        report(Stage(text="comparing answers with the adapter's"))
         return {
             "adapter": str(settings.adapter),
-            "base": source.name,
+            "base": base.name,
             "out": str(settings.out),
             "requantized": settings.requantize,
             "changed_layers": changed,
-            "bytes": _weight_bytes(merged),
-            "head": str(settings.out / "adapter") if stored.task == "classification" else None,
-            "answers": {"text": settings.text, **asdict(_merged_answers(stored, source, merged, text, settings))},
+            "bytes": merged.weight_bytes,
+            "head": str(settings.out / HEAD) if has_head else None,
+            "answers": {"text": settings.text, **asdict(_merged_answers(stored, base, merged, text, has_head))},
         }
 
 
-def _merged_answers(
-    stored: StoredAdapter, source: Source, merged: Source, text: str, settings: MergeSettings
-) -> Divergence:
+def _save_head(stored: StoredAdapter, merged: Base) -> None:
+    """A task's head as an adapter of the ``merged`` base.
+
+    The head was trained on the last layer; the stored one reads every layer and weighs all but the last with zero.
+    """
+    task = task_class(stored).restore(merged, stored.record, stored.folder)
+    context = Context(merged.hidden_size, has_head=True)
+    settings = methods.get("feature-extraction").Settings(trainable_layers=0).completed(context)  # type: ignore[call-arg]
+    assembled = assemble(task, settings, device=torch.device("cpu"))
+    prefix = methods.get(stored.settings.method).key_prefix
+    with torch.no_grad():
+        for path, weight in task.head_parameters(assembled.model).items():
+            trained = stored.tensors[prefix + path]
+            weight.zero_()
+            weight[..., -trained.shape[-1] :] = trained
+    attach(assembled, Start(torch.Generator()))
+    save_adapter(merged.folder / HEAD, assembled, stored.record["trained"])
+
+
+def _merged_answers(stored: StoredAdapter, base: Base, merged: Base, text: str, has_head: bool) -> Divergence:
     """The merged model's answers against those of the base with the adapter on it."""
-    classifies, trust = stored.task == "classification", settings.trust_remote_code
-    windows = text_windows(source, text, by_line=classifies, trust=trust)
-    on_base = load_adapter(stored, model=settings.model, device=pick_device(), trust_remote_code=trust)
+    windows = text_windows(base, text, by_line=has_head)
+    trust, device = base.trust_remote_code, pick_device()
+    on_base = load_adapter(stored, model=base.name, device=device, trust_remote_code=trust)
     before = answers_of(on_base.model, windows)
     del on_base
-    if classifies:
-        head = read_adapter(merged.folder / "adapter")
-        after = answers_of(load_adapter(head, model=str(merged.folder), device=pick_device()).model, windows)
+    if has_head:
+        head = read_adapter(merged.folder / HEAD)
+        after = answers_of(load_adapter(head, model=str(merged.folder), device=device).model, windows)
     else:
-        dtype = getattr(torch, stored.record["trained"].get("dtype", "float32"))
-        after = answers_of(load_causal_lm(merged, dtype=dtype, trust_remote_code=trust), windows)
+        after = answers_of(load_causal_lm(merged, dtype=stored.dtype), windows)
     return compare_logits(before, after)
 
 
@@ -143,7 +153,3 @@ def _errors(layers: tuple[LayerError, ...]) -> dict[str, Any]:
             {"name": layer.name, "shape": list(layer.shape), "relative_error": layer.relative_error} for layer in worst
         ],
     }
-
-
-def _weight_bytes(source: Source) -> int:
-    return sum(path.stat().st_size for path in source.weight_files)

@@ -1,62 +1,236 @@
-"""The contract between a task and the training loop: what a batch costs, what it gives, and how that is scored."""
+"""The contract of a task: it owns its whole story, from recognising data to the words on the page.
+
+A task is one folder under ``tasks/`` (or anywhere: ``tasks.register`` makes it known). It fills in two classes:
+
+    Task      the task on a base: tokens, head, objective, record, facade, score of given data, words
+    TaskRun   its part of one run: the data read and split, and how that is fitted and tested
+
+Nothing outside the folder asks which task it is, except to print its name.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
-from capotune.data.batches import Batch, Targets
-from capotune.settings import TaskName
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.task_model import TaskModel
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.state import TrainingState
+from capotune.errors import SettingError
+from capotune.evaluation.pairs import RowCounts
+from capotune.events import Reporter
+from capotune.models.base import Base
+from capotune.sections import Section
+from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 
-Score = tuple[float, ...]
-"""Higher is better; later numbers decide between equal earlier ones."""
+MOST_HELD_OUT = 500
+"""Training rows that are held out at most, to choose the regularisation and when to stop."""
 
 
-class Task(ABC):
-    """How a record becomes tokens, what is learned from them, and what is stored of it beside an adapter."""
+@dataclass(frozen=True)
+class Scored:
+    """How a model did on some rows: what a run's record holds and ``evaluate`` returns."""
 
-    name: ClassVar[TaskName]
-    metric: ClassVar[str]
-    """What the held-out score is called."""
-    tokenizer: Any
-    max_length: int
+    metric: str
+    """The score that techniques are compared by."""
+    scores: dict[str, float]
+    """Every metric by name, the compared one among them; empty without rows."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % interval of each metric that has one."""
+    rows: int
+    """Rows behind the compared score."""
+    measured_on: dict[str, str] = field(default_factory=dict)
+    """For each metric what it was measured on, in words: ``300 rows``."""
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    """One for each row, as predictions.jsonl holds them."""
+    counts: RowCounts | None = None
+    """What each row adds to the compared score; pairs of techniques are compared by it."""
 
     @property
-    def pad_id(self) -> int:
-        """Id that fills short rows; never attended to, so any valid id does where the tokenizer names none."""
-        return int(self.tokenizer.pad_token_id or 0)
+    def score(self) -> float | None:
+        """The compared score; None without rows."""
+        return self.scores.get(self.metric)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the compared score."""
+        return self.intervals.get(self.metric)
+
+    def values(self) -> dict[str, Any]:
+        """What ``evaluate`` returns, as plain JSON: every metric by name, and what belongs to them."""
+        return {
+            **self.scores,
+            "metric": self.metric,
+            "rows": self.rows,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "measured_on": self.measured_on,
+        }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training reports about itself."""
+
+    epochs: float
+    best_epoch: int
+    held_out_score: float | None
+    """In the sense of the objective's metric."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only this task has to say."""
+
+
+class Task(TaskModel):
+    """A task on its base. Subclasses are frozen dataclasses of all that an adapter's record must hold."""
+
+    title: ClassVar[str]
+    """What is read and predicted, in words: ``labelled text``."""
+    gives: ClassVar[str]
+    """What it gives, as a verb with its object: ``gives labels``."""
+    command: ClassVar[str]
+    """The command that uses its adapters: ``predict`` or ``generate``."""
+    default_model: ClassVar[str]
+    """The embedded base where none is named."""
+    base_label: ClassVar[str]
+    """What the score of the base alone is called."""
+    base_note: ClassVar[str]
+    """How that score is obtained, a sentence."""
+    sample: ClassVar[str] = "your text"
+    """What stands for the user's own text in an example."""
+    data_settings: ClassVar[frozenset[str]]
+    """Names of ``DataSettings`` that it reads; others that are given are refused."""
+    optional_data_settings: ClassVar[frozenset[str]] = frozenset(
+        {"text_column", "label_column", "prompt_template", "completion_column"}
+    )
+    """The settings that belong to some tasks only."""
+
+    # ------------------------------------------------------------------------------------------------------ from data
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, settings: DataSettings) -> bool:
+        """Whether the data is of this kind, by its first record. Raises ``DataError`` when it cannot be read."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
+        """Read and check the data, tokenise it for ``base``, hold rows out, and report what was found.
+
+        ``method`` is complete. Raises ``CapotuneError`` subclasses.
+        """
+
+    @classmethod
+    def check_settings(cls, given: Mapping[str, Any], source: str) -> None:
+        """``SettingError`` for a setting of another task; ``source`` names the data or the adapter."""
+        for name in sorted(cls.optional_data_settings - cls.data_settings):
+            if given.get(name) is not None:
+                raise SettingError(
+                    f"does not apply to {cls.title}, which {source} is.",
+                    setting=name,
+                    given=given[name],
+                    advice="Leave it out.",
+                )
+
+    # --------------------------------------------------------------------------------------------- to and from adapters
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Task:
+        """The task that an adapter was trained for. ``AdapterError`` for a record that is not as it was written."""
+
+    def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
+        """What the base computes in; fp32 unless the task says otherwise."""
+        return torch.float32
 
     @abstractmethod
-    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Sum of the losses of everything the batch learns; the loop divides by the whole step's ``units``."""
+    def facade(self, assembled: Assembled) -> Any:
+        """What ``capotune.load`` returns: the model ready to be asked."""
 
     @abstractmethod
-    def units(self, targets: Targets, rows: list[int]) -> int:
-        """How many losses the rows add to the sum: rows, or learned tokens."""
+    def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
+        """Score the rows of ``settings.data`` (those that a column ``split`` marks as test, else all) as a run does.
+
+        ``answers``: rows for which text is written, where the task writes some; None: as many as in the run.
+        """
+
+    # ---------------------------------------------------------------------------------------------------------- words
+
+    @classmethod
+    @abstractmethod
+    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """What ``capo info`` says of the task, from the adapter's record, as plain JSON."""
+
+    @classmethod
+    @abstractmethod
+    def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
+        """The facts of ``capo info`` that are the task's own, as lines: name and text."""
+
+    @classmethod
+    def further_columns(cls, metric: str, scores: Mapping[str, float]) -> tuple[str, ...]:  # noqa: ARG003
+        """The further metrics that are worth a column in a small table of techniques."""
+        return ()
+
+    @classmethod
+    @abstractmethod
+    def page_sections(
+        cls,
+        record: dict[str, Any],
+        recommended: str,
+        predictions: Mapping[str, Sequence[Mapping[str, Any]]],
+        of_base: Sequence[Mapping[str, Any]],
+    ) -> list[Section]:
+        """What a comparison's page shows of the test rows.
+
+        Args:
+            record: that of the ``recommended`` technique's adapter.
+            recommended: its name.
+            predictions: each technique's, as ``predictions.jsonl`` holds them.
+            of_base: the same of the base alone; empty where it made none.
+        """
+
+
+class TaskRun(ABC):
+    """Data and task, ready to train, and the steps of a run that are the task's own."""
+
+    task: Task
+    train_rows: int
+    """Rows of the data that are trained on, the held-out ones included."""
+    data_sha256: str
+
+    def choose_prompt(self, assembled: Assembled, report: Reporter) -> Assembled:  # noqa: ARG002
+        """Where the method has candidate prompts, settle on the best of them. The method is not attached yet."""
+        return assembled
 
     @abstractmethod
-    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """What is kept of each row for the score, (rows, numbers) fp32."""
+    def start_tokens(self, method: TrainingSettings) -> list[int]:
+        """Tokens whose embeddings a soft prompt starts from, as ``method.starts_from`` says."""
 
     @abstractmethod
-    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:
-        """How good the outputs of held-out rows are."""
+    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
+        """How the base does on the test rows before anything is trained."""
+
+    def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:  # noqa: B027
+        """Work that is the same with the method and without."""
 
     @abstractmethod
-    def shown(self, score: Score) -> float:
-        """The number of a score that people read, in the sense of ``metric``."""
+    def fit(
+        self,
+        out: Path,
+        assembled: Assembled,
+        cache: ActivationCache,
+        report: Reporter,
+        state: TrainingState | None,
+    ) -> Fitted:
+        """Train the attached method into the run folder ``out``; the model holds the best weights afterwards.
+
+        ``state`` is a checkpoint's, to go on from.
+        """
 
     @abstractmethod
-    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
-        """The task's own trained weights by their path in the model."""
-
-    @abstractmethod
-    def expected_head(self, model: Any) -> int:
-        """How many they are, by formula."""
-
-    @abstractmethod
-    def record(self, model: Any) -> dict[str, Any]:
-        """What an adapter's record must hold to make this task again."""
+    def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
+        """Score the test rows."""

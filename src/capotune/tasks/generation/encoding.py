@@ -1,8 +1,8 @@
-"""Text that a model writes: which tokens a record becomes, which of them are learned, and what they cost.
+"""From text to tokens: which tokens a record becomes, and which of them are in the loss.
 
-A record is a conversation, a prompt with its completion, or plain text (``data.samples``). It becomes pieces of
-text, each read or learned; pieces are tokenised one by one, so that a prompt has the same tokens in training and later
-when the model is asked. The end of every text is learned too: it is how the model stops.
+A record is a conversation, a prompt with its completion, or plain text (``data.samples``). It becomes segments of
+text, each in the loss or only read; segments are tokenised one by one, so that a prompt has the same tokens in training
+and later when the model is asked. The end of every text is in the loss too: it is how the model stops.
 """
 
 from __future__ import annotations
@@ -12,19 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from jinja2 import TemplateError
-from torch import nn
-from torch.nn import functional
 
-from capotune.data.batches import IGNORE_INDEX, Batch, Encoded, Targets
+from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import DataError, SettingError
-from capotune.kernels.cross_entropy import linear_cross_entropy
-from capotune.settings import TaskName
-from capotune.tasks.base import Score, Task
+from capotune.models.base import Base
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role.capitalize() + ':\\n' + message.content }}"
@@ -38,49 +33,48 @@ _SHOWN_START = 48  # tokens of a plain text that a model is given to go on from,
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a text; ``learned`` or only read."""
+class Segment:
+    """A part of a text, tokenised by itself; ``in_loss``: trained on, else only read."""
 
     text: str
-    learned: bool
+    in_loss: bool
 
 
 @dataclass(frozen=True)
-class Generation(Task):
-    """The task: tokenizer, chat template, and what is learned."""
+class TextEncoder:
+    """A base's tokenizer and chat template, and what is trained on."""
 
-    tokenizer: Any
+    base: Base
     max_length: int
+    """Longest sequence in tokens."""
     end_ids: tuple[int, ...]
-    """Tokens that end a text; the first is the one that is learned where the template writes none."""
+    """Tokens that end a text; the first is the one that is added where the template writes none."""
     chat_template: str | None
     """Jinja, as Transformers reads it; None: the model has none, and none was needed."""
     template_from: str
     """Where it comes from, in words."""
     learn: Literal["all", "last"] = "all"
-    """Which of the assistant's turns are learned."""
+    """Which of the assistant's turns are trained on."""
     separator: str = ""
     """What stands between a plain prompt and its completion."""
     chat: bool = False
     """Whether it was trained on conversations."""
-    plain_head: bool = False
-    """Whether logits are the output layer's product with the last hidden states and nothing more."""
 
-    name: ClassVar[TaskName] = "generation"
-    metric: ClassVar[str] = "perplexity"
-
-    # ------------------------------------------------------------------------------------------------ text to tokens
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self.base.tokenizer
 
     def encode(self, samples: Samples) -> list[list[Encoded]]:
         """What each sample becomes: one sequence, or several windows for a long plain text.
 
         Raises ``DataError``, with file and line, for a conversation that the chat template does not take.
         """
-        pieces = [self._pieces(sample, samples.where(row)) for row, sample in enumerate(samples.samples)]
-        ids = iter(self._ids([piece.text for of_sample in pieces for piece in of_sample]))
+        segments = [self._segments(sample, samples.where(row)) for row, sample in enumerate(samples.samples)]
+        ids = iter(self._ids([segment.text for of_sample in segments for segment in of_sample]))
         return [
-            self._encoded(sample, [(next(ids), piece.learned) for piece in of_sample])
-            for sample, of_sample in zip(samples.samples, pieces, strict=True)
+            self._encoded(sample, [(next(ids), segment.in_loss) for segment in of_sample])
+            for sample, of_sample in zip(samples.samples, segments, strict=True)
         ]
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -94,8 +88,8 @@ class Generation(Task):
         """
         if self.chat_template is None:
             raise SettingError(
-                "the model has no chat template: it goes on with text and was not made to chat. Let it go on with "
-                "`capo generate`, or train an adapter on conversations first."
+                "the model has no chat template: it continues text and was not made to chat.",
+                advice="Let it continue a text with `capo generate`, or train an adapter on conversations first.",
             )
         return self._asked(messages, tools)
 
@@ -143,35 +137,35 @@ class Generation(Task):
         """A plain prompt, parted from what follows."""
         return prompt if prompt[-1:].isspace() else prompt + self.separator
 
-    def _pieces(self, sample: Sample, where: str) -> list[Piece]:
+    def _segments(self, sample: Sample, where: str) -> list[Segment]:
         if isinstance(sample, Document):
-            return [Piece(sample.text, True)]
+            return [Segment(sample.text, True)]
         if isinstance(sample, Pair):
-            return [Piece(self._parted(sample.prompt), False), Piece(sample.completion, True)]
+            return [Segment(self._parted(sample.prompt), False), Segment(sample.completion, True)]
         turns = self._answers(sample.messages, sample.answers_from)
         turns = turns if self.learn == "all" else turns[-1:]
         try:
             whole = self._render(sample.messages, sample.tools)
             return self._split(whole, sample.messages, sample.tools, turns, where)
         except (TemplateError, TypeError) as error:
-            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
+            raise DataError(f"the chat template refuses the conversation: {error}", where=where) from None
 
     @staticmethod
     def _answers(messages: Sequence[dict[str, Any]], answers_from: int = 0) -> list[int]:
-        """Positions of the assistant's turns that may be learned."""
+        """Positions of the assistant's turns that may be in the loss."""
         return [at for at, turn in enumerate(messages) if at >= answers_from and turn["role"] == "assistant"]
 
     def _asked(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], answers_from: int = 0
     ) -> list[int]:
-        """Tokens of a conversation up to where the assistant writes, cut into the pieces that training cuts it into."""
+        """Tokens of a conversation up to where the assistant writes, in the segments that training cuts it into."""
         turns = self._answers(messages, answers_from) if self.learn == "all" else []
         try:
-            pieces = self._split(self._render(messages, tools, answer=True), messages, tools, turns)
+            segments = self._split(self._render(messages, tools, answer=True), messages, tools, turns)
         except (TemplateError, TypeError) as error:
             raise SettingError(f"the chat template refuses these messages: {error}") from None
-        ids = self._ids([piece.text for piece in pieces])
-        return self._joined([(one, piece.learned) for one, piece in zip(ids, pieces, strict=True)], chat=True)[0]
+        ids = self._ids([segment.text for segment in segments])
+        return self._joined([(one, segment.in_loss) for one, segment in zip(ids, segments, strict=True)], chat=True)[0]
 
     def _split(
         self,
@@ -180,31 +174,34 @@ class Generation(Task):
         tools: Sequence[dict[str, Any]],
         turns: list[int],
         where: str | None = None,
-    ) -> list[Piece]:
+    ) -> list[Segment]:
         """A conversation as the template writes it, cut where each of the ``turns`` begins and ends.
 
-        A turn that is written differently once others follow cannot be learned: ``DataError`` at ``where``. In what is
-        only asked (None) it is not cut out.
+        A turn that is written differently once others follow cannot be trained on: ``DataError`` at ``where``. In what
+        is only asked (None) it is not cut out.
         """
-        done, pieces = 0, []
+        done, segments = 0, []
         for at in turns:
             before = self._render(messages[:at], tools, answer=True)
             after = self._render(messages[: at + 1], tools)
             if whole.startswith(after) and after.startswith(before):
-                pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
+                segments += [Segment(whole[done : len(before)], False), Segment(whole[len(before) : len(after)], True)]
                 done = len(after)
             elif where is not None and after.startswith(before):
-                advice = "Give --learn last." if at != turns[-1] else "Let the conversation end with its last answer."
+                is_last = at == turns[-1]
                 raise DataError(
-                    f"{where}: the chat template writes turn {at + 1} differently once others follow, so that what is "
-                    f"learned is not what the model will see. {advice}"
+                    f"the chat template writes turn {at + 1} differently once others follow, so that what is trained "
+                    "on is not what the model will see.",
+                    where=where,
+                    advice="Let the conversation end with its last answer." if is_last else "Give `learn=last`.",
                 )
             elif where is not None:
                 raise DataError(
-                    f"{where}: the chat template does not write an answer after the words that ask for it "
-                    f"({before[-40:]!r}), so the learned part cannot be told."
+                    f"the chat template does not write an answer after the words that ask for it ({before[-40:]!r}), "
+                    "so that the part to train on is unknown.",
+                    where=where,
                 )
-        return [piece for piece in [*pieces, Piece(whole[done:], False)] if piece.text]
+        return [segment for segment in [*segments, Segment(whole[done:], False)] if segment.text]
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], answer: bool = False) -> str:
         if not messages and not answer:
@@ -219,25 +216,24 @@ class Generation(Task):
             )
         )
 
-    def _encoded(self, sample: Sample, pieces: list[tuple[list[int], bool]]) -> list[Encoded]:
+    def _encoded(self, sample: Sample, segments: list[tuple[list[int], bool]]) -> list[Encoded]:
         is_chat = isinstance(sample, Conversation)
         if not is_chat:
-            pieces = [*pieces[:-1], (pieces[-1][0] + [self.end_ids[0]], True)]
-        ids, labels = self._joined(pieces, is_chat)
+            segments = [*segments[:-1], (segments[-1][0] + [self.end_ids[0]], True)]
+        ids, labels = self._joined(segments, is_chat)
         return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels)]
 
-    def _joined(self, pieces: list[tuple[list[int], bool]], chat: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of a whole text. Every learned piece has an end, and nothing is learned after it."""
-        front = (
-            [] if chat and self.chat_template != PLAIN_TEMPLATE else self._front
-        )  # a model's template writes its own
+    def _joined(self, segments: list[tuple[list[int], bool]], chat: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of a whole text. Every segment in the loss has an end, and nothing after it is in the loss."""
+        own_front = chat and self.chat_template != PLAIN_TEMPLATE  # a model's template writes its own
+        front = [] if own_front else self._front
         ids, labels = [*front], [IGNORE_INDEX] * len(front)
-        for piece, learned in pieces:
-            learn = piece[: self._end_in(piece)] if learned else []
-            if learned and not self._end_in(piece):
-                learn = piece = [*piece, self.end_ids[0]]
-            ids += piece
-            labels += learn + [IGNORE_INDEX] * (len(piece) - len(learn))
+        for segment, in_loss in segments:
+            wanted = segment[: self._end_in(segment)] if in_loss else []
+            if in_loss and not wanted:
+                wanted = segment = [*segment, self.end_ids[0]]
+            ids += segment
+            labels += wanted + [IGNORE_INDEX] * (len(segment) - len(wanted))
         return ids, labels
 
     def _end_in(self, ids: list[int]) -> int:
@@ -262,66 +258,3 @@ class Generation(Task):
             answer_cut=any(label not in self.end_ids for label in lost),
             end_cut=any(label in self.end_ids for label in lost),
         )
-
-    # ------------------------------------------------------------------------------------------------ tokens to a loss
-
-    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Sum of the learned tokens' cross-entropies in nats."""
-        return self._losses(model, batch, label_smoothing)[0].sum()
-
-    def units(self, targets: Targets, rows: list[int]) -> int:
-        """The learned tokens."""
-        return sum(label != IGNORE_INDEX for row in rows for label in targets[row])
-
-    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Of each row the sum of its losses and the number of its learned tokens, (rows, 2) on the CPU: a GPU would add
-        them in any order."""
-        losses, row = (found.cpu() for found in self._losses(model, batch, 0.0))
-        sums = torch.zeros(len(batch.starts) - 1, 2)
-        return sums.index_add_(0, row, torch.stack([losses, torch.ones_like(losses)], 1))
-
-    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the losses
-        """(−loss per learned token,)."""
-        nats, tokens = outputs.double().sum(0).tolist()
-        return (-nats / max(tokens, 1.0),)
-
-    def shown(self, score: Score) -> float:
-        """The perplexity."""
-        return float(torch.tensor(-score[0], dtype=torch.float64).exp())
-
-    def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (learned tokens,) and the row of each. Logits are made where something is learned, nowhere else."""
-        learned = batch.in_loss
-        assert batch.targets is not None
-        assert learned is not None
-        wanted = batch.targets[learned]
-        row = torch.searchsorted(batch.starts, learned, right=True) - 1
-        at = learned - 1  # a token is predicted at the one before it; the first of a row is never learned
-        if not self.plain_head:
-            logits = batch.flat(model(**batch.inputs).logits)[at].float()
-            return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
-        states = batch.states(model.base_model, at)
-        head = model.get_output_embeddings()
-        return linear_cross_entropy(states.to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing), row
-
-    # ------------------------------------------------------------------------------------------------------------ rest
-
-    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:  # noqa: ARG002 - the base's own head stays frozen
-        """None."""
-        return {}
-
-    def expected_head(self, model: Any) -> int:  # noqa: ARG002
-        """0."""
-        return 0
-
-    def record(self, model: Any) -> dict[str, Any]:  # noqa: ARG002
-        """Template, separator and lengths, as stored beside an adapter."""
-        return {
-            "task": self.name,
-            "max_length": self.max_length,
-            "chat_template": self.chat_template,
-            "template_from": self.template_from,
-            "learn": self.learn,
-            "separator": self.separator,
-            "chat": self.chat,
-        }

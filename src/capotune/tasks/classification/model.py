@@ -1,22 +1,18 @@
-"""One label for one text: a pooled vector of the frozen or adapted backbone, and a linear head on it."""
+"""A classifier of texts: a backbone, pooling over the text's own tokens, and a linear head."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from capotune.data.batches import Batch, Targets
-from capotune.errors import DataError
-from capotune.models.load import Pooling
-from capotune.settings import TaskName
-from capotune.tasks.base import Score, Task
+from capotune.data.batches import Batch
+from capotune.kernels import policy
+from capotune.models.base import Pooling
 
 
 class SequenceClassifier(nn.Module):
@@ -130,88 +126,9 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
     return functional.embedding_bag(every, states, starts, mode=pooling, include_last_offset=True)
 
 
-@dataclass(frozen=True)
-class Classification(Task):
-    """The task: its labels, tokenizer and lengths."""
-
-    labels: tuple[str, ...]
-    """Label names; a target is a position in this list."""
-    tokenizer: Any
-    max_length: int
-    pooling: Pooling
-
-    name: ClassVar[TaskName] = "classification"
-    metric: ClassVar[str] = "accuracy"
-
-    def token_lengths(self, texts: list[str]) -> list[int]:
-        """Length of each text in tokens before cutting."""
-        return [len(ids) for ids in self._ids(texts, truncation=False)]
-
-    def encode(self, texts: list[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``.
-
-        ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
-        for a text of which no token comes.
-        """
-        found = self._ids(texts, truncation=True, max_length=self.max_length)
-        empty = next((at for at, ids in enumerate(found) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"the base's tokenizer makes no token of the text {texts[empty]!r}.",
-                where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
-                advice="Remove it.",
-            )
-        return found
-
-    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
-        if not texts:  # the tokenizer takes no empty list
-            return []
-        return [list(ids) for ids in self.tokenizer(texts, verbose=False, **options)["input_ids"]]
-
-    def targets(self, labels: list[str]) -> torch.Tensor:
-        """(rows,) int64 positions of label names."""
-        number = {label: at for at, label in enumerate(self.labels)}
-        return torch.tensor([number[label] for label in labels], dtype=torch.long)
-
-    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
-        """Sum of the rows' cross-entropies."""
-        assert batch.targets is not None
-        logits = self.outputs(model, batch)
-        return functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
-
-    def units(self, targets: Targets, rows: list[int]) -> int:  # noqa: ARG002 - a row is a unit, whatever its label
-        """The rows."""
-        return len(rows)
-
-    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Logits (rows, labels)."""
-        logits: torch.Tensor = model.logits(batch)
-        return logits
-
-    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:
-        """(accuracy, −cross-entropy)."""
-        assert isinstance(targets, torch.Tensor)
-        accuracy = float((outputs.argmax(1) == targets).float().mean())
-        return accuracy, -float(functional.cross_entropy(outputs, targets))
-
-    def shown(self, score: Score) -> float:
-        """The accuracy."""
-        return score[0]
-
-    def expected_head(self, model: Any) -> int:
-        """(features + 1)·labels."""
-        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
-
-    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
-        """Weight (labels, features) and bias (labels,) of the linear head."""
-        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}
-
-    def record(self, model: Any) -> dict[str, Any]:
-        """Labels, pooling, layers and length, as stored beside an adapter."""
-        return {
-            "task": self.name,
-            "labels": list(self.labels),
-            "pooling": self.pooling,
-            "max_length": self.max_length,
-            "feature_layers": list(model.feature_layers),
-        }
+def readable_layers(num_blocks: int, hidden_size: int) -> tuple[int, ...]:
+    """Hidden states for a head that reads several: all, or evenly spread ones when all are too wide; the last is in."""
+    count = max(1, min(num_blocks + 1, policy.HEAD_FEATURES // hidden_size))
+    if count == 1:
+        return (-1,)
+    return tuple(round(number * num_blocks / (count - 1)) for number in range(count))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.samples import Samples, answer_of
-from capotune.evaluation.generate import generate, room_after
+from capotune.evaluation.generate import generate, tokens_left
 from capotune.evaluation.metrics import exact_match, mean_interval, metric, rouge_l, wilson_interval
 from capotune.evaluation.pairs import RowCounts
 from capotune.settings import DecodingSettings
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnsweredRows:
     """What a model wrote for some rows that have an expected answer."""
 
     rows: list[int]
@@ -28,7 +28,7 @@ class Answers:
         """Share of exact matches and mean ROUGE-L F1; nothing when no row was answered."""
         if not self.rows:
             return {}
-        return {"exact_match": sum(self._exact) / len(self.rows), "rouge_l": sum(self._rouge) / len(self.rows)}
+        return {"exact_match": sum(self.exact) / len(self.rows), "rouge_l": sum(self._rouge) / len(self.rows)}
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -43,10 +43,11 @@ class Answers:
     @property
     def counts(self) -> RowCounts:
         """What each answered row adds to the exact matches."""
-        return RowCounts.of(metric("exact_match"), [[exact, 1] for exact in self._exact], self.rows)
+        return RowCounts.of(metric("exact_match"), [[exact, 1] for exact in self.exact], self.rows)
 
     @property
-    def _exact(self) -> list[bool]:
+    def exact(self) -> list[bool]:
+        """For each row whether the answer is the expected one."""
         return [exact_match(*pair) for pair in zip(self.written, self.expected, strict=True)]
 
     @property
@@ -60,15 +61,15 @@ def answer_rows(
     most: int,
     decoding: DecodingSettings,
     progress: Callable[[int, int], None] | None = None,
-) -> Answers:
+) -> AnsweredRows:
     """Let a language model answer at most ``most`` of the rows that have an answer, drawn by ``decoding.seed``.
 
     Rows whose question fills the whole context are passed over: there the model has nothing to say.
     """
     known = [at for at, sample in enumerate(samples.samples) if answer_of(sample) is not None]
     rows = sorted(random.Random(decoding.seed).sample(known, min(most, len(known))))
-    questions = {row: assembled.generation.encode_question(samples.samples[row]) for row in rows}
-    rows = [row for row in rows if room_after(assembled, questions[row]) > 0]
+    questions = {row: assembled.task.encode_question(samples.samples[row]) for row in rows}
+    rows = [row for row in rows if tokens_left(assembled, questions[row]) > 0]
     expected = [answer_of(samples.samples[row]) or "" for row in rows]
     written = generate(assembled, [questions[row] for row in rows], decoding, progress)
-    return Answers(rows, expected, written)
+    return AnsweredRows(rows, expected, written)

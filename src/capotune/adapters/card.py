@@ -1,0 +1,44 @@
+"""README.md of an adapter: what it is, how it scored, how to use it. It names no folder: the adapter may move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capotune.adapters.task_model import CardWords
+from capotune.files import human_bytes
+
+
+def card(record: dict[str, Any], words: CardWords, parameters: int) -> str:
+    """The card of an adapter with so many ``parameters``, in Markdown with the hub's front matter."""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
+    base, method = record["base"], record["method"]
+    return f"""---
+base_model: {base["name"]}
+library_name: capotune
+tags: [capotune, {method}]
+---
+# {method} adapter for {base["name"]}
+
+{words.what}
+
+{words.score}, trained on {record["trained"]["train_rows"]:,} rows.
+{parameters:,} trained weights ({human_bytes(parameters * 4)}); the base itself is unchanged
+(fingerprint `{base["fingerprint"]}`).
+
+With `ADAPTER` the folder of this file:
+
+```
+{words.shell}
+```
+
+```python
+import capotune
+
+adapter = "ADAPTER"
+{words.python}
+```
+
+| setting | value |
+| --- | --- |
+{settings}
+"""

@@ -1,0 +1,200 @@
+"""Run several techniques side by side, and write what they come to: table, picture and page."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capotune.api.training import method_settings, sources
+from capotune.errors import SettingError
+from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
+from capotune.memory_table import MemoryTable
+from capotune.settings import CompareSettings, build
+
+if TYPE_CHECKING:
+    from capotune.report import Comparison, ComparisonRow, PageDetails, Snippet
+
+Records = dict[str, dict[str, Any]]
+"""Each finished technique's ``run.json``."""
+
+
+def compare(
+    *,
+    data: Any,
+    out: str | Path = "capo-compare",
+    report: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Run the techniques side by side; writes ``compare.json``, ``.png``, ``.html`` and an adapter each into ``out``.
+
+    ``data`` and ``test`` as in ``train``; ``settings`` are those of ``capo compare --help`` by name: ``model``,
+    ``methods``, ``seed``, and one dictionary per method (``lora={"rank": 8}``). Events carry their method's name.
+    Raises as ``train``.
+    """
+    built = build(compare_settings(), {"out": out, **sources(data, settings)})
+    return compare_run(built, report=report, cancel=cancel)
+
+
+def compare_settings() -> type[CompareSettings]:
+    """The settings of ``compare``, with a field of settings for each known method."""
+    from capotune import methods
+
+    return methods.compare_settings()
+
+
+def compare_run(
+    settings: CompareSettings,
+    *,
+    report: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    command: str | None = None,
+) -> Comparison:
+    """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it."""
+    from capotune.files import output_folder
+    from capotune.report import write
+    from capotune.runs.compare import run_techniques
+
+    for method in settings.methods:
+        method_settings(method)  # a name that is not known is an error now
+    if settings.test_fraction == 0 and settings.test is None:
+        raise SettingError(
+            "leaves no rows to compare on.", setting="test_fraction", given=0, allowed="values between 0 and 1"
+        )
+    inspected: dict[str, Any] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, DataInspected) and not inspected:  # once: a soft prompt only takes tokens from the text
+            inspected.update(event.report or {})
+        report(event)
+
+    cancel = cancel or CancelToken()
+    with output_folder(settings.out) as new:
+        results = run_techniques(settings, new, cancel.watching(listen), cancel)
+        comparison = _comparison(results, new, settings.tolerance)
+        details = _details(comparison, results, new, inspected, command or _command(settings))
+        write(comparison, details, new)
+    return comparison
+
+
+def _command(settings: CompareSettings) -> str:
+    """How to make the comparison again."""
+    if isinstance(settings.data, MemoryTable) or isinstance(settings.test, MemoryTable):
+        return "capotune.compare(data=…)"
+    return f"capo compare --data {settings.data}"
+
+
+def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
+    from capotune import tasks
+    from capotune.evaluation.metrics import metric
+    from capotune.evaluation.pairs import RowCounts
+    from capotune.report import Comparison, ComparisonRow, recommend
+
+    first = next(iter(results.values()))
+    result, base, task = first["result"], _base(results), tasks.get(first["settings"]["task"])
+    taken_over = ({field.name for field in fields(ComparisonRow)} & result.keys()) - {"adapter"}
+    rows = tuple(
+        ComparisonRow(
+            method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in taken_over}
+        )
+        for method, record in results.items()
+    )
+    comparison = Comparison(
+        model=first["settings"]["model"],
+        task=task.name,
+        metric=result["metric"],
+        higher_is_better=metric(result["metric"]).higher_is_better,
+        train_rows=result["train_rows"],
+        test_rows=result["test_rows"],
+        base_score=base.get("base_score", float("nan")),
+        base_scores=base.get("base_scores", {}),
+        rows=rows,
+        tolerance=tolerance,
+        base_label=task.base_label,
+        columns=task.further_columns(result["metric"], result["scores"]),
+    )
+    written = {method: json.loads((folder / method / "test_rows.json").read_text("utf-8")) for method in results}
+    counts = {method: RowCounts.from_dict(content) for method, content in written.items()}
+    of_base = next((content["base"] for content in written.values() if "base" in content), None)
+    return recommend(comparison, counts, RowCounts.from_dict(of_base) if of_base else None)
+
+
+def _base(results: Records) -> dict[str, Any]:
+    """The record of the run that also scored the base; empty when that one failed."""
+    return next((record for record in results.values() if "base_score" in record), {})
+
+
+def _details(
+    comparison: Comparison, results: Records, folder: Path, inspected: dict[str, Any], command: str
+) -> PageDetails:
+    """What the page shows beside the table."""
+    from capotune import tasks
+    from capotune.adapters.store import RECORD
+    from capotune.report import PageDetails
+
+    task, chosen = tasks.get(comparison.task), comparison.recommended
+    predictions = {method: _predictions(folder / method) for method in results}
+    sections = []
+    if chosen:
+        record = json.loads((folder / chosen / "adapter" / RECORD).read_text(encoding="utf-8"))
+        sections = task.page_sections(record, chosen, predictions, _base(results).get("base_answers", []))
+    return PageDetails(
+        sections=sections,
+        snippets=_snippets(comparison),
+        base_note=task.base_note,
+        settings={name: {**record["settings"], **record[name]} for name, record in results.items()},
+        data=inspected,
+        environment=next(iter(results.values()))["environment"],
+        command=command,
+    )
+
+
+def _predictions(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _snippets(comparison: Comparison) -> list[Snippet]:
+    """How to use the recommended adapter, and one in PEFT's format."""
+    from capotune import methods, tasks
+    from capotune.report import Snippet
+
+    chosen = next((row for row in comparison.rows if row.method == comparison.recommended), None)
+    if chosen is None:
+        return []
+    task = tasks.get(comparison.task)
+    command, text = task.command, task.sample
+    python = f'import capotune\n\nmodel = capotune.load({json.dumps(chosen.adapter)})\nmodel.{command}(["{text}"])'
+    found = [
+        Snippet("Command line", f'capo {command} {shlex.quote(chosen.adapter)} "{text}"'),
+        Snippet("Python", python),
+    ]
+    in_peft = [row for row in (chosen, *comparison.rows) if methods.get(row.method).known_to_peft]
+    return found + [Snippet(f"PEFT, for {row.method}", _peft_code(row, comparison)) for row in in_peft[:1]]
+
+
+def _peft_code(row: ComparisonRow, comparison: Comparison) -> str:
+    """The adapter on its base; without Capotune where others can load the base: not with a head, nor in 4 bits."""
+    from capotune import methods, tasks
+
+    adapter, has_head = json.dumps(row.adapter), tasks.get(comparison.task).has_head
+    quantized = methods.get(row.method)(methods.get(row.method).Settings()).quantization is not None
+    model = "" if has_head or quantized else _known_to_others(comparison.model)
+    if model:
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
+        base = f"AutoModelForCausalLM.from_pretrained({json.dumps(model)})"
+    else:
+        imports = "import capotune\nfrom peft import PeftModel"
+        what = " with a blank head" if has_head else ""
+        base = f"capotune.load_base({adapter})  # the frozen base{what}"
+    return f"{imports}\n\nbase = {base}\nmodel = PeftModel.from_pretrained(base, {adapter})"
+
+
+def _known_to_others(model: str) -> str:
+    """A folder's whole path or a hub id; empty for a bare name, which may be that of an embedded model."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder.absolute())
+    return model if "/" in model else ""

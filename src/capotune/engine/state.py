@@ -1,0 +1,74 @@
+"""Where training stands: a plain record, taken from and put back into model, optimizer and random numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.task_model import Score
+from capotune.engine.optimizer import FlatAdamW
+
+
+@dataclass
+class TrainingState:
+    """Where training stands: with the arguments of ``train``, all that is needed to go on to the same bits."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    batch: int = 0
+    """Batches of the current epoch completed."""
+    step: int = 0
+    """Optimizer steps taken."""
+    rng: torch.Tensor = field(default_factory=torch.get_rng_state)
+    """State of the random numbers that dropout draws, on the device where it draws them."""
+    optimizer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """AdamW's moments by weight."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The trained weights as they are now."""
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_score: Score = (-math.inf,)
+    """The task's held-out score of the best weights."""
+    best_epoch: int = 0
+    trained_score: Score = (-math.inf,)
+    """The best held-out score of an epoch, the solved start left out: the first epochs often stand below it."""
+    waited: int = 0
+    """Epochs in a row that did not raise ``trained_score``."""
+    loss_sum: float = 0.0
+    """Of the current epoch's batches, for its mean."""
+
+
+def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
+    """The state before the first step, with the model as it is now, of this held-out ``score``, as the best so far."""
+    state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
+    set_best(state, assembled.trainable(), score, epoch=0)
+    return state
+
+
+def set_best(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:
+    """Copy ``weights`` into the state as the best so far."""
+    state.best_score, state.best_epoch = score, epoch
+    state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
+
+
+def capture(
+    state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW, device: torch.device
+) -> TrainingState:
+    """Copy what lives in model, optimizer and generator into the state."""
+    state.weights = {key: weight.detach().clone() for key, weight in weights.items()}
+    state.optimizer = optimizer.moments()
+    state.rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state
+
+
+def restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW) -> None:
+    """Put captured weights and moments back; a state that ``start`` made holds none, and changes nothing."""
+    if not state.weights:
+        return
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(state.weights[key])
+    optimizer.set_moments(state.optimizer)

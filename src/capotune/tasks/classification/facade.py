@@ -1,0 +1,89 @@
+"""A classifier ready to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from capotune.adapters.assemble import Assembled
+from capotune.data.batches import TokenRows
+from capotune.tasks.classification.score import logits_of
+from capotune.tasks.texts import check_texts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One text's label."""
+
+    text: str
+    label: str
+    probability: float
+    """Of ``label``, from 0 to 1."""
+
+    def as_line(self) -> str:
+        """Label, probability and text in one line, parted by tabs."""
+        return f"{self.label}\t{self.probability:.3f}\t{' '.join(self.text.split())}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"text": self.text, "label": self.label, "probability": round(self.probability, 6)}
+
+
+class Classifier:
+    """A base with an adapter on it, ready to answer. Made by ``load``."""
+
+    def __init__(self, assembled: Assembled) -> None:
+        self._assembled = assembled
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names, in the order of ``predict_proba``'s columns."""
+        labels: tuple[str, ...] = self._assembled.task.labels
+        return labels
+
+    @property
+    def model(self) -> nn.Module:
+        """The PyTorch module: token ids (rows, tokens) and mask in, ``.logits`` (rows, labels) out."""
+        model: nn.Module = self._assembled.model
+        return model
+
+    @property
+    def method(self) -> Any:
+        """The attached method (``capotune.methods``)."""
+        return self._assembled.method
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._assembled.task.tokenizer
+
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+        """(texts, labels) fp32 probabilities. Raises ``DataError`` for what is no text."""
+        check_texts(texts)
+        if not len(texts):
+            return np.zeros((0, len(self.labels)), dtype=np.float32)
+        task = self._assembled.task
+        rows = TokenRows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
+        probabilities: np.ndarray = logits_of(self._assembled, rows).softmax(1).numpy()
+        return probabilities
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most probable label of each text."""
+        return [prediction.label for prediction in self.answer(texts)]
+
+    def answer(self, texts: Sequence[str]) -> list[Prediction]:
+        """The most probable label of each text, with its probability."""
+        probabilities = self.predict_proba(texts)
+        best = probabilities.argmax(1)
+        return [
+            Prediction(text, self.labels[number], float(row[number]))
+            for text, number, row in zip(texts, best, probabilities, strict=True)
+        ]
+
+    def merge(self) -> bool:
+        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
+        return self._assembled.method.merge()

@@ -1,0 +1,283 @@
+"""Classification as a task: one label for one text, by a linear head on a pooled vector of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+from torch import nn
+from torch.nn import functional
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import StoredRecord, check_record
+from capotune.adapters.task_model import CardWords, Objective, Score
+from capotune.data.batches import Batch, Targets
+from capotune.data.labelled import LabelledText, read_to_score
+from capotune.errors import DataError, SettingError
+from capotune.events import Reporter, counter
+from capotune.methods import Method
+from capotune.models.base import Base, Pooling
+from capotune.models.load import load_backbone
+from capotune.models.stream import Progress
+from capotune.sections import Section
+from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
+from capotune.tasks.base import Scored, Task, TaskRun
+from capotune.tasks.classification import page
+from capotune.tasks.classification.facade import Classifier
+from capotune.tasks.classification.model import SequenceClassifier, readable_layers
+from capotune.tasks.classification.score import score_texts
+from capotune.tasks.room import text_length
+
+_SHOWN_LABELS = 20
+
+
+class RowCrossEntropy(Objective):
+    """Cross-entropy of a row's label; held-out rows are scored by accuracy, then by loss."""
+
+    metric: ClassVar[str] = "accuracy"
+
+    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Sum of the rows' cross-entropies in nats."""
+        assert batch.targets is not None
+        logits = self.outputs(model, batch)
+        return functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
+
+    def units(self, targets: Targets, rows: list[int]) -> int:  # noqa: ARG002 - a row is a unit, whatever its label
+        """The rows."""
+        return len(rows)
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Logits (rows, labels)."""
+        logits: torch.Tensor = model.logits(batch)
+        return logits
+
+    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:
+        """(accuracy, −cross-entropy)."""
+        assert isinstance(targets, torch.Tensor)
+        accuracy = float((outputs.argmax(1) == targets).float().mean())
+        return accuracy, -float(functional.cross_entropy(outputs, targets))
+
+    def shown(self, score: Score) -> float:
+        """The accuracy."""
+        return score[0]
+
+
+class _Record(StoredRecord):
+    labels: list[str] = pydantic.Field(min_length=1)
+    pooling: Pooling
+    feature_layers: list[int]
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """The task: its labels and lengths."""
+
+    base: Base
+    labels: tuple[str, ...]
+    """Label names; a target is a position in this tuple."""
+    max_length: int
+    """Longest text in tokens; longer ones are cut."""
+    pooling: Pooling
+
+    name: ClassVar[str] = "classification"
+    title: ClassVar[str] = "labelled text"
+    gives: ClassVar[str] = "gives labels"
+    command: ClassVar[str] = "predict"
+    default_model: ClassVar[str] = "minilm"
+    base_label: ClassVar[str] = "base (frozen, nearest class mean)"
+    base_note: ClassVar[str] = (
+        "Each test row gets the label whose training rows have the nearest mean, in the frozen base's features; "
+        "nothing is trained."
+    )
+    has_head: ClassVar[bool] = True
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
+    objective = RowCrossEntropy()
+
+    @classmethod
+    def on(
+        cls,
+        base: Base,
+        labels: Sequence[str],
+        max_length: int | None,
+        virtual_tokens: int,
+        pooling: Pooling | None = None,
+    ) -> Classification:
+        """The task on a base; ``max_length`` None is all that the base takes beside ``virtual_tokens``."""
+        marks = base.tokenizer.num_special_tokens_to_add()
+        length = text_length(base, max_length, virtual_tokens, marks)
+        return cls(base, tuple(labels), length, pooling or base.pooling)
+
+    # ------------------------------------------------------------------------------------------------------ from data
+
+    @classmethod
+    def recognises(cls, settings: DataSettings) -> bool:  # noqa: ARG003
+        """What no other task takes."""
+        return True
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
+        """Labelled rows, tokenised and split."""
+        from capotune.tasks.classification.run import ClassificationRun
+
+        return ClassificationRun(settings, method, base, report)
+
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Length of each text in tokens before cutting."""
+        return [len(ids) for ids in self._ids(texts, truncation=False)]
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_length``.
+
+        ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
+        for a text of which no token comes.
+        """
+        found = self._ids(texts, truncation=True, max_length=self.max_length)
+        empty = next((at for at, ids in enumerate(found) if not ids), None)
+        if empty is not None:
+            raise DataError(
+                f"the base's tokenizer makes no token of the text {texts[empty]!r}.",
+                where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
+                advice="Remove it.",
+            )
+        return found
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:  # the tokenizer takes no empty list
+            return []
+        return [list(ids) for ids in self.tokenizer(list(texts), verbose=False, **options)["input_ids"]]
+
+    def targets(self, labels: Sequence[str]) -> torch.Tensor:
+        """(rows,) int64 positions of label names."""
+        number = {label: at for at, label in enumerate(self.labels)}
+        return torch.tensor([number[label] for label in labels], dtype=torch.long)
+
+    # --------------------------------------------------------------------------------------------------------- the head
+
+    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+        """A ``SequenceClassifier`` with a fresh head."""
+        backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
+        layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, self.base.hidden_size)
+        model = SequenceClassifier(backbone, self.pooling, len(self.labels), layers)
+        return model, model.backbone_name
+
+    def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
+        """Pooling leaves a soft prompt's positions out."""
+        model.virtual_tokens = virtual_tokens
+
+    def expected_head(self, model: Any) -> int:
+        """(features + 1)·labels."""
+        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
+
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
+        """Weight (labels, features) and bias (labels,) of the linear head."""
+        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}
+
+    # --------------------------------------------------------------------------------------------- to and from adapters
+
+    def record(self, model: Any) -> dict[str, Any]:
+        """Labels, pooling, layers and length, as stored beside an adapter."""
+        return {
+            "task": self.name,
+            "labels": list(self.labels),
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "feature_layers": list(model.feature_layers),
+        }
+
+    @classmethod
+    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Classification:
+        """The task of a stored adapter."""
+        check_record(folder, record, _Record)
+        return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"])
+
+    def facade(self, assembled: Assembled) -> Classifier:
+        """A ``Classifier``."""
+        return Classifier(assembled)
+
+    def evaluate(
+        self,
+        assembled: Assembled,
+        settings: DataSettings,
+        answers: int | None,  # noqa: ARG002 - every row is answered
+        report: Reporter,
+    ) -> Scored:
+        """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
+        rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
+        self.check_labels(rows)
+        return score_texts(assembled, rows, progress=counter(report))
+
+    def check_labels(self, rows: LabelledText) -> None:
+        """``DataError`` for the first label that is not one of the task's."""
+        for row, label in enumerate(rows.labels):
+            if label not in self.labels:
+                known = f"{', '.join(self.labels[:10])}{', …' if len(self.labels) > 10 else ''}"
+                raise DataError(
+                    f"the label '{label}' is not one the adapter knows.{nearest(label, self.labels)}",
+                    advice=f"It knows: {known}.",
+                    where=rows.where(row),
+                )
+
+    # ------------------------------------------------------------------------------------------------------------ words
+
+    def card(self, record: dict[str, Any]) -> CardWords:
+        """Labels, accuracy and how to predict."""
+        trained, labels = record["trained"], self.labels
+        shown = ", ".join(labels[:_SHOWN_LABELS])
+        more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
+        score = f"No test rows; accuracy on the held-out part {trained['held_out_score']:.2%}"
+        if trained["test_rows"]:
+            score = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows"
+        return CardWords(
+            f"Classifies a text into {len(labels)} labels: {shown}{more}.",
+            score,
+            'capo predict ADAPTER "your text"',
+            'classifier = capotune.load(adapter)\nclassifier.predict(["your text"])',
+        )
+
+    @classmethod
+    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """Labels, pooling and length."""
+        return {name: record[name] for name in ("labels", "pooling", "max_length")}
+
+    @classmethod
+    def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
+        """The first labels, and what is read of a text."""
+        labels = facts["labels"]
+        return [
+            ("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}"),
+            ("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"),
+        ]
+
+    @classmethod
+    def page_sections(
+        cls,
+        record: dict[str, Any],
+        recommended: str,
+        predictions: Mapping[str, Sequence[Mapping[str, Any]]],
+        of_base: Sequence[Mapping[str, Any]],  # noqa: ARG003
+    ) -> list[Section]:
+        """The recommended technique's confusions and surest mistakes."""
+        return page.sections(record["labels"], recommended, predictions[recommended])
+
+
+def label_tokens(
+    task: Task, labels: Sequence[str], method: TrainingSettings, sequences: Sequence[Sequence[int]]
+) -> list[int]:
+    """Tokens that a soft prompt starts from: those of the label names, of a text, or all that occur in the rows.
+
+    Raises ``SettingError`` for a text of which the tokenizer makes no token.
+    """
+    if method.starts_from is None:
+        return []
+    if method.starts_from == "vocabulary":
+        return sorted({token for sequence in sequences for token in sequence})
+    text = method.start_text or ", ".join(label.replace("_", " ") for label in labels)
+    tokens = task.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    if not tokens:
+        raise SettingError("the tokenizer makes no token of it.", setting="init_text", given=text, advice="Give words.")
+    return list(tokens)

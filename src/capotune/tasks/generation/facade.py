@@ -1,0 +1,140 @@
+"""A language model ready to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import read_adapter
+from capotune.errors import DataError
+from capotune.evaluation.generate import context_length, generate, stream, tokens_left
+from capotune.settings import DecodingSettings, build
+from capotune.tasks.texts import check_texts
+
+Messages = Sequence[dict[str, Any]]
+"""Turns of a conversation, or tools, in OpenAI's form."""
+
+
+def user_turn(text: str) -> dict[str, Any]:
+    """A text as a message of the user's."""
+    return {"role": "user", "content": text}
+
+
+class Generator:
+    """A language model, with or without an adapter, ready to write. Made by ``load`` and ``load_model``.
+
+    ``decoding`` are the settings of ``capo generate --help`` by name (``max_tokens=64``). Every method raises
+    ``SettingError`` for a setting out of range and for a prompt that leaves no token in the model's context.
+    """
+
+    def __init__(self, assembled: Assembled) -> None:
+        self._assembled = assembled
+
+    @property
+    def model(self) -> Any:
+        """Transformers' own causal language model, with the adapter inside."""
+        return self._assembled.model
+
+    @property
+    def method(self) -> Any:
+        """The attached method (``capotune.methods``)."""
+        return self._assembled.method
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._assembled.task.tokenizer
+
+    @property
+    def chats(self) -> bool:
+        """Whether the adapter was trained on conversations."""
+        return bool(self._assembled.task.chat)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used."""
+        return self._assembled.task.chat_template is not None
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model can hold, prompt and answer together."""
+        return context_length(self._assembled)
+
+    def generate(
+        self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
+    ) -> list[str]:
+        """What the model writes after each text, without the text itself. ``progress``: (answered, all)."""
+        check_texts(prompts)
+        return self._write([self._assembled.task.encode_prompt(text) for text in prompts], decoding, progress)
+
+    def stream(self, prompt: str, **decoding: Any) -> Iterator[str]:
+        """As ``generate`` for one text, in pieces as they are written. Close the iterator to stop the model."""
+        check_texts([prompt])
+        return self._stream(self._assembled.task.encode_prompt(prompt), decoding)
+
+    def chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> str:
+        """The assistant's next turn in a conversation: ``[{"role": "user", "content": "…"}]``.
+
+        ``tools`` are the functions that the model may call, as JSON schemas. Raises ``SettingError`` when the model has
+        no chat template.
+        """
+        return self._write([self._encode_chat(messages, tools)], decoding)[0]
+
+    def stream_chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> Iterator[str]:
+        """As ``chat``, in pieces as they are written. Close the iterator to stop the model."""
+        return self._stream(self._encode_chat(messages, tools), decoding)
+
+    def chat_each(
+        self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
+    ) -> list[str]:
+        """The answer to each text as a conversation of its own, in batches."""
+        check_texts(prompts)
+        return self._write([self._encode_chat([user_turn(text)], ()) for text in prompts], decoding, progress)
+
+    def tokens_left(self, messages: Messages, tools: Messages = ()) -> int:
+        """Tokens that the context leaves for the next turn of a conversation; none or fewer when it is too long."""
+        return tokens_left(self._assembled, self._encode_chat(messages, tools))
+
+    def use(self, adapter: str | Path | None) -> None:
+        """Put another adapter on in place of the one there is; None: the base alone.
+
+        Without a chat template of its own the new one is asked in the template of the one before, so that a
+        conversation can go on. Raises ``AdapterError`` when it is for another task or base; the model is then as it
+        was.
+        """
+        from capotune.tasks.loading import switch
+
+        before = self._assembled.task
+        switched = switch(self._assembled, None if adapter is None else read_adapter(adapter))
+        if switched.task.chat_template is None:
+            task = replace(switched.task, chat_template=before.chat_template, template_from=before.template_from)
+            switched = replace(switched, task=task)
+        self._assembled = switched
+
+    def merge(self) -> bool:
+        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
+        return self._assembled.method.merge()
+
+    def _encode_chat(self, messages: Messages, tools: Messages) -> list[int]:
+        if isinstance(messages, str) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
+            raise DataError(
+                'a list of messages is needed, such as [{"role": "user", "content": "Hello"}]; found '
+                f"{str(messages)[:60]!r}."
+            )
+        check_texts([turn["content"] for turn in messages if isinstance(turn.get("content"), str)])
+        ids: list[int] = self._assembled.task.encode_chat(messages, tools)
+        return ids
+
+    def _write(
+        self,
+        prompts: list[list[int]],
+        decoding: dict[str, Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        return generate(self._assembled, prompts, build(DecodingSettings, decoding), progress)
+
+    def _stream(self, prompt: list[int], decoding: dict[str, Any]) -> Iterator[str]:
+        return stream(self._assembled, prompt, build(DecodingSettings, decoding))

@@ -1,0 +1,76 @@
+"""Cross-entropy per token in the loss. Logits exist where a token is in the loss, nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from capotune.adapters.task_model import Objective, Score
+from capotune.data.batches import IGNORE_INDEX, Batch, Targets
+from capotune.kernels.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class TokenCrossEntropy(Objective):
+    """The objective of a causal language model."""
+
+    plain_head: bool = False
+    """Whether logits are the output layer's product with the last hidden states and nothing more."""
+
+    metric: ClassVar[str] = "perplexity"
+
+    def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+        """Sum of the cross-entropies, in nats, of the tokens in the loss."""
+        return self._losses(model, batch, label_smoothing)[0].sum()
+
+    def units(self, targets: Targets, rows: list[int]) -> int:
+        """The tokens in the loss."""
+        return sum(label != IGNORE_INDEX for row in rows for label in targets[row])
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Of each row the sum of its losses and the number of its tokens in the loss, (rows, 2) on the CPU: a GPU would
+        add them in any order."""
+        losses, row = (found.cpu() for found in self._losses(model, batch, 0.0))
+        sums = torch.zeros(len(batch.starts) - 1, 2)
+        return sums.index_add_(0, row, torch.stack([losses, torch.ones_like(losses)], 1))
+
+    def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the losses
+        """(−mean loss per token in the loss,)."""
+        nats, tokens = outputs.double().sum(0).tolist()
+        return (-nats / max(tokens, 1.0),)
+
+    def shown(self, score: Score) -> float:
+        """The perplexity."""
+        return float(torch.tensor(-score[0], dtype=torch.float64).exp())
+
+    def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (tokens in the loss,) and the row of each."""
+        in_loss = batch.in_loss
+        assert batch.targets is not None
+        assert in_loss is not None
+        wanted = batch.targets[in_loss]
+        row = torch.searchsorted(batch.starts, in_loss, right=True) - 1
+        at = in_loss - 1  # a token is predicted at the one before it; the first of a row is never in the loss
+        if not self.plain_head:
+            logits = batch.flat(model(**batch.inputs).logits)[at].float()
+            return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
+        states = batch.states(model.base_model, at)
+        head = model.get_output_embeddings()
+        return linear_cross_entropy(states.to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing), row
+
+
+@torch.no_grad()
+def head_is_plain(model: Any) -> bool:
+    """Whether the logits of two tokens are the output layer's product with the backbone's last states, and no more.
+
+    Some families scale or cap them (Gemma 2, Cohere, Granite); their loss is then taken from the model's own logits.
+    """
+    caught: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda _module, _given, output: caught.append(output))
+    logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits
+    hook.remove()
+    states = getattr(caught[0], "last_hidden_state", None) if caught else None
+    return states is not None and torch.equal(model.get_output_embeddings()(states), logits)

@@ -1,0 +1,223 @@
+"""A run that trains a language model to write: find the best hard prompt where some are given, train in steps, test."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capotune.adapters.assemble import Assembled
+from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows
+from capotune.data.generation import load_samples
+from capotune.data.inspect.samples import inspect_samples
+from capotune.data.samples import Conversation, Pair, Samples, answer_of, asked
+from capotune.data.split import hold_out, normalised
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.recorded import train_recorded, with_boundary
+from capotune.engine.state import TrainingState, start
+from capotune.errors import DataError, SettingError
+from capotune.evaluation.forward import Examples, held_out_score
+from capotune.evaluation.generate import generate
+from capotune.events import DataInspected, Progress, Reporter, Stage
+from capotune.methods import Untouched, make
+from capotune.models.base import Base
+from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
+from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.generation.score import ScoredAs, score_samples
+from capotune.tasks.generation.task import Generation
+
+_SHORT_ANSWER = 48  # tokens; answers that are mostly at most this long are compared word for word
+_SHOWN = 5  # prompts whose answers stand side by side on the page
+_SHOWN_TOKENS = 96  # of a text that goes on, where there is no answer to tell how long one is
+
+
+class GenerationRun(TaskRun):
+    """Text to write, tokenised and split."""
+
+    task: Generation
+
+    def __init__(self, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+        self.seed = settings.seed
+        self.candidates = method.candidate_prompts()
+        self.tried: list[dict[str, object]] = []
+        self.data = data = load_samples(
+            settings.data,
+            test=settings.test,
+            prompt_template=settings.prompt_template,
+            completion_column=settings.completion_column,
+            test_fraction=settings.test_fraction,
+            seed=settings.seed,
+        )
+        self.task = task = self._task_on(base, settings, method, data.train)
+        train, self.test_rows = task.encode(data.train), task.encode(data.test)
+        found = inspect_samples(
+            data,
+            train,
+            self.test_rows,
+            max_length=task.max_length,
+            tokens_of=task.token_texts,
+            template_from=task.template_from,
+            learn=task.learn,
+        )
+        report(DataInspected(task=task.name, report=asdict(found)))
+        if not data.test.samples and len(data.train) == 1:  # one running text: its end is the test
+            train, self.test_rows = _end_of(train[0], settings.test_fraction)
+        self.train, groups = self._examples(train, data.train)
+        if len(set(groups)) < 2:
+            raise DataError(
+                "one row is not enough: none can be held out to see when to stop.", where=str(data.train.source)
+            )
+        fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(groups))
+        fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)
+        self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
+        self.train_rows = len(self.train.rows.sequences)
+        tests = TokenRows([one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss], task.pad_id)
+        self.data_sha256 = f"{self.train.rows.digest()[:32]}{tests.digest()[:32]}"
+        self.task = replace(task, scored_as=self._scored_as(settings))
+
+    # ---------------------------------------------------------------------------------------------- before training
+
+    def choose_prompt(self, assembled: Assembled, report: Reporter) -> Assembled:
+        """Of hard prompts, take the best: the one with the least loss on the held-out rows."""
+        if not self.candidates:
+            return assembled
+        report(Stage(text=f"scoring {len(self.candidates)} hard prompts"))
+        held = self.train.take(self.held_rows)
+        losses: list[tuple[float, str]] = []
+        for number, text in enumerate(self.candidates):
+            (score,) = held_out_score(assembled, held.after(self._tokens_of(text)))
+            losses.append((-score, text))
+            self.tried.append({"prompt": text, "held_out_loss": -score})
+            report(Progress(done=number + 1, total=len(self.candidates)))
+        _, best = min(losses)
+        report(Stage(text=f"the best hard prompt is {best!r}"))
+        chosen = assembled.method.settings.with_prompt(best, len(self._tokens_of(best)))
+        return replace(assembled, method=make(chosen))
+
+    def start_tokens(self, method: TrainingSettings) -> list[int]:
+        """The tokens of a text, or all that occur in the training rows."""
+        if method.starts_from is None:
+            return []
+        if method.start_text is not None:
+            return self._tokens_of(method.start_text)
+        return sorted({token for sequence in self.train.rows.sequences for token in sequence})
+
+    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
+        """The same as any adapter's; the method is not attached yet, so it has no part in it."""
+        return self.test(replace(assembled, method=Untouched(assembled.method.quantization)), cache, report)
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def fit(
+        self,
+        out: Path,
+        assembled: Assembled,
+        cache: ActivationCache,
+        report: Reporter,
+        state: TrainingState | None,
+    ) -> Fitted:
+        """Train in steps; a hard prompt stays as it is."""
+        self.train = self.train.after(assembled.method.virtual_token_ids)
+        extra = {"candidates": self.tried} if self.tried else {}
+        shown = self.task.objective.shown
+        if not assembled.method.settings.trains:
+            return Fitted(0.0, 0, shown(held_out_score(assembled, self.train.take(self.held_rows))), extra)
+        fit, held = (
+            with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
+        )
+        state = state or start(assembled, held_out_score(assembled, held), self.seed)
+        state = train_recorded(out, assembled, fit, held, seed=self.seed, state=state, report=report)
+        return Fitted(float(state.epoch), state.best_epoch, shown(state.best_score), extra)
+
+    # ---------------------------------------------------------------------------------------------- testing
+
+    def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
+        """Loss and perplexity on every test row; what the model writes for some of them."""
+        scored = score_samples(assembled, self.test_rows, self.data.test, self.task.scored_as, report)
+        if scored.predictions or not scored.rows or not self.task.scored_as.answers:
+            return scored
+        return replace(scored, predictions=self._continuations(assembled, report))
+
+    def _continuations(self, assembled: Assembled, report: Reporter) -> list[dict[str, Any]]:
+        """How the model continues the start of a few test texts, where no row has an answer."""
+        report(Stage(text="continuing test texts"))
+        texts = [one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss]
+        chosen = random.Random(self.seed).sample(range(len(texts)), min(_SHOWN, len(texts)))
+        starts = [texts[row][: max(1, min(_SHOWN_TOKENS // 2, len(texts[row]) // 2))] for row in sorted(chosen)]
+        written = generate(assembled, starts, self.task.scored_as.decoding)
+        return [
+            {"prompt": self.task.decode(ids), "expected": None, "written": text}
+            for ids, text in zip(starts, written, strict=True)
+        ]
+
+    # ---------------------------------------------------------------------------------------------- the data
+
+    def _task_on(self, base: Base, settings: TrainSettings, method: TrainingSettings, samples: Samples) -> Generation:
+        self._tokenizer = base.tokenizer
+        texts = self.candidates or [text for text in [method.start_text] if text is not None]
+        longest = max((len(self._tokens_of(text)) for text in texts), default=0)
+        return Generation.on(
+            base,
+            settings.max_length,
+            method.virtual_tokens or longest,  # the prompt takes tokens from the text
+            learn=settings.learn,
+            separator=_separator(samples),
+            chat=any(isinstance(sample, Conversation) for sample in samples.samples),
+        )
+
+    def _tokens_of(self, text: str) -> list[int]:
+        tokens = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not tokens:
+            raise SettingError(f"the prompt {text!r}: the tokenizer makes no token of it.", advice="Give words.")
+        return tokens
+
+    def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:
+        """Every sequence with a token in the loss, and for each the group that must stay on one side."""
+        chosen, groups = [], []
+        for number, of_sample in enumerate(encoded):
+            running = len(samples) <= 1
+            for part, one in enumerate(of_sample):
+                if one.tokens_in_loss:
+                    chosen.append(one)
+                    groups.append(f"window {number} {part}" if running else normalised(asked(samples.samples[number])))
+        if encoded and not chosen:
+            raise DataError(
+                f"no row has a token to train on within {self.task.max_length} tokens.",
+                where=str(samples.source),
+                advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
+            )
+        rows = TokenRows([one.ids for one in chosen], self.task.pad_id)
+        return Examples(rows, [one.labels for one in chosen]), groups
+
+    def _scored_as(self, settings: TrainSettings) -> ScoredAs:
+        """As many tokens as the longest training answer and some more; and what is the score to compare by."""
+        has_answers = any(answer_of(sample) is not None for sample in self.data.test.samples)
+        if not settings.answers or not has_answers:
+            return ScoredAs(DecodingSettings(max_tokens=_SHOWN_TOKENS, seed=settings.seed), settings.answers)
+        lengths = [sum(label != IGNORE_INDEX for label in labels) for labels in self.train.targets]
+        longest = min(1024, int(1.25 * max(lengths)) + 8)
+        short = statistics.median(lengths) <= _SHORT_ANSWER
+        decoding = DecodingSettings(max_tokens=longest, seed=settings.seed)
+        return ScoredAs(decoding, settings.answers, "exact_match" if short else "perplexity")
+
+
+def _separator(samples: Samples) -> str:
+    """What parts prompt and completion: a line break, unless most pairs have white space there already."""
+    pairs = [sample for sample in samples.samples if isinstance(sample, Pair)]
+    parted = sum(pair.prompt[-1:].isspace() or pair.completion[:1].isspace() for pair in pairs)
+    return "\n" if pairs and parted <= len(pairs) / 2 else ""
+
+
+def _end_of(windows: Sequence[Encoded], fraction: float) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
+    """The windows of one text, and as test the last ``fraction`` of them."""
+    count = len(windows) - round(fraction * len(windows))
+    if fraction and count == len(windows):
+        raise DataError(
+            "the text is too short for a test at its end.", advice="Give a longer text, or `test_fraction=0`."
+        )
+    return [list(windows[:count])], [list(windows[count:])] if count < len(windows) else []

@@ -1,0 +1,107 @@
+"""How well a language model writes: the same code for a run's test rows and for ``evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from capotune.adapters.assemble import Assembled
+from capotune.data.batches import Encoded, TokenRows
+from capotune.data.samples import Samples, answer_of, question_of
+from capotune.evaluation.forward import Examples, outputs
+from capotune.evaluation.metrics import mean_interval, metric, perplexity
+from capotune.evaluation.pairs import RowCounts
+from capotune.events import Reporter, Stage, counter
+from capotune.settings import DecodingSettings
+from capotune.tasks.base import Scored
+from capotune.tasks.generation.answers import AnsweredRows, answer_rows
+
+
+@dataclass(frozen=True)
+class ScoredAs:
+    """How test rows are scored; stored with the adapter, so that ``evaluate`` scores as the run did."""
+
+    decoding: DecodingSettings = field(default=DecodingSettings())
+    answers: int = 200
+    """TokenRows that the model answers, at most."""
+    metric: Literal["exact_match", "perplexity"] = "perplexity"
+    """The score to compare by: exact match where answers are short."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As an adapter's record holds it."""
+        return {"decoding": self.decoding.model_dump(mode="json"), "answers": self.answers, "metric": self.metric}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> ScoredAs:
+        """What ``to_json`` gave."""
+        return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], values["metric"])
+
+
+def score_samples(
+    assembled: Assembled, encoded: Sequence[Sequence[Encoded]], samples: Samples, scored_as: ScoredAs, report: Reporter
+) -> Scored:
+    """Loss and perplexity of every row that has a token in the loss; exact match and ROUGE-L of some answers.
+
+    Args:
+        assembled: the language model.
+        encoded: of each row its sequences: one, or the windows of a long text. A single row's windows count as rows.
+        samples: the rows; answers are compared with theirs, where they hold some.
+        scored_as: how answers are decoded, how many, and which score is compared by.
+        report: called with progress.
+    """
+    counts = _loss_counts(assembled, encoded, report)
+    if not counts:
+        return Scored(scored_as.metric, {}, {}, 0)
+    nats, tokens = [row[0] for row in counts], [int(row[1]) for row in counts]
+    loss = sum(nats) / max(sum(tokens), 1)
+    scores, intervals = {"perplexity": perplexity(loss), "loss": loss}, {}
+    if spread := mean_interval(nats, tokens):
+        intervals = {"perplexity": (perplexity(spread[0]), perplexity(spread[1])), "loss": spread}
+    measured_on = dict.fromkeys(scores, f"{sum(tokens):,} tokens of {len(counts):,} rows")
+    by_loss = RowCounts.of(metric("perplexity"), counts)
+    if not scored_as.answers or not any(answer_of(sample) is not None for sample in samples.samples):
+        return Scored("perplexity", scores, intervals, len(counts), measured_on, [], by_loss)
+    report(Stage(text="answering test rows"))
+    answered = answer_rows(assembled, samples, scored_as.answers, scored_as.decoding, counter(report))
+    number = len(answered.rows)
+    where = (
+        f"{number:,} rows" if number == len(samples) else f"{number:,} of {len(samples):,} rows, drawn by a fixed seed"
+    )
+    scores |= answered.scores
+    intervals |= answered.intervals
+    measured_on |= dict.fromkeys(answered.scores, where)
+    name = scored_as.metric if scored_as.metric in scores else "perplexity"
+    rows, row_counts = (number, answered.counts) if name == "exact_match" else (len(counts), by_loss)
+    return Scored(name, scores, intervals, rows, measured_on, _predictions(samples, answered), row_counts)
+
+
+def _loss_counts(assembled: Assembled, encoded: Sequence[Sequence[Encoded]], report: Reporter) -> list[list[float]]:
+    """Of each row the sum of its losses in nats and the number of its tokens in the loss; rows without any are left
+    out."""
+    running = len(encoded) == 1
+    parts = [
+        (row, at, one) for row, of_row in enumerate(encoded) for at, one in enumerate(of_row) if one.tokens_in_loss
+    ]
+    if not parts:
+        return []
+    rows = TokenRows([one.ids for *_, one in parts], assembled.task.pad_id, assembled.method.virtual_token_ids)
+    found = outputs(assembled, Examples(rows, [one.labels for *_, one in parts]), counter(report)).double().tolist()
+    sums: dict[int, list[float]] = {}
+    for (row, at, _), (nats, tokens) in zip(parts, found, strict=True):
+        total = sums.setdefault(at if running else row, [0.0, 0.0])
+        total[0] += nats
+        total[1] += tokens
+    return list(sums.values())
+
+
+def _predictions(samples: Samples, answered: AnsweredRows) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": question_of(samples.samples[row]),
+            "expected": expected,
+            "written": written,
+            "line": samples.lines[row],
+        }
+        for row, expected, written in zip(answered.rows, answered.expected, answered.written, strict=True)
+    ]

@@ -1,0 +1,215 @@
+"""Generation as a task: a causal language model that writes text, by its own output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import StoredRecord, check_record
+from capotune.adapters.task_model import CardWords
+from capotune.data.generation import looks_like_generation, read_samples_to_score
+from capotune.device import compute_dtype
+from capotune.events import Reporter
+from capotune.kernels import policy
+from capotune.methods import Method
+from capotune.models.base import Base
+from capotune.models.load import load_causal_lm
+from capotune.models.stream import Progress
+from capotune.sections import Section
+from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.tasks.base import Scored, Task, TaskRun
+from capotune.tasks.generation import page
+from capotune.tasks.generation.encoding import PLAIN_TEMPLATE, TextEncoder
+from capotune.tasks.generation.facade import Generator
+from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain
+from capotune.tasks.generation.score import ScoredAs, score_samples
+from capotune.tasks.room import text_length
+
+
+class _Record(StoredRecord):
+    chat_template: str | None
+    template_from: str
+    learn: Literal["all", "last"]
+    separator: str
+    chat: bool
+    scored_as: dict[str, Any] | None = None
+    """Missing in adapters written before decoding was stored."""
+
+
+@dataclass(frozen=True)
+class Generation(TextEncoder, Task):
+    """The task: how text becomes tokens, and how answers are scored."""
+
+    scored_as: ScoredAs = field(default_factory=ScoredAs)
+    objective: TokenCrossEntropy = field(default_factory=TokenCrossEntropy)
+
+    name: ClassVar[str] = "generation"
+    title: ClassVar[str] = "text to write"
+    gives: ClassVar[str] = "writes text"
+    command: ClassVar[str] = "generate"
+    default_model: ClassVar[str] = "capo-tiny"
+    base_label: ClassVar[str] = "base (not fine-tuned)"
+    base_note: ClassVar[str] = "The base as it is, without fine-tuning."
+    sample: ClassVar[str] = "your prompt"
+    has_head: ClassVar[bool] = False
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    data_settings: ClassVar[frozenset[str]] = frozenset({"prompt_template", "completion_column"})
+
+    @classmethod
+    def on(
+        cls,
+        base: Base,
+        max_length: int | None,
+        virtual_tokens: int,
+        *,
+        learn: Literal["all", "last"] = "all",
+        separator: str = "",
+        chat: bool = False,
+    ) -> Generation:
+        """The task on a base with its own chat template; where ``chat`` needs one and there is none, a plain form.
+
+        Raises ``ModelError`` when it is no causal language model, or its tokenizer names no end-of-text token.
+        """
+        base.check_writes_text()
+        ends = base.end_tokens
+        if not ends:
+            raise base.error(
+                "its tokenizer names no end-of-text token, so the model could never be trained to stop.",
+                advice=f"Set 'eos_token' in {base.folder / 'tokenizer_config.json'}.",
+            )
+        length = text_length(base, max_length, virtual_tokens, 1)
+        template, origin = base.tokenizer.chat_template, "the model's own chat template"
+        if not isinstance(template, str):  # none, or several by name
+            template = (template or {}).get("default")
+        if template is None:
+            origin = "no chat template, which plain text does without"
+            if chat:
+                template = PLAIN_TEMPLATE
+                origin = "a plain form 'User: … Assistant: …', as the model has no chat template"
+        return cls(base, length, ends, template, origin, learn, separator, chat)
+
+    # ------------------------------------------------------------------------------------------------------ from data
+
+    @classmethod
+    def recognises(cls, settings: DataSettings) -> bool:
+        """Conversations, prompts with completions, plain text, or a prompt template."""
+        return looks_like_generation(settings.data, settings.prompt_template)
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
+        """Samples, tokenised and split."""
+        from capotune.tasks.generation.run import GenerationRun
+
+        return GenerationRun(settings, method, base, report)
+
+    # -------------------------------------------------------------------------------------------------------- the model
+
+    def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:
+        """bf16 where the device is fast in it, else fp32."""
+        return compute_dtype(device, quantized=quantized and self.base.hidden_size >= policy.BF16_HIDDEN_SIZE)
+
+    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+        """Transformers' own causal language model."""
+        model = load_causal_lm(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
+        return model, model.base_model_prefix
+
+    def with_model(self, model: Any) -> Generation:
+        """Whether the output layer is plain shows in the loaded model."""
+        return replace(self, objective=TokenCrossEntropy(head_is_plain(model)))
+
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:  # noqa: ARG002 - the base's own head stays frozen
+        """None."""
+        return {}
+
+    def expected_head(self, model: Any) -> int:  # noqa: ARG002
+        """0."""
+        return 0
+
+    # --------------------------------------------------------------------------------------------- to and from adapters
+
+    def record(self, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Template, separator, lengths and decoding, as stored beside an adapter."""
+        names = ("max_length", "chat_template", "template_from", "learn", "separator", "chat")
+        return {
+            "task": self.name,
+            **{name: getattr(self, name) for name in names},
+            "scored_as": self.scored_as.to_json(),
+        }
+
+    @classmethod
+    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Generation:
+        """The task of a stored adapter."""
+        check_record(folder, record, _Record)
+        task = cls.on(base, record["max_length"], 0, learn=record["learn"], chat=record["chat"])
+        stored = {name: record[name] for name in ("chat_template", "template_from", "separator")}
+        scored_as = ScoredAs.from_json(record["scored_as"]) if record.get("scored_as") else ScoredAs()
+        return replace(task, **stored, scored_as=scored_as)
+
+    def facade(self, assembled: Assembled) -> Generator:
+        """A ``Generator``."""
+        return Generator(assembled)
+
+    def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
+        """Loss, perplexity, and where the data holds answers exact match and ROUGE-L, decoded as in the run."""
+        samples = read_samples_to_score(
+            settings.data, prompt_template=settings.prompt_template, completion_column=settings.completion_column
+        )
+        scored_as = self.scored_as if answers is None else replace(self.scored_as, answers=answers)
+        return score_samples(assembled, self.encode(samples), samples, scored_as, report)
+
+    # ------------------------------------------------------------------------------------------------------------ words
+
+    def card(self, record: dict[str, Any]) -> CardWords:
+        """What it writes, every score, and how to ask it."""
+        trained = record["trained"]
+        scores = {name: value for name, value in (trained.get("scores") or {}).items() if value is not None}
+        named = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+        score = f"No test rows; perplexity on the held-out part {trained['held_out_score']:.4g}"
+        if trained["test_rows"]:
+            score = f"On {trained['test_rows']:,} test rows: {named}"
+        what = "answers in a conversation" if self.chat else "text"
+        return CardWords(
+            f"Writes {what}. Chat template: {self.template_from}.",
+            score,
+            "capo chat ADAPTER" if self.chat else 'capo generate ADAPTER "your prompt"',
+            'model = capotune.load(adapter)\nmodel.generate(["your prompt"])',
+        )
+
+    @classmethod
+    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """How it writes."""
+        return {name: record[name] for name in ("chat", "chat_template", "template_from", "learn", "max_length")}
+
+    @classmethod
+    def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
+        """What it writes, its template, and what it was trained on."""
+        turns = " assistant turn" if facts["learn"] == "last" else " assistant turns"
+        trained_on = f", trained on: {facts['learn']}{turns}" if facts["chat"] else ""
+        return [
+            ("writes", "answers in a conversation" if facts["chat"] else "text that continues a prompt"),
+            ("template", facts["template_from"]),
+            ("text", f"up to {facts['max_length']} tokens{trained_on}"),
+        ]
+
+    @classmethod
+    def further_columns(cls, metric: str, scores: Mapping[str, float]) -> tuple[str, ...]:
+        """All, but the loss where perplexity, its exponential, has a column."""
+        further = [name for name in scores if name != metric]
+        return tuple(name for name in further if name != "loss" or "perplexity" not in scores)
+
+    @classmethod
+    def page_sections(
+        cls,
+        record: dict[str, Any],  # noqa: ARG003
+        recommended: str,  # noqa: ARG003
+        predictions: Mapping[str, Sequence[Mapping[str, Any]]],
+        of_base: Sequence[Mapping[str, Any]],
+    ) -> list[Section]:
+        """The same prompts, answered by the base and every technique."""
+        return page.sections({"base": of_base, **predictions})

@@ -1,0 +1,99 @@
+"""Stored adapters and plain models, put on their bases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from capotune import tasks
+from capotune.adapters.assemble import Assembled, assemble
+from capotune.adapters.store import RECORD, StoredAdapter, check_base, find_base, put_on
+from capotune.errors import AdapterError, SettingError
+from capotune.kernels.nf4 import Linear4bit
+from capotune.methods import Untouched, make
+from capotune.models.architecture import plain_linear, swap
+from capotune.models.base import Base
+from capotune.tasks.base import Task
+from capotune.tasks.generation.task import Generation
+
+
+def task_class(stored: StoredAdapter) -> type[Task]:
+    """The task that an adapter was trained for. ``AdapterError`` for one that this version does not know."""
+    try:
+        return tasks.get(stored.task)
+    except SettingError:
+        raise AdapterError(
+            f"'task' is {stored.task!r}, and not as capotune writes it: {', '.join(tasks.names())}.",
+            where=str(stored.folder / RECORD),
+        ) from None
+
+
+def load_adapter(
+    stored: StoredAdapter, *, model: str | None, device: torch.device, trust_remote_code: bool = False
+) -> Assembled:
+    """Put the adapter on its base (``model`` names another place of the same base).
+
+    Raises ``AdapterError`` when the base is another one by content, or the weights do not fit.
+    """
+    assembled = _on_base(stored, model, device, trust_remote_code)
+    put_on(stored, assembled)
+    return assembled
+
+
+def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Assembled:
+    """A language model without an adapter."""
+    return assemble(Generation.on(base, None, 0), None, device=device, dtype=dtype)
+
+
+def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
+    """Take the adapter off a language model in place and put another one on; None leaves the base alone.
+
+    Raises ``AdapterError`` when the other one is for another task, base or quantization. The model is then as it was.
+    """
+    if stored is None:
+        assembled.method.detach()
+        task = Generation.on(assembled.base, None, 0).with_model(assembled.model)
+        return replace(assembled, task=task, method=Untouched(assembled.method.quantization))
+    wanted = task_class(stored)
+    if stored.task != assembled.task.name:
+        raise AdapterError(
+            f"this adapter {wanted.gives}, and the one before it {assembled.task.gives}.",
+            where=str(stored.folder),
+            advice=f"Use it with `capo {wanted.command}`.",
+        )
+    check_base(stored, assembled.base)
+    method = make(stored.settings)
+    if method.quantization != assembled.method.quantization:
+        trained_over = "a base in 4 bits" if method.quantization else "a base in full precision"
+        raise AdapterError(
+            f"this adapter was trained over {trained_over}, and another one is loaded.",
+            where=str(stored.folder),
+            advice=f"Start again with: capo chat {stored.folder}",
+        )
+    restored = wanted.restore(assembled.base, stored.record, stored.folder)
+    assembled.method.detach()
+    switched = replace(assembled, task=restored.with_model(assembled.model), method=method)
+    put_on(stored, switched)
+    return switched
+
+
+def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.device | None = None) -> Assembled:
+    """The frozen base with a blank head, as the adapter expects it, for other programs such as PEFT.
+
+    4-bit layers become plain ones of the same values: other programs do not know this package's.
+    """
+    assembled = _on_base(stored, model, device or torch.device("cpu"), False)
+    assembled.task.prompt_attached(assembled.model, stored.settings.virtual_tokens)
+    for path in assembled.architecture.linears:
+        layer = assembled.model.get_submodule(path)
+        if isinstance(layer, Linear4bit):
+            swap(assembled.model, path, plain_linear(layer.dense_weight(torch.float32), layer.bias))
+    return assembled
+
+
+def _on_base(stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool) -> Assembled:
+    base = find_base(stored, model, trust_remote_code=trust_remote_code)
+    check_base(stored, base)
+    task = task_class(stored).restore(base, stored.record, stored.folder)
+    return assemble(task, stored.settings, device=device, dtype=stored.dtype)
