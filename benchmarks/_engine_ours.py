@@ -7,21 +7,21 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from _engine_clock import Clock
 from _engine_data import DEVICE, VIRTUAL_TOKENS, Job, dtype_of, without_dropout
 from _engine_workloads import Workload
-from capotune.runs.task_run import TaskRun, with_boundary
 from safetensors.torch import load_file, save_file
 
 from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import TokenRows, epoch_order
 from capotune.engine import loop
 from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.recorded import with_boundary
 from capotune.engine.state import TrainingState
+from capotune.engine.state import start as start_state
 from capotune.evaluation.forward import Examples
 from capotune.methods import Start
 from capotune.methods.feature_extraction import FeatureExtractionSettings
@@ -29,9 +29,8 @@ from capotune.methods.lora import LoraSettings
 from capotune.methods.prompt_tuning import PromptTuningSettings
 from capotune.methods.qlora import QloraSettings
 from capotune.models.base import find
-from capotune.models.load import pooling
-from capotune.runs.run import prepare
-from capotune.settings import TrainingSettings, TrainSettings
+from capotune.runs.run import Prepared, prepare
+from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.classification import Classification
 from capotune.tasks.generation import Generation
 
@@ -65,30 +64,29 @@ def train(job: Job, clock: Clock) -> None:
         clock.step()
         return state.step == job.steps
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(loop, "epoch_order", lambda _lengths, _size, _seed, epoch: epochs[epoch]),
-        patch.object(loop, "held_out_score", lambda *_: (0.0,)),
-    ):
-        held = examples.take(torch.tensor([0]))
-        state = loop.start(model, (0.0,), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        state = start_state(model, (0.0,), 0)
         if second:
             with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
         clock.begin()
         examples = with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
-        loop.train(model, examples, held, model.method.settings, seed=0, state=state, on_step=on_step)
+        loop.train(
+            model, examples, model.method.settings, seed=0, state=state, on_step=on_step, evaluate=lambda: (0.0,),
+            batches=epochs.__getitem__,
+        )  # fmt: skip
 
 
 def solve_head(job: Job, clock: Clock) -> None:
     """Feature extraction from nothing cached to the solved head, and its accuracy on the test rows."""
-    settings, method, task_run = labelled(job.workload, job.folder, FeatureExtractionSettings())
-    model = assemble(task_run.source, method, task_run.task, device=DEVICE)
+    prepared = labelled(job.workload, job.folder, FeatureExtractionSettings())
+    task_run = prepared.task_run
+    model = assemble(task_run.task, prepared.method, device=DEVICE)
     with tempfile.TemporaryDirectory() as folder:
         cache = ActivationCache(Path(folder), {})
         clock.begin()
         task_run.before_attach(model, cache, lambda _: None)
         attach(model, Start(torch.Generator().manual_seed(0)))
-        task_run.fit(settings, model, cache, lambda _: None, None)
+        task_run.fit(prepared.settings.out, model, cache, lambda _: None, None)
         clock.step()
         clock.accuracy, clock.epochs = task_run.test(model, cache, lambda _: None).scores["accuracy"], 1
 
@@ -116,11 +114,12 @@ def assembled(work: Workload, settings: TrainingSettings, base: dict[str, Any]) 
     tokens: list[int] = []
     if work.classifies:
         virtual = VIRTUAL_TOKENS if work.method == "prompt-tuning" else 0
-        task: Any = Classification.on(source, tuple(base["labels"]), pooling(source), None, virtual)
+        task: Any = Classification.on(source, base["labels"], None, virtual)
         tokens = task.tokenizer(", ".join(base["labels"]), add_special_tokens=False, verbose=False)["input_ids"]
     else:
         task = Generation.on(source, None, 0)
-    model = assemble(source, settings, task, device=DEVICE, dtype=dtype_of(work))
+    complete = settings.completed(Context(source.hidden_size, task.has_head))
+    model = assemble(task, complete, device=DEVICE, dtype=dtype_of(work))
     attach(model, Start(torch.Generator().manual_seed(0), tokens))
     return model
 
@@ -136,7 +135,7 @@ def write_start(work: Workload, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the rows
 
 
-def labelled(work: Workload, folder: Path, method: TrainingSettings) -> tuple[TrainSettings, TrainingSettings, TaskRun]:
+def labelled(work: Workload, folder: Path, method: TrainingSettings) -> Prepared:
     """Banking77, read and tokenised as ``capo train`` does; with ``rows``, an evenly taken part of it."""
     files = [work.data() / "train.csv", work.data() / "test.csv"]
     if work.rows is not None:
@@ -147,9 +146,9 @@ def labelled(work: Workload, folder: Path, method: TrainingSettings) -> tuple[Tr
 
 def write_labelled(work: Workload, folder: Path) -> tuple[dict[str, Any], str]:
     """Write base and test rows; the training rows, and what they are."""
-    _, _, found = labelled(work, folder, settings_of(work, 8))
-    run: Any = found
-    base = {"folder": str(run.source.folder), "labels": list(run.task.labels)}
+    prepared = labelled(work, folder, settings_of(work, 8))
+    run: Any = prepared.task_run
+    base = {"folder": str(prepared.base.folder), "labels": list(run.task.labels)}
     test, train = run.data.test, run.train
     tests = {"sequences": run.task.encode(test.texts), "targets": run.task.targets(test.labels).tolist()}
     (folder / "base.json").write_text(json.dumps(base), encoding="utf-8")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import capotune
+from capotune.methods import names
 from capotune.report import Comparison, recommend
-from capotune.settings import METHODS
 
 HERE = Path(__file__).parent
 BANKING77 = HERE.parents[1] / "shared" / "data" / "banking77"
@@ -32,7 +32,7 @@ def compare(name: str, methods: list[str], data: Path, test: Path | None) -> Non
     details = content.pop("details")
     content["environment"] = details["environment"]
     path = HERE / "results" / f"compare-{name}.json"
-    if len(methods) < len(METHODS):
+    if len(methods) < len(names()):
         content = _with_other_rows(content, json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(path)
@@ -47,8 +47,8 @@ def _with_other_rows(content: dict[str, Any], before: dict[str, Any]) -> dict[st
 
 def main() -> None:
     """Both data sets and all techniques, or those named on the command line."""
-    wanted = [name for name in sys.argv[1:] if name not in METHODS] or ["tickets", "banking77"]
-    methods = [name for name in sys.argv[1:] if name in METHODS] or list(METHODS)
+    wanted = [name for name in sys.argv[1:] if name not in names()] or ["tickets", "banking77"]
+    methods = [name for name in sys.argv[1:] if name in names()] or list(names())
     if "tickets" in wanted:
         compare("tickets", methods, HERE.parent / "examples" / "support_tickets.csv", None)
     if "banking77" in wanted and BANKING77.is_dir():

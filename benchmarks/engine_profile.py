@@ -61,6 +61,7 @@ def profile_step(letter: str) -> dict[str, Any]:
     from capotune.data.batches import TokenRows
     from capotune.engine import loop
     from capotune.engine import optimizer as optimizers
+    from capotune.evaluation.forward import Examples
 
     work = workload(letter, steps=5)
     comparison = work.comparison(GROUPED)
@@ -73,7 +74,7 @@ def profile_step(letter: str) -> dict[str, Any]:
         model = assembled(work, settings, job.base)
         without_dropout(model.model)
         targets = torch.tensor(job.rows["targets"]) if work.classifies else job.rows["targets"]
-        examples = loop.Examples(TokenRows(job.rows["sequences"], model.task.pad_id), targets)
+        examples = Examples(TokenRows(job.rows["sequences"], model.task.pad_id), targets)
         weights = model.trainable()
         rates = dict.fromkeys(weights, 1e-4)
         if hasattr(optimizers, "FlatAdamW"):  # not in versions before it

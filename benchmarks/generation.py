@@ -22,9 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from capotune import settings as config
 from capotune.cli import main as capo
-from capotune.methods import METHODS
+from capotune.methods import register
 from capotune.methods.feature_extraction import FeatureExtraction, FeatureExtractionSettings
 from capotune.methods.lora import LoraSettings
 from capotune.methods.prompt_tuning import PromptTuningSettings
@@ -45,6 +44,8 @@ class FullSettings(FeatureExtractionSettings):
 
 class FullFineTuning(FeatureExtraction):
     """No copies: the base itself, in memory, is what trains."""
+
+    Settings = FullSettings
 
     def attach(self, model: nn.Module, architecture: Any, start: Any) -> None:  # noqa: ARG002
         self.model, self.architecture = model, architecture
@@ -112,7 +113,7 @@ def row(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """The data sets named on the command line, or all."""
-    METHODS["full-fine-tuning"], config.METHODS["full-fine-tuning"] = FullFineTuning, FullSettings
+    register(FullFineTuning)
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name, shared in data_sets(Path(folder)).items():

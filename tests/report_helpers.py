@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from capotune import report
-from capotune.api import page_content
+from capotune.api import comparison as comparison_module
 from capotune.evaluation.metrics import metric
 from capotune.evaluation.pairs import RowCounts
 from capotune.report import Comparison, ComparisonRow, PageDetails, recommend
 from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quotes, SideBySide
+from capotune.tasks.classification import Classification
+from capotune.tasks.generation import Generation
 
 HOSTILE = """<script>alert("x")</script>' " & <img src=http://evil.example/x.png> {{ 7*7 }} </style>"""
 METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
@@ -45,7 +47,7 @@ def comparison(scores: tuple[float, ...] = (0.9325, 0.9412, 0.9386, 0.9162), **c
     """Four techniques on a classification task, compared by their scores' own intervals."""
     rows = tuple(map(row, METHODS, scores, (41.0, 252.0, 377.0, 602.0)))
     made = Comparison("minilm", "classification", "accuracy", True, 10_003, 3080, 0.8951, rows)
-    made = replace(made, base_label=page_content.base_label("classification"))
+    made = replace(made, base_label=Classification.base_label)
     return replace(recommend(replace(made, **changes)), **changes)
 
 
@@ -65,7 +67,7 @@ def generation(metric: str = "perplexity", **changes: Any) -> Comparison:
     )
     higher = metric == "exact_match"
     made = Comparison("smol/llm", "generation", metric, higher, 1200, 300, base[metric], rows, base_scores=base)
-    made = replace(made, columns=page_content.columns("generation", metric, base))
+    made = replace(made, columns=Generation.further_columns(metric, base))
     return replace(recommend(replace(made, **changes)), **changes)
 
 
@@ -97,15 +99,15 @@ def details(labels: int = 3, text: str = "where is my parcel") -> PageDetails:
     mistakes = Quotes("Its most confident mistakes", "Read these first.", [Quote([Part(text)], facts)])
     return page_details(
         [ConfusionMatrix("What lora confuses", names, confusion), mistakes],
-        base_note=page_content.base_note("classification"),
-        snippets=page_content.snippets(comparison()),
+        base_note=Classification.base_note,
+        snippets=comparison_module._snippets(comparison()),
     )
 
 
 def generation_details(answers: list[Answered] = ANSWERS, made: Comparison | None = None) -> PageDetails:
     """What the page of a generation task shows."""
     sections = [SideBySide("The same prompts, answered", "Test rows, not seen in training.", answers)]
-    return page_details(sections, snippets=page_content.snippets(made or generation()))
+    return page_details(sections, snippets=comparison_module._snippets(made or generation()))
 
 
 def rendered(made: Comparison, shown: PageDetails, folder: Path) -> str:

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from capotune.api import inspect
 from capotune.errors import MissingLibraryError
-from capotune.models.load import EMBEDDED
+from capotune.models.base import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"

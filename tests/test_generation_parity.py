@@ -12,7 +12,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from capotune.runs.task_run import with_boundary
 from generation_helpers import (
     as_examples,
     examples,
@@ -35,6 +34,7 @@ from capotune.adapters.store import read_adapter, save_adapter
 from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import train
+from capotune.engine.recorded import with_boundary
 from capotune.evaluation.forward import Examples, held_out_score, outputs
 from capotune.methods.feature_extraction import FeatureExtractionSettings
 from capotune.methods.lora import LoraSettings
