@@ -54,7 +54,7 @@ def test_there_is_something_to_run() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/defaults.md", "examples/README.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/defaults.md", "docs/glossary.md", "examples/README.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
