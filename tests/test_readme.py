@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCS = ("defaults", "design", "glossary", "log")
 BLOCKS = re.findall(
     r"```(bash|python|yaml)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
 )
@@ -54,7 +55,7 @@ def test_there_is_something_to_run() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/defaults.md", "docs/glossary.md", "examples/README.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", *(f"docs/{one}.md" for one in DOCS)):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
