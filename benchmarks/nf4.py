@@ -26,6 +26,7 @@ from torch import nn
 from capotune.device import cpu_level
 from capotune.kernels import native as native_module
 from capotune.kernels import nf4
+from capotune.kernels.nf4 import reference
 
 SHAPES = ((2048, 2048), (4096, 11008))  # (out, in)
 TOKENS = (128, 512, 2048)
@@ -66,7 +67,7 @@ def quantising(weight: torch.Tensor) -> dict[str, Work]:
     options = {"blocksize": BLOCK_SIZE, "quant_type": "nf4", "compress_statistics": True}
     return {
         "capotune": lambda: nf4.quantize_4bit(weight, block_size=BLOCK_SIZE),
-        "capotune, PyTorch path, without double quantisation": lambda: nf4.quantize_reference(flat, "nf4", BLOCK_SIZE),
+        "capotune, PyTorch path, without double quantisation": lambda: reference.quantize(flat, "nf4", BLOCK_SIZE),
         "bitsandbytes": lambda: bnb.functional.quantize_4bit(weight, **options),
     }
 
@@ -78,7 +79,7 @@ def dequantising(weight: torch.Tensor) -> dict[str, Work]:
     return {
         "capotune": lambda: nf4.dequantize_4bit(q),
         "capotune, into a tensor that exists": lambda: nf4.dequantize_4bit(q, out=out),
-        "capotune, PyTorch path": lambda: nf4.dequantize_reference(q, out.view(-1)),
+        "capotune, PyTorch path": lambda: reference.dequantize(q, out.view(-1)),
         "bitsandbytes": lambda: bnb.functional.dequantize_4bit(codes, state),
     }
 

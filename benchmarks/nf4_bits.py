@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nf4-bits.json")
     options = parser.parse_args()
     found = {"C": compare("C")} if native_module.library("nf4_cpu") is not None else {}
-    nf4.library = lambda: None  # type: ignore[assignment]
+    native_module.library = lambda _: None  # type: ignore[assignment]
     found["PyTorch"] = compare("PyTorch")
     record = {
         "versions": {name: metadata.version(name) for name in ("torch", "bitsandbytes")},

@@ -1,4 +1,4 @@
-"""What tests/test_nf4_triton.py runs in a process of its own: Triton kernels on a GPU, or interpreted on the CPU."""
+"""What tests/test_triton_ops.py runs in a process of its own: Triton kernels on a GPU, or interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from capotune.kernels import _triton, nf4, nf4_triton
-from capotune.kernels.nf4 import Linear4bit, QuantizedTensor, dequantize_4bit, quantize_4bit
+from capotune.kernels import _triton, nf4
+from capotune.kernels.nf4 import (
+    Linear4bit,
+    QuantizedTensor,
+    dequantize_4bit,
+    linear,
+    quantize_4bit,
+    reference,
+    triton_ops,
+)
 from capotune.methods.lora import LoraLinear, LoraSettings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +33,7 @@ def packed(shape: tuple[int, ...], kind: str = "nf4", block_size: int = 64, nest
 
 def by_pytorch(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(q.shape, dtype=dtype, device=DEVICE)
-    nf4.dequantize_reference(q, out.view(-1))
+    reference.dequantize(q, out.view(-1))
     return out
 
 
@@ -57,10 +65,10 @@ def test_few_rows_times_the_packed_weight(kind: str, nested: bool, dtype: torch.
     """Any number of rows up to 16; tiles that end in the middle; rows of W that are not whole blocks."""
     for outputs, columns, block_size in ((32, 128, 64), (33, 64, 32), (70, 130, 64), (3, 2, 4096)):
         q = packed((outputs, columns), kind, block_size, nested)
-        for rows in (1, 5, nf4_triton.MOST_ROWS):
+        for rows in (1, 5, triton_ops.MOST_ROWS):
             x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE, dtype)
-            assert nf4_triton.fits(x, q)
-            y = nf4_triton.linear(x, q, nf4._table(kind, DEVICE), nf4._dynamic_map(DEVICE))
+            assert triton_ops.fits(x, q)
+            y = triton_ops.linear(x, q)
             exact = x.double() @ by_pytorch(q, dtype).double().t()
             bound = NEAR[dtype] * (x.double().abs() @ by_pytorch(q, dtype).double().abs().t())
             assert bool(((y.double() - exact).abs() <= bound).all()), (outputs, columns, rows)
@@ -68,11 +76,11 @@ def test_few_rows_times_the_packed_weight(kind: str, nested: bool, dtype: torch.
 
 def test_which_products_stay_packed() -> None:
     q = packed((4, 6))
-    assert nf4_triton.fits(torch.zeros(2, 8, 6, device=DEVICE), q)
-    assert not nf4_triton.fits(torch.zeros(17, 6, device=DEVICE), q)
-    assert not nf4_triton.fits(torch.zeros(0, 6, device=DEVICE), q)
-    assert not nf4_triton.fits(torch.zeros(2, 6, device=DEVICE, dtype=torch.float64), q)
-    assert not nf4_triton.fits(torch.zeros(2, 7, device=DEVICE), packed((4, 7)))  # a byte would span two rows
+    assert triton_ops.fits(torch.zeros(2, 8, 6, device=DEVICE), q)
+    assert not triton_ops.fits(torch.zeros(17, 6, device=DEVICE), q)
+    assert not triton_ops.fits(torch.zeros(0, 6, device=DEVICE), q)
+    assert not triton_ops.fits(torch.zeros(2, 6, device=DEVICE, dtype=torch.float64), q)
+    assert not triton_ops.fits(torch.zeros(2, 7, device=DEVICE), packed((4, 7)))  # a byte would span two rows
 
 
 def test_the_layer_takes_the_packed_path_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +89,7 @@ def test_the_layer_takes_the_packed_path_by_itself(monkeypatch: pytest.MonkeyPat
     x = torch.randn(2, 3, 96, device=DEVICE, requires_grad=True)
     dense = layer.dense_weight(torch.float32)
     with monkeypatch.context() as without:
-        without.setattr(nf4, "_borrow_dense", lambda *_: pytest.fail("the dense weight was asked for"))
+        without.setattr(linear, "borrow_dense", lambda *_: pytest.fail("the dense weight was asked for"))
         y = layer(x)
     y.square().sum().backward()
     expected = torch.nn.functional.linear(x.detach(), dense, layer.bias)
@@ -97,16 +105,16 @@ def test_lora_on_a_packed_weight_answers_without_unpacking(monkeypatch: pytest.M
     x = torch.randn(3, 96, device=DEVICE)
     trained = layer(x)  # with gradients on: the path that training takes
     with torch.no_grad(), monkeypatch.context() as without:
-        without.setattr(nf4, "_borrow_dense", lambda *_: pytest.fail("the dense weight was asked for"))
+        without.setattr(linear, "borrow_dense", lambda *_: pytest.fail("the dense weight was asked for"))
         torch.testing.assert_close(layer(x), trained)
 
 
 def test_plain_pytorch_where_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q = packed((5, 64))
     monkeypatch.setattr(_triton, "_triton_is_there", lambda: False)
-    monkeypatch.setattr(nf4_triton, "_kernels", lambda: pytest.fail("Triton was imported"))
+    monkeypatch.setattr(triton_ops, "_kernels", lambda: pytest.fail("Triton was imported"))
     assert torch.equal(dequantize_4bit(q, torch.float16), by_pytorch(q, torch.float16))
-    assert not nf4_triton.fits(torch.zeros(1, 64, device=DEVICE), q)
+    assert not triton_ops.fits(torch.zeros(1, 64, device=DEVICE), q)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from capotune.errors import ModelError, SettingError
 from capotune.kernels import native as native_module
-from capotune.kernels import nf4, policy
+from capotune.kernels import policy
 from capotune.kernels.nf4 import (
     Linear4bit,
     QuantizedTensor,
     dequantize_4bit,
     from_checkpoint,
+    native_ops,
     quantize_4bit,
+    reference,
+    tables,
     to_checkpoint,
 )
 
@@ -49,7 +52,7 @@ SHAPES = ((64, 128), (250, 128), (17, 33), (1,), (3, 5, 7), (3600, 9))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C kernels and again without them."""
     if request.param == "reference":
-        monkeypatch.setattr(nf4, "library", lambda _: None)
+        monkeypatch.setattr(native_module, "library", lambda _: None)
     elif native_module.library("nf4_cpu") is None:
         pytest.skip("no C compiler here")
     return request.param
@@ -77,7 +80,7 @@ def make(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         case "outlier":
             x.view(-1)[x.numel() // 2] = 5e4
         case "midpoints":  # with absmax 1 in every block, each number lies on a limit between two codes
-            limits = torch.cat([*(nf4._midpoints(kind, CPU)[0] for kind in QUANT_TYPES), torch.ones(2)])
+            limits = torch.cat([*(tables.code_midpoints(kind, CPU)[0] for kind in QUANT_TYPES), torch.ones(2)])
             x = limits.repeat(x.numel() // 32 + 1)[: x.numel()].view(shape)
     return x.to(dtype)
 
@@ -123,9 +126,9 @@ def bitsandbytes(kind: str, shape: tuple[int, ...], dtype: torch.dtype, quant_ty
 
 def test_tables_are_bitsandbytes() -> None:
     for quant_type in QUANT_TYPES:
-        ours, theirs = nf4._table(quant_type, CPU), bnb.get_4bit_type(quant_type, device="cpu")
+        ours, theirs = tables.code_values(quant_type, CPU), bnb.get_4bit_type(quant_type, device="cpu")
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))  # a zero's sign counts
-    assert torch.equal(nf4._dynamic_map(CPU), bnb.create_dynamic_map())
+    assert torch.equal(tables.absmax_map(CPU), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -186,7 +189,7 @@ def test_nearest_is_exact_where_the_c_library_rounds_to_a_grid() -> None:
     torch.manual_seed(0)
     values, table = torch.randn(4000, 256), bnb.create_dynamic_map()
     theirs, scale = torch.ops.bitsandbytes.quantize_blockwise(values.view(-1), table, 256)
-    ours, ours_scale = nf4.quantize_absmax_reference(values.view(-1), torch.zeros(()))
+    ours, ours_scale = reference.quantize_absmax(values.view(-1), torch.zeros(()))
     assert torch.equal(scale, ours_scale)
     scaled = (values.double() / scale.double()[:, None]).view(-1)
     differs = theirs != ours
@@ -222,20 +225,20 @@ def test_c_and_pytorch_give_the_same_bits(
         pytest.skip("no C compiler here")
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
     x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    codes, absmax = nf4.quantize_reference(x, quant_type, block_size)
-    fast_codes, fast_absmax = nf4.quantize_native(lib, x, quant_type, block_size)
+    codes, absmax = reference.quantize(x, quant_type, block_size)
+    fast_codes, fast_absmax = native_ops.quantize(x, quant_type, block_size)
     assert torch.equal(codes, fast_codes)
     assert torch.equal(absmax, fast_absmax)
     offset = x.float().mean()
-    absmax8, nested_absmax = nf4.quantize_absmax_reference(x.float(), offset)
-    fast_absmax8, fast_nested_absmax = nf4.quantize_absmax_native(lib, x.float(), offset)
+    absmax8, nested_absmax = reference.quantize_absmax(x.float(), offset)
+    fast_absmax8, fast_nested_absmax = native_ops.quantize_absmax(x.float(), offset)
     assert torch.equal(absmax8, fast_absmax8)
     assert torch.equal(nested_absmax, fast_nested_absmax)
     q = quantize_4bit(x, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     for out_dtype in DTYPES:
         slow, fast = torch.empty(n, dtype=out_dtype), torch.empty(n, dtype=out_dtype)
-        nf4.dequantize_reference(q, slow)
-        nf4.dequantize_native(lib, q, fast)
+        reference.dequantize(q, slow)
+        native_ops.dequantize(q, fast)
         assert torch.equal(slow, fast)
 
 
@@ -248,7 +251,7 @@ def test_every_half_precision_number_reads_the_same_in_c() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         numbers = bits.view(dtype)
         numbers = numbers[numbers.isfinite()]
-        _, absmax = nf4.quantize_native(lib, numbers.repeat_interleave(32), "nf4", 32)
+        _, absmax = native_ops.quantize(numbers.repeat_interleave(32), "nf4", 32)
         assert torch.equal(absmax, numbers.float().abs())
 
 
@@ -262,7 +265,7 @@ def test_threads_and_chunks_share_the_work_without_a_seam(monkeypatch: pytest.Mo
     assert_equal_quantized(quantize_4bit(x), expected)
     whole = dequantize_4bit(expected)
     torch.set_num_threads(1)
-    monkeypatch.setattr(nf4, "library", lambda _: None)
+    monkeypatch.setattr(native_module, "library", lambda _: None)
     assert_equal_quantized(quantize_4bit(x), expected)
     assert torch.equal(dequantize_4bit(expected), whole)
 
@@ -299,7 +302,7 @@ def test_the_compiled_kernel_is_kept_and_found_again(fresh_library: Path, monkey
 def test_without_a_compiler_pytorch_takes_over(
     trouble: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = {block: nf4.quantize_reference(torch.linspace(-1, 1, 999), "nf4", block)[0] for block in (32, 64)}
+    expected = {block: reference.quantize(torch.linspace(-1, 1, 999), "nf4", block)[0] for block in (32, 64)}
     if trouble == "missing":
         monkeypatch.setattr(native_module.shutil, "which", lambda _: None)
     elif trouble == "failing":
@@ -339,7 +342,7 @@ def test_no_other_code_is_nearer(quant_type: str) -> None:
     x = make("normal", (50, 64), torch.float32)
     q = quantize_4bit(x, quant_type=quant_type, double_quant=False)
     scaled = x.double() / q.absmax.double()[:, None]
-    table = nf4._table(quant_type, CPU).double()
+    table = tables.code_values(quant_type, CPU).double()
     best = (scaled[..., None] - table).abs().amin(-1)
     chosen = (scaled - table[torch.stack([q.codes >> 4, q.codes & 15], 1).view(50, 64).int()]).abs()
     assert (chosen - best).max() < 1e-7

@@ -1,4 +1,4 @@
-/* Four-bit quantisation on the CPU; kernels/nf4.py holds the same arithmetic in PyTorch, and the tests hold the two to
+/* Four-bit quantisation on the CPU; kernels/nf4/reference.py holds the same arithmetic in PyTorch, and the tests hold the two to
  * the same bits. Every function works on the blocks [first, last) of a flat tensor of n numbers and touches nothing
  * else, so that threads can share a call. Compile without -ffast-math and with -ffp-contract=off. */
 #include <stdint.h>
@@ -51,7 +51,7 @@ static inline void count_below(const float *x, int64_t count, const float *midpo
 }
 
 /* x /= its largest magnitude, which goes to *absmax. A short last block is divided and keeps the floor: see
- * _scale_to_unit in nf4.py. */
+ * _scale_to_unit in nf4/reference.py. */
 static void scale_to_unit(float *x, int64_t count, int is_short, float *absmax) {
     float largest = largest_magnitude(x, count);
     float scale = largest < SMALLEST_SCALE ? SMALLEST_SCALE : largest, inverse = 1.0f / scale;

@@ -104,7 +104,7 @@ class LoraLinear(LoraModule):
             change = functional.linear(functional.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return self.base_layer(x) + self.scale * change  # type: ignore[no-any-return]
         layer = self.base_layer
-        if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_packed(x):
+        if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_quantized(x):
             change = functional.linear(functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return layer(x) + self.scale * change  # type: ignore[no-any-return]
         if self.shared is not None and torch.is_grad_enabled():

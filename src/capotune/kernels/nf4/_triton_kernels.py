@@ -1,4 +1,4 @@
-"""The kernels of ``nf4_triton``; importing this imports Triton.
+"""The kernels of ``triton_ops``; importing this imports Triton.
 
 Names of sizes: n numbers in ceil(n/2) bytes of codes; a program's tile has ``block…`` entries.
 """

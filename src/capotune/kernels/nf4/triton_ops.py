@@ -13,17 +13,17 @@ Where Triton is not ``available`` (``_triton``) plain PyTorch computes the same.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from capotune.kernels._triton import available, interpreted
+from capotune.kernels.nf4.reference import quantize, quantize_absmax
+from capotune.kernels.nf4.tables import absmax_map, code_values
+from capotune.kernels.nf4.tensor import QuantizedTensor
 
-if TYPE_CHECKING:
-    from capotune.kernels.nf4 import QuantizedTensor
-
-__all__ = ["MOST_ROWS", "dequantize", "fits", "linear"]
+__all__ = ["MOST_ROWS", "dequantize", "fits", "linear", "quantize", "quantize_absmax"]
 
 MOST_ROWS = 16
 """Rows of x that ``linear`` takes: the smallest tile of a tensor core."""
@@ -41,40 +41,37 @@ def fits(x: Tensor, q: QuantizedTensor) -> bool:
     return 0 < rows <= MOST_ROWS and columns % 2 == 0 and x.dtype in DTYPES and available(x.device)
 
 
-def dequantize(q: QuantizedTensor, out: Tensor, table: Tensor, absmax_map: Tensor) -> None:
-    """Write the numbers of ``q`` into the contiguous ``out`` (n,), fp32, bf16 or fp16.
-
-    ``table`` fp32 (16,) is what a code stands for, ``absmax_map`` fp32 (256,) what an 8-bit absmax stands for.
-    """
+def dequantize(q: QuantizedTensor, out: Tensor) -> None:
+    """As ``reference.dequantize``; ``out`` fp32, bf16 or fp16."""
     programs = -(-q.codes.numel() // BYTES)
     _kernels().dequantize_kernel[(programs,)](
-        q.codes, *_statistics(q, absmax_map), table, out, q.numel,
+        q.codes, *_statistics(q), code_values(q.quant_type, q.codes.device), out, q.numel,
         block_size=q.block_size, nested=q.nested, block=BYTES, **_OPTIONS,
     )  # fmt: skip
 
 
-def linear(x: Tensor, q: QuantizedTensor, table: Tensor, absmax_map: Tensor) -> Tensor:
-    """x (…, in) times the weight ``q`` (out, in), transposed: (…, out) in x's dtype. See ``fits``, ``dequantize``."""
+def linear(x: Tensor, q: QuantizedTensor) -> Tensor:
+    """x (…, in) times the weight ``q`` (out, in), transposed: (…, out) in x's dtype. See ``fits``."""
     outputs, columns = q.shape
     rows = x.reshape(-1, columns).contiguous()
     y = torch.empty(rows.shape[0], outputs, dtype=x.dtype, device=x.device)
     _kernels().linear_kernel[(-(-outputs // OUTPUTS),)](
-        rows, q.codes, *_statistics(q, absmax_map), table, y, rows.shape[0], outputs, columns,
+        rows, q.codes, *_statistics(q), code_values(q.quant_type, x.device), y, rows.shape[0], outputs, columns,
         block_size=q.block_size, nested=q.nested, block_rows=MOST_ROWS, block_out=OUTPUTS, block_pairs=PAIRS,
         widen=interpreted(), **_OPTIONS,
     )  # fmt: skip
     return y.view(*x.shape[:-1], outputs)
 
 
-def _statistics(q: QuantizedTensor, absmax_map: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """absmax, its map, nested absmax, offset; without double quantisation any pointer does for the last three."""
     nested = (q.nested_absmax, q.offset) if q.nested_absmax is not None and q.offset is not None else (q.absmax,) * 2
-    return q.absmax, absmax_map, *nested
+    return q.absmax, absmax_map(q.absmax.device), *nested
 
 
 @cache
 def _kernels() -> Any:
     """The module of kernels, which imports Triton: that takes a second and is put off until it is needed."""
-    from capotune.kernels import _nf4_triton_kernels
+    from capotune.kernels.nf4 import _triton_kernels
 
-    return _nf4_triton_kernels
+    return _triton_kernels
