@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "engine-profile.json"
 STEPS = 5
 _SMALL = 64  # a product with a side up to this is one of a low rank
 KINDS = {
-    "large matrix products": ("AMX",),
+    "large matrix products": ("amx",),
     "attention": ("attention",),
     "low-rank products": ("low_rank_",),
     "norms": ("norm", "rsqrt", "pow", "mean"),

@@ -67,7 +67,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are composed of their parts, with PyTorch's products: for tests of how they are. That products at 16 bits
-    are near, and blocks in one call, is tested by themselves (test_linear.py, test_bert_block.py)."""
+    are near, and blocks in one call, is tested by themselves (test_linear.py, test_native_block.py)."""
     from capotune.kernels import linear, prepacked
 
     monkeypatch.setattr(linear, "amx_kernels", lambda: None)

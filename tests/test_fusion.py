@@ -27,14 +27,15 @@ from capotune.device import reusing_memory
 from capotune.engine import loop
 from capotune.engine.loop import checkpointing
 from capotune.evaluation.forward import Examples, held_out_score
+from capotune.kernels import composed_block
 from capotune.kernels.lora_linear import LoraModule
 from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.methods.feature_extraction import FeatureExtractionSettings
 from capotune.methods.lora import LoraLinear, LoraSettings
+from capotune.methods.prompt_tuning import PromptTuningSettings
 from capotune.methods.qlora import QloraSettings
-from capotune.models import fusion as fused_module
 from capotune.models.architecture import describe
 from capotune.models.base import Pooling, find
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
@@ -154,13 +155,13 @@ def assert_alike(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For each time that linear layers are computed by a fused block: the rows of their input."""
     rows: list[int] = []
-    real = fused_module.lora_linears
+    real = composed_block.lora_linears
 
     def note(sources: Sequence[Tensor], *more: Any) -> tuple[Tensor, ...]:
         rows.append(len(sources[0]))
         return real(sources, *more)
 
-    monkeypatch.setattr(fused_module, "lora_linears", note)
+    monkeypatch.setattr(composed_block, "lora_linears", note)
     return rows
 
 
@@ -408,10 +409,10 @@ def test_a_bias_that_trains_alone() -> None:
     assert_alike(found, expected)
 
 
-def test_a_trained_weight_below_a_low_rank_change_leaves_its_block_plain(llama: Path) -> None:
+def test_a_trained_weight_below_a_lora_delta_leaves_its_block_plain(llama: Path) -> None:
     assembled = on_base(llama, LoraSettings(rank=2))
     assembled.model.get_submodule(f"{assembled.architecture.blocks[1]}.mlp.up_proj").base_layer.weight.requires_grad_()
-    why = "weights below a low-rank change train"
+    why = "weights below a LoRA delta train"
     assert assembled.how_it_reads()["blocks"] == f"fused, 1 of 2 plain: {why}"
 
 
@@ -523,7 +524,7 @@ def test_wanted_positions_are_those_of_all(name: str, which: str, calls: list[in
 @pytest.mark.parametrize("which", ["bert", "llama"])
 def test_pooled_behind_virtual_tokens(which: str, pool: Pooling, request: pytest.FixtureRequest) -> None:
     """The prompt's own positions are left out, by the kernels and by the model's own code."""
-    settings = capotune.settings.PromptTuningSettings(num_virtual_tokens=3)
+    settings = PromptTuningSettings(num_virtual_tokens=3)
     assembled = on_base(request.getfixturevalue(which), settings, pool=pool)
     shake(assembled)
     found, expected = features_both_ways(assembled)

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from capotune.engine import loop
 from capotune.errors import SettingError
-from capotune.kernels import bert_block, linear, policy, prepacked
+from capotune.kernels import linear, native_block, policy, prepacked
 from capotune.kernels import native as native_module
 from capotune.kernels.linear import (
     LinearInput,
@@ -102,13 +102,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real(function, x, weight, bias, y, strips, accumulate=accumulate, strips_ready=strips_ready)
 
     monkeypatch.setattr(linear, "_multiply", note)
-    run = bert_block._Writer.run
+    run = native_block.NativeBlock._run
 
     def note_block(*given: Any) -> None:
         names.append("a block")
         run(*given)
 
-    monkeypatch.setattr(bert_block._Writer, "run", note_block)
+    monkeypatch.setattr(native_block.NativeBlock, "_run", note_block)
     return names
 
 

@@ -1,4 +1,5 @@
-"""A fast path and beside it a reference in plain PyTorch, for each of the computations that take a step's time."""
+"""The engine: each computation that takes a step's time, in C, Triton or PyTorch, with a reference in plain PyTorch
+beside it; transformer blocks as lists of ops, and what executes them. README.md tells how it works."""
 
 from __future__ import annotations
 

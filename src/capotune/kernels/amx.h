@@ -1,4 +1,4 @@
-/* What products_amx.c and prepacked_amx.c share: the set-up of AMX, Intel's matrix unit, and threads. */
+/* What products_amx.c and prepacked_amx.c share: the set-up of AMX, Intel's matrix unit. */
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <immintrin.h>
@@ -22,7 +22,7 @@ INLINE void configure(void) {
 }
 
 /* Never read. A tile store that comes 2,700 cycles after the last one, or later, costs 1,000 more (measured: the stores'
- * path falls asleep), and a long sum takes as many. So some tile is stored now and then meanwhile. */
+ * path falls asleep), and a long sum takes as many. So a tile is stored now and then meanwhile. */
 static _Thread_local float unread[SIDE * SIDE] __attribute__((aligned(64)));
 
 INLINE void *workspace(int64_t bytes) {

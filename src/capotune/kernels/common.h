@@ -65,7 +65,7 @@ INLINE void share_out(kernel *work, const void *arguments, int64_t items, sharer
 #ifdef __AVX512F__
 #include <immintrin.h>
 
-/* 16 x 16 numbers of 4 bytes, rows for columns */
+/* 16 x 16 values of 4 bytes, rows for columns */
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 8; i++) {

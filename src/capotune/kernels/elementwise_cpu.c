@@ -2,10 +2,9 @@
  * layer_norm.py, gelu.py, swiglu.py, rotary.py and cross_entropy.py hold the same in PyTorch, and the tests hold the two
  * together.
  *
- * A kernel gets its arguments as a struct of 8-byte fields, works on the rows [first, last) and touches no others, so
- * that threads can share a call. Strides count numbers, not bytes. Arithmetic is in fp32; bf16 is rounded to nearest,
- * ties to even, wherever the definition rounds. Unlike in nf4_cpu.c the last bit is free: fused multiply-adds are
- * welcome. */
+ * A kernel gets its arguments as a struct of abi.h, works on the rows [first, last) and touches no others, so that threads
+ * can share a call. Arithmetic is in fp32; bf16 is rounded to nearest, ties to even, wherever the definition rounds. Unlike
+ * in nf4_cpu.c the last bit is free: fused multiply-adds are welcome. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,7 +12,7 @@
 enum { FLOAT32 = 0, BFLOAT16 = 1, BLOCK = 1024 };
 #include "common.h"
 
-/* Parts of a long row: within one sums are kept in fp32, which becomes vectors, and the parts are added in double. */
+/* Parts of a long row: within one sums are in fp32, which becomes vectors, and the parts are added in double. */
 #define FOR_BLOCKS(start, end, count) \
     for (int64_t start = 0, end; end = start + BLOCK < count ? start + BLOCK : count, start < count; start = end)
 /* The dtype is a constant in either copy of the function, so that no loop asks for it. */
@@ -78,12 +77,12 @@ void run_program(const void *calls, int64_t count, void *fork_join, int64_t thre
     }
 }
 
-/* -------------------------------------------------------------------------------------------------------- numbers */
+/* ------------------------------------------------------------------------------------------------------- values */
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
-/* A NaN stays one: it comes from bf16 numbers, so that its lower half is empty and nothing is carried into the sign. */
+/* A NaN stays one: it comes from bf16 values, so that its lower half is empty and nothing is carried into the sign. */
 INLINE uint16_t to_bfloat16(float x) {
     uint32_t bits = as_bits(x);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -115,7 +114,7 @@ INLINE float exp_negative(float x) {
 
 /* ------------------------------------------------------------------------------------------------------- RMS norm */
 
-/* y = w * rounded(x r) with r = 1 / sqrt(mean(x^2) + eps), which is kept for the backward pass. */
+/* y = w * rounded(x r) with r = 1 / sqrt(mean(x^2) + eps), which is saved for backward. */
 INLINE void rms_norm_rows(struct rms_norm a, int64_t first, int64_t last, int dtype) {
     for (int64_t row = first; row < last; row++) {
         const void *x = at(a.x, row * a.columns, dtype);
@@ -309,7 +308,7 @@ FOR_BOTH_DTYPES(swiglu_backward, swiglu_backward)
 
 /* --------------------------------------------------------------------------------------------------------- rotary */
 
-/* One row holds heads * 2 * half numbers. With the halves (a, b) of a head, forwards:
+/* One row holds heads * 2 * half elements. With the halves (a, b) of a head, forwards:
  *     y_a = a cos_a - b sin_a        y_b = b cos_b + a sin_b
  * and the transpose of that matrix backwards:
  *     y_a = a cos_a + b sin_b        y_b = b cos_b - a sin_a */
@@ -325,10 +324,10 @@ INLINE void rotary_rows(struct rotary r, int64_t first, int64_t last, int dtype)
 #pragma omp simd
             for (int64_t i = 0; i < r.half; i++) {
                 float a = load(in_a, i, dtype), b = load(in_b, i, dtype);
-                float turned_b = sign * rounded(b * load(from_b, i, dtype), dtype);
-                float turned_a = sign * rounded(a * load(from_a, i, dtype), dtype);
-                store(out_a, i, rounded(a * load(cos_a, i, dtype), dtype) - turned_b, dtype);
-                store(out_b, i, rounded(b * load(cos_b, i, dtype), dtype) + turned_a, dtype);
+                float rotated_b = sign * rounded(b * load(from_b, i, dtype), dtype);
+                float rotated_a = sign * rounded(a * load(from_a, i, dtype), dtype);
+                store(out_a, i, rounded(a * load(cos_a, i, dtype), dtype) - rotated_b, dtype);
+                store(out_b, i, rounded(b * load(cos_b, i, dtype), dtype) + rotated_a, dtype);
             }
         }
     }
@@ -344,7 +343,7 @@ static float largest(const float *x, int64_t count) {
     return most;
 }
 
-/* Mean of x - most, which keeps digits that a mean of large numbers would lose. */
+/* Mean of x - most, which keeps digits that a mean of large values would lose. */
 static double mean_below(const float *x, int64_t count, float most) {
     double total = 0.0;
     FOR_BLOCKS(start, end, count) {
@@ -356,7 +355,7 @@ static double mean_below(const float *x, int64_t count, float most) {
     return total / (double)count;
 }
 
-/* Sum of e^(x - most); in_place leaves these numbers in x. */
+/* Sum of e^(x - most); in_place leaves the terms in x. */
 INLINE double sum_of_exponentials(float *x, int64_t count, float most, int in_place) {
     double total = 0.0;
     FOR_BLOCKS(start, end, count) {
@@ -393,11 +392,11 @@ void softmax_cross_entropy(const void *arguments, int64_t first, int64_t last) {
     }
 }
 
-/* ------------------------------------------------------------------------------------- saved for backward, saved_activations.py */
+/* ------------------------------------------------------------------ saved for backward, saved_activations.py */
 
 enum { LARGEST = 32767 };
 
-/* Rows of numbers below 1e-30 are 0, and NaN where one is not finite. */
+/* Rows of values below 1e-30 are 0, and NaN where one is not finite. */
 void quantize_rows(const void *arguments, int64_t first, int64_t last) {
     const struct quantize_rows a = *(const struct quantize_rows *)arguments;
     for (int64_t row = first; row < last; row++) {

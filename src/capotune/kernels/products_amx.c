@@ -1,5 +1,5 @@
-/* Products of fp32 matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies bf16 and adds
- * up in fp32. So each number is taken as the sum of two of bf16, x = h + l, and
+/* Products of fp32 matrices by AMX, which Intel's processors have since Sapphire Rapids. It multiplies bf16 and adds up in
+ * fp32. So each value is taken as the sum of two of bf16, x = h + l, and
  *
  *     x w = h h' + h l' + l h'
  *
@@ -14,11 +14,11 @@
  * Activations become strips once. Weights do so panel by panel, just before use, and no second copy of a model is made. */
 #include "amx.h"
 
-enum { TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, MOST_TOGETHER = 4, CACHED = 131072, AHEAD = 8, ROWS_FOR_ONE = 128,
+enum { TERMS = 32, PAIR = 2 * SIDE, TILE = SIDE * TERMS, MOST_TOGETHER = 4, CACHED = 131072, PREFETCHED = 8, ROWS_FOR_ONE = 128,
        OUT_AT_ONCE = 1536 };
 typedef uint16_t bf16;
 
-/* Linux gives a process the unit's registers when it asks. 0: this processor or system has none. */
+/* Linux gives a process AMX's registers when it asks. 0: this processor or system has none. */
 int64_t ask_for_amx(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
     enum { AMX = AMX_BF16 | AMX_TILE | AMX_INT8, AVX512_BF16 = 1 << 5 };
@@ -42,14 +42,14 @@ INLINE __m512i upper_halves(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi16(a, odd, b);
 }
 
-/* 32 numbers, a before b, as h and l */
+/* 32 values, a before b, as h and l */
 INLINE struct halves split(__m512 a, __m512 b) {
     __m512i ha = rounded((__m512i)a), hb = rounded((__m512i)b);
     __m512 la = _mm512_sub_ps(a, (__m512)ha), lb = _mm512_sub_ps(b, (__m512)hb);
     return (struct halves){upper_halves(ha, hb), (__m512i)_mm512_cvtne2ps_pbh(lb, la)};
 }
 
-/* 16 numbers of one term and 16 of the next: each beside its neighbour */
+/* 16 values of one term and 16 of the next: each beside its neighbour */
 INLINE __m512i interleaved(__m512i terms) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
                                            4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -111,14 +111,14 @@ static void right_strip_across(const float *x, int64_t x_stride, int64_t columns
     }
 }
 
-/* Strips, so many numbers of bf16 apart, of all columns of x (terms, columns): a row of x at a time, as it lies in memory */
+/* Strips, so many bf16 values apart, of all columns of x (terms, columns): a row of x at a time, as it lies in memory */
 static void right_strips(const float *x, int64_t x_stride, int64_t columns, int64_t terms, bf16 *to, int64_t apart) {
     for (int64_t term = 0; term < parts(terms, TERMS) * TERMS; term += 2) {
         const float *row = x + term * x_stride;
         bf16 *pair = to + term / TERMS * 2 * TILE + term % TERMS / 2 * TERMS;
         for (int64_t column = 0; column < columns; column += SIDE, pair += apart) {
-            __builtin_prefetch(row + AHEAD * x_stride + column); /* a processor sees streams in rows, and not from row to row */
-            __builtin_prefetch(row + (AHEAD + 1) * x_stride + column);
+            __builtin_prefetch(row + PREFETCHED * x_stride + column); /* a processor sees streams in rows, not from row to row */
+            __builtin_prefetch(row + (PREFETCHED + 1) * x_stride + column);
             __mmask16 mask = first_of(columns - column);
             __m512 even = _mm512_maskz_loadu_ps(term < terms ? mask : 0, row + column);
             __m512 odd = _mm512_maskz_loadu_ps(term + 1 < terms ? mask : 0, row + x_stride + column);
@@ -200,7 +200,7 @@ INLINE void split_weight(const struct linear *a, int across, int64_t left, int64
 }
 
 /* Panels are 32 columns of y. A few of them at a time have their weights made into strips, which the second-level cache holds;
- * then two strips of activations after the other meet them all. */
+ * then two strips of activations after the other are multiplied by them all. */
 INLINE void run_panels(const struct linear *a, int across, int64_t first, int64_t last) {
     int64_t terms = terms_of(a, across), columns = columns_of(a, across), size = parts(terms, TERMS) * 2 * TILE;
     int64_t together = most(1, least(MOST_TOGETHER, CACHED / (PAIR * terms))), tiles = parts(terms, TERMS);
@@ -233,10 +233,10 @@ INLINE void run_panels(const struct linear *a, int across, int64_t first, int64_
 /* ------------------------------------------------------------------------------------------------------------ threads */
 
 /* across: y = x W^T + bias, W's rows are the left strips, x's the right ones; else y (+)= g W, g's rows are the left strips,
- * W's columns the right ones; turned: g lies in memory as (out, rows) */
+ * W's columns the right ones; transposed: g lies in memory as (out, rows) */
 struct work {
     const struct linear *product;
-    int across, turned;
+    int across, transposed;
     int64_t strips;  /* of the activations in one part */
 };
 
@@ -245,10 +245,10 @@ static void make_strips(const void *arguments, int64_t first, int64_t last) {
     const struct linear *a = work.product;
     int64_t terms = terms_of(a, work.across), size = parts(terms, TERMS) * 2 * TILE;
     void (*make)(const float *, int64_t, int64_t, int64_t, bf16 *) =
-        work.across ? right_strip_across : work.turned ? left_strip_across : left_strip;
+        work.across ? right_strip_across : work.transposed ? left_strip_across : left_strip;
     for (int64_t strip = first; strip < last; strip++) {
         int64_t rows = least(SIDE, a->rows - strip * SIDE);
-        const float *x = a->x + strip * SIDE * (work.turned ? 1 : a->x_stride);
+        const float *x = a->x + strip * SIDE * (work.transposed ? 1 : a->x_stride);
         make(x, a->x_stride, rows, terms, a->strips + strip * size);
     }
 }
@@ -260,7 +260,7 @@ static void make_panels(const void *arguments, int64_t first, int64_t last) {
     else run_panels(work.product, 0, first, last);
 }
 
-/* Some of the strips with all panels: made and used by the same thread */
+/* A part of the strips with all panels: made and used by the same thread */
 static void make_part(const void *arguments, int64_t first, int64_t last) {
     const struct work work = *(const struct work *)arguments;
     const struct linear *a = work.product;
@@ -278,9 +278,9 @@ static void make_part(const void *arguments, int64_t first, int64_t last) {
 }
 
 /* Many rows are shared out by rows, so that every thread reads all weights, and few by panels. */
-static void run_product(const struct linear *a, int across, int turned, sharer *share, void *fork_join, int64_t threads) {
+static void run_product(const struct linear *a, int across, int transposed, sharer *share, void *fork_join, int64_t threads) {
     int64_t strips = parts(a->rows, SIDE), panels = parts(columns_of(a, across), PAIR), used = share ? threads : 1;
-    struct work work = {a, across, turned, 0};
+    struct work work = {a, across, transposed, 0};
     if (a->rows >= used * ROWS_FOR_ONE) {
         work.strips = parts(parts(strips, used), 2) * 2;
         share_out(make_part, &work, parts(strips, work.strips), share, fork_join, threads);
@@ -308,7 +308,7 @@ static void add_outputs(struct linear a, int64_t from, int64_t to, sharer *share
     free(strips);
 }
 
-/* Every thread takes some of the outputs, a share, and its sums have a place of their own: so weights become strips once */
+/* Every thread takes a share of the outputs, and its sums have a place of their own: so weights become strips once */
 struct shares {
     const struct linear *product;
     int64_t count;
@@ -345,7 +345,8 @@ static void add_shares(const void *arguments, int64_t first, int64_t last) {
 void linear_input_gradient(const void *arguments, sharer *share, void *fork_join, int64_t threads) {
     const struct linear *a = arguments;
     if (a->strips) run_product(a, 0, 0, share, fork_join, threads);
-    else if (!share || threads == 1 || parts(a->out_features, OUT_AT_ONCE) < threads) add_outputs(*a, 0, a->out_features, share, fork_join, threads);
+    else if (!share || threads == 1 || parts(a->out_features, OUT_AT_ONCE) < threads)
+        add_outputs(*a, 0, a->out_features, share, fork_join, threads);
     else {
         struct shares shares = {a, threads, workspace((threads - 1) * a->rows * a->in_features * sizeof(float))};
         share(fork_join, sum_shares, &shares, threads, threads);

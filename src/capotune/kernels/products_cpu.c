@@ -2,8 +2,8 @@
  * rows with a frozen weight.
  * low_rank.py and attention.py hold the same in PyTorch, and the tests hold the two together.
  *
- * As in elementwise_cpu.c, a kernel gets its arguments as a struct of 8-byte fields and works on the items [first, last):
- * tokens, groups of columns, or pairs of sequence and head. Strides count numbers. Vectors are GCC's and Clang's own
+ * As in elementwise_cpu.c, a kernel gets its arguments as a struct of abi.h and works on the items [first, last): tokens,
+ * groups of columns, or pairs of sequence and head. Vectors are GCC's and Clang's own
  * type, which any processor can do; with AVX2 or AVX-512 one is a register. Heads and columns come in eights. */
 #include <math.h>
 #include <stdint.h>
@@ -43,7 +43,7 @@ struct multiply {
     int64_t a_row, a_step;
     const float *b;
     int64_t b_stride, start, end, columns;
-    int onto;
+    int accumulate;
 };
 
 #define MULTIPLY_TILE(name, vec, loose, lanes)                                                                     \
@@ -52,7 +52,7 @@ struct multiply {
         float *out = m.out + row * m.out_stride + column;                                                            \
         for (int r = 0; r < rows; r++)                                                                               \
             for (int l = 0; l < vectors; l++)                                                                        \
-                total[r][l] = m.onto ? *(const loose *)(out + r * m.out_stride + l * lanes) : (vec){0};              \
+                total[r][l] = m.accumulate ? *(const loose *)(out + r * m.out_stride + l * lanes) : (vec){0};              \
         const float *a = m.a + row * m.a_row, *b = m.b + column;                                                     \
         for (int64_t j = m.start; j < m.end; j++)                                                                    \
             for (int r = 0; r < rows; r++)                                                                           \
@@ -72,7 +72,7 @@ INLINE void multiply_rows(struct multiply m, int64_t row, int rows) {
 }
 
 static void multiply(struct multiply m, int64_t rows) {
-    switch (rows) { /* the compiler is told how many, so that the sums stay in registers */
+    switch (rows) { /* the compiler knows how many, so that the sums stay in registers */
     case 4: multiply_rows(m, 0, 4); break;
     case 3: multiply_rows(m, 0, 3); break;
     case 2: multiply_rows(m, 0, 2); break;
@@ -82,15 +82,15 @@ static void multiply(struct multiply m, int64_t rows) {
 
 /* ---------------------------------------------------------------------------------------------------- by a low rank */
 
-/* Four tokens by two ranks at a time, so that few numbers are loaded for each product */
+/* Four tokens by two ranks at a time, so that few values are loaded for each product */
 INLINE void project_tile(const struct low_rank *a, int64_t row, int64_t rank, int rows, int ranks) {
     const float *x = a->x + row * a->x_stride, *matrix = a->matrix + rank * a->columns;
     vec total[ROWS][2] = {{{0}}};
     int64_t i = 0;
     for (; i + LANES <= a->columns; i += LANES)
         for (int r = 0; r < ranks; r++) {
-            vec numbers = load(matrix + r * a->columns + i);
-            for (int t = 0; t < rows; t++) total[t][r] += load(x + t * a->x_stride + i) * numbers;
+            vec values = load(matrix + r * a->columns + i);
+            for (int t = 0; t < rows; t++) total[t][r] += load(x + t * a->x_stride + i) * values;
         }
     for (int t = 0; t < rows; t++)
         for (int r = 0; r < ranks; r++) {
@@ -125,8 +125,8 @@ void low_rank_update(const void *arguments, int64_t first, int64_t last) {
             for (int64_t r = 0; r < a.ranks; r++)
                 scaled[t * MOST_RANKS + r] = (float)a.scale * a.xa[(row + t) * a.xa_stride + r];
         float *x = a.x + row * a.x_stride;
-        struct multiply change = {x, a.x_stride, scaled, MOST_RANKS, 1, a.matrix, a.columns, 0, a.ranks, whole, 1};
-        multiply(change, count);
+        struct multiply delta = {x, a.x_stride, scaled, MOST_RANKS, 1, a.matrix, a.columns, 0, a.ranks, whole, 1};
+        multiply(delta, count);
         for (int64_t t = 0; t < count; t++)
             for (int64_t i = whole; i < a.columns; i++)
                 for (int64_t r = 0; r < a.ranks; r++)
@@ -162,23 +162,25 @@ enum { DEPTH = 384, TILE_ROWS = 6, PANEL = 2 * LEAST_LANES };
 
 /* A prepacked P, (terms, columns), lies in panels of 16 columns, [terms][16], zero beyond the last column: it is read in the
  * order in which it lies. */
-/* sums += x panel, for some rows of x: 12 sums, one number of x and two vectors of the panel fill AVX2's 16 registers */
-INLINE void add_terms(short_vec sums[TILE_ROWS][2], const float *x, int64_t stride, int rows, const float *panel, int64_t terms) {
+
+/* sums += x panel, for up to 6 rows of x: 12 sums, one value of x and two vectors of the panel fill AVX2's 16 registers */
+INLINE void add_terms(short_vec sums[TILE_ROWS][2], const float *x, int64_t stride, int rows, const float *panel,
+                      int64_t terms) {
     const float *lower = x + TILE_ROWS / 2 * stride;
     for (int64_t j = 0; j < terms; j++, panel += PANEL) {
         short_vec left = *(const short_loose *)panel, right = *(const short_loose *)(panel + LEAST_LANES);
         for (int r = 0; r < rows; r++) {
-            float number = r < TILE_ROWS / 2 ? x[r * stride + j] : lower[(r - TILE_ROWS / 2) * stride + j];
-            sums[r][0] += number * left;
-            sums[r][1] += number * right;
+            float value = r < TILE_ROWS / 2 ? x[r * stride + j] : lower[(r - TILE_ROWS / 2) * stride + j];
+            sums[r][0] += value * left;
+            sums[r][1] += value * right;
         }
     }
 }
 
-/* Terms [start, start + terms) of some rows of one panel, those before are in y. bias: the panel's; directions: its scale
+/* Terms [start, start + terms) of up to 6 rows of one panel, those before are in y. bias: the panel's; delta: its scale
  * matrix, with the last terms, else none. */
-INLINE void panel_tile(const struct prepacked_product_fp32 *a, int64_t row, int rows, int64_t panel, int64_t start, int64_t terms,
-                       const float *bias, const float *directions) {
+INLINE void panel_tile(const struct prepacked_product_fp32 *a, int64_t row, int rows, int64_t panel, int64_t start,
+                       int64_t terms, const float *bias, const float *delta) {
     int64_t column = panel * PANEL, count = a->columns - column;
     float *y = a->y + row * a->y_stride + column, part[TILE_ROWS * PANEL] = {0};
     int64_t stride = a->y_stride;
@@ -193,7 +195,7 @@ INLINE void panel_tile(const struct prepacked_product_fp32 *a, int64_t row, int 
         for (int l = 0; l < 2; l++)
             sums[r][l] = *(const short_loose *)((start || a->accumulate ? y + r * stride : bias) + l * LEAST_LANES);
     add_terms(sums, a->x + row * a->x_stride + start, a->x_stride, rows, a->panels + (panel * a->terms + start) * PANEL, terms);
-    if (directions) add_terms(sums, a->xa + row * a->xa_stride, a->xa_stride, rows, directions, a->ranks);
+    if (delta) add_terms(sums, a->xa + row * a->xa_stride, a->xa_stride, rows, delta, a->ranks);
     for (int r = 0; r < rows; r++)
         for (int l = 0; l < 2; l++) *(short_loose *)(y + r * stride + l * LEAST_LANES) = sums[r][l];
     if (count < PANEL)
@@ -205,18 +207,18 @@ INLINE void panel_tile(const struct prepacked_product_fp32 *a, int64_t row, int 
 static void panel_rows(const struct prepacked_product_fp32 *a, int64_t panel, int64_t start, int64_t terms) {
     int64_t row = 0, column = panel * PANEL, count = a->columns - column < PANEL ? a->columns - column : PANEL;
     float bias[PANEL] = {0}, scaled[MOST_RANKS * PANEL] = {0};
-    int changes = a->ranks && start + terms == a->terms;
+    int has_delta = a->ranks && start + terms == a->terms;
     for (int64_t i = 0; a->bias && i < count; i++) bias[i] = a->bias[column + i];
-    for (int64_t k = 0; changes && k < a->ranks; k++)
+    for (int64_t k = 0; has_delta && k < a->ranks; k++)
         for (int64_t i = 0; i < count; i++) scaled[k * PANEL + i] = (float)a->scale * a->matrix[k * a->columns + column + i];
-    const float *directions = changes ? scaled : NULL;
-    for (; row + TILE_ROWS <= a->rows; row += TILE_ROWS) panel_tile(a, row, TILE_ROWS, panel, start, terms, bias, directions);
-    switch (a->rows - row) { /* the compiler is told how many rows, so that the sums stay in registers */
-    case 5: panel_tile(a, row, 5, panel, start, terms, bias, directions); break;
-    case 4: panel_tile(a, row, 4, panel, start, terms, bias, directions); break;
-    case 3: panel_tile(a, row, 3, panel, start, terms, bias, directions); break;
-    case 2: panel_tile(a, row, 2, panel, start, terms, bias, directions); break;
-    case 1: panel_tile(a, row, 1, panel, start, terms, bias, directions); break;
+    const float *delta = has_delta ? scaled : NULL;
+    for (; row + TILE_ROWS <= a->rows; row += TILE_ROWS) panel_tile(a, row, TILE_ROWS, panel, start, terms, bias, delta);
+    switch (a->rows - row) { /* the compiler knows how many rows, so that the sums stay in registers */
+    case 5: panel_tile(a, row, 5, panel, start, terms, bias, delta); break;
+    case 4: panel_tile(a, row, 4, panel, start, terms, bias, delta); break;
+    case 3: panel_tile(a, row, 3, panel, start, terms, bias, delta); break;
+    case 2: panel_tile(a, row, 2, panel, start, terms, bias, delta); break;
+    case 1: panel_tile(a, row, 1, panel, start, terms, bias, delta); break;
     }
 }
 
@@ -264,15 +266,15 @@ void multiply_by(const void *arguments, int64_t first, int64_t last) {
 
 /* -------------------------------------------------------------------------------------- attention of short sequences */
 
-/* Room for a thread's own numbers, some hundreds of kB: too much for a small stack. */
-static float *room(int64_t numbers) {
-    float *space = malloc((size_t)numbers * sizeof(float));
+/* A thread's own workspace, some hundreds of kB: too much for a small stack. */
+static float *workspace(int64_t elements) {
+    float *space = malloc((size_t)elements * sizeof(float));
     if (!space) abort();
     return space;
 }
 
 /* columns[c][i] = x[i][c] for the LANES rows x of one block of queries, zeros beyond count */
-static void turn(const float *x, int64_t stride, int64_t count, int64_t size, float *columns) {
+static void transpose_block(const float *x, int64_t stride, int64_t count, int64_t size, float *columns) {
     int64_t done = 0;
 #ifdef __AVX512F__
     for (; done + LANES <= size; done += LANES) {
@@ -288,27 +290,30 @@ static void turn(const float *x, int64_t stride, int64_t count, int64_t size, fl
         for (int64_t c = done; c < size; c++) columns[c * LANES + i] = x[i * stride + c];
 }
 
-/* out[j] = sum_c x[j][c] columns[c], a vector over queries, for some keys or values x */
-INLINE void meet_some(const float *x, int64_t stride, const float *columns, int64_t size, float *out, int64_t out_stride, int some) {
+/* out[j] = sum_c x[j][c] columns[c], a vector over queries, for up to 8 keys or values x */
+INLINE void multiply_keys(const float *x, int64_t stride, const float *columns, int64_t size, float *out, int64_t out_stride,
+                          int count) {
     vec total[KEYS] = {{0}};
     for (int64_t c = 0; c < size; c++)
-        for (int j = 0; j < some; j++) total[j] += x[j * stride + c] * load(columns + c * LANES);
-    for (int j = 0; j < some; j++) *(loose *)(out + j * out_stride) = total[j];
+        for (int j = 0; j < count; j++) total[j] += x[j * stride + c] * load(columns + c * LANES);
+    for (int j = 0; j < count; j++) *(loose *)(out + j * out_stride) = total[j];
 }
 
-static void meet(const float *x, int64_t stride, const float *columns, int64_t size, int64_t count, float *out, int64_t out_stride) {
+static void multiply_all_keys(const float *x, int64_t stride, const float *columns, int64_t size, int64_t count, float *out,
+                              int64_t out_stride) {
     int64_t j = 0;
-    for (; j + KEYS <= count; j += KEYS) meet_some(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, KEYS);
+    for (; j + KEYS <= count; j += KEYS)
+        multiply_keys(x + j * stride, stride, columns, size, out + j * out_stride, out_stride, KEYS);
     x += j * stride;
     out += j * out_stride;
     switch (count - j) { /* one by one each sum would wait for its last term */
-    case 7: meet_some(x, stride, columns, size, out, out_stride, 7); break;
-    case 6: meet_some(x, stride, columns, size, out, out_stride, 6); break;
-    case 5: meet_some(x, stride, columns, size, out, out_stride, 5); break;
-    case 4: meet_some(x, stride, columns, size, out, out_stride, 4); break;
-    case 3: meet_some(x, stride, columns, size, out, out_stride, 3); break;
-    case 2: meet_some(x, stride, columns, size, out, out_stride, 2); break;
-    case 1: meet_some(x, stride, columns, size, out, out_stride, 1); break;
+    case 7: multiply_keys(x, stride, columns, size, out, out_stride, 7); break;
+    case 6: multiply_keys(x, stride, columns, size, out, out_stride, 6); break;
+    case 5: multiply_keys(x, stride, columns, size, out, out_stride, 5); break;
+    case 4: multiply_keys(x, stride, columns, size, out, out_stride, 4); break;
+    case 3: multiply_keys(x, stride, columns, size, out, out_stride, 3); break;
+    case 2: multiply_keys(x, stride, columns, size, out, out_stride, 2); break;
+    case 1: multiply_keys(x, stride, columns, size, out, out_stride, 1); break;
     }
 }
 
@@ -330,8 +335,8 @@ INLINE vec exp_negative(vec x) {
 static int64_t weigh(const struct short_attention *a, const float *q, int64_t i, int64_t length, const float *k, float *columns,
                      float *weights, int64_t stride) {
     int64_t count = length - i < LANES ? length - i : LANES, seen = a->causal ? i + count : length;
-    turn(q + i * a->q_stride, a->q_stride, count, a->head_size, columns);
-    meet(k, a->k_stride, columns, a->head_size, seen, weights, stride);
+    transpose_block(q + i * a->q_stride, a->q_stride, count, a->head_size, columns);
+    multiply_all_keys(k, a->k_stride, columns, a->head_size, seen, weights, stride);
     for (int64_t j = i + 1; a->causal && j < seen; j++)
         for (int64_t lane = 0; lane < j - i; lane++) weights[j * stride + lane] = -INFINITY;
     vec most = load(weights), total = {0};
@@ -362,7 +367,7 @@ static void mix(const float *weights, int64_t stride, int64_t seen, const float 
 void short_attention(const void *arguments, int64_t first, int64_t last) {
     const struct short_attention a = *(const struct short_attention *)arguments;
     int64_t key_heads = a.heads / a.heads_per_key, width = a.heads * a.head_size;
-    float *columns = room(LANES * (a.head_size + a.longest)), *weights = columns + LANES * a.head_size;
+    float *columns = workspace(LANES * (a.head_size + a.longest)), *weights = columns + LANES * a.head_size;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
         const float *k = a.k + start * a.k_stride + head * a.head_size, *v = a.v + start * a.v_stride + head * a.head_size;
@@ -383,7 +388,7 @@ void short_attention_backward(const void *arguments, int64_t first, int64_t last
     const struct short_attention a = *(const struct short_attention *)arguments;
     int64_t key_heads = a.heads / a.heads_per_key, width = a.heads * a.head_size, key_width = key_heads * a.head_size;
     int64_t most = (a.longest + LANES - 1) / LANES * LANES;
-    float *columns = room(LANES * a.head_size + 2 * a.longest * most), *weights = columns + LANES * a.head_size;
+    float *columns = workspace(LANES * a.head_size + 2 * a.longest * most), *weights = columns + LANES * a.head_size;
     float *slopes = weights + a.longest * most;
     for (int64_t item = first; item < last; item++) {
         int64_t start = a.starts[item / key_heads], length = a.starts[item / key_heads + 1] - start, head = item % key_heads;
@@ -394,8 +399,8 @@ void short_attention_backward(const void *arguments, int64_t first, int64_t last
                 int64_t count = length - i < LANES ? length - i : LANES;
                 float *p = weights + i, *s = slopes + i;
                 int64_t seen = weigh(&a, q, i, length, k, columns, p, most);
-                turn(grad + i * width, width, count, a.head_size, columns);
-                meet(v, a.v_stride, columns, a.head_size, seen, s, most);
+                transpose_block(grad + i * width, width, count, a.head_size, columns);
+                multiply_all_keys(v, a.v_stride, columns, a.head_size, seen, s, most);
                 vec along = {0};
                 for (int64_t j = 0; j < seen; j++) along += load(p + j * most) * load(s + j * most);
                 for (int64_t j = 0; j < seen; j++)
@@ -404,15 +409,15 @@ void short_attention_backward(const void *arguments, int64_t first, int64_t last
                     *(loose *)(p + j * most) = *(loose *)(s + j * most) = (vec){0};
                 mix(s, most, seen, k, a.k_stride, count, a.grad_q + (start + i) * width + h * a.head_size, width, a.head_size);
             }
-            int onto = h > head * a.heads_per_key;
+            int accumulate = h > head * a.heads_per_key;
             for (int64_t j = 0; j < length; j += ROWS) {
                 int64_t count = length - j < ROWS ? length - j : ROWS;
                 /* queries before j do not look at it; of its own four, those that do not have zeros there */
                 int64_t from = a.causal ? j : 0, place = (start + j) * key_width + head * a.head_size;
                 struct multiply of_v = {a.grad_v + place, key_width, weights + j * most, most, 1, grad, width, from, length,
-                                        a.head_size, onto};
+                                        a.head_size, accumulate};
                 struct multiply of_k = {a.grad_k + place, key_width, slopes + j * most, most, 1, q, a.q_stride, from, length,
-                                        a.head_size, onto};
+                                        a.head_size, accumulate};
                 multiply(of_v, count);
                 multiply(of_k, count);
             }

@@ -1,6 +1,6 @@
 """Whether a model can read sequences that stand one after the other, without padding, and how.
 
-Packed, a batch is one row of tokens: positions begin anew with each sequence, and attention is told where each ends.
+Packed, a batch is one row of tokens: positions begin anew with each sequence, and attention knows where each ends.
 For that Transformers' models are given another attention function by name, for as long as it is needed. Not every
 family can do it (some count positions themselves, some mix tokens by other means than attention), so each model is
 tried once on a few sequences: what it computes of them packed must be what it computes of them one by one.
@@ -77,23 +77,23 @@ def _try_packing(backbone: Any) -> Packing:
         window = getattr(config, "sliding_window", None) or 0
     except RuntimeError:  # Transformers', where layers have settings of their own
         return Packing(None, "the model's layers differ in the window of their attention")
-    tried = _probe_sequences(config, window)
-    expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in tried])
+    probes = _probe_sequences(config, window)
+    expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in probes])
     reason = ""
     # RoBERTa and its relatives count positions from the id of the padding token on
     for first in (0, (config.pad_token_id or 0) + 1):
         packing = Packing(first)
         try:
             with packed(backbone, packing):
-                told: dict[nn.Module, int | None] = {}
-                found = _states(_forward_packed(backbone, tried, first, told))[0]
+                observed_windows: dict[nn.Module, int | None] = {}
+                found = _states(_forward_packed(backbone, probes, first, observed_windows))[0]
         except FAILURES as error:  # it was a try
             reason = f"the model's code does not take packed sequences ({error})"
             continue
         off = relative_error(found.float(), expected.float())
         if not off <= TOLERANCE.get(found.dtype, 1e-4):
             reason = f"packed, the model computes something else (by {off:.1g})"
-        elif window > _LONGEST_TRIED and set(told.values()) == {None}:
+        elif window > _LONGEST_TRIED and set(observed_windows.values()) == {None}:
             reason = "the model keeps the window of its attention to itself"
         else:
             return packing
@@ -120,8 +120,8 @@ def packed(backbone: Any, packing: Packing) -> Iterator[None]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the token that is farthest off: the median over its numbers, since trained models have a few that are hundreds
-    of times as large as all others."""
+    """Of the token that is farthest off: the median over its elements, since trained models have a few that are
+    hundreds of times as large as all others."""
     off = (found - expected).abs().median(1).values / expected.abs().median(1).values
     return float(off.max())
 
@@ -141,25 +141,29 @@ def probe_sequences(config: Any) -> list[torch.Tensor]:
 
 
 def forward_packed(
-    backbone: Any, tried: list[torch.Tensor], first_position: int, wanted: torch.Tensor | None = None
+    backbone: Any, probes: list[torch.Tensor], first_position: int, wanted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[nn.Module, int | None]]:
     """What ``backbone``, now packed, computes of a few sequences: (tokens, hidden), or with ``wanted`` perhaps of these
-    positions alone; and the window that each of its attention modules was told."""
-    told: dict[nn.Module, int | None] = {}
-    more = {} if wanted is None else {"wanted": wanted}
-    return _states(_forward_packed(backbone, tried, first_position, told, **more))[0], told
+    positions alone; and the window that each of its attention modules asked for."""
+    observed_windows: dict[nn.Module, int | None] = {}
+    extra = {} if wanted is None else {"wanted": wanted}
+    return _states(_forward_packed(backbone, probes, first_position, observed_windows, **extra))[0], observed_windows
 
 
 def _forward_packed(
-    backbone: Any, tried: list[torch.Tensor], first_position: int, told: dict[nn.Module, int | None], **more: Any
+    backbone: Any,
+    probes: list[torch.Tensor],
+    first_position: int,
+    observed_windows: dict[nn.Module, int | None],
+    **extra: Any,
 ) -> Any:
-    sequences = Sequences(tuple(map(len, tried)))
+    sequences = Sequences(tuple(map(len, probes)))
     return backbone(
-        input_ids=torch.cat(tried)[None].to(backbone.device),
+        input_ids=torch.cat(probes)[None].to(backbone.device),
         position_ids=sequences.positions(first_position)[None].to(backbone.device),
         sequences=sequences,
-        observed_windows=told,
-        **more,
+        observed_windows=observed_windows,
+        **extra,
     )
 
 

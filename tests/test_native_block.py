@@ -1,9 +1,9 @@
-"""A whole BERT block by two programs of kernel calls: against the definition (in a model: test_linear.py)."""
+"""A whole BERT block by two programs of kernel calls: against the reference (in a model: test_linear.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_linear import any_amx, any_prepacked_amx, native, rounded, unit
 from torch import Tensor
-from torch.nn import functional
 
 from capotune.errors import SettingError
-from capotune.kernels import bert_block, linear, policy, prepacked
+from capotune.kernels import linear, policy, prepacked
 from capotune.kernels.attention import Sequences
-from capotune.kernels.bert_block import BertBlock, LayerNorm, bert_block_reference
+from capotune.kernels.blocks import BERT, Add, Block, Call, Norm, reference
 from capotune.kernels.linear import reduced_precision
 from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.memory import Memory
+from capotune.kernels.native import library
+from capotune.kernels.native_block import NativeBlock
 from capotune.kernels.program import Program, symbol
 
 __all__ = ["any_amx", "any_prepacked_amx", "native", "rounded", "unit"]
@@ -49,12 +50,20 @@ class Made:
         hidden, self.sequences = heads * size, Sequences(tuple(lengths))
         shapes = [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
         layers = [self.layer(*shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
-        self.groups = tuple(layers[:3]), (layers[3],), (layers[4],), (layers[5],)
-        self.norms = [LayerNorm(1 + 0.1 * self.normal(hidden), 0.1 * self.normal(hidden), 1e-5) for _ in range(2)]
-        self.how: Any = {"head_size": size, "scale": size**-0.5, "causal": causal}
-        self.block = BertBlock(self.groups, self.norms, **self.how, memory=Memory())
+        norms = [Norm(1 + 0.1 * self.normal(hidden), 0.1 * self.normal(hidden), 1e-5) for _ in range(2)]
+        self.block = Block(
+            BERT, dict(zip(["q", "k", "v", "o", "up", "down"], layers, strict=True)),
+            dict(zip(["norm1", "norm2"], norms, strict=True)), head_size=size, scale=size**-0.5, causal=causal,
+        )  # fmt: skip
+        self.native = NativeBlock(self.block, Memory())
         self.x, self.grad = self.normal(sum(lengths), hidden), self.normal(sum(lengths), hidden)
         self.trained = [one for layer in layers if layer.lora_a is not None for one in (layer.lora_a, layer.lora_b)]
+
+    def call(self, *rates: float, rows: Tensor | None = None) -> Call:
+        return Call(self.sequences, dropout=rates, rows=rows)
+
+    def takes(self) -> bool:
+        return self.native.takes(self.x, self.call())
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random)
@@ -67,7 +76,7 @@ class Made:
         return LinearLayer(weight.to, bias, unaligned(a).requires_grad_(), unaligned(b).requires_grad_(), 0.5)
 
     def reference(self, x: Tensor) -> Tensor:
-        return bert_block_reference(x, self.groups, self.norms, self.sequences, **self.how)
+        return reference(self.block, x, self.call())
 
     def all_of(self, read: Callable[[Tensor], Tensor], *, needs_input: bool = True) -> list[Tensor]:
         """The output, and the gradients of x and of what is trained."""
@@ -80,22 +89,6 @@ class Made:
 def unaligned(x: Tensor) -> Tensor:
     """The same where the optimizer's one tensor for all weights may have it: at any number."""
     return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
-
-
-def dropped(rows: int, hidden: int, rate: float) -> Tensor:
-    """What PyTorch's dropout multiplies by."""
-    return functional.dropout(torch.ones(rows, hidden), rate)
-
-
-def with_dropout(made: Made, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """The definition in other words: dropout stands behind the output and the ``down`` layer."""
-    parts, size = bert_block._linear_reference, made.how["head_size"]
-    query, key, value = (parts(x, layer).view(len(x), -1, size) for layer in made.groups[0])
-    how = {"causal": made.how["causal"], "scale": made.how["scale"]}
-    mixed = bert_block.packed_attention_reference(query, key, value, made.sequences, **how).flatten(1)
-    u = bert_block.add_layer_norm_reference(factors[0] * parts(mixed, *made.groups[1]), x, *made.norms[0])
-    wide = functional.gelu(parts(u, *made.groups[2]))
-    return bert_block.add_layer_norm_reference(factors[1] * parts(wide, *made.groups[3]), u, *made.norms[1])
 
 
 def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
@@ -122,9 +115,9 @@ def test_it_is_the_definition(
     made = Made(lengths, heads, size, inner, ranks, causal=causal)
     if not needs_input and not made.trained:
         return
-    assert made.block.takes(made.x, made.sequences)
+    assert made.takes()
     expected = made.all_of(made.reference, needs_input=needs_input)
-    found = made.all_of(lambda x: made.block(x, made.sequences), needs_input=needs_input)
+    found = made.all_of(lambda x: made.native(x, made.call()), needs_input=needs_input)
     # sums of few numbers may cancel; a wrong term is off by all of it
     assert_near(found, expected, 1e-2 if kernels == "AMX" else 1e-4)
 
@@ -147,31 +140,27 @@ def test_some_rows_are_wanted(
         return
     tokens = sum(lengths)
     count = draw.draw(st.integers(1, tokens))
-    wanted = torch.randperm(tokens, generator=made.random)[:count]
+    rows = torch.randperm(tokens, generator=made.random)[:count]
 
-    def reference(x: Tensor) -> Tensor:
-        """The wanted rows of dropout's factors are all that is drawn."""
-        drawn = [torch.ones(tokens, x.shape[1]).index_copy(0, wanted, dropped(count, x.shape[1], r)) for r in rates]
-        return with_dropout(made, x, drawn)[wanted]
-
+    call = made.call(*rates, rows=rows)
     torch.manual_seed(1)
-    expected = made.all_of(reference, needs_input=needs_input)
+    expected = made.all_of(lambda x: reference(made.block, x, call), needs_input=needs_input)
     torch.manual_seed(1)
-    found = made.all_of(lambda x: made.block(x, made.sequences, rates, wanted), needs_input=needs_input)
+    found = made.all_of(lambda x: made.native(x, call), needs_input=needs_input)
     assert_near(found, expected, 1e-2 if kernels == "AMX" else 1e-4)
     with torch.no_grad():
         torch.manual_seed(1)
-        assert torch.equal(made.block(made.x, made.sequences, rates, wanted), found[0])
+        assert torch.equal(made.native(made.x, call), found[0])
 
 
 def test_rows_that_are_none_are_refused() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     refused = [([50], "from 0 to 49, not 50 to 50"), ([3, -1], "not -1 to 3"), ([0.0], "float32"), ([[1]], "1, 1")]
-    for wanted, words in refused:
+    for rows, words in refused:
         with pytest.raises(SettingError, match=words):
-            made.block(made.x, made.sequences, wanted=torch.tensor(wanted))
-    assert not made.block.takes(made.x, made.sequences, torch.tensor([], dtype=torch.int64))
-    assert made.block.takes(made.x, made.sequences, torch.tensor([0]))
+            made.native(made.x, made.call(rows=torch.tensor(rows)))
+    assert not made.native.takes(made.x, made.call(rows=torch.tensor([], dtype=torch.int64)))
+    assert made.native.takes(made.x, made.call(rows=torch.tensor([0])))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -179,7 +168,7 @@ def test_threads_share_it(threads: int) -> None:
     made = Made([170, 33, 205], 4, 24, 300, [2, 2, 3, 4, 5, 6])
 
     def read() -> list[Tensor]:
-        return made.all_of(lambda x: made.block(x, made.sequences))
+        return made.all_of(lambda x: made.native(x, made.call()))
 
     alone = read()
     torch.set_num_threads(threads)
@@ -194,27 +183,22 @@ def test_weights_are_read_for_some_rows_after_others(threads: int) -> None:
     torch.set_num_threads(threads)
     made = Made([170, 133, 205], 2, 16, 8200, [2, 0, 3, 4, 5, 6])
     with torch.no_grad():
-        together, alone = made.block(made.x, made.sequences), made.block(made.x[:170], Sequences((170,)))
+        together, alone = made.native(made.x, made.call()), made.native(made.x[:170], Call(Sequences((170,))))
     assert torch.equal(together[:170], alone)
 
 
 @pytest.mark.parametrize("rates", [(0.25, 0.5), (0.25, 0.0), (0.0, 0.5)])
 def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    block, hidden = made.block, made.x.shape[1]
-
-    def reference(x: Tensor) -> Tensor:
-        return with_dropout(made, x, [dropped(len(x), hidden, rate) for rate in rates])
-
     torch.manual_seed(1)
-    expected = made.all_of(reference)
+    expected = made.all_of(lambda x: reference(made.block, x, made.call(*rates)))
     torch.manual_seed(1)
-    assert_near(made.all_of(lambda x: block(x, made.sequences, rates)), expected, 3e-4)
+    assert_near(made.all_of(lambda x: made.native(x, made.call(*rates))), expected, 3e-4)
 
 
 def test_it_is_not_gone_back_through_twice() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    y = made.block(made.x, made.sequences)
+    y = made.native(made.x, made.call())
     torch.autograd.grad(y, made.trained, made.grad, retain_graph=True)
     with pytest.raises(RuntimeError, match="run the forward pass again"):
         torch.autograd.grad(y, made.trained, made.grad)
@@ -222,52 +206,52 @@ def test_it_is_not_gone_back_through_twice() -> None:
 
 def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    assert made.block.takes(made.x, made.sequences)
-    assert not made.block.takes(made.x.double(), made.sequences)
-    assert not made.block.takes(torch.zeros(600, 32), Sequences((600,)))  # too long for its attention
-    assert not Made([50], 1, 20, 70, [0] * 6).block.takes(made.x, made.sequences)  # heads that are no whole vectors
-    assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).block.takes(made.x, made.sequences)  # not a low rank
-    halved = Made([17, 33], 2, 16, 70, [0] * 6)
-    other = LinearLayer(halved.groups[1][0].weight, torch.zeros(32, dtype=torch.bfloat16))
-    learned = LinearLayer(halved.groups[1][0].weight, torch.zeros(32), trained_weight=torch.zeros(32, 32))
-    biased = LinearLayer(halved.groups[1][0].weight, torch.zeros(32).requires_grad_())
-    learned_norm = LayerNorm(torch.ones(32).requires_grad_(), torch.zeros(32), 1e-5)
-    as_it_is = halved.groups[1][0]
-    for layer, norm, takes in (
-        (as_it_is, halved.norms[0], True), (other, halved.norms[0], False),  # C would read two numbers as one
-        (learned, halved.norms[0], False), (biased, halved.norms[0], False), (as_it_is, learned_norm, False),
-    ):  # fmt: skip
-        groups = halved.groups[0], (layer,), *halved.groups[2:]
-        block = BertBlock(groups, [norm, halved.norms[1]], **halved.how, memory=Memory())
-        assert block.takes(made.x, made.sequences) == takes
+    assert made.takes()
+    assert not made.native.takes(made.x.double(), made.call())
+    assert not made.native.takes(torch.zeros(600, 32), Call(Sequences((600,))))  # too long for its attention
+    assert not Made([50], 1, 20, 70, [0] * 6).takes()  # heads that are no whole vectors
+    assert not Made([50], 2, 16, 70, [20, 20, 20, 0, 0, 0]).takes()  # not a low rank
+    plain = Made([17, 33], 2, 16, 70, [0] * 6).block
+    layer, norm = plain.layers["o"], plain.norms["norm1"]
+    for changed, takes in (
+        ({}, True),
+        ({"layers": {**plain.layers, "o": replace(layer, bias=torch.zeros(32, dtype=torch.bfloat16))}}, False),
+        ({"layers": {**plain.layers, "o": replace(layer, trained_weight=torch.zeros(32, 32))}}, False),
+        ({"layers": {**plain.layers, "o": replace(layer, bias=torch.zeros(32).requires_grad_())}}, False),
+        ({"norms": {**plain.norms, "norm1": norm._replace(weight=torch.ones(32).requires_grad_())}}, False),
+        ({"window": 8}, False),
+        ({"ops": (*plain.ops, Add("y", "x", "z"))}, False),  # nothing is known of it
+    ):
+        native = NativeBlock(replace(plain, **changed), Memory())
+        assert native.takes(made.x, made.call()) == takes
     monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 51)
-    assert not made.block.takes(made.x, made.sequences)
+    assert not made.takes()
     monkeypatch.setattr(policy, "REDUCED_PRECISION_ROWS", 1)
     monkeypatch.setattr(linear, "amx_kernels", lambda: None)
     monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: False)
-    assert not made.block.takes(made.x, made.sequences)
+    assert not made.takes()
 
 
 def test_the_low_ranks_of_what_shares_an_input_are_few_in_all() -> None:
     for ranks, few in (([24, 8, 24, 24, 24, 24], False), ([24, 0, 24, 24, 24, 24], True)):
         made = Made([17, 33], 2, 16, 70, ranks)
-        assert made.block.takes(made.x, made.sequences) == few
+        assert made.takes() == few
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     for x, sequences in ((made.x, Sequences((17, 330))), (made.x[:, :16].contiguous(), made.sequences)):
         with pytest.raises(SettingError, match="x has shape"):
-            made.block(x, sequences)
+            made.native(x, Call(sequences))
 
 
 def test_dropout_of_everything_is_zero() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    assert made.block(made.x, made.sequences, (1.0, 1.0)).isfinite().all()
+    assert made.native(made.x, made.call(1.0, 1.0)).isfinite().all()
 
 
 def test_a_program_is_what_its_symbols_say() -> None:
-    products = bert_block.library("products_cpu")
+    products = library("products_cpu")
     assert products is not None
     program, source, to = Program(), torch.arange(12.0), torch.zeros(12)
     rows = symbol("rows")
@@ -285,6 +269,6 @@ def test_a_program_is_what_its_symbols_say() -> None:
 def test_sixteen_bits_must_be_allowed() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     linear._reduced_precision.set(False)
-    assert not made.block.takes(made.x, made.sequences)
+    assert not made.takes()
     with reduced_precision():
-        assert made.block.takes(made.x, made.sequences)
+        assert made.takes()
