@@ -24,7 +24,8 @@ from _engine_data import DEVICE, NOT_LEARNED, VIRTUAL_TOKENS, Job, dtype_of
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from capotune.kernels.linear import LinearInput, amx_kernels, input_gradient, reduced_precision
+from capotune.kernels.execution import reduced_precision
+from capotune.kernels.linear import LinearInput, amx_kernels, input_gradient
 from capotune.kernels.native import address
 from capotune.kernels.prepacked import prepack, prepacked_amx_kernels, strip_bytes
 from capotune.kernels.program import Program, symbol

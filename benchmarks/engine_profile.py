@@ -83,8 +83,7 @@ def profile_step(letter: str) -> dict[str, Any]:
             to_update = (weights, optimizers.make_optimizer(weights, rates, 0.0))
         batch = np.array(job.rows["epochs"][0][2])
         if hasattr(model, "reading"):  # not in versions before it
-            from capotune.device import reusing_memory
-            from capotune.kernels.linear import reduced_precision
+            from capotune.kernels.execution import reduced_precision, reusing_memory
 
             stack.enter_context(reduced_precision())
             stack.enter_context(reusing_memory())

@@ -16,7 +16,7 @@ from capotune.kernels.cross_entropy import (
     linear_cross_entropy_reference,
     softmax_cross_entropy,
 )
-from capotune.kernels.memory import lending, shared_memory
+from capotune.kernels.execution import execution, lending
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 5e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
@@ -99,7 +99,7 @@ def test_chunks_are_larger_in_lent_memory(dtype: torch.dtype, monkeypatch: pytes
     for one in (found[1], found[3]):
         for lent, alone in zip(one, found[0], strict=True):
             torch.testing.assert_close(lent, alone, **TOLERANCE[dtype])
-    assert shared_memory() is None
+    assert execution().memory is None
 
 
 def test_nothing_is_kept_when_no_gradient_is_asked_for() -> None:

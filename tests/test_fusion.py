@@ -20,16 +20,15 @@ from test_sequence_packing import GPT2, GROUPED, SMALL, batch_of, made
 from torch import Tensor, nn
 
 import capotune
-from capotune import device as device_module
 from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import Batch, TokenRows, collate
-from capotune.device import reusing_memory
 from capotune.engine import loop
 from capotune.engine.loop import checkpointing
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.kernels import composed_block
+from capotune.kernels import execution as execution_module
+from capotune.kernels.execution import execution, reusing_memory
 from capotune.kernels.lora_linear import LoraModule
-from capotune.kernels.memory import shared_memory
 from capotune.methods import Start, make
 from capotune.methods.base import Method
 from capotune.methods.feature_extraction import FeatureExtractionSettings
@@ -630,10 +629,10 @@ def test_the_system_gets_memory_back_after_it(sparing: bool, mapped: int, monkey
     monkeypatch.setattr(ctypes, "CDLL", lambda _: told)
     with reusing_memory(sparing=sparing):
         inside = dict(told.calls)  # type: ignore[arg-type]
-    assert inside == {device_module._MMAP_THRESHOLD: mapped, device_module._TRIM_THRESHOLD: 2**31 - 1}
+    assert inside == {execution_module._MMAP_THRESHOLD: mapped, execution_module._TRIM_THRESHOLD: 2**31 - 1}
     after = told.calls[2:]
     assert after[-1] == (0,)
-    assert dict(after[:-1]) == {device_module._MMAP_THRESHOLD: 2**25, device_module._TRIM_THRESHOLD: 2**26}  # type: ignore[arg-type]
+    assert dict(after[:-1]) == {execution_module._MMAP_THRESHOLD: 2**25, execution_module._TRIM_THRESHOLD: 2**26}  # type: ignore[arg-type]
     told.calls.clear()
     with pytest.raises(KeyError), reusing_memory():
         raise KeyError
@@ -653,19 +652,19 @@ def test_training_is_sparing_with_memory_where_it_is_asked_to_be(
         asked.append(sparing)
         yield
 
-    monkeypatch.setattr(loop, "reusing_memory", note)
+    monkeypatch.setattr(execution_module, "reusing_memory", note)
     settings = LoraSettings(rank=2, gradient_checkpointing=checkpointed, epochs=1)
     assembled = on_base(llama, settings)
     examples = Examples(TokenRows(sequences(4, seed=0), 0), torch.tensor([0, 1, 0, 1]))
     lent: list[bool] = []
     loop.train(
         assembled, examples, assembled.method.settings, seed=0, evaluate=lambda: held_out_score(assembled, examples),
-        on_step=lambda *_: lent.append(shared_memory() is not None) or False,
+        on_step=lambda *_: lent.append(execution().memory is not None) or False,
     )  # fmt: skip
     assert asked == [checkpointed]
     assert lent
     assert set(lent) == {not checkpointed}
-    assert shared_memory() is None
+    assert execution().memory is None
 
 
 class Empty:

@@ -29,11 +29,11 @@ from capotune.engine import loop
 from capotune.errors import SettingError
 from capotune.kernels import linear, native_block, policy, prepacked
 from capotune.kernels import native as native_module
+from capotune.kernels.execution import reduced_precision
 from capotune.kernels.linear import (
     LinearInput,
     amx_kernels,
     input_gradient,
-    reduced_precision,
     trained_linear,
     weight_gradient,
 )

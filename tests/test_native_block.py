@@ -13,10 +13,10 @@ from test_linear import any_amx, any_prepacked_amx, native, rounded, unit
 from torch import Tensor
 
 from capotune.errors import SettingError
-from capotune.kernels import linear, policy, prepacked
+from capotune.kernels import execution, linear, policy, prepacked
 from capotune.kernels.attention import Sequences
 from capotune.kernels.blocks import BERT, Add, Block, Call, Norm, reference
-from capotune.kernels.linear import reduced_precision
+from capotune.kernels.execution import Execution, reduced_precision
 from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.memory import Memory
 from capotune.kernels.native import library
@@ -268,7 +268,7 @@ def test_a_program_is_what_its_symbols_say() -> None:
 
 def test_sixteen_bits_must_be_allowed() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
-    linear._reduced_precision.set(False)
+    execution._execution.set(Execution())
     assert not made.takes()
     with reduced_precision():
         assert made.takes()

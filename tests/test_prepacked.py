@@ -13,7 +13,7 @@ from test_linear import any_amx, any_prepacked_amx, native, unit
 from torch import Tensor
 
 from capotune.kernels import abi, linear, prepacked
-from capotune.kernels.linear import reduced_precision
+from capotune.kernels.execution import reduced_precision
 from capotune.kernels.native import address, library
 from capotune.kernels.prepacked import fits_prepacked, int16_product_reference, may_prepack, prepack, strip_bytes
 from capotune.kernels.program import kernel_address

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import platform
@@ -19,10 +18,6 @@ from capotune.errors import SettingError
 if TYPE_CHECKING:
     import torch
 
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Options of glibc's mallopt."""
-_reusing = 0  # how many ask for it now
 
 CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
 CPU_LEVEL_VARIABLE = "CAPOTUNE_CPU_LEVEL"
@@ -120,40 +115,6 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
-
-
-@contextmanager
-def reusing_memory(*, sparing: bool = False) -> Iterator[None]:
-    """Inside, tensors below 8 MB that PyTorch frees on the CPU leave their memory to the next one, and larger ones give
-    it back to the system at once, where the C library is glibc. ``sparing``: those below 1 MB do; it takes longer, and
-    leaves no gaps of some MB where long rows make all tensors large.
-
-    By itself glibc gives back what is free at the end of its heap, and the system hands it out again page by page,
-    zeroed: 5 to 10 % of a step of small tensors. And it soon keeps tensors of up to 32 MB in the heap, where long-lived
-    small ones leave gaps between them: twice the memory with gradient checkpointing.
-
-    It is for the whole process. Afterwards unused memory is returned and the thresholds are those that glibc comes to
-    under such use; they no longer move by themselves.
-    """
-    global _reusing
-    try:
-        libc = ctypes.CDLL("libc.so.6" if sys.platform == "linux" else None)
-        set_option, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library, or none that can be asked for by name
-        yield
-        return
-    if not _reusing:
-        set_option(_MMAP_THRESHOLD, 2**20 if sparing else 2**23)
-        set_option(_TRIM_THRESHOLD, 2**31 - 1)
-    _reusing += 1
-    try:
-        yield
-    finally:
-        _reusing -= 1
-        if not _reusing:
-            set_option(_MMAP_THRESHOLD, 2**25)
-            set_option(_TRIM_THRESHOLD, 2**26)
-            trim(0)
 
 
 @contextmanager

@@ -28,10 +28,9 @@ from safetensors.torch import save_file
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
-from capotune.device import reusing_memory
 from capotune.errors import OutputError
 from capotune.evaluation.forward import BoundaryStates, Progress, compute_boundary
-from capotune.kernels.linear import reduced_precision
+from capotune.kernels.execution import reduced_precision, reusing_memory
 
 _FORMAT = 5
 _ABANDONED_SECONDS = 2 * 24 * 3600

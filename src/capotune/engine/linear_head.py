@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from capotune.kernels.linear import LinearInput, input_gradient, reduced_precision
+from capotune.kernels.execution import reduced_precision
+from capotune.kernels.linear import LinearInput, input_gradient
 
 _PATH = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blown up

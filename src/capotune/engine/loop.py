@@ -20,13 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.data.batches import epoch_order, parts_of
-from capotune.device import reusing_memory
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 from capotune.engine.state import TrainingState, capture, restore, set_best, start
 from capotune.evaluation.forward import Examples, batch_of, starting_at
 from capotune.kernels import policy
-from capotune.kernels.linear import reduced_precision
-from capotune.kernels.memory import lending
+from capotune.kernels.execution import reduced_precision, training_memory
 from capotune.kernels.saved_activations import quantized_saved_activations
 from capotune.models.architecture import with_forward
 from capotune.settings import TrainingSettings
@@ -77,8 +75,7 @@ def train(
     checkpointed = assembled.blocks if settings.gradient_checkpointing else []
     with (
         torch.random.fork_rng(devices=on_gpu),
-        reusing_memory(sparing=settings.gradient_checkpointing),
-        nullcontext() if settings.gradient_checkpointing else lending(),
+        training_memory(sparing=settings.gradient_checkpointing),
         assembled.reading(),
         checkpointing(checkpointed),
         FlatAdamW(weights, rates, settings.weight_decay) as optimizer,

@@ -21,8 +21,8 @@ from torch.nn import functional
 from capotune.errors import DataError
 from capotune.kernels import policy
 from capotune.kernels.backends import backend_for
+from capotune.kernels.execution import execution
 from capotune.kernels.linear import LinearInput, input_gradient
-from capotune.kernels.memory import shared_memory
 from capotune.kernels.native import check_shape
 
 
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        memory = shared_memory() if hidden.is_cpu and hidden.dtype == torch.float32 else None
+        memory = execution().memory if hidden.is_cpu and hidden.dtype == torch.float32 else None
         most = policy.LOGITS_AT_ONCE if memory is None else policy.LOGITS_AT_ONCE_IN_LENT_MEMORY
         rows = max(1, min(most // len(weight), len(hidden)))
         if memory is None:

@@ -1,6 +1,6 @@
 """The products of linear layers: y = xWᵀ + bias, and in backward the input's gradient g·W and the weight's gᵀ·x.
 
-Inside ``reduced_precision()``, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
+Where ``execution`` allows reduced precision, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
 (``products_amx.c``), each value as the sum of two of bf16. It keeps 16 bits of each, sums are fp32, and it takes half
 to three quarters of the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs
 take TF32 with 11 bits. Training steps ask for it, and so does the computing of features and boundary states for the
@@ -13,9 +13,6 @@ Values below 1e-30 lose some of the 16 bits, since AMX knows no denormal numbers
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -24,27 +21,14 @@ from torch.nn import functional
 
 from capotune.device import cpu_level
 from capotune.kernels import abi, policy
+from capotune.kernels.execution import execution
 from capotune.kernels.native import address, check_shape, fork_join, library
 
 __all__ = [
-    "LinearInput", "amx_kernels", "fits_reduced_precision", "input_gradient", "reduced_precision", "trained_linear",
-    "weight_gradient",
+    "LinearInput", "amx_kernels", "fits_reduced_precision", "input_gradient", "trained_linear", "weight_gradient",
 ]  # fmt: skip
 
 _SIDE, _TERMS = 16, 32  # of a tile of products_amx.c
-
-_reduced_precision = ContextVar("reduced precision is allowed", default=False)
-
-
-@contextmanager
-def reduced_precision() -> Iterator[None]:
-    """Inside, in this thread, products may round each value to 16 bits, of its own or, with prepacked weights, of the
-    largest in its row. Backward has to be inside too."""
-    token = _reduced_precision.set(True)
-    try:
-        yield
-    finally:
-        _reduced_precision.reset(token)
 
 
 class LinearInput:
@@ -151,9 +135,8 @@ def amx_kernels() -> ctypes.CDLL | None:
 
 def fits_reduced_precision(x: torch.Tensor) -> bool:
     """Whether activations x (rows, any) are for the kernels of reduced precision, here and now: not few rows."""
-    return (
-        _reduced_precision.get() and len(x) >= policy.REDUCED_PRECISION_ROWS and x.is_cpu and x.dtype == torch.float32
-    )
+    fits = len(x) >= policy.REDUCED_PRECISION_ROWS and x.is_cpu and x.dtype == torch.float32
+    return fits and execution().reduced_precision
 
 
 def _amx_for(x: torch.Tensor, *others: torch.Tensor | None) -> ctypes.CDLL | None:

@@ -7,13 +7,10 @@ zeroed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
-__all__ = ["Memory", "lending", "shared_memory"]
+__all__ = ["Memory"]
 
 
 class Memory:
@@ -35,21 +32,3 @@ class Memory:
     def take_back(self, use: str, lent: torch.Tensor) -> None:
         """Nobody reads or writes it any more. What never comes back is freed as any other tensor."""
         self._free[use].append(lent)
-
-
-_shared: ContextVar[Memory | None] = ContextVar("memory of whoever asks", default=None)
-
-
-@contextmanager
-def lending() -> Iterator[None]:
-    """Inside, in this thread, there is a memory for functions that are called again and again; freed at the end."""
-    token = _shared.set(Memory())
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-def shared_memory() -> Memory | None:
-    """The one that is there, here and now."""
-    return _shared.get()

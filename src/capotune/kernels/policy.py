@@ -2,8 +2,7 @@
 
 None changes what is computed, but for the last bits. Most were measured, on two cores ("log" is docs/log.md). Read
 them as ``policy.NAME``, so that one place says what holds. Sizes that the kernels' code is built of (tiles, lanes, the
-ranks that registers hold) stand with that code, in C and in the Triton modules; what glibc is told stands in
-``device.reusing_memory``, a floor below.
+ranks that registers hold) stand with that code, in C and in the Triton modules.
 """
 
 from __future__ import annotations
@@ -60,6 +59,9 @@ pages cost what fewer passes over the weight save."""
 LOGITS_AT_ONCE_IN_LENT_MEMORY = 2**25
 """The same where memory is lent again and again. log: the output layer's two products of 680 tokens take 119 ms instead
 of 167."""
+MAPPED_FROM_BYTES, MAPPED_FROM_BYTES_SPARING = 2**23, 2**20
+"""Size of a tensor from which glibc maps its memory and gives it back at once, the second with gradient checkpointing.
+``execution.reusing_memory`` says what was measured: 5 to 10 % of a step, half the memory."""
 QUANTIZE_AT_ONCE = 2**22
 """Elements that 4-bit conversion in plain PyTorch works on at once: its temporaries are a few times 16 MB."""
 HUGE_PAGES_FROM_BYTES = 2**25

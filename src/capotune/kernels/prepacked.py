@@ -6,7 +6,7 @@ Two kernels, for programs (``program.py``) to call:
   (for gW each column), is whole numbers up to 32,639 times a scale. A prepacked weight takes 2 bytes an element.
 - With AVX2 ``prepacked_product_fp32`` of products_cpu.c, in fp32; a prepacked weight takes 4 bytes an element.
 
-Both are for where reduced precision is allowed (``linear.reduced_precision``).
+Both are for where reduced precision is allowed (``execution.py``).
 """
 
 from __future__ import annotations

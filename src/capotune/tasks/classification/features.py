@@ -8,10 +8,9 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
-from capotune.device import reusing_memory
 from capotune.engine.activation_cache import ActivationCache
 from capotune.evaluation.forward import Examples, Progress, batches
-from capotune.kernels.linear import reduced_precision
+from capotune.kernels.execution import reduced_precision, reusing_memory
 from capotune.tasks.classification.model import readable_layers
 
 
