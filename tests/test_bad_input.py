@@ -422,7 +422,9 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "predict from a missing file": (nothing, "predict adapter --file row.csv", ("no such file", "mean 'rows.csv'?")),
     "predict from text and file": (nothing, "predict adapter hello --file rows.csv", ("texts or --file, not both",)),
     "predict from a missing column": (
-        nothing, "predict adapter --file rows.csv --text-column txt", ("'txt' is no column", "text, label")
+        nothing,
+        "predict adapter --file rows.csv --text-column txt",
+        ("no column 'txt', which --text-column names", "Did you mean 'text'?", "'text', 'label'"),
     ),
     "predict from rows without text": (
         lambda place: place.parquet("gap.parquet", text=["a b", None, ""]),

@@ -89,8 +89,6 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         folder = Path(folder)
         with output_folder(folder) as new:
             for name, content in self.files_.items():
-                if name in ("README.md", "capotune.json"):  # they say how to load it, from the folder of the training
-                    content = content.replace(self.run_["result"]["adapter"].encode(), str(folder).encode())
                 write_atomic(new / name, content)
         return folder
 

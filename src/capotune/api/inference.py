@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capotune.errors import AdapterError, DataError, ModelError, SettingError
+from capotune.errors import AdapterError, ModelError, SettingError
 from capotune.events import CancelToken, Reporter, ignore
 from capotune.settings import DataSettings, build
 
@@ -196,56 +196,15 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     }
 
 
-def read_texts(source: str, text_column: str | None = None) -> Iterable[str]:
+def read_texts(source: str, text_column: str | None = None) -> list[str]:
     """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones."""
-    from capotune.data.columns import TEXT_NAMES
+    from capotune.data import texts
 
-    content = _plain_content(source)
-    if content is not None:
-        return [line for line in content.split("\n") if line.strip()]
-    return _column(source, text_column, TEXT_NAMES, "text_column")
+    return texts.read_texts(source, text_column)
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     """Prompts to continue: a column of a csv, tsv, jsonl or parquet file, or any other file as one prompt."""
-    content = _plain_content(source)
-    if content is not None:
-        return [content.removesuffix("\n")]
-    return _column(source, prompt_column, ("prompt", "question", "instruction", "input", "text"), "prompt_column")
+    from capotune.data import texts
 
-
-def _plain_content(source: str) -> str | None:
-    """The text of a file that holds no rows, by its ending; None: it holds rows."""
-    from capotune.data.readers import is_plain_text, read_text
-    from capotune.data.wording import did_you_mean
-
-    path = Path(source).expanduser()
-    if not path.exists():
-        near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DataError("no such file.", where=source, advice=f"{near}Give a file of texts.")
-    return read_text(source) if is_plain_text(source) else None
-
-
-def _column(source: str, given: str | None, names: Sequence[str], setting: str) -> list[str]:
-    """A column's texts; without a name the first of ``names`` that is there, or the only one."""
-    from capotune.data.readers import read_table
-    from capotune.data.wording import bad_rows
-
-    table = read_table(source)
-    column = given or next((name for name in names if name in table.columns), None)
-    if column is None and len(table.columns) == 1:
-        column = table.columns[0]
-    if column not in table.columns:
-        why = f"'{column}' is no column" if column else "it is not clear which column holds the text"
-        raise DataError(
-            f"{why}. The columns are {', '.join(table.columns)}.", where=source, advice=f"Give `{setting}`."
-        )
-    texts: list[Any] = [row.get(column) for row in table.rows]
-    bad = {
-        line: f"the column {column!r} holds {text!r}"
-        for line, text in zip(table.lines, texts, strict=True)
-        if not isinstance(text, str) or not text.strip()
-    }
-    if bad:
-        raise bad_rows(table.source, "rows without a text", bad, "Fill these in or delete the rows.")
-    return texts
+    return texts.read_prompts(source, prompt_column)

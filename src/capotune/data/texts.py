@@ -1,0 +1,74 @@
+"""Texts without labels, to be answered: a column of a file with rows, or a plain text file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from capotune.data.columns import TEXT_NAMES, find_column, given_column
+from capotune.data.readers import is_plain_text, read_table, read_text
+from capotune.data.wording import bad_rows, did_you_mean, shorten
+from capotune.errors import DataError
+
+__all__ = ["read_prompts", "read_texts"]
+
+PROMPT_NAMES: Final = ("prompt", "question", "instruction", "input", "text")
+
+
+def read_texts(source: str, text_column: str | None = None) -> list[str]:
+    """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones.
+
+    Raises:
+        DataError: there is no such file or column, or a row has no text.
+    """
+    content = _plain_content(source)
+    if content is not None:
+        return [line for line in content.split("\n") if line.strip()]
+    return _column(source, text_column, TEXT_NAMES, "text_column")
+
+
+def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
+    """Prompts to continue: a column of a csv, tsv, jsonl or parquet file, or any other file as one prompt.
+
+    Raises:
+        DataError: as ``read_texts``.
+    """
+    content = _plain_content(source)
+    if content is not None:
+        return [content.removesuffix("\n")]
+    return _column(source, prompt_column, PROMPT_NAMES, "prompt_column")
+
+
+def _plain_content(source: str) -> str | None:
+    """The text of a file that holds no rows, by its ending; None: it holds rows."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise DataError("no such file.", where=source, advice=f"{near}Give a file of texts.")
+    return read_text(source) if is_plain_text(source) else None
+
+
+def _column(source: str, given: str | None, names: Sequence[str], setting: str) -> list[str]:
+    """A column's texts; without a name the first of ``names`` that is there, or the only one."""
+    table = read_table(source)
+    if given is not None:
+        column = given_column(table, given, f"`{setting}`")
+    else:
+        only = table.columns[0] if len(table.columns) == 1 else None
+        column = find_column(table.columns, names) or only or ""
+    if not column:
+        raise DataError(
+            f"it is not clear which column holds the text. The columns are {shorten(table.columns)}.",
+            where=source,
+            advice=f"Give `{setting}`.",
+        )
+    texts: list[Any] = [row.get(column) for row in table.rows]
+    bad = {
+        line: f"the column {column!r} holds {text!r}"
+        for line, text in zip(table.lines, texts, strict=True)
+        if not isinstance(text, str) or not text.strip()
+    }
+    if bad:
+        raise bad_rows(table.source, "rows without a text", bad, "Fill these in or delete the rows.")
+    return texts
