@@ -18,7 +18,7 @@ import pandas
 import pytest
 
 import capotune
-from capotune import api
+from capotune import api, events
 from capotune.data.generation import load_samples, looks_like_generation, read_samples_to_score
 from capotune.data.labelled import load_labelled, read_labelled, read_to_score
 from capotune.data.readers import as_source, read_table
@@ -365,3 +365,36 @@ def test_a_text_without_a_token_is_named_by_its_line(
     assert message.startswith("row 2: the base's tokenizer makes no token of the text 'paid twice 0'")
     path = jsonl(tmp_path, "a.jsonl", ROWS)
     assert error_of(capotune.train, "feature-extraction", data=path, **own).startswith(f"{path}:3: ")
+
+
+def test_a_stopped_run_goes_on_with_the_same_rows_alone(bert: Path, tmp_path: Path) -> None:
+    own = {"model": str(bert), "epochs": 3, "patience": 3, "rank": 2, "cache": False}
+
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.EpochEnded) and event.epoch == 2:
+            raise KeyboardInterrupt
+
+    capotune.train("lora", data=ROWS, out=tmp_path / "whole", **own)
+    with pytest.raises(KeyboardInterrupt):
+        capotune.train("lora", data=ROWS, out=tmp_path / "stopped", report=stop, **own)
+    changed = [*ROWS[:-1], {**ROWS[-1], "text": "where is my card"}]
+    assert "sha256" in error_of(capotune.train, "lora", data=changed, out=tmp_path / "stopped", resume=True, **own)
+    capotune.train("lora", data=list(ROWS), out=tmp_path / "stopped", resume=True, **own)
+    first, second = (
+        (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "stopped")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tagged_words_in_memory_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
+    from capotune.tasks.token_classification.data import is_tagged, load_tagged
+
+    rows = [
+        {"tokens": ["Anna", "lives", "in", f"Town{number}"], "tags": ["B-PER", "O", "O", "B-LOC"]}
+        for number in range(8)
+    ]  # fmt: skip
+    assert is_tagged(as_source(KINDS[kind](rows)))
+    in_memory, file = load_tagged(as_source(KINDS[kind](rows))), load_tagged(jsonl(tmp_path, "a.jsonl", rows))
+    assert (in_memory.train.words, in_memory.train.tags) == (file.train.words, file.train.tags)
+    assert in_memory.test.where(0) == f"row {in_memory.test.lines[0]}"
