@@ -137,8 +137,8 @@ def resume_from(assembled: Assembled, block: int) -> Iterator[Callable[[torch.Te
     was last given, laid out as the batch is. Token ids still go in; attention mask and positions come from them."""
     model, architecture = assembled.model, assembled.architecture
     frozen = {path: model.get_submodule(path) for path in architecture.blocks[:block]}
-    for path in frozen:
-        swap(model, path, _PassThrough())
+    for path, module in frozen.items():
+        swap(model, path, _PassThrough(module))
     current: list[torch.Tensor] = []
 
     def replace_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -160,7 +160,14 @@ def resume_from(assembled: Assembled, block: int) -> Iterator[Callable[[torch.Te
 
 
 class _PassThrough(nn.Module):
-    """Stands for a block whose work is already done."""
+    """Stands for a block whose work is already done.
+
+    Transformers before 5.4 asks each block for its kind of attention, to choose a mask that is not used here.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(block, "attention_type", None)
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return hidden_states
