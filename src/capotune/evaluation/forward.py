@@ -112,7 +112,7 @@ def compute_boundary(
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
     values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
     unknown = Examples(rows, torch.zeros(len(rows.sequences), dtype=torch.long))
-    with _stop_at(assembled.model, architecture.blocks[block]) as caught:
+    with assembled.reading(), _stop_at(assembled.model, architecture.blocks[block]) as caught:
         for chosen, batch in batches(assembled, unknown, progress):
             with suppress(_BoundaryReachedError):
                 backbone(**batch.inputs)
