@@ -82,7 +82,7 @@ def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) -> None:
     x, weight = random(rows, columns, dtype=dtype, scale=3), random(columns, dtype=dtype, seed=1)
-    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(1e-5, learns=True)
+    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(1e-5, trains=True)
     y, kept = norm.forward(x, weight)
     (grad_x, grad_weight), again = norm.backward(grad.clone(), (x, weight, *kept), recompute=True)
     truth = true(exact_norm, (x,), weight, 1e-5, grad=grad)

@@ -81,7 +81,7 @@ class Alone(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return Alone.apply(RmsNorm(eps, learns=weight.requires_grad), x, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return Alone.apply(RmsNorm(eps, trains=weight.requires_grad), x, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

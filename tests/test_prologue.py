@@ -58,7 +58,7 @@ def norm_weight(dtype: torch.dtype) -> Tensor:
 CASES = {
     "none": Case(1, lambda _: None, lambda x: x),
     "rms norm": Case(
-        1, lambda _: RmsNorm(1e-5, learns=True), lambda x, weight: rms_norm_reference(x, weight, 1e-5), norm=True
+        1, lambda _: RmsNorm(1e-5, trains=True), lambda x, weight: rms_norm_reference(x, weight, 1e-5), norm=True
     ),
     "swiglu": Case(2, lambda _: SwiGLU(), swiglu_reference),
     "gelu": Case(1, lambda _: Gelu(), gelu_reference),

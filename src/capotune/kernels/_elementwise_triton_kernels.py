@@ -1,7 +1,7 @@
 """The kernels of ``elementwise_triton``; importing this imports Triton.
 
-A program computes one row, or a tile of one: its numbers in fp32, whatever the tensors' dtype, rounded once where they
-are written. Every tensor's columns lie side by side, its rows ``…_stride`` numbers apart.
+A program computes one row, or a tile of one: its values in fp32, whatever the tensors' dtype, rounded once where they
+are written. Every tensor's columns lie side by side, its rows ``…_stride`` elements apart.
 """
 
 # mypy: ignore-errors
@@ -85,11 +85,11 @@ def rotary_kernel(
     inside = (head[:, None] < heads) & (at[None, :] < half)
     a = tl.load(x + token * x_stride + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + token * x_stride + half + first, mask=inside, other=0.0).to(tl.float32)
-    turn, within = token * 2 * half + at, at < half
-    cos_a = tl.load(cos + turn, mask=within, other=0.0).to(tl.float32)[None, :]
-    cos_b = tl.load(cos + half + turn, mask=within, other=0.0).to(tl.float32)[None, :]
-    sin_a = tl.load(sin + turn, mask=within, other=0.0).to(tl.float32)[None, :]
-    sin_b = tl.load(sin + half + turn, mask=within, other=0.0).to(tl.float32)[None, :]
+    angle, within = token * 2 * half + at, at < half
+    cos_a = tl.load(cos + angle, mask=within, other=0.0).to(tl.float32)[None, :]
+    cos_b = tl.load(cos + half + angle, mask=within, other=0.0).to(tl.float32)[None, :]
+    sin_a = tl.load(sin + angle, mask=within, other=0.0).to(tl.float32)[None, :]
+    sin_b = tl.load(sin + half + angle, mask=within, other=0.0).to(tl.float32)[None, :]
     if transposed:
         new_a, new_b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:

@@ -6,7 +6,7 @@ With ``causal`` those are the ones up to i; with ``window`` the ones less than `
 
 There is no padding and no mask. Short sequences on a CPU have a kernel of their own (``products_cpu.c``): PyTorch's is
 made for long ones. Where one is longer, neighbours of equal length go through PyTorch's fused attention together, as a
-batch that is a view of the tokens; sequences sorted by length make few such groups. A GPU's kernels are told where each
+batch that is a view of the tokens; sequences sorted by length make few such groups. A GPU's kernels get where each
 sequence starts and take all of them at once: flash attention for 16 bits (Dao 2023), for fp32 the memory-efficient one
 (Rabe and Staats 2021).
 """
@@ -171,7 +171,7 @@ def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequenc
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Keeps q, k and v alone; the softmax is so small that it is computed again."""
+    """Saves q, k and v alone; the softmax is so small that it is recomputed."""
 
     @staticmethod
     def forward(

@@ -58,7 +58,7 @@ class ComposedBlock:
         match op:
             case blocks.RmsNorm():
                 norm = norms[op.norm]
-                self._prologues[op.y] = _Prologue(reads, (norm.weight,), RmsNorm(norm.eps, learns=not norm.is_frozen))
+                self._prologues[op.y] = _Prologue(reads, (norm.weight,), RmsNorm(norm.eps, trains=not norm.is_frozen))
             case blocks.Gelu():
                 self._prologues[op.y] = _Prologue(reads, (), Gelu())
             case blocks.SwiGLU():

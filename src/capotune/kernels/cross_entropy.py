@@ -4,7 +4,7 @@
 
 The logits of a language model are its largest tensor: (tokens, vocabulary). Here they exist for one chunk of tokens at
 a time, and while a chunk's are at hand its gradient ∂loss_i/∂h_i = (softmax_i − onehot_i) W is computed too, so that
-the backward pass only scales what is kept: (tokens, hidden). W is frozen and gets no gradient. The idea of taking the
+the backward pass only scales what is saved: (tokens, hidden). W is frozen and gets no gradient. The idea of taking the
 gradient in the forward pass is Liger Kernel's (Hsu et al. 2024, arXiv 2410.10989, §3.2), there for trained W as well.
 
 On the CPU the way from a chunk's logits to losses and softmax_i − onehot_i is one C call, on a GPU one kernel; in

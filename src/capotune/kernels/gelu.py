@@ -2,7 +2,7 @@
 
     dx = g·(Φ(x) + x·φ(x))        φ: the normal density
 
-For the backward pass x is kept, nothing else; y is computed again there, while Φ is at hand. On the CPU each direction
+x is saved for backward, nothing else; y is recomputed there, while Φ is at hand. On the CPU each direction
 is one C call, elsewhere the same in PyTorch.
 """
 
@@ -18,10 +18,10 @@ __all__ = ["Gelu", "gelu_backward", "gelu_forward", "gelu_reference"]
 
 
 class Gelu:
-    """The same, faster and with less kept, as the prologue of a linear layer: x (rows, n) → (rows, n)."""
+    """The same, faster and with less saved, as the prologue of a linear layer: x (rows, n) → (rows, n)."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """y; nothing else is kept."""
+        """y; nothing else is saved."""
         return gelu_forward(x), ()
 
     def backward(

@@ -3,7 +3,7 @@
     y = w ⊙ (t − m)·r + b        t = x + residual, m = mean(t), r = (mean((t − m)²) + eps)^(−1/2), one each per row
     dx = d residual = r·(g⊙w − mean(g⊙w) − n·mean(g⊙w⊙n))        n = (t − m)·r
 
-For the backward pass t, m and r are kept. On the CPU each direction is one C call, elsewhere the same in PyTorch.
+t, m and r are saved for backward. On the CPU each direction is one C call, elsewhere the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from capotune.kernels.reference import add_layer_norm_reference
 
 __all__ = ["add_layer_norm", "add_layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_reference"]
 
-Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """t (rows, hidden), m (rows,) and r (rows,), the last two in fp32."""
 
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """The same, faster and with less kept; shapes and errors as in ``add_layer_norm_forward``."""
+    """The same, faster and with less saved; shapes and errors as in ``add_layer_norm_forward``."""
     return _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -34,8 +34,8 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        y, kept = add_layer_norm_forward(x, residual, weight, bias, eps)
-        ctx.save_for_backward(*kept)
+        y, saved = add_layer_norm_forward(x, residual, weight, bias, eps)
+        ctx.save_for_backward(*saved)
         ctx.weight = weight
         return y
 
@@ -49,7 +49,7 @@ class _AddLayerNorm(torch.autograd.Function):
 @torch.no_grad()
 def add_layer_norm_forward(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, Kept]:
+) -> tuple[torch.Tensor, Saved]:
     """x and residual (rows, hidden), weight and bias (hidden,) → y (rows, hidden) and what ``…_backward`` needs.
 
     Raises ``SettingError`` where shapes do not fit.
@@ -62,8 +62,8 @@ def add_layer_norm_forward(
 
 
 @torch.no_grad()
-def add_layer_norm_backward(grad: torch.Tensor, kept: Kept, weight: torch.Tensor) -> torch.Tensor:
+def add_layer_norm_backward(grad: torch.Tensor, saved: Saved, weight: torch.Tensor) -> torch.Tensor:
     """The gradient of x, which is the residual's too, from that of y (rows, hidden); a new tensor."""
-    total, means, roots = kept
+    total, means, roots = saved
     check_shape("grad", grad, total.shape)
     return backend_for(grad, total, weight).add_layer_norm_backward(grad, total, means, roots, weight)

@@ -20,12 +20,12 @@ class Memory:
         self._free: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._largest: dict[str, int] = defaultdict(int)
 
-    def lend(self, use: str, numbers: int) -> torch.Tensor:
-        """(numbers or more,), of any content."""
-        self._largest[use] = max(self._largest[use], numbers)
+    def lend(self, use: str, elements: int) -> torch.Tensor:
+        """(elements or more,), of any content."""
+        self._largest[use] = max(self._largest[use], elements)
         while self._free[use]:
             found = self._free[use].pop()
-            if len(found) >= numbers:
+            if len(found) >= elements:
                 return found
         return torch.empty(self._largest[use], dtype=torch.float32)
 

@@ -1,7 +1,7 @@
 """Many kernel calls as one call of C.
 
 In a step of a small model a kernel works for some 10 µs, and Python takes as long to call it. A program is a list of
-calls, written once. What differs from run to run are a few numbers: how many rows there are, where tensors begin. Every
+calls, written once. What differs from run to run are a few values: how many rows there are, where tensors begin. Every
 argument is a sum of multiples of these symbols, so that a run is one small product of whole numbers and one C call.
 """
 
@@ -49,8 +49,8 @@ def kernel_address(kernel: Any) -> int:
     return ctypes.cast(kernel, ctypes.c_void_p).value or 0
 
 
-def _affine(number: Affine | int) -> Affine:
-    return number if isinstance(number, Affine) else Affine((("", number),))
+def _affine(value: Affine | int) -> Affine:
+    return value if isinstance(value, Affine) else Affine((("", value),))
 
 
 class Program:
@@ -81,7 +81,7 @@ class Program:
         self._symbols = ()
 
     def run(self, values: Mapping[str, int]) -> None:
-        """Run all calls, with these numbers for the symbols. The caller keeps alive what addresses point to."""
+        """Run all calls, with these values for the symbols. The caller keeps alive what addresses point to."""
         if not self._symbols:
             self._translate()
         given = np.array([1, *(values[name] for name in self._symbols[1:])], np.int64)

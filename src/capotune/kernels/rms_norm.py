@@ -3,7 +3,7 @@
     y = w ⊙ x·r        r = (mean(x²) + eps)^(−1/2), one per row
     dx = r·(g⊙w − x·r²·mean(g⊙w⊙x))        dw = Σ over rows of g ⊙ x·r
 
-For the backward pass x and r are kept; autograd would keep x once more in fp32, its square and its product with r. On
+x and r are saved for backward; autograd would save x once more in fp32, its square and its product with r. On
 the CPU each direction is one C call, on a GPU one kernel, elsewhere the same in PyTorch.
 """
 
@@ -22,11 +22,11 @@ __all__ = ["RmsNorm", "rms_norm_reference"]
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """The same, faster and with less kept, as the prologue of linear layers: x (..., hidden) and weight (hidden,) →
+    """The same, faster and with less saved, as the prologue of linear layers: x (..., hidden) and weight (hidden,) →
     (..., hidden). Raises ``SettingError`` where the weight does not fit x."""
 
     eps: float
-    learns: bool = False
+    trains: bool = False
     """Whether the weight is to have a gradient."""
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -38,12 +38,12 @@ class RmsNorm:
     def backward(
         self, grad: torch.Tensor, saved: tuple[torch.Tensor, ...], *, recompute: bool
     ) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None]:
-        """The gradients of x and, where it learns, of the weight, and y once more."""
+        """The gradients of x and, where it trains, of the weight, and y once more."""
         x, weight, roots = saved
         backend = backend_for(grad, x, weight)
         y = backend.rms_norm(x, weight, self.eps)[0] if recompute else None
         of_weight = None
-        if self.learns:
+        if self.trains:
             products = grad.float().mul(x).reshape(-1, x.shape[-1])
             of_weight = torch.mv(products.t(), roots).to(weight.dtype)
         return (backend.rms_norm_backward(grad, x, weight, roots), of_weight), y

@@ -1,10 +1,10 @@
-"""Rotary position embedding (Su et al. 2021), in the form of Transformers' Llama: a head's two halves turn together.
+"""Rotary position embedding (Su et al. 2021), in the form of Transformers' Llama: a head's two halves rotate together.
 
 With a head's halves (a, b) and those of cos and sin:
 
     y = (a·cos_a − b·sin_a,  b·cos_b + a·sin_b)        dx = (g_a·cos_a + g_b·sin_b,  g_b·cos_b − g_a·sin_a)
 
-For the backward pass cos and sin are kept, nothing else; autograd would keep the turned halves too. On the CPU each
+cos and sin are saved for backward, nothing else; autograd would save the rotated halves too. On the CPU each
 direction is one C call, on a GPU one kernel, elsewhere the same in PyTorch.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_reference"]
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same, faster and with less kept: x (tokens, heads, head_dim), cos and sin (tokens, head_dim) without a
+    """The same, faster and with less saved: x (tokens, heads, head_dim), cos and sin (tokens, head_dim) without a
     gradient → (tokens, heads, head_dim), contiguous. Raises as ``rotary_forward`` does."""
     return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 

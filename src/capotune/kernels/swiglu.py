@@ -2,7 +2,7 @@
 
     d gate = g·up·s·(1 + gate·(1 − s))        d up = g·gate·s
 
-For the backward pass gate and up are kept, nothing else; autograd would keep silu(gate) too. Both may be slices of the
+gate and up are saved for backward, nothing else; autograd would save silu(gate) too. Both may be slices of the
 columns of one larger matrix, which is then read where it lies. On the CPU each direction is one C call, on a GPU one
 kernel, elsewhere the same in PyTorch.
 """
@@ -21,10 +21,10 @@ __all__ = ["SwiGLU", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
 
 
 class SwiGLU:
-    """The same, faster and with less kept, as the prologue of a linear layer: gate and up (rows, n) → (rows, n)."""
+    """The same, faster and with less saved, as the prologue of a linear layer: gate and up (rows, n) → (rows, n)."""
 
     def forward(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """y; nothing else is kept."""
+        """y; nothing else is saved."""
         return swiglu_forward(gate, up), ()
 
     def backward(
@@ -71,13 +71,13 @@ def swiglu_backward(
     ``out`` may be ``(gate, up)`` itself and ``y`` be ``grad``. Raises as ``swiglu_forward`` does.
     """
     out = out or (_new(gate), _new(up))
-    again = _new(gate) if y is None else y
-    for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1]), ("y", again)):
+    recomputed = _new(gate) if y is None else y
+    for name, tensor in (("up", up), ("grad", grad), ("out[0]", out[0]), ("out[1]", out[1]), ("y", recomputed)):
         check_shape(name, tensor, gate.shape)
     rows, columns = prod(gate.shape[:-1]), gate.shape[-1]
-    written = [output_rows(tensor, rows, columns) for tensor in (*out, again)]
+    written = [output_rows(tensor, rows, columns) for tensor in (*out, recomputed)]
     read = [as_rows(tensor, rows, columns) for tensor in (grad, gate, up)]
-    backend_for(grad, gate, up, *out, again).swiglu_backward(*read, *written)
+    backend_for(grad, gate, up, *out, recomputed).swiglu_backward(*read, *written)
     return out
 
 

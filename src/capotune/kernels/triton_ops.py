@@ -117,9 +117,9 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _warps(numbers: int) -> dict[str, int]:
+def _warps(elements: int) -> dict[str, int]:
     """More of them for long rows."""
-    return {"num_warps": min(16, max(1, _power(numbers) // 512))}
+    return {"num_warps": min(16, max(1, _power(elements) // 512))}
 
 
 @cache
