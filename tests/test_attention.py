@@ -108,7 +108,7 @@ def by_hand(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 6, 7])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_by_hand(attention: Attention, causal: bool, window: int | None, heads: tuple[int, int]) -> None:
+def test_small_example_by_hand(attention: Attention, causal: bool, window: int | None, heads: tuple[int, int]) -> None:
     lengths = (5, 5, 1, 6, 7, 2)
     q, k, v, _ = drawn(lengths, (8, *heads))
     how: dict[str, Any] = {"causal": causal, "scale": 0.7, "window": window}
@@ -121,7 +121,7 @@ def test_by_hand(attention: Attention, causal: bool, window: int | None, heads: 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_the_reference(
+def test_attention_matches_reference(
     shape: tuple[int, int, int], causal: bool, window: int | None, dtype: torch.dtype, device: str
 ) -> None:
     lengths = random_lengths(sum(shape))
@@ -136,7 +136,7 @@ def test_is_the_reference(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_however_tokens_are_shared_out(lengths: tuple[int, ...], window: int | None, device: str) -> None:
+def test_any_lengths_match_reference(lengths: tuple[int, ...], window: int | None, device: str) -> None:
     given = drawn(lengths, device=device)
     how: dict[str, Any] = {"causal": True, "scale": 0.4, "window": window}
     found, expected = (
@@ -155,7 +155,7 @@ class Elsewhere(torch.Tensor):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_way_that_other_devices_take(shape: tuple[int, int, int], causal: bool) -> None:
+def test_path_of_other_devices_matches(shape: tuple[int, int, int], causal: bool) -> None:
     lengths = random_lengths(7)
     q, k, v, grad = drawn(lengths, shape)
     how: dict[str, Any] = {"causal": causal, "scale": 0.3}
@@ -166,7 +166,7 @@ def test_the_way_that_other_devices_take(shape: tuple[int, int, int], causal: bo
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_scale(causal: bool, window: int | None) -> None:
+def test_scale_is_applied(causal: bool, window: int | None) -> None:
     """Next to none takes the mean of what is seen."""
     lengths = (7, 3, 7)
     q, k, v, grad = drawn(lengths)
@@ -184,7 +184,7 @@ def test_scale(causal: bool, window: int | None) -> None:
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradients_are_differences(causal: bool, window: int | None) -> None:
+def test_gradients_match_finite_differences(causal: bool, window: int | None) -> None:
     """Without a definition in between: fp64, against finite differences."""
     lengths = (3, 3, 1, 4)
     leaves = [x.double().requires_grad_() for x in drawn(lengths, (4, 2, 1))[:3]]
@@ -197,7 +197,7 @@ def test_gradients_are_differences(causal: bool, window: int | None) -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
-def test_one_input_alone_is_trained(trained: tuple[bool, ...], window: int | None) -> None:
+def test_gradient_of_one_input_alone_matches(trained: tuple[bool, ...], window: int | None) -> None:
     """LoRA on the values alone, say."""
     lengths = (5, 5, 9)
     q, k, v, grad = drawn(lengths)
@@ -218,7 +218,7 @@ def test_one_input_alone_is_trained(trained: tuple[bool, ...], window: int | Non
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("changed", range(5))
-def test_nothing_leaks(changed: int, causal: bool, window: int | None, device: str) -> None:
+def test_sequences_do_not_see_each_other(changed: int, causal: bool, window: int | None, device: str) -> None:
     """Whatever stands in one sequence, NaN too: the others' outputs and gradients keep their bits."""
     lengths = (6, 6, 6, 2, 11)
     given = drawn(lengths, device=device)
@@ -288,7 +288,7 @@ def test_the_order_of_sequences_does_not_matter(window: int | None) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_columns_of_one_matrix(dtype: torch.dtype, window: int | None, device: str) -> None:
+def test_slices_of_one_matrix_match(dtype: torch.dtype, window: int | None, device: str) -> None:
     """q, k and v as one product gives them, side by side: nothing is copied, and the gradients meet in one matrix."""
     lengths, (head_dim, heads, shared) = random_lengths(3), (16, 4, 2)
     q, k, v, grad = drawn(lengths, (head_dim, heads, shared), dtype, device)
@@ -317,7 +317,7 @@ def test_columns_of_one_matrix(dtype: torch.dtype, window: int | None, device: s
         (0, 2, 1),
     ],
 )
-def test_in_any_order_of_strides(order: tuple[int, int, int], window: int | None, device: str) -> None:
+def test_any_strides_match(order: tuple[int, int, int], window: int | None, device: str) -> None:
     lengths = random_lengths(4)
     given = drawn(lengths, device=device)
     back = tuple(order.index(at) for at in range(3))
@@ -329,7 +329,7 @@ def test_in_any_order_of_strides(order: tuple[int, int, int], window: int | None
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [None, 4])
-def test_gradients_that_are_views(window: int | None, device: str) -> None:
+def test_gradients_given_as_views_match(window: int | None, device: str) -> None:
     """As a sum, a mean over tokens, or a transposition hands them back."""
     lengths = (5, 5, 9)
     q, k, v, grad = drawn(lengths, device=device)
@@ -345,7 +345,7 @@ def test_gradients_that_are_views(window: int | None, device: str) -> None:
         assert_alike(found, expected, 1e-5)
 
 
-def test_nothing_given_is_written_to() -> None:
+def test_inputs_are_not_changed() -> None:
     lengths = (5, 5, 9)
     given = drawn(lengths)
     before = [x.clone() for x in given]

@@ -169,7 +169,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FUSES)
-def test_fused_is_plain(name: str, calls: list[int]) -> None:
+def test_fused_blocks_match_the_models_own_code(name: str, calls: list[int]) -> None:
     """Sequences of many lengths, some longer than a window; every block by the kernels, four times linear layers."""
     base = family(name)
     assert base.fusing == Fusing(FUSES[name][2])
@@ -183,7 +183,7 @@ def test_fused_is_plain(name: str, calls: list[int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_others_are_left_plain(name: str, calls: list[int]) -> None:
+def test_blocks_of_other_forms_stay_plain(name: str, calls: list[int]) -> None:
     """With a reason in words; and asked to fuse them nonetheless, nothing changes."""
     base = family(name)
     assert all(why.startswith(PLAIN[name][2]) for why in why_not_fused(base.blocks, base.fusing))
@@ -197,7 +197,7 @@ def test_the_others_are_left_plain(name: str, calls: list[int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_all_layers_states_can_be_asked_for(name: str) -> None:
+def test_fused_blocks_give_all_hidden_states(name: str) -> None:
     """As a head that reads several layers does."""
     base = family(name)
     found = []
@@ -209,7 +209,7 @@ def test_all_layers_states_can_be_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_block_that_computes_something_else_is_found_out(name: str) -> None:
+def test_block_that_computes_something_else_stays_plain(name: str) -> None:
     """Though its parts have the right names."""
     model = copy.deepcopy(family(name).model)
     block = blocks_of(model)[0]
@@ -223,13 +223,13 @@ def test_a_block_that_computes_something_else_is_found_out(name: str) -> None:
     assert re.match(r"the model's blocks compute something else \(by 0\.0\d+\)", str(base_of(model).fusing.why_not))
 
 
-def test_an_adapted_layer_is_known_by_its_class() -> None:
+def test_adapted_layer_is_recognised_by_its_class() -> None:
     """Since Python 3.12 ``isinstance`` with a protocol does not see a module's children; no block would be fused."""
     assert LoraModule in LoraLinear.__mro__
     assert not getattr(LoraModule, "_is_protocol", False)
 
 
-def test_a_trial_leaves_no_trace() -> None:
+def test_trial_leaves_the_model_unchanged() -> None:
     for name in ("llama", "bert", "granite"):
         base = family(name)
         assert not any("forward" in vars(block) for block in base.blocks)
@@ -238,7 +238,7 @@ def test_a_trial_leaves_no_trace() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
-def test_padded_batches_are_read_by_the_models_own_code(name: str, calls: list[int]) -> None:
+def test_padded_batches_run_the_models_own_code(name: str, calls: list[int]) -> None:
     base = family(name)
     batch = batch_of(PADDED)
     expected = batch.states(base.model, None)
@@ -256,7 +256,7 @@ def test_padded_batches_are_read_by_the_models_own_code(name: str, calls: list[i
     "targets", [("all-linear",), (r".*(k_proj|down_proj|key|output\.dense)",)], ids=["all", "some"]
 )
 @pytest.mark.parametrize("name", FUSES)
-def test_gradients_of_lora(name: str, targets: tuple[str, ...], calls: list[int]) -> None:
+def test_lora_gradients_match_the_models_own_code(name: str, targets: tuple[str, ...], calls: list[int]) -> None:
     """Layers with and without a change side by side."""
     base, method = with_method(name, LoraSettings(rank=3, alpha=4, target_modules=targets))
     assert why_not_fused(base.blocks, base.fusing) == []
@@ -271,7 +271,7 @@ def test_gradients_of_lora(name: str, targets: tuple[str, ...], calls: list[int]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_gradients_of_one_layer_alone(name: str) -> None:
+def test_gradients_of_one_adapted_layer_match(name: str) -> None:
     """Where nothing below is trained: in the last block, and in the middle of it."""
     for target in (r".*\.1\..*(v_proj|value)", r".*\.1\..*(down_proj|intermediate\.dense)"):
         base, method = with_method(name, LoraSettings(rank=2, alpha=4, target_modules=(target,)))
@@ -284,7 +284,7 @@ def test_gradients_of_one_layer_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
-def test_checkpointed_gradients(name: str) -> None:
+def test_checkpointed_gradients_have_the_same_bits(name: str) -> None:
     """To the bit: blocks are computed again from what enters them."""
     base, method = with_method(name, LoraSettings(rank=3, alpha=4))
     weights = list(method.parameters().values())
@@ -296,7 +296,7 @@ def test_checkpointed_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("option", [{"dora": True}, {"dropout": 0.3}], ids=["dora", "dropout"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_methods_that_the_kernels_do_not_know(name: str, option: dict[str, Any], calls: list[int]) -> None:
+def test_dora_and_dropout_leave_their_blocks_plain(name: str, option: dict[str, Any], calls: list[int]) -> None:
     """What they change is left to their own code; blocks that they leave alone are fused."""
     why_not = (
         "DoRA's magnitudes is not among the kernels" if "dora" in option else "LoRA's dropout is not among the kernels"
@@ -319,7 +319,9 @@ def test_methods_that_the_kernels_do_not_know(name: str, option: dict[str, Any],
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("which", ["bert", "llama"])
-def test_layers_in_four_bits(which: str, quant_type: Any, request: pytest.FixtureRequest, calls: list[int]) -> None:
+def test_quantized_layers_are_fused(
+    which: str, quant_type: Any, request: pytest.FixtureRequest, calls: list[int]
+) -> None:
     assembled = on_base(request.getfixturevalue(which), QloraSettings(rank=3, quant_type=quant_type))
     shake(assembled)
     assert assembled.how_it_reads() == {"sequences": "packed", "blocks": "fused"}
@@ -389,7 +391,7 @@ def test_trained_blocks_compute_in_fp32_above_a_base_of_16_bits(which: str, requ
         ("bert", "encoder.layer.1.attention.output.LayerNorm"),
     ],
 )
-def test_one_trained_part_of_a_block(name: str, part: str, calls: list[int]) -> None:
+def test_gradient_of_one_trained_weight_matches(name: str, part: str, calls: list[int]) -> None:
     """A linear layer's weight or a norm's."""
     base = Base(copy.deepcopy(family(name).model), family(name).packing, family(name).fusing)
     weight = base.model.get_submodule(part).weight.requires_grad_()
@@ -400,7 +402,7 @@ def test_one_trained_part_of_a_block(name: str, part: str, calls: list[int]) -> 
     assert_alike(found, expected)
 
 
-def test_a_bias_that_trains_alone() -> None:
+def test_gradient_of_one_trained_bias_matches() -> None:
     base = Base(copy.deepcopy(family("bert").model), family("bert").packing, family("bert").fusing)
     bias = base.model.get_submodule("encoder.layer.1.output.dense").bias.requires_grad_()
     assert why_not_fused(base.blocks, base.fusing) == []
@@ -415,7 +417,7 @@ def test_a_trained_weight_below_a_lora_delta_leaves_its_block_plain(llama: Path)
     assert assembled.how_it_reads()["blocks"] == f"fused, 1 of 2 plain: {why}"
 
 
-def test_an_approximate_activation_is_not_the_exact_one() -> None:
+def test_approximate_gelu_stays_plain() -> None:
     """Though of the same type."""
     model = copy.deepcopy(family("bert").model)
     block = blocks_of(model)[1]
@@ -427,7 +429,7 @@ def test_an_approximate_activation_is_not_the_exact_one() -> None:
     assert why_not_fused(base.blocks, base.fusing) == ["its activation is GELU"]
 
 
-def test_dropout_of_a_model_in_training_draws_the_same() -> None:
+def test_fused_dropout_draws_as_the_models_own_code() -> None:
     """The same numbers fused and plain, for the same seed; and other ones for another."""
     model = made("BertConfig", {**SMALL, "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0})
     base = base_of(model)
@@ -448,7 +450,7 @@ def test_dropout_of_a_model_in_training_draws_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_blocks_are_their_own_again(name: str) -> None:
+def test_blocks_get_their_own_forward_back(name: str) -> None:
     """After, after an exception, and in the right order where blocks are checkpointed inside."""
     base = family(name)
     assert not any("forward" in vars(block) for block in base.blocks)
@@ -473,7 +475,7 @@ def test_blocks_are_their_own_again(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_layers_are_read_when_it_begins(name: str) -> None:
+def test_changed_lora_weights_are_seen(name: str) -> None:
     """The change that is trained is seen at once."""
     base, method = with_method(name, LoraSettings(rank=3, alpha=4))
     with packed(base.model, base.packing), fused(base.blocks, base.fusing):
@@ -502,7 +504,7 @@ def wanted_of(batch: Batch, which: str) -> Tensor:
 
 @pytest.mark.parametrize("which", ["learned", "none", "all", "cls", "last", "last-virtual"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert", "roberta", "gpt2"])
-def test_wanted_positions_are_those_of_all(name: str, which: str, calls: list[int]) -> None:
+def test_wanted_positions_match_those_of_the_whole_output(name: str, which: str, calls: list[int]) -> None:
     """The same states and gradients, whoever computes the blocks; after its attention the last block leaves the others
     out."""
     base, method = with_method(name, LoraSettings(rank=3, alpha=4))
@@ -521,7 +523,7 @@ def test_wanted_positions_are_those_of_all(name: str, which: str, calls: list[in
 
 @pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])
 @pytest.mark.parametrize("which", ["bert", "llama"])
-def test_pooled_behind_virtual_tokens(which: str, pool: Pooling, request: pytest.FixtureRequest) -> None:
+def test_pooling_leaves_out_virtual_tokens(which: str, pool: Pooling, request: pytest.FixtureRequest) -> None:
     """The prompt's own positions are left out, by the kernels and by the model's own code."""
     settings = PromptTuningSettings(num_virtual_tokens=3)
     assembled = on_base(request.getfixturevalue(which), settings, pool=pool)
@@ -556,7 +558,7 @@ def test_pooled_behind_virtual_tokens(which: str, pool: Pooling, request: pytest
         ("bert", "feature-extraction", {}, "fused"),
     ],
 )
-def test_the_record_says_who_computed(
+def test_record_says_which_blocks_were_fused(
     which: str, method: str, options: dict[str, Any], blocks: str, request: pytest.FixtureRequest, tickets: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip

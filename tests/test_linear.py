@@ -227,7 +227,7 @@ def check(
 
 @pytest.mark.parametrize("more", [True, False])
 @pytest.mark.parametrize(("rows", "into", "out"), SIZES)
-def test_products(rows: int, into: int, out: int, more: bool, path: str, called: list[str]) -> None:
+def test_products_match_float64(rows: int, into: int, out: int, more: bool, path: str, called: list[str]) -> None:
     """On the matrix unit where that is asked for; otherwise the tests of the C path would test PyTorch."""
     check(problem(rows, into, out), path, with_bias=more, accumulate=more)
     assert list(dict.fromkeys(called)) == (ALL_WAYS if path == "native" else [])
@@ -243,7 +243,7 @@ terms = st.one_of(few, st.sampled_from([255, 256, 257, 300, 511, 512, 513, 545, 
     seed=st.integers(0, 10_000), with_bias=st.booleans(), accumulate=st.booleans(),
     strided=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )  # fmt: skip
-def test_products_of_any_size(
+def test_products_of_any_size_match_float64(
     path: str, called: list[str], rows: int, into: int, out: int, seed: int, with_bias: bool, accumulate: bool,
     strided: tuple[bool, ...],
 ) -> None:  # fmt: skip
@@ -259,7 +259,7 @@ def test_products_of_any_size(
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("fine_x", "fine_weight"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(("rows", "into", "out"), SIZES)
-def test_numbers_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bool, fine_weight: bool) -> None:
+def test_values_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bool, fine_weight: bool) -> None:
     """If those of the other factor have 8, and sums fit 24: so nothing but l l' is left out, at any place."""
     fine = min(2**16 - 1, 2**22 // max(rows, into, out))
     x, grad = (whole(rows, columns, limit=fine if fine_x else 2, seed=columns) for columns in (into, out))
@@ -276,7 +276,7 @@ def test_numbers_of_16_bits_are_exact(rows: int, into: int, out: int, fine_x: bo
 
 @pytest.mark.parametrize("trains", ["all", "weight", "bias", "x"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_layer_that_trains(trains: str, with_bias: bool, path: str, called: list[str]) -> None:
+def test_trained_linear_matches_pytorch(trains: str, with_bias: bool, path: str, called: list[str]) -> None:
     """Its output and gradients against PyTorch's in fp64; what needs no gradient gets none, and costs nothing."""
     x, weight, bias, grad, _ = problem(66, 35, 50)
     tensors = {"x": x.view(2, 33, 35), "weight": weight, "bias": bias if with_bias else None}
@@ -309,7 +309,7 @@ def test_a_layer_that_trains(trains: str, with_bias: bool, path: str, called: li
 
 
 @pytest.mark.usefixtures("path")
-def test_times_one_is_as_near_as_two_halves_can_be() -> None:
+def test_product_with_one_keeps_16_bits() -> None:
     """Either factor: numbers from one of bf16 to the next, in small steps, and some at random."""
     x = torch.cat([1 + torch.arange(2**15) * 2.0**-22, random(2**15)]).view(1024, 64)  # a step of bf16 is 2^-7
     one = torch.eye(64)
@@ -337,7 +337,7 @@ SCALES = [
 
 @pytest.mark.parametrize(("scale", "weight_scale"), SCALES)
 @pytest.mark.parametrize("size", [(50, 60, 70), (33, 520, 1)])
-def test_small_and_large_numbers(size: tuple[int, int, int], scale: float, weight_scale: float, path: str) -> None:
+def test_small_and_large_values_match(size: tuple[int, int, int], scale: float, weight_scale: float, path: str) -> None:
     """As accurate as those about 1."""
     x, weight, bias, grad, total = problem(*size)
     product = scale * weight_scale
@@ -346,7 +346,7 @@ def test_small_and_large_numbers(size: tuple[int, int, int], scale: float, weigh
 
 
 @pytest.mark.usefixtures("path")
-def test_small_rows_beside_large_ones() -> None:
+def test_small_rows_beside_large_ones_match() -> None:
     """A row twice as large has a result twice as large, to the bit."""
     x, weight, _, grad, _ = problem(40, 70, 45)
     factors = torch.exp2(torch.linspace(-60, 90, 40).round())[:, None]
@@ -355,7 +355,7 @@ def test_small_rows_beside_large_ones() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_zeros() -> None:
+def test_zeros_give_zeros() -> None:
     """Nothing comes of nothing, and what is added stays as it is."""
     x, weight, bias, grad, total = problem(40, 70, 45)
     x[7:30], grad[7:30] = 0, 0
@@ -425,7 +425,7 @@ def test_a_row_depends_on_no_other(size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(70, 40, 65), (530, 540, 50)])
-def test_rows_enter_several_layers(size: tuple[int, int, int], path: str, called: list[str]) -> None:
+def test_input_of_several_layers_is_reused(size: tuple[int, int, int], path: str, called: list[str]) -> None:
     """Each with the bits that it has alone, also after one that AMX does not take."""
     x, weight, bias, _, _ = problem(*size)
     weights = [weight.t().contiguous().t(), weight, weight[:17] * 3, weight, random(100, size[1], seed=9)]
@@ -440,7 +440,7 @@ def test_rows_enter_several_layers(size: tuple[int, int, int], path: str, called
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [(70, 40, 65), (530, 540, 50)])
-def test_rows_are_made_ready_once(size: tuple[int, int, int], threads: int) -> None:
+def test_strips_of_an_input_are_made_once(size: tuple[int, int, int], threads: int) -> None:
     """The first layer reads them, and no other."""
     torch.set_num_threads(threads)
     x, weight, bias, _, _ = problem(*size)
@@ -481,7 +481,7 @@ def test_accumulating_into_a_slice_leaves_its_neighbours(size: tuple[int, int, i
 
 
 @pytest.mark.parametrize("size", [(0, 9, 5), (60, 0, 5), (1, 1, 1), (47, 45, 65), (49, 96, 17), (515, 513, 530)])
-def test_into_a_matrix_that_is_there(size: tuple[int, int, int], path: str, called: list[str]) -> None:
+def test_output_goes_into_a_given_matrix(size: tuple[int, int, int], path: str, called: list[str]) -> None:
     """As for the rows of a last chunk in the room of a whole one. What was in it counts for nothing."""
     x, weight, bias, _, _ = problem(*size)
     truth, terms = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
@@ -567,7 +567,7 @@ def test_nothing_is_read_beyond_the_end(size: tuple[int, int, int]) -> None:
     assert exit_status(lambda: ctypes.string_at(out.data_ptr(), out.numel() * 4 + 1)) == -signal.SIGSEGV  # of the wall
 
 
-def test_a_row_for_all(path: str, called: list[str]) -> None:
+def test_broadcast_row_is_multiplied(path: str, called: list[str]) -> None:
     """Expanded, it lies in memory once."""
     x, weight, bias, grad, _ = problem(50, 40, 65)
     x, grad, weights = x[:1].expand(50, 40), grad[:1].expand(50, 65), weight[:1].expand(65, 40)
@@ -583,7 +583,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("native")
-def test_other_layouts_are_pytorchs(called: list[str]) -> None:
+def test_other_layouts_are_left_to_pytorch(called: list[str]) -> None:
     x, weight, bias, grad, total = problem(50, 40, 65)
     check(Problem(transposed(x), weight, bias, transposed(grad), total), "reference")
     check(Problem(x, transposed(weight), bias, grad, total), "reference", entered=transposed(x))
@@ -602,14 +602,14 @@ def test_other_layouts_are_pytorchs(called: list[str]) -> None:
 
 @pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("more", [-10, -1, 0, 1])
-def test_few_rows_are_pytorchs(more: int, called: list[str]) -> None:
+def test_few_rows_are_left_to_pytorch(more: int, called: list[str]) -> None:
     """Below the fewest that are worth it."""
     check(problem(policy.REDUCED_PRECISION_ROWS + more, 64, 64), "native" if more >= 0 else "reference")
     assert called == (ALL_WAYS if more >= 0 else [])
 
 
 @pytest.mark.parametrize("size", [(0, 9, 5), (60, 0, 5), (60, 9, 0), (0, 0, 0)])
-def test_empty_matrices_are_pytorchs(size: tuple[int, int, int], path: str, called: list[str]) -> None:
+def test_empty_matrices_are_left_to_pytorch(size: tuple[int, int, int], path: str, called: list[str]) -> None:
     """Sums of nothing are zero, and what is added is there."""
     rows, into, out = size
     x, weight, bias, grad, total = problem(*size)
@@ -623,7 +623,7 @@ def test_empty_matrices_are_pytorchs(size: tuple[int, int, int], path: str, call
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_pytorchs(dtype: torch.dtype, called: list[str]) -> None:
+def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype, called: list[str]) -> None:
     x, weight, bias, grad, total = (one.to(dtype) for one in problem(50, 64, 65))
     expected = torch.nn.functional.linear(x, weight, bias)
     assert torch.equal(LinearInput(x).linear(weight, bias), expected)
@@ -656,7 +656,7 @@ def test_mixed_dtypes_are_refused(dtype: torch.dtype, called: list[str]) -> None
 
 
 @pytest.mark.usefixtures("native")
-def test_other_devices_are_pytorchs(called: list[str]) -> None:
+def test_other_devices_are_left_to_pytorch(called: list[str]) -> None:
     x, weight, bias, grad, total = (one.to("meta") for one in problem(50, 64, 65))
     assert LinearInput(x).linear(weight, bias).is_meta
     assert input_gradient(grad, weight).is_meta
@@ -665,7 +665,7 @@ def test_other_devices_are_pytorchs(called: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_without_c_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
+def test_without_c_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
     monkeypatch.setenv("CAPOTUNE_NATIVE", "0")
     assert amx_kernels() is None
     check(problem(60, 40, 65), "reference")
@@ -814,7 +814,7 @@ def test_the_work_is_shared_where_it_can_be() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_in_a_thread_with_a_small_stack(threads: int) -> None:
+def test_small_stack_is_enough(threads: int) -> None:
     """Threads that a program starts itself may have 512 kB and less. Linux gives the unit to all that ever start."""
     given_ = problem(530, 600, 70)
     expected, found = results(given_), []
@@ -862,7 +862,7 @@ def test_all_bits_count_outside_of_reduced_precision(called: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_shapes_that_do_not_fit(called: list[str]) -> None:
+def test_shapes_that_do_not_fit_are_refused(called: list[str]) -> None:
     """C would read beyond their ends."""
     x, weight, bias, grad, total = problem(50, 10, 4)
     with pytest.raises(SettingError, match=r"weight has shape \(4, 9\).*must be \(4, 10\)"):
@@ -888,7 +888,7 @@ def test_shapes_that_do_not_fit(called: list[str]) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("shape", [(3,), (5,), (1,), (1, 4), (50, 4)])
-def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> None:
+def test_bias_that_does_not_fit_is_refused(shape: tuple[int, ...], called: list[str]) -> None:
     """Nor is one number added to all columns, which PyTorch would do."""
     x, weight, _, _, _ = problem(50, 10, 4)
     with pytest.raises(SettingError, match=r"bias has shape .*must be \(4,\)"):
@@ -900,9 +900,7 @@ def test_a_bias_that_does_not_fit(shape: tuple[int, ...], called: list[str]) -> 
 
 
 @pytest.mark.usefixtures("native")
-def test_blocks_of_large_models_are_computed_by_their_parts(
-    bert: Path, called: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_large_models_are_composed(bert: Path, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With AMX too, and nearly the same losses."""
     runs = []
     for small in (True, False):
@@ -928,7 +926,7 @@ def test_blocks_of_large_models_are_computed_by_their_parts(
     ids=lambda method: method.method,
 )
 @pytest.mark.parametrize("base", ["bert", "llama"])
-def test_training_goes_as_with_all_bits(
+def test_training_in_reduced_precision_matches_fp32(
     base: str,
     method: TrainingSettings,
     bert: Path,

@@ -54,7 +54,7 @@ def assert_close(fast: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("shape", "out", "rank"), SHAPES)
-def test_agrees_with_the_definition(
+def test_lora_linear_matches_reference(
     shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, bias: bool
 ) -> None:
     p = problem(shape, out, rank, dtype)
@@ -62,13 +62,13 @@ def test_agrees_with_the_definition(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_agrees_on_random_sizes(seed: int) -> None:
+def test_lora_linear_of_any_size_matches_reference(seed: int) -> None:
     sizes = torch.randint(1, 70, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
     p = problem((sizes[0], sizes[1]), sizes[2], min(sizes[1:]), seed=seed)
     assert_close(results(lora_linear, p), results(lora_reference, p), 1e-5)
 
 
-def test_gradients_by_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     p = problem((3, 2, 5), 4, 2, torch.float64)
     inputs = (p["x"], p["a"], p["b"])
     assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, p["weight"].to, p["bias"], a, b, 0.6), inputs)
@@ -100,7 +100,7 @@ def test_nothing_is_recorded_without_gradients() -> None:
     torch.testing.assert_close(y, lora_reference(p["x"], p["weight"].to, p["bias"], p["a"], p["b"], 1.7))
 
 
-def test_strided_tensors() -> None:
+def test_strided_tensors_match() -> None:
     """x and the gradient as views, as attention heads and Conv1D's transposed weight give them."""
     p = problem((4, 6, 10), 8, 3)
     p["x"] = p["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(True)
@@ -110,7 +110,7 @@ def test_strided_tensors() -> None:
     assert_close(results(lora_linear, p), results(lora_reference, p), 1e-5)
 
 
-def test_no_rows() -> None:
+def test_no_rows_give_empty_outputs() -> None:
     p = problem((0, 5), 4, 2)
     found = results(lora_linear, p)
     assert found["y"].shape == (0, 4)
@@ -118,7 +118,7 @@ def test_no_rows() -> None:
     assert not found["b"].any()
 
 
-def test_the_inputs_stay_as_they_were() -> None:
+def test_inputs_are_not_changed() -> None:
     p = problem((5, 6), 4, 2)
     before = {name: tensor.detach().clone() for name, tensor in p.items()}
     results(lora_linear, p)
@@ -127,7 +127,7 @@ def test_the_inputs_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_four_bit_weight(quant_type: str, dtype: torch.dtype) -> None:
+def test_quantized_weight_matches_its_dense_one(quant_type: str, dtype: torch.dtype) -> None:
     """The dense weight lives during a product only, and is unpacked again for the backward pass."""
     p = problem((3, 5, 128), 64, 4, dtype)
     packed = quantize_4bit(p["weight"].float(), quant_type=quant_type)

@@ -95,7 +95,7 @@ def check(x: Tensor, low: Tensor, matrix: Tensor, scale: float) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("rows", "columns", "ranks"), SIZES)
-def test_products(rows: int, columns: int, ranks: int) -> None:
+def test_products_match_float64(rows: int, columns: int, ranks: int) -> None:
     check(*problem(rows, columns, ranks), scale=1.7)
 
 
@@ -105,7 +105,7 @@ def test_products(rows: int, columns: int, ranks: int) -> None:
     rows=st.integers(0, 70), columns=st.integers(1, 90), ranks=st.integers(1, 50), seed=st.integers(0, 10_000),
     scale=st.sampled_from([1.0, -0.3, 16.0, 1e-6, 0.0]), strided_x=st.booleans(), strided_low=st.booleans(),
 )  # fmt: skip
-def test_products_of_any_size(
+def test_products_of_any_size_match_float64(
     rows: int, columns: int, ranks: int, seed: int, scale: float, strided_x: bool, strided_low: bool
 ) -> None:
     """x and low may each be columns of a wider matrix: a layer's part of what several layers share."""
@@ -115,7 +115,7 @@ def test_products_of_any_size(
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("rows", "columns", "ranks"), [size for size in SIZES if size[2] <= 48])
-def test_small_ranks_are_done_in_c(rows: int, columns: int, ranks: int, called: list[str]) -> None:
+def test_small_ranks_run_in_c(rows: int, columns: int, ranks: int, called: list[str]) -> None:
     """Also for slices of columns; otherwise the tests of the C path would test PyTorch."""
     x, low, matrix = problem(rows, columns, ranks)
     check(slice_of(x), slice_of(low), matrix, 1.0)
@@ -123,7 +123,7 @@ def test_small_ranks_are_done_in_c(rows: int, columns: int, ranks: int, called: 
 
 
 @pytest.mark.usefixtures("path")
-def test_scale_is_one_if_left_out() -> None:
+def test_scale_defaults_to_one() -> None:
     x, low, matrix = problem(6, 20, 5)
     assert torch.equal(project(x, matrix), project(x, matrix, 1.0))
     assert torch.equal(gather(low, x), gather(low, x, 1.0))
@@ -131,7 +131,7 @@ def test_scale_is_one_if_left_out() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_project_into_a_slice() -> None:
+def test_project_writes_into_a_slice() -> None:
     """As several layers write their parts side by side: what stands beside is left alone."""
     x, _, matrix = problem(35, 21, 6)
     expected = project(x, matrix, 0.7)
@@ -169,7 +169,7 @@ def test_what_is_read_stays_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_no_rows() -> None:
+def test_no_rows_give_empty_or_zeros() -> None:
     x, low, matrix = problem(0, 9, 3)
     assert project(x, matrix).shape == (0, 3)
     assert update(x, low, matrix).shape == (0, 9)
@@ -177,7 +177,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_other_layouts() -> None:
+def test_other_layouts_match() -> None:
     """Columns that do not lie side by side, and a matrix that is transposed."""
     x, low, matrix = problem(10, 17, 6)
     expected = project(x, matrix), gather(low, x), update(x.clone(), low, matrix)
@@ -191,7 +191,7 @@ def test_other_layouts() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_pytorchs(dtype: torch.dtype, called: list[str]) -> None:
+def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype, called: list[str]) -> None:
     """The trained matrix stays fp32 while what it changes is bf16; results have the dtype of what is changed."""
     x, low, matrix = problem(7, 24, 4)
     x, low = x.to(dtype), low.to(dtype)
@@ -230,7 +230,7 @@ def test_threads_share_the_work_out(size: tuple[int, int, int], monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("path")
-def test_shapes_that_do_not_fit() -> None:
+def test_shapes_that_do_not_fit_are_refused() -> None:
     """C would read beyond their ends."""
     x, low, matrix = problem(6, 10, 4)
     with pytest.raises(SettingError, match=r"matrix has shape \(4, 9\).*must be \(4, 10\)"):

@@ -108,7 +108,7 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
     needs_input=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_it_is_the_definition(
+def test_native_block_matches_reference(
     lengths: list[int], heads: int, size: int, inner: int, ranks: list[int], causal: bool, needs_input: bool,
     kernels: str,
 ) -> None:  # fmt: skip
@@ -130,7 +130,7 @@ def test_it_is_the_definition(
     draw=st.data(),
 )
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_some_rows_are_wanted(
+def test_subset_of_rows_matches_reference(
     lengths: list[int], ranks: list[int], rates: tuple[float, float], needs_input: bool, draw: st.DataObject,
     kernels: str,
 ) -> None:  # fmt: skip
@@ -153,7 +153,7 @@ def test_some_rows_are_wanted(
         assert torch.equal(made.native(made.x, call), found[0])
 
 
-def test_rows_that_are_none_are_refused() -> None:
+def test_rows_out_of_range_are_refused() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     refused = [([50], "from 0 to 49, not 50 to 50"), ([3, -1], "not -1 to 3"), ([0.0], "float32"), ([[1]], "1, 1")]
     for rows, words in refused:
@@ -164,7 +164,7 @@ def test_rows_that_are_none_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_share_it(threads: int) -> None:
+def test_threads_give_the_same_bits(threads: int) -> None:
     made = Made([170, 33, 205], 4, 24, 300, [2, 2, 3, 4, 5, 6])
 
     def read() -> list[Tensor]:
@@ -177,7 +177,7 @@ def test_threads_share_it(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_weights_are_read_for_some_rows_after_others(threads: int) -> None:
+def test_rows_in_parts_give_the_same_bits(threads: int) -> None:
     """So many numbers between the layers that a thread's rows of them do not fit into its cache together: each row has
     the bits that it has without the others."""
     torch.set_num_threads(threads)
@@ -188,7 +188,7 @@ def test_weights_are_read_for_some_rows_after_others(threads: int) -> None:
 
 
 @pytest.mark.parametrize("rates", [(0.25, 0.5), (0.25, 0.0), (0.0, 0.5)])
-def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> None:
+def test_dropout_draws_and_scales_as_pytorch(rates: tuple[float, float]) -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     torch.manual_seed(1)
     expected = made.all_of(lambda x: reference(made.block, x, made.call(*rates)))
@@ -196,7 +196,7 @@ def test_dropout_draws_and_scales_as_pytorchs(rates: tuple[float, float]) -> Non
     assert_near(made.all_of(lambda x: made.native(x, made.call(*rates))), expected, 3e-4)
 
 
-def test_it_is_not_gone_back_through_twice() -> None:
+def test_second_backward_is_refused() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     y = made.native(made.x, made.call())
     torch.autograd.grad(y, made.trained, made.grad, retain_graph=True)
@@ -204,7 +204,7 @@ def test_it_is_not_gone_back_through_twice() -> None:
         torch.autograd.grad(y, made.trained, made.grad)
 
 
-def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_block_takes_only_what_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     assert made.takes()
     assert not made.native.takes(made.x.double(), made.call())
@@ -232,7 +232,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made.takes()
 
 
-def test_the_low_ranks_of_what_shares_an_input_are_few_in_all() -> None:
+def test_ranks_of_layers_that_share_an_input_are_counted_together() -> None:
     for ranks, few in (([24, 8, 24, 24, 24, 24], False), ([24, 0, 24, 24, 24, 24], True)):
         made = Made([17, 33], 2, 16, 70, ranks)
         assert made.takes() == few
@@ -250,7 +250,7 @@ def test_dropout_of_everything_is_zero() -> None:
     assert made.native(made.x, made.call(1.0, 1.0)).isfinite().all()
 
 
-def test_a_program_is_what_its_symbols_say() -> None:
+def test_program_follows_its_symbols() -> None:
     products = library("products_cpu")
     assert products is not None
     program, source, to = Program(), torch.arange(12.0), torch.zeros(12)
@@ -266,7 +266,7 @@ def test_a_program_is_what_its_symbols_say() -> None:
         program.run({"from": 0, "to": 0})
 
 
-def test_sixteen_bits_must_be_allowed() -> None:
+def test_native_block_needs_reduced_precision() -> None:
     made = Made([17, 33], 2, 16, 70, [2, 2, 2, 2, 2, 2])
     execution._execution.set(Execution())
     assert not made.takes()

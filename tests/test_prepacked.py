@@ -72,7 +72,7 @@ def frozen_product(
     seed=st.integers(0, 99),
 )
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_it_is_the_product(
+def test_fp32_product_matches_float64(
     rows: int, terms: int, columns: int, ranks: int, biased: bool, accumulate: bool, input_gradient: bool, shares: int,
     seed: int,
 ) -> None:  # fmt: skip
@@ -108,7 +108,7 @@ def test_it_is_the_product(
 
 
 @pytest.mark.parametrize("input_gradient", [True, False])
-def test_panels_are_the_weight(input_gradient: bool) -> None:
+def test_panels_hold_the_weight(input_gradient: bool) -> None:
     weight = torch.arange(1.0, 20 * 37 + 1).view(20, 37)
     panels = weight_panels(weight, input_gradient=input_gradient)
     columns, terms = (37, 20) if input_gradient else (20, 37)
@@ -120,7 +120,7 @@ def test_panels_are_the_weight(input_gradient: bool) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
+def test_non_finite_value_stays_in_its_row(bad: float) -> None:
     x, weight = torch.ones(13, 20), torch.ones(17, 20)
     x[7, 3] = bad
     y, none = torch.empty(13, 17), torch.empty(13, 0)
@@ -203,7 +203,7 @@ SIZES = [
 @pytest.mark.parametrize("input_gradient", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "terms", "columns"), SIZES)
-def test_it_is_the_product_of_whole_numbers(
+def test_int16_product_matches_reference(
     rows: int, terms: int, columns: int, threads: int, input_gradient: bool
 ) -> None:
     """To the last bits of fp32."""
@@ -233,7 +233,7 @@ def test_it_is_the_product_of_whole_numbers(
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_what_comes_with_a_product(
+def test_bias_delta_and_projection_match(
     rows: int, terms: int, columns: int, ranks: int, made_ranks: int, biased: bool, accumulate: bool, ready: bool,
     threads: int, seed: int,
 ) -> None:  # fmt: skip
@@ -265,7 +265,7 @@ def test_what_comes_with_a_product(
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rows", [50, 300])
-def test_rows_may_be_what_a_kernel_gives_of_them(rows: int) -> None:
+def test_activation_is_applied_to_rows(rows: int) -> None:
     made = Product(normal(rows, 90), normal(40, 90, seed=1))
     elementwise = library("elementwise_cpu")
     assert elementwise is not None
@@ -275,7 +275,7 @@ def test_rows_may_be_what_a_kernel_gives_of_them(rows: int) -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_few_numbers_of_8_bits_are_exact() -> None:
+def test_values_of_8_bits_are_exact() -> None:
     """As whole numbers of steps of 256 are, beside any others."""
     random = torch.Generator().manual_seed(0)
     x = torch.randint(-32639, 32640, (40, 100), generator=random).float()
@@ -287,7 +287,7 @@ def test_few_numbers_of_8_bits_are_exact() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("scale", [1e-29, 1e-12, 1e12, 1e30])
-def test_small_and_large_rows(scale: float) -> None:
+def test_small_and_large_rows_match(scale: float) -> None:
     """As accurate as others beside them."""
     x, weight = normal(40, 100), normal(50, 100, seed=1)
     expected = Product(x, weight).run().clone()
@@ -304,7 +304,7 @@ def test_small_and_large_rows(scale: float) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("at", [(0, 0), (20, 33), (36, 44)])
-def test_what_is_not_finite_stays_in_its_row_and_column(bad: float, at: tuple[int, int]) -> None:
+def test_non_finite_values_stay_in_row_and_column(bad: float, at: tuple[int, int]) -> None:
     x, weight = normal(37, 45), normal(40, 45, seed=1)
     expected = Product(x, weight).run().clone()
     x[at] = bad
@@ -320,7 +320,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(bad: float, at: tuple[in
 
 
 @pytest.mark.usefixtures("native")
-def test_rows_and_columns_of_zeros() -> None:
+def test_rows_and_columns_of_zeros_give_zeros() -> None:
     x, weight = normal(40, 70), normal(45, 70, seed=1)
     x[7:30], weight[3:5] = 0, 1e-40  # as good as zero
     made = Product(x, weight)
@@ -333,7 +333,7 @@ def test_rows_and_columns_of_zeros() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rows", [70, 300])
-def test_parts_may_be_done_in_any_order(rows: int) -> None:
+def test_parts_in_any_order_give_the_same_bits(rows: int) -> None:
     """Each alone, with the bits of one thread's, and as many as there are."""
     made = Product(normal(rows, 100), normal(150, 100, seed=1))
     made.low, made.matrix, made.scale = normal(rows, 3), normal(3, 150), 1.0
@@ -355,7 +355,7 @@ def test_parts_may_be_done_in_any_order(rows: int) -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_a_form_has_two_bytes_a_weight() -> None:
+def test_prepacked_weight_takes_two_bytes_an_element() -> None:
     form = prepack(normal(384, 1536), input_gradient=False)
     assert form.nbytes == 384 * 1536 * 2 + 384 * 4
     assert prepack(normal(384, 1536), input_gradient=True).nbytes == 384 * 1536 * 2 + 1536 * 4
@@ -364,7 +364,7 @@ def test_a_form_has_two_bytes_a_weight() -> None:
 # ------------------------------------------------------------------------------------------------------- which is asked
 
 
-def test_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepacked_products_need_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "amx_kernels", lambda: None)
     monkeypatch.setattr(prepacked, "_vectors_are_faster", lambda: True)
     x = torch.zeros(48, 8)
@@ -379,7 +379,7 @@ def test_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("native", 2**28), ("all_bits", 2**25)])
-def test_forms_of_small_models_are_kept(name: str, most: int, request: pytest.FixtureRequest) -> None:
+def test_small_models_are_prepacked(name: str, most: int, request: pytest.FixtureRequest) -> None:
     """BERT-base's 85 million weights where there is AMX."""
     request.getfixturevalue(name)
     assert may_prepack(most)

@@ -161,7 +161,7 @@ def assert_alike(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance:
 @pytest.mark.parametrize("needs", [True, False], ids=["trained below", "nothing below"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_is_the_plain_composition(name: str, kind: str, dtype: torch.dtype, needs: bool) -> None:
+def test_prologue_matches_plain_composition(name: str, kind: str, dtype: torch.dtype, needs: bool) -> None:
     case = CASES[name]
     layers, weights = layers_of(KINDS[kind], dtype)
     sources = sources_of(case, dtype)
@@ -172,7 +172,7 @@ def test_is_the_plain_composition(name: str, kind: str, dtype: torch.dtype, need
 
 
 @pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[0] != "rms norm"])
-def test_in_fp64(name: str, kind: str) -> None:
+def test_fp64_matches_plain_composition(name: str, kind: str) -> None:
     """Where PyTorch computes, to its last digits; the norm computes in fp32 whatever it is given."""
     case = CASES[name]
     layers, weights = layers_of(KINDS[kind], torch.float64)
@@ -184,7 +184,7 @@ def test_in_fp64(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "swiglu", "gelu"])
-def test_gradients_are_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     """Without autograd in between. Not by ``gradcheck``, which goes back twice over what the first time overwrote."""
     case = CASES[name]
     layers, _ = layers_of([2, None, 3], torch.float64)
@@ -209,7 +209,7 @@ def test_gradients_are_differences(name: str) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_the_gated_unit_reads_slices() -> None:
+def test_swiglu_reads_slices() -> None:
     """Gate and up as columns of one matrix."""
     layers, weights = layers_of([3, None])
     both = random(ROWS, 2 * WIDTH)
@@ -222,7 +222,7 @@ def test_the_gated_unit_reads_slices() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", CASES)
-def test_one_output_alone_has_a_gradient(name: str) -> None:
+def test_gradient_of_one_output_alone_matches(name: str) -> None:
     """The others' are zero, and so are those of their A and B."""
     case = CASES[name]
     layers, weights = layers_of([3, 2, None])
@@ -235,7 +235,7 @@ def test_one_output_alone_has_a_gradient(name: str) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("at", [0, 1])
-def test_one_source_alone_is_trained(at: int) -> None:
+def test_gradient_of_one_source_alone_matches(at: int) -> None:
     layers, weights = layers_of([3])
     sources, grads = sources_of(CASES["swiglu"]), []
     for function in (
@@ -252,7 +252,7 @@ def test_one_source_alone_is_trained(at: int) -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", CASES)
-def test_no_rows(name: str) -> None:
+def test_no_rows_give_empty_outputs(name: str) -> None:
     """As where nothing of a batch is learned."""
     case = CASES[name]
     layers, _ = layers_of([3, None])
@@ -263,7 +263,7 @@ def test_no_rows(name: str) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_more_dimensions_without_a_prologue() -> None:
+def test_more_dimensions_match_without_a_prologue() -> None:
     layers, weights = layers_of([3, None, 2])
     x = random(2, 3, 5, WIDTH)
     found = results(lambda x: lora_linears((x,), layers), [x], layers)
@@ -276,7 +276,7 @@ def test_more_dimensions_without_a_prologue() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_kept(name: str) -> None:
+def test_saved_tensors_are_sources_and_small_products(name: str) -> None:
     """The sources where they lie, every B, all A as one matrix, the small products, for a norm one number a row; not
     what is computed of the sources, and no weight."""
     case = CASES[name]
@@ -313,7 +313,7 @@ def test_frozen_layers_ask_for_the_weight_once_each_way(name: str) -> None:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_checkpointed(name: str, needs: bool) -> None:
+def test_checkpointed_gradients_match(name: str, needs: bool) -> None:
     """Computed again on the way back: the same bits, though the way back writes over what it was given."""
     case = CASES[name]
     layers, _ = layers_of([3, 0, 2])

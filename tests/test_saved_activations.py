@@ -56,7 +56,7 @@ def put_away(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_it_is_the_definition(shape: list[int], scale: float, turned: bool, threads: int, seed: int) -> None:
+def test_quantized_rows_match_reference(shape: list[int], scale: float, turned: bool, threads: int, seed: int) -> None:
     """To the bit, and off by at most half a step of the row's largest number."""
     torch.set_num_threads(threads)
     x = normal(*shape, seed=seed) * scale
@@ -67,14 +67,14 @@ def test_it_is_the_definition(shape: list[int], scale: float, turned: bool, thre
     assert ((found - x).abs() <= 2.0**-16 * (1 + 2.0**-6) * x.abs().amax(-1, keepdim=True)).all()
 
 
-def test_it_takes_half_the_memory() -> None:
+def test_quantized_rows_take_half_the_memory() -> None:
     x = normal(512, 1536)
     quantized = quantize_rows(x)
     assert quantized.values.nbytes + quantized.scales.nbytes < 0.501 * x.nbytes
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_rows_that_are_no_numbers_stay_so(bad: float) -> None:
+def test_non_finite_rows_become_nan(bad: float) -> None:
     x = normal(5, 40)
     x[1, 7], x[3] = bad, 1e-35
     found = dequantize_rows(quantize_rows(x))
@@ -84,7 +84,7 @@ def test_rows_that_are_no_numbers_stay_so(bad: float) -> None:
     assert torch.equal(found.nan_to_num(9), quantize_rows_reference(x).nan_to_num(9))
 
 
-def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]) -> None:
+def test_outputs_are_equal_and_gradients_near(put_away: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)  # for the layer's first weights
     layer, x = nn.Linear(64, 96), normal(50, 64).requires_grad_()
 
@@ -104,7 +104,7 @@ def test_gradients_are_near_and_results_the_same(put_away: list[tuple[int, ...]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_kept_as_they_are(dtype: torch.dtype, put_away: list[tuple[int, ...]]) -> None:
+def test_other_dtypes_are_saved_as_they_are(dtype: torch.dtype, put_away: list[tuple[int, ...]]) -> None:
     x = normal(50, 64).to(dtype).requires_grad_()
     with quantized_saved_activations():
         y = (x * x).sin()
@@ -112,7 +112,9 @@ def test_other_dtypes_are_kept_as_they_are(dtype: torch.dtype, put_away: list[tu
     assert put_away == []
 
 
-def test_without_c_all_is_kept_as_it_is(put_away: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_c_activations_are_saved_as_they_are(
+    put_away: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(saved_activations, "elementwise", lambda *_: None)
     x = normal(50, 64).requires_grad_()
     with quantized_saved_activations():
@@ -123,7 +125,7 @@ def test_without_c_all_is_kept_as_it_is(put_away: list[tuple[int, ...]], monkeyp
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("base", ["bert", "llama"])
-def test_training_with_many_tokens_at_a_time_goes_as_with_few(
+def test_training_with_quantized_activations_matches(
     base: str, checkpointed: bool, bert: Path, llama_writer: Path, put_away: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch, all_bits: None,  # noqa: ARG001 - it is asked for, not used
 ) -> None:  # fmt: skip

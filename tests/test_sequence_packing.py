@@ -164,7 +164,7 @@ def names_of_attention(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PACKS)
-def test_packed_is_one_by_one(name: str) -> None:
+def test_packed_outputs_match_one_by_one(name: str) -> None:
     model = family(name)
     packing = try_packing(model)
     assert packing == Packing(PACKS[name][2])
@@ -176,7 +176,7 @@ def test_packed_is_one_by_one(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PACKS)
-def test_it_would_show(name: str) -> None:
+def test_trial_notices_a_difference(name: str) -> None:
     """Tokens of a sequence matter to each other, and its neighbours would matter if they were seen."""
     model, ids = family(name), rows_to_read()[8] + rows_to_read()[9]
     both = model(input_ids=torch.tensor([ids[30:90]])).last_hidden_state[0, 30:]
@@ -187,7 +187,7 @@ def test_it_would_show(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_packed_gradients_are_padded_ones(name: str) -> None:
+def test_packed_gradients_match_padded(name: str) -> None:
     model = copy.deepcopy(family(name)).requires_grad_(True)
     found: list[dict[str, torch.Tensor]] = []
     for packing in (try_packing(model), PADDED):
@@ -218,7 +218,7 @@ def test_logits(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PADS)
-def test_the_others_are_padded(name: str) -> None:
+def test_other_models_are_padded(name: str) -> None:
     model, why = family(name), PADS[name][2]
     packing = try_packing(model)
     assert packing.first_position is None
@@ -283,7 +283,7 @@ def test_a_model_that_mixes_tokens_is_padded(name: str) -> None:
         (torch.bfloat16, 30.0),
     ],
 )
-def test_however_large_a_few_numbers_are(dtype: torch.dtype, largest: float) -> None:
+def test_few_huge_values_do_not_prevent_packing(dtype: torch.dtype, largest: float) -> None:
     """Trained models have dimensions whose numbers are hundreds of times the others'."""
     model = before_the_last_block(MIXES["token before"])
     with torch.no_grad():
@@ -306,7 +306,7 @@ class Deaf(Changed):
         return self.block(hidden_states, position_embeddings=position_embeddings)  # type: ignore[no-any-return]
 
 
-def test_attention_that_is_not_told_is_found_out() -> None:
+def test_model_that_drops_the_sequences_is_padded() -> None:
     model = llama()
     model.layers[1] = Deaf(model.layers[1], lambda states: states)
     assert try_packing(model) == Packing(
@@ -316,7 +316,7 @@ def test_attention_that_is_not_told_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["softcap", "position_bias", "s_aux", "head_mask"])
-def test_attention_that_asks_for_more_is_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_whose_attention_asks_for_more_is_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     attention = type(model.layers[0].self_attn)
     real = attention.forward
@@ -348,7 +348,7 @@ def real_sdpa(*args: Any, **kwargs: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("window", [600])
-def test_a_long_window_is_kept(config: str, values: dict[str, Any], window: int) -> None:
+def test_long_window_is_kept(config: str, values: dict[str, Any], window: int) -> None:
     """Phimoe's attention is told of its window by the mask alone."""
     model = made(config, {**values, "max_position_embeddings": 2048}, sliding_window=window)
     packing = try_packing(model)
@@ -421,7 +421,7 @@ class OutOfTimeError(Exception):
     """Stands for whatever may go wrong inside."""
 
 
-def test_the_attention_is_put_back() -> None:
+def test_attention_is_restored() -> None:
     model = copy.deepcopy(family("llama"))
     model.layers[1] = copy.deepcopy(model.layers[1])
     with packed(model, Packing(0)):

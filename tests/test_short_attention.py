@@ -82,7 +82,7 @@ def slices(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size=st.sampled_from([8, 16, 24, 40, 64, 128]), key_heads=st.integers(1, 3), shared=st.integers(1, 4),
     causal=st.booleans(), scale=st.sampled_from([0.05, 0.3, 1.0]), strided=st.booleans(), seed=st.integers(0, 10_000),
 )  # fmt: skip
-def test_is_the_definition(
+def test_short_attention_matches_float64(
     called: list[str], lengths: list[int], size: int, key_heads: int, shared: int, causal: bool, scale: float,
     strided: bool, seed: int,
 ) -> None:  # fmt: skip
@@ -99,7 +99,7 @@ def test_is_the_definition(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 9, 15, 16, 17])
-def test_around_whole_vectors(length: int, causal: bool, called: list[str]) -> None:
+def test_lengths_around_whole_vectors_match(length: int, causal: bool, called: list[str]) -> None:
     """Between others, whose numbers would show if they were read."""
     lengths = (3, length, 5)
     given_ = drawn(lengths, (16, 4, 2))
@@ -112,7 +112,7 @@ def test_around_whole_vectors(length: int, causal: bool, called: list[str]) -> N
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("lengths", "kernels"), [((511,), BOTH_WAYS), ((3, 512), BOTH_WAYS), ((513, 2), [])])
-def test_up_to_the_longest(lengths: tuple[int, ...], causal: bool, kernels: list[str], called: list[str]) -> None:
+def test_longest_sequences_match(lengths: tuple[int, ...], causal: bool, kernels: list[str], called: list[str]) -> None:
     """With the largest head, as much as there is room for; beyond, and only then, PyTorch's kernels."""
     given_ = drawn(lengths, (128, 2, 1))
     how: dict[str, Any] = {"causal": causal, "scale": 128**-0.5}
@@ -122,7 +122,7 @@ def test_up_to_the_longest(lengths: tuple[int, ...], causal: bool, kernels: list
 
 
 @pytest.mark.parametrize("shape", [(12, 4, 2), (7, 2, 2), (136, 2, 1)])
-def test_other_heads_go_another_way(shape: tuple[int, int, int], called: list[str]) -> None:
+def test_other_head_sizes_are_left_to_pytorch(shape: tuple[int, int, int], called: list[str]) -> None:
     lengths = (5, 1, 12)
     given_ = drawn(lengths, shape)
     how: dict[str, Any] = {"causal": True, "scale": shape[0] ** -0.5}
@@ -132,7 +132,7 @@ def test_other_heads_go_another_way(shape: tuple[int, int, int], called: list[st
     assert called == []
 
 
-def test_the_other_way_gives_the_same(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
+def test_pytorchs_attention_gives_the_same(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
     """As on a machine without a compiler."""
     lengths = (9, 1, 30)
     given_ = drawn(lengths, (16, 4, 2))
@@ -146,7 +146,9 @@ def test_the_other_way_gives_the_same(monkeypatch: pytest.MonkeyPatch, called: l
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("window", "kernels"), [(1, []), (5, []), (11, []), (12, BOTH_WAYS), (100, BOTH_WAYS)])
-def test_windows(window: int, causal: bool, kernels: list[str], called: list[str]) -> None:
+def test_windows_are_left_to_pytorch_where_they_bind(
+    window: int, causal: bool, kernels: list[str], called: list[str]
+) -> None:
     """One that hides something is not for these kernels; one that hides nothing is."""
     lengths = (12, 3, 12)
     given_ = drawn(lengths, (16, 4, 2))
@@ -172,7 +174,7 @@ def test_huge_scores_do_not_overflow(causal: bool, scale: float) -> None:
         torch.testing.assert_close(found[0][start : start + length], best, rtol=0, atol=1e-6)
 
 
-def test_weights_that_vanish() -> None:
+def test_vanishing_weights_are_zero() -> None:
     """Some 87 below the largest score a weight becomes 0, and from there on it stays so."""
     q, k, v, grad = drawn((30,), (8, 1, 1))
     q[:], k[:] = 1.0, -torch.linspace(0, 25, 30)[:, None, None]  # scores from 0 to -200
@@ -223,7 +225,7 @@ def test_a_token_sees_nothing_after_it() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_layouts(causal: bool) -> None:
+def test_other_layouts_match(causal: bool) -> None:
     """Slices of one matrix, heads first, and an expanded gradient: the bits of contiguous tensors."""
     lengths = (5, 1, 11)
     q, k, v, _ = drawn(lengths, (16, 4, 2))
@@ -254,7 +256,7 @@ def test_threads_give_the_same_bits(lengths: tuple[int, ...], causal: bool, monk
 # ----------------------------------------------------------------------------------------------------------- autograd
 
 
-def test_only_queries_keys_and_values_are_kept() -> None:
+def test_only_queries_keys_and_values_are_saved() -> None:
     """Where they lie: neither a copy nor the weights, which are as many as pairs of tokens."""
     q, k, v, grad = drawn((20, 9), (16, 4, 2))
     leaves = [x.requires_grad_() for x in slices(q, k, v)]
@@ -268,7 +270,7 @@ def test_only_queries_keys_and_values_are_kept() -> None:
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
-def test_one_input_alone_is_trained(trained: tuple[bool, ...]) -> None:
+def test_gradient_of_one_input_alone_matches(trained: tuple[bool, ...]) -> None:
     lengths = (5, 9)
     q, k, v, grad = drawn(lengths, (16, 4, 2))
     at = trained.index(True)
@@ -279,7 +281,7 @@ def test_one_input_alone_is_trained(trained: tuple[bool, ...]) -> None:
     assert [x.grad is not None for x in leaves] == list(trained)
 
 
-def test_checkpointed() -> None:
+def test_checkpointed_gradients_match() -> None:
     """Computed again on the way back: the same bits, and twice the forward pass."""
     lengths = (5, 9)
     q, k, v, grad = drawn(lengths, (16, 4, 2))
@@ -300,7 +302,7 @@ def test_nothing_is_recorded_without_gradients() -> None:
     assert not out.requires_grad
 
 
-def test_inputs_stay_as_they_were() -> None:
+def test_inputs_are_not_changed() -> None:
     given_ = drawn((6, 11), (8, 4, 2))
     before = [one.clone() for one in given_]
     out_and_gradients(packed_attention, *given_, (6, 11), causal=True, scale=0.3)
@@ -308,7 +310,7 @@ def test_inputs_stay_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_go_another_way(dtype: torch.dtype, called: list[str]) -> None:
+def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype, called: list[str]) -> None:
     lengths = (6, 11)
     given_ = drawn(lengths, (8, 4, 2), dtype)
     found = out_and_gradients(packed_attention, *given_, lengths, causal=True, scale=0.3)
@@ -316,7 +318,7 @@ def test_other_dtypes_go_another_way(dtype: torch.dtype, called: list[str]) -> N
     assert called == []
 
 
-def test_no_sequences() -> None:
+def test_no_sequences_give_empty_output() -> None:
     q = torch.randn(0, 2, 8)
     assert packed_attention(q, q, q, Sequences(()), causal=True, scale=1.0).shape == (0, 2, 8)
 
@@ -338,7 +340,7 @@ def test_another_default_dtype_changes_nothing(default: torch.dtype) -> None:
     assert q.grad.isfinite().all()
 
 
-def test_a_small_stack_is_enough() -> None:
+def test_small_stack_is_enough() -> None:
     """Threads that a program starts itself may have 512 kB and less."""
     q = torch.randn(300, 2, 64, requires_grad=True)
 
