@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from capotune import errors, methods, tasks
+from capotune import errors
 from capotune.errors import CapotuneError
 from capotune.events import CancelToken, Event, Failed, Reporter, from_json
 from capotune.memory_table import MemoryTable
@@ -52,6 +52,8 @@ def run_techniques(
 
 
 def _request(settings: CompareSettings, method: str, out: Path, base_score: bool) -> dict[str, Any]:
+    from capotune import methods, tasks
+
     values = {name: getattr(settings, name) for name in RunSettings.model_fields}
     shared = {name: value.packed() if isinstance(value, MemoryTable) else value for name, value in values.items()}
     return {
