@@ -23,11 +23,11 @@ from capotune.engine.recorded import with_boundary
 from capotune.engine.state import TrainingState
 from capotune.engine.state import start as start_state
 from capotune.evaluation.forward import Examples
-from capotune.methods import Start
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.base import Start
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
 from capotune.runs.run import Prepared, prepare
 from capotune.settings import Context, TrainingSettings, TrainSettings

@@ -24,10 +24,11 @@ from torch import nn
 
 from capotune.cli import main as capo
 from capotune.methods import register
-from capotune.methods.feature_extraction import FeatureExtraction, FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.method import FeatureExtraction
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.runs.run import run
 from capotune.settings import TrainingSettings, TrainSettings
 

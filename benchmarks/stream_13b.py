@@ -35,8 +35,9 @@ from capotune.device import compute_dtype, cpu_level
 from capotune.engine.loop import checkpointing
 from capotune.kernels import native as native_module
 from capotune.kernels.cross_entropy import linear_cross_entropy
-from capotune.methods import Start, make
-from capotune.methods.qlora import QloraSettings
+from capotune.methods import make
+from capotune.methods.base import Start
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import Base, Quantization
 from capotune.models.load import load_causal_lm
 from capotune.models.shard_writer import Plan, ShardWriter

@@ -19,7 +19,7 @@ from capotune.data.batches import Encoded, TokenRows, sorted_order
 from capotune.data.samples import Conversation, Pair, Sample, Samples
 from capotune.data.table import Origin
 from capotune.evaluation.forward import Examples
-from capotune.methods import Start
+from capotune.methods.base import Start
 from capotune.models.base import find
 from capotune.settings import Context, TrainingSettings
 from capotune.tasks.generation import Generation

@@ -17,7 +17,7 @@ from capotune.engine import loop
 from capotune.engine.loop import train
 from capotune.engine.state import TrainingState
 from capotune.evaluation.forward import BoundaryStates, Examples, held_out_score, outputs
-from capotune.methods import Start
+from capotune.methods.base import Start
 from capotune.models.base import Base, Pooling, find
 from capotune.settings import Context, TrainingSettings
 from capotune.tasks.classification import Classification

@@ -16,7 +16,8 @@ from capotune.kernels.nf4 import (
     reference,
     triton_ops,
 )
-from capotune.methods.lora import LoraLinear, LoraSettings
+from capotune.methods.lora.method import LoraLinear
+from capotune.methods.lora.settings import LoraSettings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

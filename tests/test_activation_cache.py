@@ -28,9 +28,9 @@ from capotune.engine import activation_cache
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import OutputError
 from capotune.evaluation.forward import resume_from
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import Base, Quantization, find
 from capotune.models.load import load_backbone
 from capotune.models.sequence_packing import Packing, packed

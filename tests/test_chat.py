@@ -173,7 +173,7 @@ class Writer:
         self.asked: list[list[dict[str, Any]]] = []
         self.closed = 0
 
-    def room(self, messages: list[dict[str, Any]]) -> int:
+    def tokens_left(self, messages: list[dict[str, Any]]) -> int:
         return self.context_length - sum(len(message["content"]) for message in messages)
 
     def stream_chat(self, messages: list[dict[str, Any]], **_: Any) -> Iterator[str]:

@@ -96,7 +96,7 @@ def test_import_time_lists_no_framework() -> None:
         (["train", "prompt-tuning", "--data", "x.csv", "--rank", "8"], ["--rank", "capo train prompt-tuning --help"]),
         (["train", "lora"], ["--data", "required"]),
         (["predict"], ["Adapter folder", "required"]),
-        (["compare", "--config"], ["--config needs a YAML file"]),
+        (["compare", "--config"], ["--config: needs a YAML file"]),
     ],
 )  # fmt: skip
 def test_what_is_unknown_or_missing_is_named_with_the_nearest(arguments: list[str], words: list[str]) -> None:
@@ -117,7 +117,7 @@ def test_train_evaluate_predict_info(adapters: dict[str, Path], tickets: Path, m
     scores = json.loads(capo("evaluate", adapter, "--data", tickets, "--json").out)
     assert scores["rows"] == record["result"]["test_rows"] == 24
     assert scores["accuracy"] == record["result"]["score"]
-    assert scores["interval"][0] <= scores["accuracy"] <= scores["interval"][1]
+    assert scores["intervals"]["accuracy"][0] <= scores["accuracy"] <= scores["intervals"]["accuracy"][1]
     facts = json.loads(capo("info", adapter, "--json").out)
     assert facts["method"] == method
     assert facts["labels"] == ["broken", "late", "money"]
@@ -196,7 +196,7 @@ def test_standard_input_is_answered_line_by_line_and_head_may_go_away(adapters: 
 def test_what_is_not_utf8_is_refused(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     refused = capo("predict", adapters["lora"], "caf\udce9")  # as Python gives an argument that is no UTF-8
     assert refused.code == 2
-    assert "text 0 is not UTF-8: 'caf\\udce9'" in refused.said
+    assert "text 0: not UTF-8: 'caf\\udce9'" in refused.said
     for errors in ("strict", "surrogateescape"):  # the second is what Python uses in the C locale
         lines = io.TextIOWrapper(io.BytesIO(b"the lamp\ncaf\xe9\n"), encoding="utf-8", errors=errors)
         monkeypatch.setattr(sys, "stdin", lines)
@@ -305,9 +305,9 @@ def test_no_written_file_knows_a_temporary_name(compared: tuple[Path, Result]) -
             assert b".partial" not in path.read_bytes(), path
     assert ".partial" not in shown.said
     record = json.loads((out / "lora" / "run.json").read_text(encoding="utf-8"))
-    assert record["settings"]["out"] == str(out / "lora")
-    assert record["result"]["adapter"] == str(out / "lora" / "adapter")
-    assert str(out / "lora" / "adapter") in (out / "lora" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "out" not in record["settings"]
+    assert record["result"]["adapter"] == "adapter"
+    assert str(out) not in (out / "lora" / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 def test_compared_adapters_answer(compared: tuple[Path, Result]) -> None:
@@ -349,8 +349,8 @@ def test_another_seed_gives_another_adapter(
         ("methds: [lora]\n", ["unknown setting 'methds'", "Did you mean 'methods'?"]),
         ("lora:\n  rnk: 3\n", ["lora: unknown setting 'rnk'", "Did you mean 'rank'?"]),
         ("prompt-tuning:\n  num-virtul-tokens: 3\n", ["num_virtul_tokens", "Did you mean 'num_virtual_tokens'?"]),
-        ("lora: {rank: 0}\n", ["setting 'rank'", "greater than or equal to 1", "0 was given"]),
-        ("lora: 3\n", ["setting 'lora'", "3 was given"]),
+        ("lora: {rank: 0}\n", ["lora: --rank 0", "greater than or equal to 1"]),
+        ("lora: 3\n", ["--lora 3"]),
         ("methods: [lora, lora]\n", ["each once", "lora, lora"]),
         ("- lora\n", ["'name: value'", "found a list"]),
         ("lora: {rank: [\n", ["not valid YAML", "line 2"]),

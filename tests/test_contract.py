@@ -36,11 +36,12 @@ from capotune.engine.optimizer import set_learning_rate
 from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, OutputError
 from capotune.events import Event, StepTaken, TrainingStarted
-from capotune.methods import Start
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptEmbedding, PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.base import Start
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.method import PromptEmbedding
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.runs import run as run_module
 from capotune.settings import TrainingSettings
 from capotune.tasks.classification.run import ClassificationRun
@@ -538,7 +539,7 @@ def test_a_held_out_score_that_is_no_number_is_the_worst(
 ) -> None:
     assembled = on_base(bert, VARIANTS["lora"])
     given = itertools.chain(scores, itertools.repeat(math.nan))
-    monkeypatch.setattr(type(assembled.task), "score", lambda *_: (next(given),))
+    monkeypatch.setattr(type(assembled.task.objective), "score", lambda *_: (next(given),))
     before = weights(assembled)
     state, _ = fit(assembled)
     assert state.best_epoch == (1 if 0.5 in scores else 0)

@@ -29,12 +29,13 @@ from capotune.kernels import composed_block
 from capotune.kernels import execution as execution_module
 from capotune.kernels.execution import execution, reusing_memory
 from capotune.kernels.lora_linear import LoraModule
-from capotune.methods import Start, make
-from capotune.methods.base import Method
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraLinear, LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods import make
+from capotune.methods.base import Method, Start
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.method import LoraLinear
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.architecture import describe
 from capotune.models.base import Pooling, find
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused

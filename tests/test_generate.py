@@ -19,7 +19,7 @@ from capotune.errors import SettingError
 from capotune.evaluation import generate as module
 from capotune.evaluation.generate import context_length, generate, stream
 from capotune.kernels import policy
-from capotune.methods.prompt_tuning import PromptEmbedding
+from capotune.methods.prompt_tuning.method import PromptEmbedding
 from capotune.settings import DecodingSettings
 
 VOCABULARY, CONTEXT, PAD, END = 40, 48, 0, 1

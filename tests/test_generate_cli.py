@@ -214,12 +214,12 @@ def test_a_terminal_that_knows_few_characters_is_no_error(
         (["generate", "no-such", "hello"], ["no-such: no such adapter folder, and no model either", "capo-tiny"]),
         (["generate", "{pairs}/..", "hello"], ["capotune.json is missing", "Did you mean", "/adapter?"]),
         (["generate", "{bert}", "hello"], ["capo: --model {bert}", "reads text and does not write it"]),
-        (["generate", "{base}", "hello", "--model", "{base}"], ["belongs to an adapter", "Leave --model out"]),
+        (["generate", "{base}", "hello", "--model", "{base}"], ["belongs to an adapter", "Leave it out"]),
         (["generate", "{pairs}", "hello", "--model", "{llama}"], ["belongs to another base"]),
-        (["generate", "{pairs}", "hello", "--temperature", "-1"], ["'temperature'", "than or equal to 0", "-1"]),
-        (["generate", "{pairs}", "hello", "--temperature", "nan"], ["'temperature'", "finite"]),
-        (["generate", "{pairs}", "hello", "--max-tokens", "0"], ["'max_tokens'", "greater than or equal to 1"]),
-        (["generate", "{pairs}", "hello", "--top-p", "0.5"], ["--top-p 0.5 needs a --temperature above 0"]),
+        (["generate", "{pairs}", "hello", "--temperature", "-1"], ["--temperature -1", "than or equal to 0"]),
+        (["generate", "{pairs}", "hello", "--temperature", "nan"], ["--temperature nan", "finite"]),
+        (["generate", "{pairs}", "hello", "--max-tokens", "0"], ["--max-tokens 0", "greater than or equal to 1"]),
+        (["generate", "{pairs}", "hello", "--top-p", "0.5"], ["--top-p 0.5: needs a --temperature above 0"]),
         (["generate", "{pairs}", "hello", "--num-beams", "2", "--temperature", "1"], ["exclude each other"]),
         (["generate", "{pairs}", "hello", "--stop", ""], ["--stop: an empty text"]),
         (["generate", "{pairs}", "hello", "--chat", "--raw"], ["--chat and --raw exclude each other"]),
@@ -230,9 +230,9 @@ def test_a_terminal_that_knows_few_characters_is_no_error(
         (["generate", "{pairs}", "hello", "tell me " * 80], ["prompt 2 is too long: it has", "the model holds 96"]),
         (["generate", "{pairs}", "bad \udc80 bytes"], ["not UTF-8"]),
         (["generate"], ["Adapter folder", "required"]),
-        (["evaluate", "{pairs}", "--data", "{pairs_data}", "--text-column", "x"], ["--text-column x", "leave"]),
-        (["evaluate", "{labels}", "--data", "{tickets}", "--prompt-template", "{x}"], ["--prompt-template", "leave"]),
-        (["evaluate", "{labels}", "--data", "{tickets}", "--answers", "-1"], ["'answers'", "-1"]),
+        (["evaluate", "{pairs}", "--data", "{pairs_data}", "--text-column", "x"], ["--text-column x", "Leave it out"]),
+        (["evaluate", "{labels}", "--data", "{tickets}", "--prompt-template", "{x}"], ["--prompt-template", "Leave it"]),
+        (["evaluate", "{labels}", "--data", "{tickets}", "--answers", "-1"], ["--answers -1"]),
         (["evaluate", "{bert}", "--data", "{pairs_data}"], ["reads text and does not write it"]),
         (["data", "no-such.csv"], ["no-such.csv: no such file"]),
         (["demo"], ["required"]),
@@ -354,7 +354,7 @@ def test_info_says_how_it_writes(adapters: dict[str, Path]) -> None:
     assert len(facts["soft"]["nearest_tokens"]) == 4
     assert facts["hard"]["hard_prompt"] in ("Tell me the colour.", "my friend")
     assert "nearest_tokens" not in facts["hard"]
-    assert "text that goes on from a prompt" in capo("info", adapters["pairs"]).said
+    assert "text that continues a prompt" in capo("info", adapters["pairs"]).said
     assert "answers in a conversation" in capo("info", adapters["chats"]).said
     assert f"'{facts['hard']['hard_prompt']}'" in capo("info", adapters["hard"]).said
     assert "vector 3" in capo("info", adapters["soft"]).said
@@ -440,7 +440,7 @@ def test_use_switches_in_place(adapters: dict[str, Path], untied_writer: Path) -
     generator.use(None)
     assert generator.generate(PROMPTS, max_tokens=12) == alone
     assert generator.model is model
-    with pytest.raises(AdapterError, match="labels texts and writes none"):
+    with pytest.raises(AdapterError, match="gives labels and writes no text"):
         generator.use(adapters["labels"])
     assert generator.generate(PROMPTS, max_tokens=12) == alone
 
@@ -455,7 +455,7 @@ def test_the_base_is_asked_in_the_template_of_the_adapter_before(adapters: dict[
     own = capotune.load_model(llama_writer)
     assert own.has_chat_template
     assert not own.chats
-    assert own.room(hello) == 96 - len(
+    assert own.tokens_left(hello) == 96 - len(
         own.tokenizer.apply_chat_template(hello, add_generation_prompt=True)["input_ids"]
     )
 

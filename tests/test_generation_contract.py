@@ -21,11 +21,12 @@ from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, SettingError
 from capotune.evaluation.forward import held_out_score
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods import Start
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraLinear, LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.base import Start
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.method import LoraLinear
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
 from capotune.settings import TrainingSettings
 from capotune.tasks.loading import load_adapter, load_plain, switch

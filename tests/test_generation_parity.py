@@ -36,10 +36,10 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import train
 from capotune.engine.recorded import with_boundary
 from capotune.evaluation.forward import Examples, held_out_score, outputs
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.fusion import Fusing
 from capotune.settings import TrainingSettings
 from capotune.tasks.loading import load_adapter

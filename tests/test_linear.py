@@ -38,8 +38,8 @@ from capotune.kernels.linear import (
     weight_gradient,
 )
 from capotune.kernels.prepacked import prepacked_amx_kernels
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
 from capotune.models import fusion
 from capotune.settings import TrainingSettings
 

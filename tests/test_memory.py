@@ -20,8 +20,8 @@ from capotune.adapters.assemble import assemble
 from capotune.data.batches import Batch
 from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
-from capotune.methods.lora import LoraSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models import load as load_module
 from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count

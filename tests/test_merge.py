@@ -20,10 +20,11 @@ from capotune.adapters.store import save_adapter
 from capotune.errors import AdapterError, CapotuneError, DataError, OutputError, SettingError
 from capotune.events import Event, Progress
 from capotune.kernels.nf4 import Linear4bit, dequantize_4bit, quantize_4bit
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraLinear, LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.method import LoraLinear
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
 from capotune.models.load import load_causal_lm
 from capotune.settings import TrainingSettings
@@ -126,7 +127,7 @@ def test_qlora_goes_into_the_full_base_unless_told_otherwise(writers: dict[str, 
     for path, layer in assembled.method.layers.items():  # type: ignore[attr-defined]
         expected = base[f"{path}.weight"] + layer.scale * layer.lora_B @ layer.lora_A
         torch.testing.assert_close(merged[f"{path}.weight"], expected.detach())
-    assert not find(str(tmp_path / "merged")).is_packed
+    assert not find(str(tmp_path / "merged")).is_quantized
     assert result["answers"]["kl_divergence"] > 1e-5
 
 
@@ -145,7 +146,7 @@ def test_dequantised_added_requantised(
     ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--text", text)
     assert ran.code == 0, ran.err
     assert "KL divergence" in ran.said
-    assert "packed again" in ran.said
+    assert "quantized again" in ran.said
     merged = load_causal_lm(find(str(tmp_path / "merged")))
     for path, layer in assembled.model.named_modules():
         if isinstance(layer, LoraLinear):
@@ -157,7 +158,7 @@ def test_dequantised_added_requantised(
         found = merged.get_submodule(path).quantized
         assert torch.equal(found.codes, expected.codes), path
         assert torch.equal(dequantize_4bit(found), dequantize_4bit(expected)), path
-    assert find(str(tmp_path / "merged")).packing() == find(str(folder)).packing() or stored == "full"
+    assert find(str(tmp_path / "merged")).quantization == find(str(folder)).quantization or stored == "full"
 
 
 def test_what_the_merge_cost_is_what_is_printed(writers: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_bad_input_leaves_nothing(writers: dict[str, Path], bert: Path, tmp_path
     lora = save(generation_helpers.on_base(writers["llama"], LoraSettings(**LORA)), tmp_path / "lora")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "there").mkdir()
-    refuse(lora, SettingError, "--requantize is for adapters that were trained over 4 bits", out, requantize=True)
+    refuse(lora, SettingError, "`requantize`: it is for adapters that were trained over 4 bits", out, requantize=True)
     refuse(lora, AdapterError, "belongs to another base", out, model=str(writers["gpt2"]))
     refuse(lora, DataError, "holds no text", out, text=str(tmp_path / "empty.txt"))
     refuse(lora, OutputError, "exists already", tmp_path / "there")
@@ -207,14 +208,14 @@ def test_a_packed_base_needs_requantize(writers: dict[str, Path], tmp_path: Path
     capotune.quantize(str(writers["llama"]), out=tmp_path / "packed")
     for settings in (QloraSettings(**LORA), LoraSettings(**LORA)):
         adapter = save(generation_helpers.on_base(tmp_path / "packed", settings), tmp_path / settings.method)
-        refuse(adapter, SettingError, "is stored in 4 bits.*--requantize", tmp_path / "merged")
+        refuse(adapter, SettingError, "is stored in 4 bits.*`requantize=True`", tmp_path / "merged")
 
 
 def test_a_base_that_is_gone(writers: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(writers["llama"], tmp_path / "base")
     adapter = save(generation_helpers.on_base(base, LoraSettings(**LORA)), tmp_path / "adapter")
     shutil.rmtree(base)
-    refuse(adapter, AdapterError, "cannot be used from here.*--model", tmp_path / "merged")
+    refuse(adapter, AdapterError, "cannot be used from here.*`model`", tmp_path / "merged")
     assert capotune.merge(adapter, out=tmp_path / "merged", model=str(writers["llama"]))["changed_layers"]
 
 
@@ -243,7 +244,7 @@ def cut(tensors: dict[str, torch.Tensor]) -> None:
         (lose_b, "adapter is damaged"),
         (spoil, "NaN or infinite"),
         (rename, "z_proj"),
-        (cut, "do not belong"),
+        (cut, "do not fit together"),
     ],
 )
 def test_a_damaged_adapter(damage: Any, said: str, writers: dict[str, Path], tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from helpers import logits, on_base, sequences, shake
 
 from capotune.data.batches import Batch, TokenRows, collate, epoch_order, sorted_order, tokens_at_once
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import Pooling
 from capotune.settings import TrainingSettings
 from capotune.tasks.classification.model import pool, pooled_positions

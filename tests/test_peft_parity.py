@@ -20,9 +20,9 @@ from capotune.adapters.store import save_adapter
 from capotune.data.batches import collate
 from capotune.engine.loop import train
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.settings import TrainingSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 12}

@@ -79,7 +79,7 @@ def test_transformers_with_bitsandbytes_computes_the_same_bits(
     ours = load(tmp_path / "packed", **({"dtype": torch.bfloat16} if "bf16" in name else {}))
     assert len(packed_layers(ours)) == len(result["layers"]) == LAYERS[name.split()[0]]
     assert torch.equal(states(ours), states(theirs))
-    assert find(str(tmp_path / "packed")).packing() == Quantization(
+    assert find(str(tmp_path / "packed")).quantization == Quantization(
         **{"quant_type": "nf4", "block_size": 64, "double_quant": True} | packing
     )
 
@@ -192,7 +192,8 @@ def test_numbers_stand_where_they_can_be_read_in_place(tmp_path: Path) -> None:
 MEASURE = """
 import os, sys, threading
 from pathlib import Path
-from capotune.models.load import Quantization, find, load_causal_lm
+from capotune.models.base import Quantization, find
+from capotune.models.load import load_causal_lm
 from capotune.models.quantize import write_quantized
 
 def own():  # without the pages of libraries and other files, which come and go as the machine likes
@@ -346,7 +347,7 @@ def test_bad_input_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "there").mkdir()
-    refuse(tmp_path, SettingError, "'quant_type'.*'nf4' or 'fp4', but 'int4'", model, quant_type="int4")
+    refuse(tmp_path, SettingError, "`quant_type=int4`: input should be 'nf4' or 'fp4'", model, quant_type="int4")
     refuse(tmp_path, SettingError, "'block_size'.*but 100", model, block_size=100)
     refuse(tmp_path, SettingError, "--report", model, text=str(tmp_path / "empty.txt"))
     refuse(tmp_path, DataError, "holds no text", model, text=str(tmp_path / "empty.txt"), report=True)

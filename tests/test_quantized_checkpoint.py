@@ -21,10 +21,10 @@ from capotune.device import compute_dtype
 from capotune.errors import ModelError, SettingError
 from capotune.events import Event, Progress, Stage
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods.feature_extraction import FeatureExtractionSettings
-from capotune.methods.lora import LoraSettings
-from capotune.methods.prompt_tuning import PromptTuningSettings
-from capotune.methods.qlora import QloraSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.models import stream
 from capotune.models.base import Quantization, find
 from capotune.models.load import load_backbone, load_causal_lm
@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Callable[...,
 
 def load(folder: Path, **options: Any) -> Any:
     source = find(str(folder))
-    causal = source.config()["architectures"][0] != "BertModel"
+    causal = source.config_values["architectures"][0] != "BertModel"
     return (load_causal_lm if causal else load_backbone)(source, **options)
 
 
@@ -111,7 +111,7 @@ def test_answers_to_the_bit_as_transformers_with_bitsandbytes_does(
     assert torch.equal(states(model), states(theirs.eval()))
     assert len(packed_layers(model)) == {"llama": 14, "bert": 12, "gpt2": 8}[family]
     kind, nested = packing.get("bnb_4bit_quant_type", "nf4"), packing.get("bnb_4bit_use_double_quant", True)
-    assert find(str(folder)).packing() == Quantization(kind, 64, nested)
+    assert find(str(folder)).quantization == Quantization(kind, 64, nested)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

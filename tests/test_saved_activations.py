@@ -21,7 +21,7 @@ from capotune.kernels.saved_activations import (
     quantize_rows_reference,
     quantized_saved_activations,
 )
-from capotune.methods.lora import LoraSettings
+from capotune.methods.lora.settings import LoraSettings
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -34,7 +34,7 @@ from capotune.errors import DataError
 from capotune.evaluation.forward import Examples, compute_boundary, held_out_score, outputs
 from capotune.evaluation.generate import generate
 from capotune.kernels.attention import Sequences
-from capotune.methods.feature_extraction import FeatureExtractionSettings
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.models import fusion as fused_module
 from capotune.models import sequence_packing as packing_module
 from capotune.models.base import Pooling

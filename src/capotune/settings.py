@@ -228,10 +228,21 @@ class CompareSettings(RunSettings):
 
     @pydantic.field_validator("methods")
     @classmethod
-    def _each_method_is_named_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+    def _each_method_is_known_and_named_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        own = (name for name, field in cls.model_fields.items() if isinstance(field.default, TrainingSettings))
+        known = [name.replace("_", "-") for name in own]
+        unknown = next((name for name in methods if name not in known), None)
+        if unknown is not None:
+            raise SettingError(
+                f"unknown method '{unknown}'.{nearest(unknown, known)}", setting="methods", allowed=", ".join(known)
+            )
         if not methods or len(set(methods)) < len(methods):
-            given = ", ".join(methods) or "none"
-            raise SettingError("name at least one method, and each once.", setting="methods", given=given)
+            raise SettingError(
+                "name at least one method, and each once.",
+                setting="methods",
+                given=", ".join(methods) or "none",
+                allowed=", ".join(known),
+            )
         return methods
 
     def for_method(self, method: str) -> TrainingSettings:
@@ -315,7 +326,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"the setting `{name}` is missing."
     own = problem.get("ctx", {}).get("error")
+    if isinstance(own, SettingError) and own.setting == name:
+        return str(own)
     if isinstance(own, ValueError):  # said by our own check, or by settings inside these
-        return f"{name}: {own}" if name and not isinstance(own, SettingError) else str(own)
+        return f"{name}: {own}" if name else str(own)
     message = problem["msg"]
     return f"`{name}={problem['input']}`: {message[0].lower() + message[1:]}."

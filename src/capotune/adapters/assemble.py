@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from capotune.adapters.task_model import TaskModel
-from capotune.methods import Method, Start, Untouched, make
+from capotune.methods import make
+from capotune.methods.base import Method, Start, Untouched
 from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.base import Base
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused

@@ -26,7 +26,7 @@ from capotune.adapters.card import card
 from capotune.adapters.fingerprint import fingerprint
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.files import output_folder, write_atomic
-from capotune.methods import Start
+from capotune.methods.base import Start
 from capotune.models.base import Base, find
 from capotune.settings import TrainingSettings, build
 

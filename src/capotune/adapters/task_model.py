@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from capotune.data.batches import Batch, Targets
-from capotune.methods import Method
+from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.stream import Progress
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capotune.api.training import method_settings, sources
+from capotune.api.training import sources
 from capotune.errors import SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
 from capotune.memory_table import MemoryTable
@@ -58,8 +58,6 @@ def compare_run(
     from capotune.report import write
     from capotune.runs.compare import run_techniques
 
-    for method in settings.methods:
-        method_settings(method)  # a name that is not known is an error now
     if settings.test_fraction == 0 and settings.test is None:
         raise SettingError(
             "leaves no rows to compare on.", setting="test_fraction", given=0, allowed="values between 0 and 1"

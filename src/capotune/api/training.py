@@ -67,7 +67,7 @@ def method_settings(name: str) -> type[TrainingSettings]:
     """A method's settings class; an unknown name is a ``SettingError`` with the nearest one."""
     from capotune import methods
 
-    return methods.get(name).Settings
+    return methods.settings_class(name)
 
 
 def command_of(task: str) -> str:

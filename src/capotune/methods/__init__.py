@@ -1,21 +1,23 @@
-"""The four techniques, one file each, and their registry: what is trained inside a frozen model.
+"""The four techniques, one folder each, and their registry: what is trained inside a frozen model.
 
-The built-in ones are imported when they are first asked for.
+Their settings load without PyTorch; their code is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from capotune.errors import SettingError
-from capotune.methods.base import Method, Start, Untouched
 from capotune.settings import CompareSettings, TrainingSettings, nearest
 
-__all__ = ["Method", "Start", "Untouched", "compare_settings", "extra_modules", "get", "make", "names", "register"]
+if TYPE_CHECKING:
+    from capotune.methods.base import Method
+
+__all__ = ["compare_settings", "extra_modules", "get", "make", "names", "register", "settings_class"]
 
 _BUILT_IN = {
     "feature-extraction": "feature_extraction",
@@ -44,18 +46,34 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> type[Method]:
     """The method of that name; an unknown one is a ``SettingError`` with the nearest."""
-    if name in _registered:
-        return _registered[name]
-    if name not in _BUILT_IN:
+    _check(name)
+    return _registered[name] if name in _registered else _built_in(name)
+
+
+def settings_class(name: str) -> type[TrainingSettings]:
+    """The settings of a method; those of a built-in one are loaded without its code. Raises as ``get``."""
+    _check(name)
+    return _registered[name].Settings if name in _registered else _built_in_settings(name)
+
+
+def _check(name: str) -> None:
+    if name not in names():
         raise SettingError(f"unknown method '{name}'.{nearest(name, names())}", allowed=", ".join(names()))
-    return _built_in(name)
 
 
 @cache
 def _built_in(name: str) -> type[Method]:
-    module = import_module(f"capotune.methods.{_BUILT_IN[name]}")
-    found = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, Method)]
-    return next(one for one in found if getattr(getattr(one, "Settings", None), "method", None) == name)
+    found = vars(import_module(f"capotune.methods.{_BUILT_IN[name]}.method")).values()
+    wanted = _built_in_settings(name)
+    method: type[Method] = next(one for one in found if getattr(one, "Settings", None) is wanted)
+    return method
+
+
+@cache
+def _built_in_settings(name: str) -> type[TrainingSettings]:
+    found = vars(import_module(f"capotune.methods.{_BUILT_IN[name]}.settings")).values()
+    settings: type[TrainingSettings] = next(one for one in found if getattr(one, "method", None) == name)
+    return settings
 
 
 def make(settings: TrainingSettings) -> Method:
@@ -67,7 +85,7 @@ def compare_settings() -> type[CompareSettings]:
     """The settings of ``compare``, with one field of settings for each known method, named as in Python."""
     fields: dict[str, Any] = {}
     for name in names():
-        settings = get(name).Settings
+        settings = settings_class(name)
         fields[name.replace("-", "_")] = (settings, pydantic.Field(settings(), description=f"Settings of {name}."))
     made: type[CompareSettings] = pydantic.create_model("CompareSettings", __base__=CompareSettings, **fields)
     made.__doc__ = CompareSettings.__doc__

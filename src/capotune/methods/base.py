@@ -2,7 +2,7 @@
 
 A method swaps parts of a frozen model from outside and says what is trainable. It knows no task: the head on top is the
 task's. A method is one file: its settings, a ``TrainingSettings``, and this class filled in; ``methods.register`` makes
-it known.
+it known. (The built-in ones are folders of two files, so that help is shown without loading PyTorch.)
 """
 
 from __future__ import annotations

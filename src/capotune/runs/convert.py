@@ -25,7 +25,7 @@ from capotune.evaluation.divergence import (
 )
 from capotune.events import Reporter, Stage, bytes_as_progress
 from capotune.files import output_folder, write_atomic
-from capotune.methods import Start
+from capotune.methods.base import Start
 from capotune.models.base import Base, Quantization, find
 from capotune.models.load import load_causal_lm
 from capotune.models.quantize import LayerError, write_quantized
@@ -50,8 +50,11 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
     text = read_text(settings.text) if settings.text is not None else None
     base = find(settings.model, trust_remote_code=settings.trust_remote_code)
     if base.is_quantized:
-        raise base.error(
-            f"its weights are in 4 bits already ({base.quantization}).", advice="Give the model in full precision."
+        raise SettingError(
+            f"its weights are in 4 bits already ({base.quantization}).",
+            setting="model",
+            given=settings.model,
+            advice="Give the model in full precision.",
         )
     quantization = Quantization(settings.quant_type, settings.block_size, settings.double_quant)
     with output_folder(settings.out) as new:
@@ -113,7 +116,7 @@ def _save_head(stored: StoredAdapter, merged: Base) -> None:
 
     The head was trained on the last layer; the stored one reads every layer and weighs all but the last with zero.
     """
-    task = task_class(stored).restore(merged, stored.record, stored.folder)
+    task = task_class(stored).restore(merged, stored.record)
     context = Context(merged.hidden_size, has_head=True)
     settings = methods.get("feature-extraction").Settings(trainable_layers=0).completed(context)  # type: ignore[call-arg]
     assembled = assemble(task, settings, device=torch.device("cpu"))

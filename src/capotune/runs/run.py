@@ -29,7 +29,8 @@ from capotune.errors import OutputError, SettingError
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, bytes_as_progress, ignore
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
-from capotune.methods import Start, make
+from capotune.methods import make
+from capotune.methods.base import Start
 from capotune.models.base import Base, find
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun
@@ -115,8 +116,7 @@ class _Run:
         self.report(Stage(text="testing"))
         scored = self.task_run.test(assembled, cache, self.report)
         trained = self._trained(assembled, cache, fitted, scored, seconds, dtype)
-        _write_scored(self.settings.out, scored, base)
-        return self._write(assembled, trained, trainable)
+        return self._write(assembled, trained, trainable, scored, base)
 
     def _load(self, device: torch.device) -> tuple[Assembled, torch.dtype]:
         """The base on the device, in the dtype it computes in."""
@@ -194,10 +194,13 @@ class _Run:
             "data_sha256": self.task_run.data_sha256,
         }
 
-    def _write(self, assembled: Assembled, trained: dict[str, Any], trainable: int) -> dict[str, Any]:
+    def _write(
+        self, assembled: Assembled, trained: dict[str, Any], trainable: int, scored: Scored, base: Scored | None
+    ) -> dict[str, Any]:
         out, record = self.settings.out, self.record
         shutil.rmtree(out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
         save_adapter(out / "adapter", assembled, trained)
+        _write_scored(out, scored, base)
         record[self.method.method] = assembled.method.settings.model_dump(mode="json")
         record["result"] = trained | {
             "trainable_parameters": trainable,

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import TaskModel
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
@@ -51,6 +52,8 @@ class Scored:
     """One for each row, as predictions.jsonl holds them."""
     counts: RowCounts | None = None
     """What each row adds to the compared score; pairs of techniques are compared by it."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further facts about the rows, as plain JSON."""
 
     @property
     def score(self) -> float | None:
@@ -70,6 +73,7 @@ class Scored:
             "rows": self.rows,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "measured_on": self.measured_on,
+            **self.extra,
         }
 
 
@@ -91,7 +95,7 @@ class Task(TaskModel):
     title: ClassVar[str]
     """What is read and predicted, in words: ``labelled text``."""
     gives: ClassVar[str]
-    """What it gives, as a verb with its object: ``gives labels``."""
+    """What it gives and what not, as a verb with its object: ``gives labels and writes no text``."""
     command: ClassVar[str]
     """The command that uses its adapters: ``predict`` or ``generate``."""
     default_model: ClassVar[str]
@@ -102,6 +106,8 @@ class Task(TaskModel):
     """How that score is obtained, a sentence."""
     sample: ClassVar[str] = "your text"
     """What stands for the user's own text in an example."""
+    Record: ClassVar[type[StoredRecord]] = StoredRecord
+    """What an adapter's record must hold; ``record`` gives it, ``restore`` reads it."""
     data_settings: ClassVar[frozenset[str]]
     """Names of ``DataSettings`` that it reads; others that are given are refused."""
     optional_data_settings: ClassVar[frozenset[str]] = frozenset(
@@ -140,8 +146,8 @@ class Task(TaskModel):
 
     @classmethod
     @abstractmethod
-    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Task:
-        """The task that an adapter was trained for. ``AdapterError`` for a record that is not as it was written."""
+    def restore(cls, base: Base, record: dict[str, Any]) -> Task:
+        """The task that an adapter was trained for; its record is as ``Record`` asks."""
 
     def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
         """What the base computes in; fp32 unless the task says otherwise."""

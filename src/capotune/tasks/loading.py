@@ -8,10 +8,11 @@ import torch
 
 from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
-from capotune.adapters.store import RECORD, StoredAdapter, check_base, find_base, put_on
+from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods import Untouched, make
+from capotune.methods import make
+from capotune.methods.base import Untouched
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.base import Base
 from capotune.tasks.base import Task
@@ -19,14 +20,19 @@ from capotune.tasks.generation.task import Generation
 
 
 def task_class(stored: StoredAdapter) -> type[Task]:
-    """The task that an adapter was trained for. ``AdapterError`` for one that this version does not know."""
+    """The task that an adapter was trained for.
+
+    Raises ``AdapterError`` for one that this version does not know, and for a record that lacks what the task needs.
+    """
     try:
-        return tasks.get(stored.task)
+        task = tasks.get(stored.task)
     except SettingError:
         raise AdapterError(
             f"'task' is {stored.task!r}, and not as capotune writes it: {', '.join(tasks.names())}.",
             where=str(stored.folder / RECORD),
         ) from None
+    check_record(stored.folder, stored.record, task.Record)
+    return task
 
 
 def load_adapter(
@@ -58,7 +64,7 @@ def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
     wanted = task_class(stored)
     if stored.task != assembled.task.name:
         raise AdapterError(
-            f"this adapter {wanted.gives}, and the one before it {assembled.task.gives}.",
+            f"this adapter {wanted.gives}.",
             where=str(stored.folder),
             advice=f"Use it with `capo {wanted.command}`.",
         )
@@ -71,7 +77,7 @@ def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
             where=str(stored.folder),
             advice=f"Start again with: capo chat {stored.folder}",
         )
-    restored = wanted.restore(assembled.base, stored.record, stored.folder)
+    restored = wanted.restore(assembled.base, stored.record)
     assembled.method.detach()
     switched = replace(assembled, task=restored.with_model(assembled.model), method=method)
     put_on(stored, switched)
@@ -95,5 +101,5 @@ def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.
 def _on_base(stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool) -> Assembled:
     base = find_base(stored, model, trust_remote_code=trust_remote_code)
     check_base(stored, base)
-    task = task_class(stored).restore(base, stored.record, stored.folder)
+    task = task_class(stored).restore(base, stored.record)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pydantic
@@ -13,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredRecord, check_record
+from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Targets
 from capotune.data.labelled import LabelledText, read_to_score
 from capotune.errors import DataError, SettingError
 from capotune.events import Reporter, counter
-from capotune.methods import Method
+from capotune.methods.base import Method
 from capotune.models.base import Base, Pooling
 from capotune.models.load import load_backbone
 from capotune.models.stream import Progress
@@ -85,7 +84,7 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "labelled text"
-    gives: ClassVar[str] = "gives labels"
+    gives: ClassVar[str] = "gives labels and writes no text"
     command: ClassVar[str] = "predict"
     default_model: ClassVar[str] = "minilm"
     base_label: ClassVar[str] = "base (frozen, nearest class mean)"
@@ -96,6 +95,7 @@ class Classification(Task):
     has_head: ClassVar[bool] = True
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
+    Record = _Record
     objective = RowCrossEntropy()
 
     @classmethod
@@ -190,9 +190,8 @@ class Classification(Task):
         }
 
     @classmethod
-    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Classification:
+    def restore(cls, base: Base, record: dict[str, Any]) -> Classification:
         """The task of a stored adapter."""
-        check_record(folder, record, _Record)
         return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"])
 
     def facade(self, assembled: Assembled) -> Classifier:

@@ -24,7 +24,8 @@ from capotune.errors import DataError, SettingError
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.evaluation.generate import generate
 from capotune.events import DataInspected, Progress, Reporter, Stage
-from capotune.methods import Untouched, make
+from capotune.methods import make
+from capotune.methods.base import Untouched
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun

@@ -61,7 +61,8 @@ def score_samples(
     measured_on = dict.fromkeys(scores, f"{sum(tokens):,} tokens of {len(counts):,} rows")
     by_loss = RowCounts.of(metric("perplexity"), counts)
     if not scored_as.answers or not any(answer_of(sample) is not None for sample in samples.samples):
-        return Scored("perplexity", scores, intervals, len(counts), measured_on, [], by_loss)
+        extra = {"tokens": sum(tokens), "answered": 0}
+        return Scored("perplexity", scores, intervals, len(counts), measured_on, [], by_loss, extra)
     report(Stage(text="answering test rows"))
     answered = answer_rows(assembled, samples, scored_as.answers, scored_as.decoding, counter(report))
     number = len(answered.rows)
@@ -73,7 +74,8 @@ def score_samples(
     measured_on |= dict.fromkeys(answered.scores, where)
     name = scored_as.metric if scored_as.metric in scores else "perplexity"
     rows, row_counts = (number, answered.counts) if name == "exact_match" else (len(counts), by_loss)
-    return Scored(name, scores, intervals, rows, measured_on, _predictions(samples, answered), row_counts)
+    extra = {"tokens": sum(tokens), "answered": number}
+    return Scored(name, scores, intervals, rows, measured_on, _predictions(samples, answered), row_counts, extra)
 
 
 def _loss_counts(assembled: Assembled, encoded: Sequence[Sequence[Encoded]], report: Reporter) -> list[list[float]]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredRecord, check_record
+from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords
 from capotune.data.generation import looks_like_generation, read_samples_to_score
 from capotune.device import compute_dtype
 from capotune.events import Reporter
 from capotune.kernels import policy
-from capotune.methods import Method
+from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_causal_lm
 from capotune.models.stream import Progress
@@ -51,7 +50,7 @@ class Generation(TextEncoder, Task):
 
     name: ClassVar[str] = "generation"
     title: ClassVar[str] = "text to write"
-    gives: ClassVar[str] = "writes text"
+    gives: ClassVar[str] = "writes text and knows no labels"
     command: ClassVar[str] = "generate"
     default_model: ClassVar[str] = "capo-tiny"
     base_label: ClassVar[str] = "base (not fine-tuned)"
@@ -60,6 +59,7 @@ class Generation(TextEncoder, Task):
     has_head: ClassVar[bool] = False
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     data_settings: ClassVar[frozenset[str]] = frozenset({"prompt_template", "completion_column"})
+    Record = _Record
 
     @classmethod
     def on(
@@ -143,9 +143,8 @@ class Generation(TextEncoder, Task):
         }
 
     @classmethod
-    def restore(cls, base: Base, record: dict[str, Any], folder: Path) -> Generation:
+    def restore(cls, base: Base, record: dict[str, Any]) -> Generation:
         """The task of a stored adapter."""
-        check_record(folder, record, _Record)
         task = cls.on(base, record["max_length"], 0, learn=record["learn"], chat=record["chat"])
         stored = {name: record[name] for name in ("chat_template", "template_from", "separator")}
         scored_as = ScoredAs.from_json(record["scored_as"]) if record.get("scored_as") else ScoredAs()

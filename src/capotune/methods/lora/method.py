@@ -14,10 +14,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -26,38 +25,12 @@ from capotune.errors import AdapterError, SettingError
 from capotune.kernels.lora_linear import LinearLayer, LoraModule, lora_linears, lora_reference
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
+from capotune.methods.lora.settings import LoraSettings
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
-from capotune.settings import Count, Positive, TrainingSettings, nearest
+from capotune.settings import nearest
 
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers that have one input, by the names that most families give them, in the order they are called."""
-
-
-class LoraSettings(TrainingSettings):
-    """LoRA (Hu et al. 2021): W stays frozen, y = xWᵀ + scale·(xAᵀ)Bᵀ."""
-
-    method: ClassVar[str] = "lora"
-    rank: Count = 16
-    """Rows of A, columns of B: how large a change can be."""
-    alpha: Positive = 32.0
-    """Scale of the change: alpha/rank, or alpha/√rank with rslora."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the input of A."""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Linear layers to adapt: `all-linear`, names or endings of names (`query value`), or one regular expression."""
-    layers: tuple[int, ...] | None = None
-    """Only the blocks with these numbers (from 0)."""
-    rslora: bool = False
-    """Scale by alpha/√rank (Kalajdzievski 2023), which keeps large ranks trainable."""
-    dora: bool = False
-    """Learn a magnitude for each output beside the direction (DoRA, Liu et al. 2024)."""
-    lora_plus_ratio: Positive = 1.0
-    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of the low-rank product: alpha/rank, or alpha/√rank with rslora."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
 class LoraLinear(LoraModule):
