@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from capotune.methods.feature_extraction.settings import FeatureExtractionSettin
 from capotune.models import fusion as fused_module
 from capotune.models import sequence_packing as packing_module
 from capotune.models.base import Pooling
-from capotune.models.sequence_packing import Packing, packed, try_packing
+from capotune.models.sequence_packing import Packing, packed, relative_error, try_packing
 from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
 from capotune.tasks.classification.features import compute_features
@@ -955,3 +956,12 @@ def test_a_text_without_tokens_is_refused() -> None:
     assert task.encode(["late", "other"]) == [[0], [1]]
     with pytest.raises(DataError, match=r"text 2 of 2: .* makes no token of the text ''\. Remove it\."):
         task.encode(["late", ""])
+
+
+def test_error_of_a_zero_token_is_none_where_it_is_equal() -> None:
+    """As of a token whose embedding is 0, which a model without padding token may have."""
+    expected = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 4.0]])
+    assert relative_error(expected.clone(), expected) == 0
+    assert relative_error(expected + torch.tensor([[0.0], [0.5]]), expected) == pytest.approx(0.25)
+    assert relative_error(expected + torch.tensor([[0.5], [0.0]]), expected) == float("inf")
+    assert math.isnan(relative_error(expected + torch.tensor([[torch.nan], [0.0]]), expected))
