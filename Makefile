@@ -8,7 +8,7 @@ OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generation test test-oldest check style types floors bench format clean
+.PHONY: help demo demo-generation test test-oldest test-levels check style types floors bench format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## run the tests, a process for each core
 
 test-oldest: $(OLDEST_INSTALLED) ## run the tests with the oldest versions allowed, in an environment of their own (8 GB)
 	$(OLDEST)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+test-levels: $(INSTALLED) ## run the kernels' tests and the contracts as on lesser processors, with AMX emulated, and without C
+	$(BIN)/python tests/levels.py
 
 check: style types floors ## style, types (mypy strict) and the floors of the design (make -k check: all three, even if one fails)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def flags() -> tuple[str, ...]:
 
 
 def why_not() -> str | None:
-    """Why it cannot be had here, in words."""
+    """Why it cannot be had here, in words: not where the tests run at another level (levels.py)."""
+    if os.environ.get("CAPOTUNE_CPU_LEVEL") or os.environ.get("CAPOTUNE_NATIVE") == "0":
+        return "the tests of AMX run at another level"
     processor = Path("/proc/cpuinfo")
     if not processor.is_file() or "avx512_bf16" not in processor.read_text(encoding="utf-8"):
         return "no AMX here, nor AVX-512 with bf16 for AMX in software"

@@ -231,7 +231,7 @@ def test_a_terminal_that_knows_few_characters_is_no_error(
         (["generate", "{pairs}", "bad \udc80 bytes"], ["not UTF-8"]),
         (["generate"], ["Adapter folder", "required"]),
         (["evaluate", "{pairs}", "--data", "{pairs_data}", "--text-column", "x"], ["--text-column x", "Leave it out"]),
-        (["evaluate", "{labels}", "--data", "{tickets}", "--prompt-template", "{x}"], ["--prompt-template", "Leave it"]),
+        (["evaluate", "{labels}", "--data", "{tickets}", "--prompt-template", "{x}"], ["--prompt-template", "Leave"]),
         (["evaluate", "{labels}", "--data", "{tickets}", "--answers", "-1"], ["--answers -1"]),
         (["evaluate", "{bert}", "--data", "{pairs_data}"], ["reads text and does not write it"]),
         (["data", "no-such.csv"], ["no-such.csv: no such file"]),

@@ -114,7 +114,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def any_amx(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels for AMX; in software where there is none, or where a lower level is asked for."""
+    """The kernels for AMX; in software where there is none."""
     if found := amx_kernels():
         return found
     if reason := software_amx.why_not():
