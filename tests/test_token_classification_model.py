@@ -13,7 +13,8 @@ from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.models.base import find
 from capotune.models.load import load_backbone
 from capotune.models.sequence_packing import packed, try_packing
-from capotune.tasks.token_classification.model import TokenClassifier, spread_layers
+from capotune.tasks.linear_head import spread_layers
+from capotune.tasks.token_classification.model import TokenClassifier
 
 ROWS = [[2, 5, 6, 7, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 3]]
 _ = IGNORE_INDEX

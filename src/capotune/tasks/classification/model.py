@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from capotune.data.batches import Batch
-from capotune.kernels import policy
 from capotune.models.base import Pooling
+from capotune.tasks.linear_head import HeadedBackbone, spread_layers
 
 
-class SequenceClassifier(nn.Module):
-    """A backbone without head, pooling over the text's own tokens, and ``classifier``, a linear layer.
-
-    The backbone stands under its family's usual name (``bert``, ``model``, …), so that adapter keys read as they would
-    in Transformers' own classes.
+class SequenceClassifier(HeadedBackbone):
+    """A backbone, pooling over the text's own tokens, and a linear head.
 
     Args:
         backbone: a ``PreTrainedModel`` that returns hidden states (batch, tokens, hidden).
         pooling: how hidden states become one vector.
         num_labels: outputs of the head.
-        feature_layers: hidden states that the head reads, as indices into embedding output + every block's output;
-            their pooled vectors stand side by side: features are (batch, len(feature_layers)·hidden).
+        feature_layers: as ``HeadedBackbone`` has it; features are the layers' pooled vectors, side by side.
     """
 
     virtual_tokens: int
@@ -35,25 +29,9 @@ class SequenceClassifier(nn.Module):
     def __init__(
         self, backbone: Any, pooling: Pooling, num_labels: int, feature_layers: tuple[int, ...] = (-1,)
     ) -> None:
-        super().__init__()
-        self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
-        setattr(self, self.backbone_name, backbone)
-        self.config = copy.copy(backbone.config)  # PEFT reads vocab_size and model_type from here
+        super().__init__(backbone, num_labels, feature_layers)
         self.pooling = pooling
-        self.feature_layers = feature_layers
         self.virtual_tokens = 0
-        self.hidden_size: int = backbone.config.hidden_size
-        self.classifier = nn.Linear(self.hidden_size * len(feature_layers), num_labels)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The pretrained transformer."""
-        return self.get_submodule(self.backbone_name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the head is; PEFT asks for it."""
-        return self.classifier.weight.device
 
     def features(
         self, batch: Batch, layers: tuple[int, ...] | None = None, inputs: dict[str, Any] | None = None
@@ -126,9 +104,9 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
     return functional.embedding_bag(every, states, starts, mode=pooling, include_last_offset=True)
 
 
+_MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
+
+
 def readable_layers(num_blocks: int, hidden_size: int) -> tuple[int, ...]:
     """Hidden states for a head that reads several: all, or evenly spread ones when all are too wide; the last is in."""
-    count = max(1, min(num_blocks + 1, policy.HEAD_FEATURES // hidden_size))
-    if count == 1:
-        return (-1,)
-    return tuple(round(number * num_blocks / (count - 1)) for number in range(count))
+    return spread_layers(num_blocks, _MOST_FEATURES // hidden_size)

@@ -1,8 +1,4 @@
-"""A run that trains on labels: solve the head on what the start model computes, then train in steps what else there is.
-
-The head is solved first because a random head's gradients would distort what the base knows (linear probing, then
-fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
-"""
+"""A run that trains on labels: solve the head on what the start model computes, then train in steps the rest."""
 
 from __future__ import annotations
 
@@ -15,24 +11,22 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
-from capotune.data.inspect.labels import inspect_data
+from capotune.data.inspect.labels import inspect_data, label_facts
 from capotune.data.labelled import LabelledData, load_labelled
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.linear_head import LinearHead, choose_regularization, solve
-from capotune.engine.recorded import train_recorded, with_boundary
-from capotune.engine.state import TrainingState, start
+from capotune.engine.state import TrainingState
 from capotune.evaluation.forward import Examples
 from capotune.evaluation.metrics import nearest_mean_logits, wilson_interval
-from capotune.events import DataInspected, Heartbeat, Reporter, Stage, counter
+from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
 from capotune.tasks.classification.features import all_features
 from capotune.tasks.classification.score import right_or_wrong, score_texts
-from capotune.tasks.classification.task import Classification, label_tokens
-
-_EASY_START = 30.0  # times the best λ: a head that knows the rows by heart leaves the method nothing to gain
+from capotune.tasks.classification.task import Classification
+from capotune.tasks.prompt_start import prompt_tokens
+from capotune.tasks.solved_head import Units, solve_head, train_from
 
 
 class ClassificationRun(TaskRun):
@@ -52,7 +46,8 @@ class ClassificationRun(TaskRun):
         )
         self.task = task = Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
         lengths = task.token_lengths(data.train.texts), task.token_lengths(data.test.texts)
-        report(DataInspected(task=task.name, report=asdict(inspect_data(data, *lengths, task.max_length))))
+        found = inspect_data(data, *lengths, task.max_length)
+        report(DataInspected(task=task.name, report=asdict(found), facts=tuple(label_facts(found))))
         self.targets = task.targets(data.train.labels)
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(self.targets))
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
@@ -65,7 +60,7 @@ class ClassificationRun(TaskRun):
 
     def start_tokens(self, method: TrainingSettings) -> list[int]:
         """The label names' tokens, those of a text, or all that occur."""
-        return label_tokens(self.task, self.task.labels, method, self.train.rows.sequences)
+        return prompt_tokens(self.task.tokenizer, self.task.labels, method, self.train.rows.sequences)
 
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
         """Nearest class mean on the last layer's features."""
@@ -99,33 +94,15 @@ class ClassificationRun(TaskRun):
         self.train = self.train.after(assembled.method.virtual_token_ids)
         features = self._features if self._features is not None else self._start_features(assembled, cache, report)
         self._features = None
-        report(Stage(text="solving the head"))
-        fit, held, targets, labels = self.fit_rows, self.held_rows, self.targets, len(self.task.labels)
-
-        def alive() -> None:
-            report(Heartbeat())
-
-        head, regularization = choose_regularization(
-            features[fit], targets[fit], features[held], targets[held], labels, on_iteration=alive
-        )
-        extra = {"regularization": regularization}
-        if not assembled.method.parameters():
-            held_score = float((head.logits(features[held]).argmax(1) == targets[held]).float().mean())
-            _set_head(assembled, solve(features, targets, labels, regularization, near=head, on_iteration=alive))
-            return Fitted(1.0, 1, held_score, extra)
-        _set_head(assembled, head)
-        unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization, on_iteration=alive)
-        if state is None:
-            # the solved head, in the model now, is the best so far
-            score = self.task.objective.score(head.logits(features[held]), targets[held])
-            state = start(assembled, score, self.seed)
-            _set_head(assembled, unfinished)
-        del features
-        fit_examples, held_examples = (
-            with_boundary(self.train.take(rows), assembled, cache, report) for rows in (fit, held)
-        )
-        state = train_recorded(out, assembled, fit_examples, held_examples, seed=self.seed, state=state, report=report)
-        return Fitted(float(state.epoch), state.best_epoch, state.best_score[0], extra)
+        fit, held, targets = self.fit_rows, self.held_rows, self.targets
+        units = Units(features, targets, fit, held, len(self.task.labels))
+        objective = self.task.objective
+        solved = solve_head(assembled, units, lambda logits: objective.score(logits, targets[held]), report)
+        del features, units
+        if solved.unfinished is None:
+            return solved.fitted()
+        rows = self.train.take(fit), self.train.take(held)
+        return train_from(solved, out, assembled, rows, cache=cache, state=state, seed=self.seed, report=report)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """Accuracy, macro F1 and loss."""
@@ -138,12 +115,6 @@ class ClassificationRun(TaskRun):
         if not features.isfinite().all():
             raise self.task.base.error("it computes infinite values or NaN. Are its weights whole?")
         return features
-
-
-def _set_head(assembled: Assembled, head: LinearHead) -> None:
-    with torch.no_grad():
-        assembled.model.classifier.weight.copy_(head.weight)
-        assembled.model.classifier.bias.copy_(head.bias)
 
 
 def _data_hash(data: LabelledData) -> str:

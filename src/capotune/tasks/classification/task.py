@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pydantic
 import torch
-from torch import nn
 from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
@@ -16,7 +15,7 @@ from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Targets
 from capotune.data.labelled import LabelledText, read_to_score
-from capotune.errors import DataError, SettingError
+from capotune.errors import DataError
 from capotune.events import Reporter, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base, Pooling
@@ -24,11 +23,12 @@ from capotune.models.load import load_backbone
 from capotune.models.stream import Progress
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
-from capotune.tasks.base import Scored, Task, TaskRun
+from capotune.tasks.base import Scored, TaskRun
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
 from capotune.tasks.classification.model import SequenceClassifier, readable_layers
 from capotune.tasks.classification.score import score_texts
+from capotune.tasks.linear_head import LinearHeadTask
 from capotune.tasks.room import text_length
 
 _SHOWN_LABELS = 20
@@ -72,7 +72,7 @@ class _Record(StoredRecord):
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(LinearHeadTask):
     """The task: its labels and lengths."""
 
     base: Base
@@ -85,16 +85,11 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "labelled text"
     gives: ClassVar[str] = "gives labels and writes no text"
-    command: ClassVar[str] = "predict"
-    default_model: ClassVar[str] = "minilm"
-    base_label: ClassVar[str] = "base (frozen, nearest class mean)"
     base_note: ClassVar[str] = (
         "Each test row gets the label whose training rows have the nearest mean, in the frozen base's features; "
         "nothing is trained."
     )
-    has_head: ClassVar[bool] = True
     peft_task_type: ClassVar[str] = "SEQ_CLS"
-    data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
     Record = _Record
     objective = RowCrossEntropy()
 
@@ -168,14 +163,6 @@ class Classification(Task):
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
         """Pooling leaves a soft prompt's positions out."""
         model.virtual_tokens = virtual_tokens
-
-    def expected_head(self, model: Any) -> int:
-        """(features + 1)·labels."""
-        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
-
-    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
-        """Weight (labels, features) and bias (labels,) of the linear head."""
-        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}
 
     # --------------------------------------------------------------------------------------------- to and from adapters
 
@@ -262,21 +249,3 @@ class Classification(Task):
     ) -> list[Section]:
         """The recommended technique's confusions and surest mistakes."""
         return page.sections(record["labels"], recommended, predictions[recommended])
-
-
-def label_tokens(
-    task: Task, labels: Sequence[str], method: TrainingSettings, sequences: Sequence[Sequence[int]]
-) -> list[int]:
-    """Tokens that a soft prompt starts from: those of the label names, of a text, or all that occur in the rows.
-
-    Raises ``SettingError`` for a text of which the tokenizer makes no token.
-    """
-    if method.starts_from is None:
-        return []
-    if method.starts_from == "vocabulary":
-        return sorted({token for sequence in sequences for token in sequence})
-    text = method.start_text or ", ".join(label.replace("_", " ") for label in labels)
-    tokens = task.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    if not tokens:
-        raise SettingError("the tokenizer makes no token of it.", setting="init_text", given=text, advice="Give words.")
-    return list(tokens)

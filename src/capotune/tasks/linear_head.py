@@ -1,0 +1,72 @@
+"""A linear head on a backbone's hidden states: what tasks that predict names have in common."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from capotune.tasks.base import Task
+
+
+class HeadedBackbone(nn.Module):
+    """A backbone without its own head, and ``classifier``, a linear layer on features of its hidden states.
+
+    The backbone stands under its family's usual name (``bert``, ``model``, …), so that adapter keys read as they would
+    in Transformers' own classes. No dropout stands before the head: it is solved or trained on the states as they are.
+
+    Args:
+        backbone: a ``PreTrainedModel`` that returns hidden states (batch, tokens, hidden).
+        num_labels: outputs of the head.
+        feature_layers: hidden states that the head reads, as indices into embedding output + every block's output; they
+            stand side by side: there are len(feature_layers)·hidden features.
+    """
+
+    def __init__(self, backbone: Any, num_labels: int, feature_layers: tuple[int, ...] = (-1,)) -> None:
+        super().__init__()
+        self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
+        setattr(self, self.backbone_name, backbone)
+        self.config = copy.copy(backbone.config)  # PEFT reads vocab_size and model_type from here
+        self.feature_layers = feature_layers
+        self.hidden_size: int = backbone.config.hidden_size
+        self.classifier = nn.Linear(self.hidden_size * len(feature_layers), num_labels)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The pretrained transformer."""
+        return self.get_submodule(self.backbone_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is; PEFT asks for it."""
+        return self.classifier.weight.device
+
+
+def spread_layers(num_blocks: int, most: int) -> tuple[int, ...]:
+    """Hidden states for a head that reads several: at most ``most``, evenly spread; the last is among them."""
+    count = min(num_blocks + 1, most)
+    if count <= 1:
+        return (-1,)
+    return tuple(round(number * num_blocks / (count - 1)) for number in range(count))
+
+
+class LinearHeadTask(Task):
+    """A task whose model is a ``HeadedBackbone``, and whose ``labels`` the head tells apart."""
+
+    labels: tuple[str, ...]
+
+    command: ClassVar[str] = "predict"
+    default_model: ClassVar[str] = "minilm"
+    base_label: ClassVar[str] = "base (frozen, nearest class mean)"
+    has_head: ClassVar[bool] = True
+    data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
+
+    def expected_head(self, model: Any) -> int:
+        """(features + 1)·labels."""
+        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
+
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
+        """Weight (labels, features) and bias (labels,) of the linear head."""
+        return {f"classifier.{name}": parameter for name, parameter in model.classifier.named_parameters()}

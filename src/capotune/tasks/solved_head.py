@@ -1,0 +1,111 @@
+"""A linear head is solved to convergence on what the start model computes; then the method trains on from it.
+
+A random head's gradients would distort what the base knows (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
+2202.10054). What the head labels, its *units*, are rows in one task and words in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.task_model import Score
+from capotune.engine.activation_cache import ActivationCache
+from capotune.engine.linear_head import LinearHead, choose_regularization, solve
+from capotune.engine.recorded import train_recorded, with_boundary
+from capotune.engine.state import TrainingState, start
+from capotune.evaluation.forward import Examples
+from capotune.events import Heartbeat, Reporter, Stage
+from capotune.tasks.base import Fitted
+
+_EASY_START = 30.0  # times the best λ: a head that knows the rows by heart leaves the method nothing to gain
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a head is solved on."""
+
+    features: torch.Tensor
+    """(units, features) fp32."""
+    targets: torch.Tensor
+    """(units,) int64."""
+    fit: torch.Tensor
+    """Positions of those that weights are fitted to."""
+    held: torch.Tensor
+    """Positions of those held out."""
+    labels: int
+    """How many labels there are."""
+
+
+@dataclass(frozen=True)
+class SolvedHead:
+    """The head that is now in the model."""
+
+    score: Score
+    """The objective's, on the held-out rows."""
+    regularization: float
+    """The λ that was best on them."""
+    unfinished: LinearHead | None
+    """A more regularised head, which leaves the method something to gain; None: the method trains no weights."""
+
+    def fitted(self, epochs: float = 1.0, best_epoch: int = 1, score: Score | None = None) -> Fitted:
+        """For the run's record; by default where nothing but the head was fitted."""
+        return Fitted(epochs, best_epoch, (score or self.score)[0], {"regularization": self.regularization})
+
+
+def solve_head(
+    assembled: Assembled, units: Units, held_score: Callable[[torch.Tensor], Score], report: Reporter
+) -> SolvedHead:
+    """Solve the model's ``classifier``: on all units when the method trains no weights, else on those to fit.
+
+    ``held_score``: the objective's score from the logits (units, labels) of the held-out units.
+    """
+    report(Stage(text="solving the head"))
+
+    def alive() -> None:
+        report(Heartbeat())
+
+    features, targets, fit, held, labels = units.features, units.targets, units.fit, units.held, units.labels
+    head, regularization = choose_regularization(
+        features[fit], targets[fit], features[held], targets[held], labels, on_iteration=alive
+    )
+    score = held_score(head.logits(features[held]))
+    if not assembled.method.parameters():
+        set_head(assembled, solve(features, targets, labels, regularization, near=head, on_iteration=alive))
+        return SolvedHead(score, regularization, None)
+    set_head(assembled, head)
+    unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization, on_iteration=alive)
+    return SolvedHead(score, regularization, unfinished)
+
+
+def train_from(
+    solved: SolvedHead,
+    out: Path,
+    assembled: Assembled,
+    rows: tuple[Examples, Examples],
+    *,
+    cache: ActivationCache,
+    state: TrainingState | None,
+    seed: int,
+    report: Reporter,
+) -> Fitted:
+    """Train head and method in steps on ``rows``, those to fit and those held out. The solved head is the best so far;
+    the other arguments are those of ``TaskRun.fit``."""
+    if state is None:
+        assert solved.unfinished is not None
+        state = start(assembled, solved.score, seed)
+        set_head(assembled, solved.unfinished)
+    fit, held = (with_boundary(part, assembled, cache, report) for part in rows)
+    state = train_recorded(out, assembled, fit, held, seed=seed, state=state, report=report)
+    return solved.fitted(float(state.epoch), state.best_epoch, state.best_score)
+
+
+def set_head(assembled: Assembled, head: LinearHead) -> None:
+    """Put the head into the model's ``classifier``."""
+    with torch.no_grad():
+        assembled.model.classifier.weight.copy_(head.weight)
+        assembled.model.classifier.bias.copy_(head.bias)
