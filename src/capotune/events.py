@@ -7,7 +7,7 @@ the worker process of ``compare`` sends them as JSON (``to_json``) and its paren
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,10 +57,13 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class DataInspected(Event):
-    """The data was read and checked; ``report`` is the task's data report as plain JSON."""
+    """The data was read and checked."""
 
     task: str = ""
     report: dict[str, Any] | None = None
+    """The task's data report as plain JSON."""
+    facts: Sequence[tuple[str, str, bool]] = ()
+    """The report in words: name, text, and whether it deserves a look."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def command_of(task: str) -> str:
 
 
 def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
-    """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
+    """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, ``report``, and
+    ``in_words``, the report as lines for people.
 
     ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
     """
@@ -90,7 +91,7 @@ def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
 
     def listen(event: Event) -> None:
         if isinstance(event, DataInspected):
-            found.update(task=event.task, report=event.report)
+            found.update(task=event.task, report=event.report, in_words=list(event.facts))
 
     prepared = prepare(build(TrainSettings, sources(data, shared)), method, listen)
     return {"model": prepared.settings.model, "title": prepared.task_run.task.title, **found}

@@ -18,37 +18,18 @@ Fact = tuple[str, str, bool]
 """Name, value, and whether it deserves a look."""
 
 SHOWN_LABELS: Final = 5  # biggest, and as many smallest
-IMBALANCE_WORTH_A_WORD: Final = 10.0
 BAR: Final = 30  # columns of the longest bar
 
-_LABEL_CHECKS: Final = (
-    ("Cut", "train_truncated", "in train: longer than {limit}, the end is lost"),
-    ("Cut", "test_truncated", "in test: longer than {limit}, the end is lost"),
-    ("Empty", "train_empty", "in train: no text"),
-    ("Empty", "test_empty", "in test: no text"),
-    ("Twice", "duplicates", "in train: the repeat of an earlier row"),
-    ("Conflict", "conflicts", "in train: the same text stands under another label too"),
-    ("Leak", "leaked", "in test: the text is in train too, so the score will be too good"),
-)
-_SAMPLE_CHECKS: Final = (
-    ("Lost", "train_without_loss", "in train: nothing to train on stands within {limit}; left out"),
-    ("Lost", "test_without_loss", "in test: nothing to score stands within {limit}; left out"),
-    ("Cut", "train_answers_cut", "in train: longer than {limit}, the end of what is trained on is lost"),
-    ("Cut", "test_answers_cut", "in test: longer than {limit}, the end of what is scored is lost"),
-    ("End", "train_ends_cut", "in train: only the token that ends the text is beyond {limit}"),
-    ("Open", "unanswered", "in train: not answered at the end; what follows the last answer is not trained on"),
-    ("Twice", "duplicates", "in train: the repeat of an earlier row"),
-    ("Leak", "leaked", "in test: the question is in train too, so the score will be too good"),
-)
-"""Name of a fact, the report's field that holds the rows, and what is true of them."""
 
-
-def draw(report: Report) -> RenderableType:
-    """The report, to be given to a rich ``Console``."""
-    if "labels" in report:
-        return Group(_table(_label_facts(report)), "", _label_table(report["labels"]))
-    histogram: list[RenderableType] = ["", _histogram(report)] if len(report["bins"]) > 1 else []
-    return Group(_table(_sample_facts(report)), *histogram, "", *_sample_rows(report))
+def draw(report: Report, facts: Iterable[Fact]) -> RenderableType:
+    """The report, to be given to a rich ``Console``: its ``facts``, counts of names, lengths, and some rows."""
+    parts: list[RenderableType] = [_table(facts)]
+    for name, values in report.items():
+        if isinstance(values, list) and values and set(values[0]) == {"name", "train", "test"}:
+            parts += ["", _counts(name, values)]
+    if len(report.get("bins", [])) > 1:
+        parts += ["", _histogram(report)]
+    return Group(*parts, *(["", *_sample_rows(report)] if "samples" in report else []))
 
 
 def _table(facts: Iterable[Fact]) -> Table:
@@ -60,74 +41,12 @@ def _table(facts: Iterable[Fact]) -> Table:
     return table
 
 
-def _label_facts(report: Report) -> Iterable[Fact]:
-    columns = f"text in {report['text_column']!r}, label in {report['label_column']!r}"
-    yield "Data", f"{report['source']}, {columns}", False
-    rows = f"{report['train_rows']:,} to train, {report['test_rows']:,} to test ({report['test_from']})"
-    yield "Rows", rows, False
-    yield _tokens(report)
-    labels = report["labels"]
-    rarest = min(label["train"] for label in labels if label["train"])
-    balance = f"{len(labels):,}, with {rarest:,} to {labels[0]['train']:,} training rows each"
-    yield "Labels", balance, report["imbalance"] >= IMBALANCE_WORTH_A_WORD
-    found = list(_found(report, _LABEL_CHECKS))
-    found += [
-        ("Labels", f"{' and '.join(map(repr, group))} count as different labels", True)
-        for group in report["similar_labels"]
-    ]
-    nothing = "no text is cut, empty, repeated, labelled twice, or in both train and test"
-    yield from found or [("Checked", nothing, False)]
+# Names and how often they occur
 
 
-def _sample_facts(report: Report) -> Iterable[Fact]:
-    yield "Data", f"{report['source']}, read as {report['described']}", False
-    test, test_from = report["test_rows"], report["test_from"]
-    tested = f", {test:,} to test ({test_from})" if test else f"; test: {test_from}"
-    yield "Rows", f"{report['train_rows']:,} to train{tested}", False
-    if report["template_from"] is not None:
-        yield "Chat", f"written out with {report['template_from']}", False
-    share = f"{report['loss_tokens']:,} of {report['sequence_tokens']:,} tokens ({report['loss_share']:.0%})"
-    yield "In the loss", f"{share}, {report['loss_part']}", not report["loss_tokens"]
-    yield _tokens(report)
-    if report["train_sequences"] > report["train_rows"]:
-        limit = f"{report['max_length']:,} tokens"
-        yield "Windows", f"{report['train_sequences']:,}, as texts longer than {limit} are read piece by piece", False
-    nothing = "no row is cut, repeated, without an answer, or in both train and test"
-    yield from list(_found(report, _SAMPLE_CHECKS)) or [("Checked", nothing, False)]
-
-
-def _tokens(report: Report) -> Fact:
-    return "Tokens", f"{_lengths(report['train_tokens'])}; the model reads {report['max_length']:,}", False
-
-
-def _lengths(lengths: Mapping[str, int]) -> str:
-    """How lengths spread, in a sentence."""
-    low, median, p95, high = (lengths[name] for name in ("min", "median", "p95", "max"))
-    return f"{high:,} a text" if low == high else (
-        f"{low:,} to {high:,} a text, half at most {median:,}, 95 % at most {p95:,}"
-    )  # fmt: skip
-
-
-def _found(report: Report, checks: Sequence[tuple[str, str, str]]) -> Iterable[Fact]:
-    """The checks that found rows."""
-    limit = f"{report['max_length']:,} tokens"
-    for name, field, what in checks:
-        lines = report[field]
-        if lines["count"]:
-            yield name, f"{lines['count']:,} {what.format(limit=limit)} ({_first_lines(lines)})", True
-
-
-def _first_lines(lines: Mapping[str, Any]) -> str:
-    noun = lines["unit"] if lines["count"] == 1 else f"{lines['unit']}s"
-    return f"{noun} {', '.join(map(str, lines['first']))}{', …' if lines['count'] > len(lines['first']) else ''}"
-
-
-# Labels
-
-
-def _label_table(labels: Sequence[Mapping[str, Any]]) -> Table:
+def _counts(what: str, labels: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("Label", overflow="ellipsis", no_wrap=True, max_width=50)
+    table.add_column(what.removesuffix("s").capitalize(), overflow="ellipsis", no_wrap=True, max_width=50)
     table.add_column("Train", justify="right")
     table.add_column("Test", justify="right")
     hidden = len(labels) - 2 * SHOWN_LABELS

@@ -76,7 +76,7 @@ class _Watcher:
 
     def show_data(self, event: DataInspected) -> None:
         if not self.shown_data:
-            self.console.print(data_report.draw(event.report or {}))
+            self.console.print(data_report.draw(event.report or {}, event.facts))
             self.console.print()
         self.shown_data = True
 
@@ -173,7 +173,7 @@ def _score(metric: str, value: float) -> str:
 def show_data(found: dict[str, Any]) -> None:
     """A data report, and whose tokens it counts."""
     console = Console(markup=False)
-    console.print(data_report.draw(found["report"]))
+    console.print(data_report.draw(found["report"], found["in_words"]))
     text = f"\nRead as {found['title']}; tokens are those of {found['model']}."
     console.print(text, highlight=False, soft_wrap=True)
 

@@ -8,12 +8,25 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from capotune.data.inspect.facts import Fact, rows_found, tokens_fact
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import normalised
 
-__all__ = ["LabelCount", "LabelReport", "inspect_data"]
+__all__ = ["LabelCount", "LabelReport", "inspect_data", "label_facts"]
+
+_IMBALANCE_WORTH_A_WORD: Final = 10.0
+_CHECKS: Final = (
+    ("Cut", "train_truncated", "in train: longer than {limit}, the end is lost"),
+    ("Cut", "test_truncated", "in test: longer than {limit}, the end is lost"),
+    ("Empty", "train_empty", "in train: no text"),
+    ("Empty", "test_empty", "in test: no text"),
+    ("Twice", "duplicates", "in train: the repeat of an earlier row"),
+    ("Conflict", "conflicts", "in train: the same text stands under another label too"),
+    ("Leak", "leaked", "in test: the text is in train too, so the score will be too good"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,3 +147,21 @@ def _similar(names: Sequence[str]) -> list[list[str]]:
     for name in names:
         groups[normalised(name)].append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def label_facts(report: LabelReport) -> Iterable[Fact]:
+    """The report in words."""
+    yield "Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}", False
+    rows = f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})"
+    yield "Rows", rows, False
+    yield tokens_fact(report.train_tokens, report.max_length)
+    rarest = min(label.train for label in report.labels if label.train)
+    balance = f"{len(report.labels):,}, with {rarest:,} to {report.labels[0].train:,} training rows each"
+    yield "Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD
+    alike = [
+        ("Labels", f"{' and '.join(map(repr, group))} count as different labels", True)
+        for group in report.similar_labels
+    ]
+    found = rows_found(report, _CHECKS, "no text is cut, empty, repeated, labelled twice, or in both train and test")
+    yield from (fact for fact in found if fact[2] or not alike)
+    yield from alike

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from capotune.data.inspect.facts import Fact, rows_found, tokens_fact
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
 from capotune.data.split import normalised
@@ -21,7 +22,18 @@ from capotune.data.split import normalised
 if TYPE_CHECKING:
     from capotune.data.batches import Encoded
 
-__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "inspect_samples"]
+__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "inspect_samples", "sample_facts"]
+
+_CHECKS: Final = (
+    ("Lost", "train_without_loss", "in train: nothing to train on stands within {limit}; left out"),
+    ("Lost", "test_without_loss", "in test: nothing to score stands within {limit}; left out"),
+    ("Cut", "train_answers_cut", "in train: longer than {limit}, the end of what is trained on is lost"),
+    ("Cut", "test_answers_cut", "in test: longer than {limit}, the end of what is scored is lost"),
+    ("End", "train_ends_cut", "in train: only the token that ends the text is beyond {limit}"),
+    ("Open", "unanswered", "in train: not answered at the end; what follows the last answer is not trained on"),
+    ("Twice", "duplicates", "in train: the repeat of an earlier row"),
+    ("Leak", "leaked", "in test: the question is in train too, so the score will be too good"),
+)
 
 BINS: Final = 10
 SHOWN_SPANS: Final = 9  # of one sample row; of a long conversation the first and the last turns
@@ -168,6 +180,24 @@ def inspect_samples(
         bins=_bins(train_tokens),
         samples=_sample_rows(data.train, train, tokens_of),
     )
+
+
+def sample_facts(report: GenerationReport) -> Iterable[Fact]:
+    """The report in words."""
+    yield "Data", f"{report.source}, read as {report.described}", False
+    tested = (
+        f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
+    )
+    yield "Rows", f"{report.train_rows:,} to train{tested}", False
+    if report.template_from is not None:
+        yield "Chat", f"written out with {report.template_from}", False
+    share = f"{report.loss_tokens:,} of {report.sequence_tokens:,} tokens ({report.loss_share:.0%})"
+    yield "In the loss", f"{share}, {report.loss_part}", not report.loss_tokens
+    yield tokens_fact(report.train_tokens, report.max_length)
+    if report.train_sequences > report.train_rows:
+        limit = f"{report.max_length:,} tokens"
+        yield "Windows", f"{report.train_sequences:,}, as texts longer than {limit} are read piece by piece", False
+    yield from rows_found(report, _CHECKS, "no row is cut, repeated, without an answer, or in both train and test")
 
 
 def _token_counts(rows: Sequence[Sequence[Encoded]]) -> list[int]:
