@@ -14,7 +14,11 @@ from capotune.tasks.base import Task
 
 __all__ = ["Task", "extra_modules", "get", "names", "recognise", "register"]
 
-_BUILT_IN = {"classification": "classification", "generation": "generation"}
+_BUILT_IN = {
+    "classification": "classification",
+    "generation": "generation",
+    "token-classification": "token_classification",
+}
 """Folder of each, by name, in the order in which they are asked to recognise data, the last first."""
 _registered: dict[str, type[Task]] = {}
 

@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from capotune.data.inspect.facts import Check, Fact, rows_found, tokens_fact
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
 from capotune.tasks.token_classification.data import TaggedData, TaggedRows, sentence_groups
+
+_CHECKS: Final[tuple[Check, ...]] = (
+    ("Cut", "train_cut", "in train: longer than {limit}, the last words are not read"),
+    ("Cut", "test_cut", "in test: longer than {limit}, the last words are not read and count as O"),
+    ("Unread", "without_token", "in train: a word of which no token comes"),
+    ("Twice", "duplicates", "in train: the repeat of an earlier row"),
+    ("Conflict", "conflicts", "in train: the same sentence stands with other tags too"),
+    ("Leak", "leaked", "in test: the sentence is in train too, so the score will be too good"),
+)
 
 
 @dataclass(frozen=True)
@@ -111,3 +122,16 @@ def _conflicts(rows: TaggedRows, groups: Sequence[tuple[str, ...]]) -> Iterable[
     for group, tags in zip(groups, rows.tags, strict=True):
         tags_of.setdefault(group, set()).add(tuple(tags))
     return (len(tags_of[group]) > 1 for group in groups)
+
+
+def tag_facts(report: TagReport) -> Iterable[Fact]:
+    """The report in words."""
+    yield "Data", f"{report.source}, {report.described}", False
+    tested = (
+        f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
+    )
+    yield "Sentences", f"{report.train_rows:,} to train{tested}", False
+    entities = sum(one.train for one in report.types)
+    yield "Words", f"{report.train_words:,} in train, {entities:,} entities of {len(report.types):,} types", False
+    yield tokens_fact(report.train_tokens, report.max_length)
+    yield from rows_found(report, _CHECKS, "no sentence is cut, repeated, tagged twice, or in both train and test")
