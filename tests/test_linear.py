@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from capotune.engine import loop
 from capotune.errors import SettingError
+from capotune.evaluation import forward
 from capotune.kernels import linear, native_block, policy, prepacked
 from capotune.kernels import native as native_module
 from capotune.kernels.execution import reduced_precision
@@ -936,7 +936,7 @@ def test_training_in_reduced_precision_matches_fp32(
 ) -> None:
     """Nearly the same losses step by step; what is scored before, between and after has all bits."""
     scored: list[int] = []
-    outputs = loop.outputs
+    outputs = forward.outputs
 
     def note(*given: Any) -> Tensor:
         before = len(called)
@@ -944,7 +944,7 @@ def test_training_in_reduced_precision_matches_fp32(
         scored.append(len(called) - before)
         return found
 
-    monkeypatch.setattr(loop, "outputs", note)
+    monkeypatch.setattr(forward, "outputs", note)
     runs = []
     for unit in (True, False):
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A whole BERT block by two programs of kernel calls: against the reference (in a model: test_linear.py)."""
+"""A whole block by two programs of kernel calls: against the reference (in a model: test_linear.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from capotune.errors import SettingError
 from capotune.kernels import execution, linear, policy, prepacked
 from capotune.kernels.attention import Sequences
-from capotune.kernels.blocks import BERT, Add, Block, Call, Norm, reference
+from capotune.kernels.blocks import BERT, LLAMA, Block, Call, Norm, reference
 from capotune.kernels.execution import Execution, reduced_precision
 from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.memory import Memory
@@ -88,6 +88,32 @@ class Made:
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad[: len(y)])]
 
 
+class MadeLlama(Made):
+    """The same in Llama's form; each key head has ``shared`` query heads."""
+
+    def __init__(
+        self, lengths: Sequence[int], key_heads: int, shared: int, size: int, inner: int, ranks: Sequence[int]
+    ) -> None:
+        self.random, self.sequences = torch.Generator().manual_seed(0), Sequences(tuple(lengths))
+        hidden, keys, tokens = key_heads * shared * size, key_heads * size, sum(lengths)
+        shapes = {
+            "q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden),
+            "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+        }  # fmt: skip
+        layers = {name: self.layer(*shapes[name], rank) for name, rank in zip(shapes, ranks, strict=True)}
+        norms = {name: Norm(1 + 0.1 * self.normal(hidden), None, 1e-5) for name in ("norm1", "norm2")}
+        self.block = Block(LLAMA, layers, norms, head_size=size, scale=size**-0.5, causal=True)
+        self.native = NativeBlock(self.block, Memory())
+        self.x, self.grad, angles = self.normal(tokens, hidden), self.normal(tokens, hidden), self.normal(tokens, size)
+        self.rotation = angles.cos(), angles.sin()
+        self.trained = [
+            one for layer in layers.values() for one in (layer.lora_a, layer.lora_b) if one is not None
+        ]  # fmt: skip
+
+    def call(self, *rates: float, rows: Tensor | None = None) -> Call:
+        return replace(super().call(*rates, rows=rows), rotation=self.rotation)
+
+
 def unaligned(x: Tensor) -> Tensor:
     """The same where the optimizer's one tensor for all weights may have it: at any number."""
     return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
@@ -153,6 +179,42 @@ def test_subset_of_rows_matches_reference(
     with torch.no_grad():
         torch.manual_seed(1)
         assert torch.equal(made.native(made.x, call), found[0])
+
+
+@given(
+    lengths=st.lists(st.integers(5, 40), min_size=1, max_size=4),
+    key_heads=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    size=st.sampled_from([8, 16, 24]),
+    inner=st.integers(17, 130),
+    ranks=st.lists(st.integers(0, 9), min_size=7, max_size=7),
+    needs_input=st.booleans(),
+    subset=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_native_llama_block_matches_reference(
+    lengths: list[int], key_heads: int, shared: int, size: int, inner: int, ranks: list[int], needs_input: bool,
+    subset: bool, kernels: str,
+) -> None:  # fmt: skip
+    made = MadeLlama(lengths, key_heads, shared, size, inner, ranks)
+    if not needs_input and not made.trained:
+        return
+    rows = torch.randperm(len(made.x), generator=made.random)[: len(made.x) // 2 + 1] if subset else None
+    assert made.native.takes(made.x, made.call(rows=rows))
+    grad = made.grad.clone()
+    expected = made.all_of(lambda x: reference(made.block, x, made.call(rows=rows)), needs_input=needs_input)
+    found = made.all_of(lambda x: made.native(x, made.call(rows=rows)), needs_input=needs_input)
+    assert_near(found, expected, 1e-2 if kernels == "AMX" else 1e-4)
+    assert torch.equal(made.grad, grad)  # it is the caller's
+
+
+def test_rotation_that_does_not_fit_is_refused() -> None:
+    made = MadeLlama([17, 33], 2, 2, 16, 70, [2] * 7)
+    cos, sin = made.rotation
+    with pytest.raises(SettingError, match="cos and sin has shape"):
+        made.native(made.x, replace(made.call(), rotation=(cos[:49], sin)))
+    assert not made.native.takes(made.x, replace(made.call(), rotation=(cos.double(), sin)))
+    assert not made.native.takes(made.x, replace(made.call(), rotation=None))
 
 
 def test_rows_out_of_range_are_refused() -> None:
@@ -222,7 +284,6 @@ def test_native_block_takes_only_what_compiles(monkeypatch: pytest.MonkeyPatch) 
         ({"layers": {**plain.layers, "o": replace(layer, bias=torch.zeros(32).requires_grad_())}}, False),
         ({"norms": {**plain.norms, "norm1": norm._replace(weight=torch.ones(32).requires_grad_())}}, False),
         ({"window": 8}, False),
-        ({"ops": (*plain.ops, Add("y", "x", "z"))}, False),  # nothing is known of it
     ):
         native = NativeBlock(replace(plain, **changed), Memory())
         assert native.takes(made.x, made.call()) == takes

@@ -223,6 +223,15 @@ FIELD(float *, target)
 END(scatter_rows)
 KERNEL(scatter_rows, scatter_rows)
 
+/* y = x + z, element by element; y may be either */
+STRUCT(add_values)
+FIELD(int64_t, columns)
+FIELD(const float *, x)
+FIELD(const float *, z)
+FIELD(float *, y)
+END(add_values)
+KERNEL(add_values, add_values)
+
 /* y = x * factors, element by element; y may be x */
 STRUCT(multiply_by)
 FIELD(int64_t, columns)

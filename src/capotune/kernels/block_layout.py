@@ -7,7 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from capotune.kernels.blocks import AddNorm, Attention, Block, Dropout, Gelu, Linear, Op, Subset, inputs
+from capotune.kernels.blocks import (
+    AddNorm,
+    Attention,
+    Block,
+    Dropout,
+    Gelu,
+    Linear,
+    Op,
+    RmsNorm,
+    Subset,
+    SwiGLU,
+    inputs,
+)
 from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.program import Affine, symbol
 
@@ -129,15 +141,16 @@ class Saved:
         }
         self.a = {op: self._place_of_a(block, op) for op in linears}
         self.xa = {op: space.matrix(ranks(block, op)) for op in linears}
-        recomputed = {op.y for op in ops if isinstance(op, Gelu)}
+        recomputed = {op.y for op in ops if isinstance(op, Gelu | SwiGLU | RmsNorm)}
         names = [op.x for op in linears if ranks(block, op) and op.x not in recomputed]
-        names += [name for op in ops if isinstance(op, Attention | Gelu) for name in inputs(op)]
+        names += [name for op in ops if isinstance(op, Attention | Gelu | SwiGLU | RmsNorm) for name in inputs(op)]
         self.values = {name: space.matrix(widths[name]) for name in dict.fromkeys(names) if name != "x"}
         self.norms = {
             op.norm: NormSaved(space.matrix(widths[op.x]), space.matrix(1), space.matrix(1))
             for op in ops
             if isinstance(op, AddNorm)
         }
+        self.roots = {op.norm: space.matrix(1) for op in ops if isinstance(op, RmsNorm)}
 
     def _place_of_a(self, block: Block, op: Linear) -> Affine:
         """Of those one below the other; one alone stays where it is."""

@@ -32,16 +32,29 @@ from capotune.kernels.block_layout import (
     shape,
     value_widths,
 )
-from capotune.kernels.blocks import AddNorm, Attention, Block, Dropout, Gelu, Linear, Op, Subset, inputs, outputs
+from capotune.kernels.blocks import (
+    Add,
+    AddNorm,
+    Attention,
+    Block,
+    Dropout,
+    Gelu,
+    Linear,
+    Op,
+    RmsNorm,
+    Rotary,
+    Subset,
+    SwiGLU,
+    inputs,
+    outputs,
+)
 from capotune.kernels.lora_linear import LinearLayer
 from capotune.kernels.native import address, library
 from capotune.kernels.prepacked import prepack, prepacked_amx_kernels, strip_bytes
 from capotune.kernels.program import Affine, Program, kernel_address, symbol
 
-__all__ = ["OPS", "SUBSET", "BackwardWriter", "ForwardWriter", "Prepacked", "Writer"]
+__all__ = ["SUBSET", "BackwardWriter", "ForwardWriter", "Prepacked", "Writer"]
 
-OPS = (Linear, Attention, Subset, Dropout, AddNorm, Gelu)
-"""The ops that can be compiled."""
 SUBSET = symbol("rows of the subset")
 _LANES = 8  # columns that products_cpu.c takes together
 
@@ -171,6 +184,31 @@ class Writer:
             out=out, grad=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, longest=symbol("longest"),
         )  # fmt: skip
 
+    def add(self, x: Matrix, z: Matrix, y: Matrix) -> None:
+        """x + z."""
+        self.program.call(
+            self.products.add_values, self.rows, self.rows * x.columns,
+            columns=x.columns, x=x.address, z=z.address, y=y.address,
+        )  # fmt: skip
+
+    def rms_norm(self, op: RmsNorm, y: Matrix) -> None:
+        """Of its x."""
+        x, norm = self.values[op.x], self.block.norms[op.norm]
+        self.program.call(
+            self.elementwise.rms_norm, self.rows, self.rows * x.columns,
+            dtype=0, x=x.address, weight=address(norm.weight), columns=x.columns, eps=norm.eps, y=y.address,
+            roots=self.saved.roots[op.norm].address,
+        )  # fmt: skip
+
+    def rotate(self, x: Matrix, y: Matrix, *, transposed: bool) -> None:
+        """Rotary embedding, or backward."""
+        self.program.call(
+            self.elementwise.rotary, self.rows, self.rows * x.columns,
+            dtype=0, heads=x.columns // self.block.head_size, half=self.block.head_size // 2, x=x.address,
+            cos=symbol("cos"), sin=symbol("sin"), y=y.address, x_stride=x.stride, y_stride=y.stride,
+            transposed=transposed,
+        )  # fmt: skip
+
     def by_layer(self, op: Linear, xa: Matrix) -> list[Matrix]:
         """The columns of each of its layers, none where it has no LoRA delta."""
         found, start = [], 0
@@ -241,6 +279,19 @@ class ForwardWriter(Writer):
                 self._add_norm(op)
             case Gelu():
                 self._gelu(op)
+            case RmsNorm():
+                self.rms_norm(op, self._place(op.y))
+            case Rotary():
+                self.rotate(self.values[op.x], self._place(op.y), transposed=False)
+            case SwiGLU():
+                gate, up, y = self.values[op.gate], self.values[op.up], self._place(op.y)
+                self.program.call(
+                    self.elementwise.swiglu, self.rows, self.rows * y.columns,
+                    dtype=0, columns=y.columns, gate=gate.address, up=up.address, y=y.address,
+                    gate_stride=gate.stride, up_stride=up.stride, y_stride=y.stride,
+                )  # fmt: skip
+            case Add():
+                self.add(self.values[op.x], self.values[op.residual], self._place(op.y))
 
     def _linear(self, op: Linear) -> None:
         x, xa, activation = self.values[op.x], self.saved.xa[op], self._activations.get(op.x)
@@ -283,13 +334,13 @@ class BackwardWriter(Writer):
         self._gradients = {"y": given("grad", self.widths["y"])}
         self._waiting: dict[str, tuple[Linear, Matrix]] = {}
         """Linear layers whose input is still to be recomputed, by its name, for the gradient of A."""
+        self._of_input = {"x"} | {op.y for op in self.ops if isinstance(op, RmsNorm) and op.x == "x"}
+        """Values whose gradients nothing needs unless x does."""
         self.rows = SUBSET if variant.subset else TOKENS
         for op in reversed(self.ops):
             self._write(op)
             for name in outputs(op):
-                matrix = self._gradients.pop(name)
-                if matrix not in self._gradients.values():
-                    self.workspace.give_back(matrix)
+                self._release(name)
 
     def _reserve(self) -> None:
         """``starts``: where the gradients of A and B of each adapted layer begin in ``grads``."""
@@ -305,6 +356,11 @@ class BackwardWriter(Writer):
                     self.grads.elements(b.numel())
         b_sizes = (one.lora_b.numel() for one in self.block.layers.values() if one.lora_b is not None)
         self._transposed = self.workspace.elements(max(b_sizes, default=0))
+
+    def _release(self, name: str) -> None:
+        matrix = self._gradients.pop(name, None)
+        if matrix is not None and matrix not in self._gradients.values():
+            self.workspace.give_back(matrix)
 
     def _gradient_of(self, name: str) -> tuple[Matrix, bool]:
         """Where the value's gradient is to be written, and whether to add it to what is there."""
@@ -334,10 +390,20 @@ class BackwardWriter(Writer):
                 self._add_norm(op)
             case Gelu():
                 self._gelu(op)
+            case RmsNorm():
+                self._rms_norm(op)
+            case Rotary():
+                grad = self._gradients[op.x] = self._gradients[op.y]  # which nothing else reads
+                self.rotate(grad, grad, transposed=True)
+            case SwiGLU():
+                self._swiglu(op)
+            case Add():
+                assert op.x not in self._gradients
+                self._gradients[op.x] = self._gradients[op.residual] = self._gradients[op.y]
 
     def _linear(self, op: Linear) -> None:
         xa, grad_xa, done = self.saved.xa[op], self.workspace.matrix(ranks(self.block, op)), 0
-        needed = op.x != "x" or self.variant.input_gradient
+        needed = self.variant.input_gradient or op.x not in self._of_input
         parts = zip(op.layers, self.by_layer(op, xa), self.by_layer(op, grad_xa), strict=True)
         for name, own, own_grad in parts:
             layer, grad = self.block.layers[name], self._gradients[name]
@@ -388,3 +454,41 @@ class BackwardWriter(Writer):
         if waiting is not None:
             self.values[op.y] = x
             self._a_gradient(*waiting)
+
+    def _swiglu(self, op: SwiGLU) -> None:
+        """The gradients of gate and up come in their places, y in that of its gradient."""
+        grad, gate, up = self._gradients[op.y], self.values[op.gate], self.values[op.up]
+        self._gradients[op.gate], self._gradients[op.up] = gate, up
+        self.program.call(
+            self.elementwise.swiglu_backward, self.rows, self.rows * grad.columns,
+            dtype=0, columns=grad.columns, grad=grad.address, gate=gate.address, up=up.address,
+            grad_gate=gate.address, grad_up=up.address, y=grad.address, grad_stride=grad.stride,
+            gate_stride=gate.stride, up_stride=up.stride, grad_gate_stride=gate.stride, grad_up_stride=up.stride,
+            y_stride=grad.stride,
+        )  # fmt: skip
+        if op.y in self._waiting:
+            self.values[op.y] = grad
+            self._a_gradient(*self._waiting.pop(op.y))
+
+    def _rms_norm(self, op: RmsNorm) -> None:
+        """Adds to the gradient of x that the residual's path gave, in a matrix of its own: others may read that."""
+        if op.y in self._waiting:
+            y = self.values[op.y] = self.workspace.borrow(self.widths[op.y])
+            self.rms_norm(op, y)
+            self._a_gradient(*self._waiting.pop(op.y))
+            self.workspace.give_back(y)
+        if op.y not in self._gradients:
+            return
+        x, before = self.values[op.x], self._gradients[op.x]
+        grad, grad_x = self._gradients[op.y], self.workspace.borrow(x.columns)
+        self.program.call(
+            self.elementwise.rms_norm_backward, self.rows, self.rows * x.columns,
+            dtype=0, grad=grad.address, x=x.address, weight=address(self.block.norms[op.norm].weight),
+            roots=self.saved.roots[op.norm].address, columns=x.columns, grad_x=grad_x.address,
+        )  # fmt: skip
+        total = given("grad_x", x.columns) if op.x == "x" else grad_x
+        self.add(grad_x, before, total)
+        if total is not grad_x:
+            self.workspace.give_back(grad_x)
+        self._release(op.x)
+        self._gradients[op.x] = total

@@ -1,4 +1,4 @@
-"""A block as one C call forward and one backward, where its ops can be compiled (``block_program.py``).
+"""A block as one C call forward and one backward, by the programs that ``block_program.py`` compiles.
 
 It computes what ``composed_block.py`` does, but for the order of sums of gradients. Where steps are short, calling a
 function for each part takes as long as the parts' work.
@@ -17,8 +17,8 @@ import torch
 from capotune.errors import SettingError
 from capotune.kernels import policy
 from capotune.kernels.block_layout import Variant, aligned_tokens, ranks, shape
-from capotune.kernels.block_program import OPS, BackwardWriter, ForwardWriter, Prepacked, Writer
-from capotune.kernels.blocks import Block, Call, Dropout, Linear
+from capotune.kernels.block_program import BackwardWriter, ForwardWriter, Prepacked, Writer
+from capotune.kernels.blocks import Block, Call, Dropout, Linear, Rotary
 from capotune.kernels.memory import Memory
 from capotune.kernels.native import address, check_shape, library
 from capotune.kernels.native_ops import MOST_RANKS
@@ -44,7 +44,9 @@ class NativeBlock:
         """Whether it is for such input (tokens, hidden), here and now."""
         short = max(call.sequences.lengths, default=0) <= policy.SHORT_ATTENTION_LENGTH
         rows = call.rows is None or len(call.rows) > 0
-        fits = self._compiles and rows and short and x.dtype == torch.float32 and x.is_contiguous()
+        fp32 = all(one.dtype == torch.float32 for one in (x, *(call.rotation or ())))
+        complete = call.rotation is not None or not any(isinstance(op, Rotary) for op in self.block.ops)
+        fits = self._compiles and rows and short and fp32 and complete and x.is_contiguous()
         return fits and fits_prepacked(x) and library("products_cpu") is not None
 
     def __call__(self, x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -56,6 +58,8 @@ class NativeBlock:
         check_shape("x", x, (sum(call.sequences.lengths), _hidden(self.block)))
         if call.rows is not None:
             _check_rows(call.rows, len(x))
+        for angles in call.rotation or ():
+            check_shape("cos and sin", angles, (len(x), self.block.head_size))
         computed = x if call.rows is None else x[: len(call.rows)]
         rates = call.dropout or (0.0,) * sum(isinstance(op, Dropout) for op in self.block.ops)
         factors = [_dropout_factors(computed, rate) for rate in rates]
@@ -120,6 +124,8 @@ class NativeBlock:
             "starts": address(call.sequences.starts), "workspace": address(workspace),
         }  # fmt: skip
         values |= {f"factors {number}": address(one) for number, one in enumerate(factors)}
+        rotation = [] if call.rotation is None else [one.contiguous() for one in call.rotation]
+        values |= dict(zip(("cos", "sin"), map(address, rotation), strict=False))
         for name in self.adapted:
             a, b = _lora(self.block, name)
             values[f"a of {name}"], values[f"b of {name}"] = address(a), address(b)
@@ -161,8 +167,7 @@ def _compiles(block: Block) -> bool:
     others = [one for layer in block.layers.values() for one in (layer.bias, layer.lora_a, layer.lora_b)]
     tensors = [one for one in (*weights, *vectors, *others) if one is not None]
     return (
-        all(isinstance(op, OPS) for op in block.ops)
-        and all(layer.is_frozen for layer in block.layers.values())
+        all(layer.is_frozen for layer in block.layers.values())
         and all(norm.is_frozen for norm in block.norms.values())
         and all(one.is_cpu and one.is_contiguous() and one.dtype == torch.float32 for one in tensors)
         and max(max(shape(layer)) for layer in block.layers.values()) <= MOST_TERMS

@@ -259,6 +259,11 @@ void scatter_rows(const void *arguments, int64_t first, int64_t last) {
     }
 }
 
+void add_values(const void *arguments, int64_t first, int64_t last) {
+    const struct add_values a = *(const struct add_values *)arguments;
+    for (int64_t i = first * a.columns; i < last * a.columns; i++) a.y[i] = a.x[i] + a.z[i];
+}
+
 void multiply_by(const void *arguments, int64_t first, int64_t last) {
     const struct multiply_by a = *(const struct multiply_by *)arguments;
     for (int64_t i = first * a.columns; i < last * a.columns; i++) a.y[i] = a.x[i] * a.factors[i];
