@@ -48,7 +48,7 @@ def chat(rest: list[str]) -> int:
     generator = api.load_generator(settings.adapter, model=settings.model)
     if not generator.has_chat_template:
         raise SettingError(
-            f"{settings.adapter}: the model has no chat template; it goes on with text and was not made to chat. Let "
+            f"{settings.adapter}: the model has no chat template; it continues text and was not made to chat. Let "
             f"it go on with `capo generate {settings.adapter}`, or train an adapter on conversations first."
         )
     session = Session(generator, settings.adapter, decoding_of(settings))

@@ -110,7 +110,7 @@ class Demo(Settings):
     """Compare the techniques on data that comes with the package, and show the page."""
 
     task: tyro.conf.Positional[Literal["generation"]]
-    """What is learned: generation writes Python expressions for descriptions."""
+    """What is predicted: generation writes Python expressions for descriptions."""
     out: Path = Path("capo-demo")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
     epochs: Annotated[int, Field(ge=1)] | None = None

@@ -15,7 +15,7 @@ after the bound ½(I − 11ᵀ/labels) ⊗ Cov(x) + 2λ·I of D. Böhning, "Mult
 the Institute of Statistical Mathematics 44 (1992): the same shape, with the curvature found instead of the largest
 possible. Most of the work is done in the span of a sample of rows, with far fewer columns. If those are all rows, the
 best head lies in their span; if not, the full problem is solved from there, with P known in that span. Products keep
-16 bits of each number where a matrix unit has them faster (``kernels.linear``): the smallest tolerance asked for in
+16 bits of each value where AMX is there (``kernels.linear``): the smallest tolerance asked for in
 training is far above that.
 """
 

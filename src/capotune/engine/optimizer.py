@@ -15,7 +15,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatAdamW:
-    """AdamW of fp32 weights on one device, for which all weights of a learning rate are one tensor. A low-rank change
+    """AdamW of fp32 weights on one device, for which all weights of a learning rate are one tensor. A LoRA delta
     is many small tensors: one by one, clipping and updating 75 of them takes three times as long.
 
     Inside ``with`` the weights lie one after the other in the memory of those tensors, afterwards each in its own

@@ -101,8 +101,8 @@ def with_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[N
 
 def parameter_count(module: nn.Module) -> int:
     """Weights of ``module``; a 4-bit layer counts the weights it stands for, not the bytes that hold them."""
-    packed = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, Linear4bit))
-    return packed + sum(parameter.numel() for parameter in module.parameters())
+    quantized = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, Linear4bit))
+    return quantized + sum(parameter.numel() for parameter in module.parameters())
 
 
 def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:

@@ -81,11 +81,11 @@ def quantizable_weights(base: Base) -> dict[str, Quantizable]:
     from transformers import AutoModel
 
     model = empty_model(AutoModel, base.config)
-    kept = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    in_fp32 = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}
     layers = {
         f"{path}.weight": Quantizable(path, isinstance(part, Conv1D))
         for path, part in model.named_modules()
-        if type(part) in (nn.Linear, Conv1D) and kept.isdisjoint(path.split("."))
+        if type(part) in (nn.Linear, Conv1D) and in_fp32.isdisjoint(path.split("."))
     }
     wanted = set(layers)
     found = {}

@@ -2,7 +2,7 @@
 
 What is written is planned first, by name, dtype and shape, so that every tensor's place is known before its bytes are.
 Only texts (bytes whose number depends on their content) are not: they stand at the end of a file, and the header, which
-is written last, is padded with spaces to the room that was kept for it, as the format allows.
+is written last, is padded with spaces to the bytes that were reserved for it, as the format allows.
 """
 
 from __future__ import annotations

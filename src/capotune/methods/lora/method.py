@@ -92,7 +92,7 @@ class LoraLinear(LoraModule):
 
     @property
     def why_not_plain(self) -> str | None:
-        """What a forward pass in training does, or will do, beside W and the low-rank change, if anything."""
+        """What a forward pass in training does, or will do, beside W and the LoRA delta, if anything."""
         if self.lora_magnitude_vector is not None:
             return "DoRA's magnitudes"
         return "LoRA's dropout" if self.dropout else None
@@ -151,7 +151,7 @@ class SharedInput:
                 one.shared = None
         out = self._outputs.pop(layer) if same else lora_linears((x,), (layer.linear_layer(),))[0]
         if not self._outputs:
-            self._input = None  # kept no longer than needed
+            self._input = None  # so that its memory is free again
         return out
 
 
