@@ -52,7 +52,7 @@ def quantized_weights(shards: Shards) -> dict[str, list[str]]:
 
 
 def read_quantized(shards: Shards, weight: str, parts: list[str]) -> QuantizedTensor:
-    """The weight in 4 bits, as it is stored. ``ModelError`` names tensor and file when its parts do not fit together."""
+    """The weight in 4 bits, as it is stored. ``ModelError`` names tensor and file when its parts do not fit."""
     tensors = {name: shards.read(name) for name in (weight, *parts) if name in shards}
     try:
         return from_checkpoint(tensors, weight.removesuffix("weight"))
