@@ -134,6 +134,17 @@ def test_tagger_answers_lists_of_words_as_the_run_did(compared: Path) -> None:
         tagger.predict([["a", 3]])  # type: ignore[list-item]
 
 
+def test_predict_reads_words_and_texts_from_files(compared: Path, test_file: Path, tmp_path: Path) -> None:
+    adapter = compared / "lora" / "adapter"
+    rows = predictions(compared / "lora")
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"tokens": row["words"]}) + "\n" for row in rows))
+    (tmp_path / "lines.txt").write_text("".join(" ".join(row["words"]) + "\n" for row in rows))
+    for file in (test_file, tmp_path / "words.jsonl", tmp_path / "lines.txt"):
+        shown = capo("predict", adapter, "--file", file, "--json")
+        assert shown.code == 0, shown.err
+        assert [json.loads(line)["tags"] for line in shown.out.splitlines()] == [row["predicted"] for row in rows]
+
+
 def test_info_names_types(compared: Path) -> None:
     shown = capo("info", compared / "lora" / "adapter")
     assert shown.code == 0

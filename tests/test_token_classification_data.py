@@ -16,6 +16,7 @@ from capotune.tasks.token_classification.data import (
     load_tagged,
     rarest_types,
     read_to_score,
+    read_words,
 )
 
 WORDS = [["Anna", "Lee", "lives"], ["in", "Paris"], ["it", "rains"], ["Bo", "sleeps"], ["to", "Rome"]]
@@ -207,3 +208,15 @@ def test_a_tag_that_only_test_rows_have_is_no_fault_of_a_known_type(tmp_path: Pa
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         is_tagged(str(tmp_path / "nothing.conll"))
+
+
+def test_words_to_predict_need_no_tags(tmp_path: Path) -> None:
+    values = [{"id": 1, "tokens": of_row} for of_row in WORDS]
+    assert read_words(jsonl(tmp_path, values)) == WORDS
+    assert read_words(conll(tmp_path)) == WORDS
+    assert read_words(jsonl(tmp_path, [{"satz": of_row} for of_row in WORDS]), "satz") == WORDS
+    assert read_words(jsonl(tmp_path, [{"text": "in Paris"}])) is None
+    (tmp_path / "lines.txt").write_text("in Paris\nin Rome\n", encoding="utf-8")
+    assert read_words(str(tmp_path / "lines.txt")) is None
+    with pytest.raises(DataError, match=r"data\.jsonl:2: no words"):
+        read_words(jsonl(tmp_path, [{"tokens": ["a"]}, {"tokens": []}]))

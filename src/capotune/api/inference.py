@@ -196,11 +196,16 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     }
 
 
-def read_texts(source: str, text_column: str | None = None) -> list[str]:
-    """Texts to label: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones."""
+def read_texts(source: str, text_column: str | None = None, predictor: Any = None) -> list[Any]:
+    """Texts to predict: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones.
+
+    ``predictor``: what they are for, made by ``load_predictor``; it may know other forms, such as lists of words.
+    """
     from capotune.data import texts
 
-    return texts.read_texts(source, text_column)
+    if predictor is None:
+        return list(texts.read_texts(source, text_column))
+    return list(predictor._assembled.task.read_texts(source, text_column))
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:

@@ -236,7 +236,7 @@ def _predict(rest: list[str]) -> int:
         raise SettingError("give texts or --file, not both.")
     predictor = api.load_predictor(settings.adapter, model=settings.model)
     if settings.texts or settings.file:
-        texts = list(settings.texts) or list(api.read_texts(str(settings.file), settings.text_column))
+        texts = list(settings.texts) or api.read_texts(str(settings.file), settings.text_column, predictor)
         _print_predictions(predictor.answer(texts), settings.as_json)
         return 0
     try:

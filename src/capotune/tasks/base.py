@@ -21,6 +21,7 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import TaskModel
+from capotune.data.texts import read_texts
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
 from capotune.errors import SettingError
@@ -129,6 +130,11 @@ class Task(TaskModel):
 
         ``method`` is complete. Raises ``CapotuneError`` subclasses.
         """
+
+    @classmethod
+    def read_texts(cls, source: str, text_column: str | None) -> list[Any]:
+        """What a file holds to predict: a column's texts, or the lines of plain text. Raises ``DataError``."""
+        return list(read_texts(source, text_column))
 
     @classmethod
     def check_settings(cls, given: Mapping[str, Any], source: str) -> None:

@@ -156,6 +156,25 @@ def read_to_score(source: Any, *, word_column: str | None = None, tag_column: st
     return rows_to_score(*_read(source, word_column, tag_column))
 
 
+def read_words(source: str, word_column: str | None = None) -> list[list[str]] | None:
+    """The words of every sentence, with or without tags beside them; None where the source holds no lists of words."""
+    if _is_conll(source):
+        return [one.words for one in parse_conll(read_text(source), source)]
+    if is_plain_text(source) or not Path(source).expanduser().exists():
+        return None
+    table = read_table(source)
+    column = given_column(table, word_column, "`text_column`") if word_column else _list_column(table, WORD_COLUMNS)
+    words = [row.get(column) for row in table.rows] if column else []
+    if not any(isinstance(of_row, list) for of_row in words):
+        return None
+    bad = {
+        line: problem for line, of_row in zip(table.lines, words, strict=True) if (problem := _problem_of_words(of_row))
+    }
+    if bad:
+        raise bad_rows(table.source, "rows without a list of words", bad, "Fill these in or delete the rows.")
+    return [of_row for of_row in words if isinstance(of_row, list)]
+
+
 def check_types(rows: TaggedRows, known: Sequence[str]) -> None:
     """Raise a ``DataError`` for rows with an entity of a type that is not ``known`` from training."""
     unknown = {
@@ -258,24 +277,31 @@ def _check_rows(table: Table, words: Sequence[Any], tags: Sequence[Any]) -> None
 
 
 def _problem(words: Any, tags: Any) -> str | None:
-    for what, values in (("words", words), ("tags", tags)):
-        if not isinstance(values, list):
-            return f"a list of {what} is needed, found {kind_of(values)}"
-        strange = next((value for value in values if not isinstance(value, str)), None)
-        if what == "tags" and isinstance(strange, int):
-            return f"the tag {strange} is a number without a name"
-        if any(not isinstance(value, str) for value in values):
-            return f"among the {what} is {kind_of(strange)}"
+    if problem := _problem_of_words(words):
+        return problem
+    if not isinstance(tags, list):
+        return f"a list of tags is needed, found {kind_of(tags)}"
     if len(words) != len(tags):
         return f"{len(words)} words and {len(tags)} tags"
+    strange = next((tag for tag in tags if not isinstance(tag, str) or not is_tag(tag)), OUTSIDE)
+    if isinstance(strange, int):
+        return f"the tag {strange} is a number without a name"
+    if not isinstance(strange, str):
+        return f"among the tags is {kind_of(strange)}"
+    if strange == OUTSIDE:
+        return None
+    return f"{shorten([strange])} is no tag; allowed are O, and B-, I-, E- or S- with a type"
+
+
+def _problem_of_words(words: Any) -> str | None:
+    if not isinstance(words, list):
+        return f"a list of words is needed, found {kind_of(words)}"
     if not words:
         return "no words"
     if "" in words:
         return "an empty word"
-    strange = next((tag for tag in tags if not is_tag(tag)), None)
-    return (
-        None if strange is None else f"{shorten([strange])} is no tag; allowed are O, and B-, I-, E- or S- with a type"
-    )
+    strange = [word for word in words if not isinstance(word, str)]
+    return f"among the words is {kind_of(strange[0])}" if strange else None
 
 
 # Train and test

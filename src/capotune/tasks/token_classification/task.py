@@ -25,7 +25,7 @@ from capotune.tasks.base import Scored, TaskRun
 from capotune.tasks.linear_head import LinearHeadTask, spread_layers
 from capotune.tasks.room import text_length
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned, align
-from capotune.tasks.token_classification.data import TaggedRows, check_types, is_tagged, read_to_score
+from capotune.tasks.token_classification.data import TaggedRows, check_types, is_tagged, read_to_score, read_words
 from capotune.tasks.token_classification.facade import Tagger
 from capotune.tasks.token_classification.model import TokenClassifier
 from capotune.tasks.token_classification.objective import WordCrossEntropy
@@ -100,6 +100,11 @@ class TokenClassification(LinearHeadTask):
         from capotune.tasks.token_classification.run import TokenClassificationRun
 
         return TokenClassificationRun(settings, method, base, report)
+
+    @classmethod
+    def read_texts(cls, source: str, text_column: str | None) -> list[Any]:
+        """The words of CoNLL text or of a column of lists; else texts, as other tasks read them."""
+        return read_words(source, text_column) or super().read_texts(source, text_column)
 
     def align(self, sentences: Sequence[Sequence[str]], names: Sequence[str] | None = None) -> list[Aligned]:
         """Tokens of each sentence and where its words begin. ``DataError`` for a sentence of which no token comes.
