@@ -69,7 +69,7 @@ def run_floor(job: Job, clock: Clock) -> None:
 def run_kernel_floor(job: Job, clock: Clock) -> None:
     """Every batch's products, by capotune's kernels."""
     with reduced_precision():
-        _run(job, clock, Kept() if job.workload.classifies else multiply_by_kernels)
+        _run(job, clock, PrepackedProducts() if job.workload.classifies else multiply_by_kernels)
 
 
 def no_kernels() -> str | None:
@@ -109,7 +109,7 @@ def size(job: Job, batch: list[int]) -> tuple[int, int]:
 
 
 def multiply(layer: Product, rows: int, space: Space) -> None:
-    """Forward, and what is needed of the way back."""
+    """Forward, and what backward needs."""
     out, into = layer.weight.shape
     x, y = space.of("x", rows, into), space.of("y", rows, out)
     torch.mm(x, layer.weight.t(), out=y)
@@ -119,11 +119,11 @@ def multiply(layer: Product, rows: int, space: Space) -> None:
         torch.mm(y.t(), x, out=space.of("gradient of weight", out, into))
 
 
-class Kept:
-    """The same by ``capotune.kernels.prepacked``, in whose form the weights of small models are kept."""
+class PrepackedProducts:
+    """The same by ``capotune.kernels.prepacked``, as the weights of small models are prepacked."""
 
     def __init__(self) -> None:
-        self._forms: dict[tuple[int, bool], tuple[torch.Tensor, Program]] = {}
+        self._weights: dict[tuple[int, bool], tuple[torch.Tensor, Program]] = {}
 
     def __call__(self, layer: Product, rows: int, space: Space) -> None:
         if layer.weight_gradient or rows < FEW:
@@ -137,7 +137,7 @@ class Kept:
 
     def _run(self, layer: Product, x: torch.Tensor, y: torch.Tensor, *, input_gradient: bool) -> None:
         terms, key = x.shape[1], (id(layer), input_gradient)
-        if key not in self._forms:
+        if key not in self._weights:
             unit, program = prepacked_amx_kernels(), Program()
             assert unit is not None
             form = prepack(layer.weight, input_gradient=input_gradient)
@@ -149,9 +149,9 @@ class Kept:
                 delta_ranks=0, delta_xa=0, delta_matrix=0, delta_scale=0,
                 projected_ranks=0, projected_xa=0, projected_matrix=0, projected_scale=0, xa_stride=0,
             )  # fmt: skip
-            self._forms[key] = form, program
+            self._weights[key] = form, program
         strips = torch.empty(-(-len(x) // 16), strip_bytes(terms), dtype=torch.int8)
-        self._forms[key][1].run({"rows": len(x), "x": address(x), "strips": address(strips), "y": address(y)})
+        self._weights[key][1].run({"rows": len(x), "x": address(x), "strips": address(strips), "y": address(y)})
 
 
 def multiply_by_kernels(layer: Product, rows: int, space: Space) -> None:

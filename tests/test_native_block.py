@@ -208,6 +208,15 @@ def test_native_llama_block_matches_reference(
     assert torch.equal(made.grad, grad)  # it is the caller's
 
 
+def test_many_tokens_of_llama_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose saved activations are quantised."""
+    made = MadeLlama([17, 33], 2, 2, 16, 70, [2] * 7)
+    for tokens, takes in ((51, True), (50, False)):
+        monkeypatch.setattr(policy, "QUANTIZE_SAVED_FROM_TOKENS", tokens)
+        assert made.native.takes(made.x, made.call()) == takes
+        assert Made([17, 33], 2, 16, 70, [2] * 6).takes()
+
+
 def test_rotation_that_does_not_fit_is_refused() -> None:
     made = MadeLlama([17, 33], 2, 2, 16, 70, [2] * 7)
     cos, sin = made.rotation

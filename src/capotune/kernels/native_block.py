@@ -41,12 +41,18 @@ class NativeBlock:
         self._compiles = _compiles(block)
 
     def takes(self, x: torch.Tensor, call: Call) -> bool:
-        """Whether it is for such input (tokens, hidden), here and now."""
+        """Whether it is for such input (tokens, hidden), here and now.
+
+        Of many tokens Llama's form saves too much: the composed block's saved activations are quantised then
+        (``saved_activations.py``), and those of a program are not. BERT's models are small.
+        """
+        rotates = any(isinstance(op, Rotary) for op in self.block.ops)
+        if rotates and (call.rotation is None or len(x) >= policy.QUANTIZE_SAVED_FROM_TOKENS):
+            return False
         short = max(call.sequences.lengths, default=0) <= policy.SHORT_ATTENTION_LENGTH
         rows = call.rows is None or len(call.rows) > 0
         fp32 = all(one.dtype == torch.float32 for one in (x, *(call.rotation or ())))
-        complete = call.rotation is not None or not any(isinstance(op, Rotary) for op in self.block.ops)
-        fits = self._compiles and rows and short and fp32 and complete and x.is_contiguous()
+        fits = self._compiles and rows and short and fp32 and x.is_contiguous()
         return fits and fits_prepacked(x) and library("products_cpu") is not None
 
     def __call__(self, x: torch.Tensor, call: Call) -> torch.Tensor:
