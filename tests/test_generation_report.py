@@ -20,9 +20,10 @@ from capotune.cli import data_report
 from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.data.generation import load_samples
 from capotune.data.inspect.measures import Lengths, Lines
-from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span, inspect_samples, sample_facts
+from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span, inspect_samples
 from capotune.data.samples import Conversation, Document, Format, GenerationData, Pair, Sample, Samples
 from capotune.data.table import Origin
+from capotune.tasks.generation import Generation
 
 END = "<end>"
 
@@ -84,7 +85,7 @@ def inspect(train: Samples, test: Samples, limit: int = 12, learn: str = "all", 
 
 
 def drawn(report: GenerationReport) -> Any:
-    return data_report.draw(dataclasses.asdict(report), sample_facts(report))
+    return data_report.draw(Generation.describe_data(dataclasses.asdict(report)))
 
 
 def shown(report: GenerationReport, width: int = 80, **options: Any) -> str:

@@ -11,10 +11,11 @@ from rich.console import Console
 from shared import SHARED, needs_shared
 
 from capotune.cli import data_report
-from capotune.data.inspect.labels import LabelCount, LabelReport, inspect_data, label_facts
+from capotune.data.inspect.labels import LabelCount, LabelReport, inspect_data
 from capotune.data.inspect.measures import Lengths, Lines
 from capotune.data.labelled import LabelledData, LabelledText, load_labelled
 from capotune.data.table import Origin
+from capotune.tasks.classification import Classification
 
 
 def rows(*pairs: tuple[str, str], source: str = "a.csv") -> LabelledText:
@@ -35,7 +36,7 @@ def inspect(train: LabelledText, test: LabelledText, max_length: int = 8) -> Lab
 def shown(report: LabelReport, width: int = 80) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(data_report.draw(dataclasses.asdict(report), label_facts(report)))
+        console.print(data_report.draw(Classification.describe_data(dataclasses.asdict(report))))
     return capture.get()
 
 

@@ -7,7 +7,7 @@ the worker process of ``compare`` sends them as JSON (``to_json``) and its paren
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,8 +62,6 @@ class DataInspected(Event):
     task: str = ""
     report: dict[str, Any] | None = None
     """The task's data report as plain JSON."""
-    facts: Sequence[tuple[str, str, bool]] = ()
-    """The report in words: name, text, and whether it deserves a look."""
 
 
 @dataclass(frozen=True)

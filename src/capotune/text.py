@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from capotune.files import human_bytes
 
-__all__ = ["count_text", "listed", "memory_text", "seconds_text", "share_text", "times_text", "words"]
+__all__ = ["count_text", "listed", "memory_text", "seconds_text", "share_text", "times_text", "value_text", "words"]
 
 
 def share_text(part: int, whole: int) -> str:
@@ -49,3 +50,21 @@ def listed(names: Sequence[str]) -> str:
 def words(name: str) -> str:
     """A field's name with spaces: ``train rows``."""
     return name.replace("_", " ")
+
+
+def value_text(value: Any, name: Callable[[str], str] = words) -> str:
+    """A plain JSON value as text; ``name`` gives what a dictionary's key is called."""
+    if value is None or value in ([], (), {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping) and {"count", "first"} <= value.keys():
+        unit = value.get("unit", "line")
+        return f"{value['count']:,} ({unit}s {value_text(value['first'])})" if value["count"] else "0"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name(str(key))} {value_text(item, name)}" for key, item in value.items())
+    return ", ".join(value_text(item, name) for item in value) if isinstance(value, (list, tuple)) else str(value)

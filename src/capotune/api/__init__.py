@@ -29,6 +29,7 @@ from capotune.api.inference import (
 )
 from capotune.api.training import (
     command_of,
+    describe_data,
     inspect,
     method_names,
     method_settings,
@@ -46,6 +47,7 @@ __all__ = [
     "compare",
     "compare_run",
     "compare_settings",
+    "describe_data",
     "evaluate",
     "generate",
     "info",

@@ -13,9 +13,9 @@ from capotune.settings import DataSettings, build
 if TYPE_CHECKING:
     from torch import nn
 
-    from capotune.adapters.store import StoredAdapter
+    from capotune.adapters.assemble import Assembled
     from capotune.tasks.base import Task
-    from capotune.tasks.classification import Prediction
+    from capotune.tasks.facade import Predictor
     from capotune.tasks.generation import Generator
 
 
@@ -25,9 +25,7 @@ def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bo
     ``model`` names another place where the same base is. Raises ``AdapterError`` when the folder is incomplete or
     damaged or the base is another one.
     """
-    from capotune.adapters.store import read_adapter
-
-    return _loaded(read_adapter(adapter), model, trust_remote_code)
+    return _facade(_adapter_on_base(adapter, model, trust_remote_code=trust_remote_code))
 
 
 def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generator:
@@ -35,20 +33,14 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
 
     Raises ``ModelError`` when there is none or it writes no text.
     """
-    from capotune.device import compute_dtype, pick_device
-    from capotune.models.base import find
-    from capotune.tasks.generation import Generator
-    from capotune.tasks.loading import load_plain
-
-    device, base = pick_device(), find(str(model), trust_remote_code=trust_remote_code)
-    return Generator(load_plain(base, device=device, dtype=compute_dtype(device)))
+    generator: Generator = _facade(_model_alone(model, trust_remote_code))
+    return generator
 
 
-def load_predictor(adapter: str | Path, *, model: str | None = None) -> Any:
+def load_predictor(adapter: str | Path, *, model: str | None = None) -> Predictor:
     """``load`` for an adapter that is used with ``predict``; ``AdapterError`` for one that writes text."""
-    from capotune.adapters.store import read_adapter
-
-    return _loaded(read_adapter(adapter), model, command="predict")
+    predictor: Predictor = _facade(_adapter_on_base(adapter, model, command="predict"))
+    return predictor
 
 
 def load_generator(adapter_or_model: str | Path, *, model: str | None = None) -> Generator:
@@ -56,12 +48,8 @@ def load_generator(adapter_or_model: str | Path, *, model: str | None = None) ->
 
     ``model`` names another place of an adapter's base.
     """
-    from capotune.adapters.store import read_adapter
-
-    if not is_adapter(adapter_or_model):
-        return _named_model(adapter_or_model, model)
-    loaded: Generator = _loaded(read_adapter(adapter_or_model), model, command="generate")
-    return loaded
+    generator: Generator = _facade(_adapter_or_model(adapter_or_model, model, command="generate"))
+    return generator
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -70,7 +58,10 @@ def is_adapter(name: str | Path) -> bool:
     return (folder / "capotune.json").is_file() or (folder.is_dir() and not (folder / "config.json").is_file())
 
 
-def _named_model(name: str | Path, model: str | None) -> Generator:
+def _adapter_or_model(name: str | Path, model: str | None, command: str | None = None) -> Assembled:
+    """An adapter on its base, or a language model alone, whichever ``name`` means."""
+    if is_adapter(name):
+        return _adapter_on_base(name, model, command=command)
     if model is not None:
         raise SettingError(
             f"belongs to an adapter, and '{name}' is none.", setting="model", given=model, advice="Leave it out."
@@ -82,16 +73,27 @@ def _named_model(name: str | Path, model: str | None) -> Generator:
             find(str(name))
         except ModelError as error:
             raise AdapterError(f"no such adapter folder, and no model either. {error}", where=str(name)) from None
-    return load_model(name)
+    return _model_alone(name, trust_remote_code=False)
 
 
-def _loaded(
-    stored: StoredAdapter, model: str | None, trust_remote_code: bool = False, command: str | None = None
-) -> Any:
-    """The adapter on its base; ``AdapterError`` before anything is loaded when another command uses it."""
+def _model_alone(model: str | Path, trust_remote_code: bool) -> Assembled:
+    from capotune.device import compute_dtype, pick_device
+    from capotune.models.base import find
+    from capotune.tasks.loading import load_plain
+
+    device, base = pick_device(), find(str(model), trust_remote_code=trust_remote_code)
+    return load_plain(base, device=device, dtype=compute_dtype(device))
+
+
+def _adapter_on_base(
+    adapter: str | Path, model: str | None, *, trust_remote_code: bool = False, command: str | None = None
+) -> Assembled:
+    """``AdapterError`` before anything is loaded when another command uses the adapter."""
+    from capotune.adapters.store import read_adapter
     from capotune.device import pick_device
     from capotune.tasks.loading import load_adapter, task_class
 
+    stored = read_adapter(adapter)
     task = task_class(stored)
     if command not in (None, task.command):
         raise AdapterError(
@@ -99,7 +101,10 @@ def _loaded(
             where=str(stored.folder),
             advice=f'Use it with: capo {task.command} {stored.folder} "your text"',
         )
-    assembled = load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code)
+    return load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code)
+
+
+def _facade(assembled: Assembled) -> Any:
     return assembled.task.facade(assembled)
 
 
@@ -118,10 +123,10 @@ def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
     return base
 
 
-def predict(adapter: str | Path, texts: Sequence[str], *, model: str | None = None) -> list[Prediction]:
-    """Label and probability of each text. For many calls, ``load`` once and use its methods."""
-    predictions: list[Prediction] = load_predictor(adapter, model=model).answer(texts)
-    return predictions
+def predict(adapter: str | Path, texts: Sequence[str], *, model: str | None = None) -> list[Any]:
+    """What the adapter says of each text, such as its label and probability. For many calls, ``load`` once and use its
+    methods."""
+    return list(load_predictor(adapter, model=model).answer(texts))
 
 
 def generate(
@@ -158,7 +163,7 @@ def evaluate(
 
     settings = build(DataSettings, {"data": as_source(data), **columns})
     report = (cancel or CancelToken()).watching(report)
-    assembled = (load(adapter, model=model) if is_adapter(adapter) else _named_model(adapter, model))._assembled
+    assembled = _adapter_or_model(adapter, model)
     task: Task = assembled.task
     task.check_settings(columns, f"'{adapter}'")
     return task.evaluate(assembled, settings, answers, report).values()
@@ -179,8 +184,8 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     facts = task.facts(stored.record)
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     if own is None:
-        loaded = load(adapter, model=model)
-        own = loaded.method.facts(loaded.tokenizer)
+        assembled = _adapter_on_base(adapter, model)
+        own = assembled.method.facts(assembled.task.tokenizer)
     return {
         "adapter": str(stored.folder),
         "task": stored.task,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from capotune.data_blocks import Block
 from capotune.device import collector_at_rest
 from capotune.errors import SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
@@ -77,9 +79,15 @@ def command_of(task: str) -> str:
     return tasks.get(task).command
 
 
+def describe_data(task: str, report: Mapping[str, Any]) -> list[Block]:
+    """A task's data report in words, as blocks to draw (``capotune.data_blocks``)."""
+    from capotune import tasks
+
+    return tasks.get(task).describe_data(report)
+
+
 def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
-    """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, ``report``, and
-    ``in_words``, the report as lines for people.
+    """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
 
     ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
     """
@@ -91,7 +99,7 @@ def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
 
     def listen(event: Event) -> None:
         if isinstance(event, DataInspected):
-            found.update(task=event.task, report=event.report, in_words=list(event.facts))
+            found.update(task=event.task, report=event.report)
 
     prepared = prepare(build(TrainSettings, sources(data, shared)), method, listen)
     return {"model": prepared.settings.model, "title": prepared.task_run.task.title, **found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,6 @@ from capotune.events import (
     Warned,
 )
 from capotune.files import human_bytes
-
-_SHARES = ("accuracy", "exact_match", "f1", "precision", "recall")  # shown as percentages
-_NAMES = {"macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L", "f1": "F1"}
 
 
 class _Steps(ProgressColumn):
@@ -76,7 +72,7 @@ class _Watcher:
 
     def show_data(self, event: DataInspected) -> None:
         if not self.shown_data:
-            self.console.print(data_report.draw(event.report or {}, event.facts))
+            self.console.print(data_report.draw(api.describe_data(event.task, event.report or {})))
             self.console.print()
         self.shown_data = True
 
@@ -163,17 +159,15 @@ def _scored(event: Finished) -> str:
     return _score(result["metric"], result["score"]) if result["test_rows"] else "done"
 
 
-def _score(metric: str, value: float) -> str:
-    """A score with its name; perplexity with the loss whose exponential it is."""
-    if metric == "perplexity":
-        return f"loss {math.log(value):.3f}, perplexity {value:.2f}"
-    return f"{_NAMES.get(metric, metric)} {_number(metric, value)}"
+def _score(name: str, value: float) -> str:
+    """A score with its metric's name."""
+    return f"{api.metric(name).words} {_number(name, value)}"
 
 
 def show_data(found: dict[str, Any]) -> None:
     """A data report, and whose tokens it counts."""
     console = Console(markup=False)
-    console.print(data_report.draw(found["report"], found["in_words"]))
+    console.print(data_report.draw(api.describe_data(found["task"], found["report"])))
     text = f"\nRead as {found['title']}; tokens are those of {found['model']}."
     console.print(text, highlight=False, soft_wrap=True)
 
@@ -201,11 +195,11 @@ def show_run(record: dict[str, Any], out: Path) -> None:
     if result["test_rows"]:
         for name, value in _main_first(result["metric"], result["scores"]).items():
             rows = f" on {result['test_rows']:,} test rows" if name == result["metric"] else ""
-            grid.add_row(_NAMES.get(name, name), f"{_number(name, value)}{rows}")
+            grid.add_row(api.metric(name).words, f"{_number(name, value)}{rows}")
     else:
         metric = result["held_out_metric"]
         held_out = _number(metric, result["held_out_score"])
-        grid.add_row(_NAMES.get(metric, metric), f"{held_out} on the held-out rows (no test rows)")
+        grid.add_row(api.metric(metric).words, f"{held_out} on the held-out rows (no test rows)")
     grid.add_row(
         "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
     )
@@ -233,14 +227,13 @@ def show_scores(scores: dict[str, Any]) -> None:
             low, high = (_number(name, end) for end in scores["intervals"][name])
             interval = f" (95 % interval {low} to {high})"
         text = f"{_number(name, value)} on {scores['measured_on'][name]}{interval}"
-        grid.add_row(_NAMES.get(name, name), text)
+        grid.add_row(api.metric(name).words, text)
     Console(markup=False).print(grid)
 
 
-def _number(metric: str, value: float) -> str:
-    if metric in _SHARES:
-        return f"{value:.2%}"
-    return f"{value:.2f}" if metric == "perplexity" else f"{value:.4f}"
+def _number(name: str, value: float) -> str:
+    known = api.metric(name)
+    return f"{value:.2%}" if known.is_percentage else known.text(value, 2)
 
 
 def _main_first(metric: str, scores: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -322,6 +322,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _print_predictions(predictions: list[Any], as_json: bool) -> None:
+def _print_predictions(predictions: Iterable[Any], as_json: bool) -> None:
     for one in predictions:
         print(json.dumps(one.as_json(), ensure_ascii=False) if as_json else one.as_line(), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from capotune import text
 from capotune.report._section_views import shortened
 from capotune.text import words
 
@@ -59,20 +60,7 @@ def samples(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def value_text(value: Any) -> str:
     """A setting or a fact as text."""
-    if value is None or value in ([], (), {}):
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping) and {"count", "first"} <= value.keys():
-        unit = value.get("unit", "line")
-        return f"{value['count']:,} ({unit}s {value_text(value['first'])})" if value["count"] else "0"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_name(str(key))} {value_text(item)}" for key, item in value.items())
-    return ", ".join(map(value_text, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.value_text(value, _name)
 
 
 def _fact(name: str, value: Any) -> tuple[str, str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,16 +20,20 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
-from capotune.adapters.task_model import TaskModel
+from capotune.adapters.task_model import CardWords, TaskModel
 from capotune.data.texts import read_texts
+from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
 from capotune.errors import SettingError
+from capotune.evaluation.metrics import metric
 from capotune.evaluation.pairs import RowCounts
 from capotune.events import Reporter
 from capotune.models.base import Base
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.tasks.facade import Facade
+from capotune.text import value_text, words
 
 MOST_HELD_OUT = 500
 """Training rows that are held out at most, to choose the regularisation and when to stop."""
@@ -150,18 +154,24 @@ class Task(TaskModel):
 
     # --------------------------------------------------------------------------------------------- to and from adapters
 
+    def record(self, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        """What an adapter's record must hold to make this task again: by default its fields, which are plain JSON."""
+        return {"task": self.name, **{name: getattr(self, name) for name in _own_fields(type(self))}}
+
     @classmethod
-    @abstractmethod
     def restore(cls, base: Base, record: dict[str, Any]) -> Task:
         """The task that an adapter was trained for; its record is as ``Record`` asks."""
+        make: Any = cls
+        restored: Task = make(base=base, **{name: record[name] for name in _own_fields(cls)})
+        return restored
 
     def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
         """What the base computes in; fp32 unless the task says otherwise."""
         return torch.float32
 
     @abstractmethod
-    def facade(self, assembled: Assembled) -> Any:
-        """What ``capotune.load`` returns: the model ready to be asked."""
+    def facade(self, assembled: Assembled) -> Facade:
+        """What ``capotune.load`` returns, ready to be asked: a ``Predictor`` where ``command`` is ``predict``."""
 
     @abstractmethod
     def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
@@ -173,14 +183,35 @@ class Task(TaskModel):
     # ---------------------------------------------------------------------------------------------------------- words
 
     @classmethod
-    @abstractmethod
-    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
-        """What ``capo info`` says of the task, from the adapter's record, as plain JSON."""
+    def describe_data(cls, report: Mapping[str, Any]) -> list[Block]:
+        """The data report of ``DataInspected`` in words; by default a line for each value."""
+        return [Findings([Finding(words(name).capitalize(), value_text(value)) for name, value in report.items()])]
+
+    def card(self, record: dict[str, Any]) -> CardWords:
+        """What the adapter's README says, from its whole record."""
+        trained = record["trained"]
+        known = metric(trained["held_out_metric"])
+        score = f"No test rows; {known.words} on the held-out part {known.text(trained['held_out_score'], 2)}"
+        if trained["test_rows"]:
+            every = ((metric(name), value) for name, value in trained["scores"].items())
+            named = ", ".join(f"{one.words} {one.text(value, 2)}" for one, value in every)
+            score = f"On {trained['test_rows']:,} test rows: {named}"
+        return CardWords(
+            f"Trained on {self.title}; it {self.gives}.",
+            score,
+            f'capo {self.command} ADAPTER "{self.sample}"',
+            f'model = capotune.load(adapter)\nmodel.{self.command}(["{self.sample}"])',
+        )
 
     @classmethod
-    @abstractmethod
+    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """What ``capo info`` says of the task, from the adapter's record, as plain JSON; by default its fields."""
+        return {name: record[name] for name in _own_fields(cls)}
+
+    @classmethod
     def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
         """The facts of ``capo info`` that are the task's own, as lines: name and text."""
+        return [(words(name), value_text(value)) for name, value in facts.items()]
 
     @classmethod
     def further_columns(cls, metric: str, scores: Mapping[str, float]) -> tuple[str, ...]:  # noqa: ARG003
@@ -188,15 +219,14 @@ class Task(TaskModel):
         return ()
 
     @classmethod
-    @abstractmethod
     def page_sections(
         cls,
-        record: dict[str, Any],
-        recommended: str,
-        predictions: Mapping[str, Sequence[Mapping[str, Any]]],
-        of_base: Sequence[Mapping[str, Any]],
+        record: dict[str, Any],  # noqa: ARG003
+        recommended: str,  # noqa: ARG003
+        predictions: Mapping[str, Sequence[Mapping[str, Any]]],  # noqa: ARG003
+        of_base: Sequence[Mapping[str, Any]],  # noqa: ARG003
     ) -> list[Section]:
-        """What a comparison's page shows of the test rows.
+        """What a comparison's page shows of the test rows; by default nothing.
 
         Args:
             record: that of the ``recommended`` technique's adapter.
@@ -204,6 +234,13 @@ class Task(TaskModel):
             predictions: each technique's, as ``predictions.jsonl`` holds them.
             of_base: the same of the base alone; empty where it made none.
         """
+        return []
+
+
+def _own_fields(task: type[Task]) -> list[str]:
+    """Names of the values that the task is made of beside its base."""
+    made: Any = task
+    return [one.name for one in fields(made) if one.name not in ("base", "objective")]
 
 
 class TaskRun(ABC):

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.inspect.facts import Fact, rows_found, tokens_fact
+from capotune.data.inspect.findings import rows_found, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import normalised
+from capotune.data_blocks import Block, Counts, Finding, Findings
 
-__all__ = ["LabelCount", "LabelReport", "inspect_data", "label_facts"]
+__all__ = ["LabelCount", "LabelReport", "describe_labels", "inspect_data"]
 
 _IMBALANCE_WORTH_A_WORD: Final = 10.0
 _CHECKS: Final = (
@@ -149,19 +150,23 @@ def _similar(names: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def label_facts(report: LabelReport) -> Iterable[Fact]:
-    """The report in words."""
-    yield "Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}", False
-    rows = f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})"
-    yield "Rows", rows, False
-    yield tokens_fact(report.train_tokens, report.max_length)
+def describe_labels(report: LabelReport) -> list[Block]:
+    """The report in words, and every label's rows."""
+    counts = [[label.name, f"{label.train:,}", f"{label.test:,}"] for label in report.labels]
+    return [Findings(list(_findings(report))), Counts(["Label", "Train", "Test"], counts)]
+
+
+def _findings(report: LabelReport) -> Iterable[Finding]:
+    yield Finding("Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}")
+    yield Finding("Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})")
+    yield token_lengths(report.train_tokens, report.max_length)
     rarest = min(label.train for label in report.labels if label.train)
     balance = f"{len(report.labels):,}, with {rarest:,} to {report.labels[0].train:,} training rows each"
-    yield "Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD
+    yield Finding("Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD)
     alike = [
-        ("Labels", f"{' and '.join(map(repr, group))} count as different labels", True)
+        Finding("Labels", f"{' and '.join(map(repr, group))} count as different labels", needs_a_look=True)
         for group in report.similar_labels
     ]
     found = rows_found(report, _CHECKS, "no text is cut, empty, repeated, labelled twice, or in both train and test")
-    yield from (fact for fact in found if fact[2] or not alike)
+    yield from (one for one in found if one.needs_a_look or not alike)
     yield from alike

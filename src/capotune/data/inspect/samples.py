@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from capotune.data.inspect.facts import Fact, rows_found, tokens_fact
+from capotune.data.inspect.findings import rows_found, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
 from capotune.data.split import normalised
+from capotune.data_blocks import Bar, Bars, Block, Finding, Findings, MarkedRow, MarkedRows
+from capotune.sections import Part
 
 if TYPE_CHECKING:
     from capotune.data.batches import Encoded
 
-__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "inspect_samples", "sample_facts"]
+__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "describe_samples", "inspect_samples"]
 
 _CHECKS: Final = (
     ("Lost", "train_without_loss", "in train: nothing to train on stands within {limit}; left out"),
@@ -182,22 +184,51 @@ def inspect_samples(
     )
 
 
-def sample_facts(report: GenerationReport) -> Iterable[Fact]:
-    """The report in words."""
-    yield "Data", f"{report.source}, read as {report.described}", False
+def describe_samples(report: GenerationReport) -> list[Block]:
+    """The report in words, how the lengths of the rows spread, and some rows."""
+    findings = Findings(list(_findings(report)))
+    rows = MarkedRows(
+        "Rows as the model gets them",
+        "what is in the loss",
+        "what is only read",
+        [MarkedRow(_row_title(row, report.max_length), _parts(row)) for row in report.samples],
+    )
+    return [findings, _length_bars(report), rows] if len(report.bins) > 1 else [findings, rows]
+
+
+def _findings(report: GenerationReport) -> Iterable[Finding]:
+    yield Finding("Data", f"{report.source}, read as {report.described}")
     tested = (
         f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
     )
-    yield "Rows", f"{report.train_rows:,} to train{tested}", False
+    yield Finding("Rows", f"{report.train_rows:,} to train{tested}")
     if report.template_from is not None:
-        yield "Chat", f"written out with {report.template_from}", False
+        yield Finding("Chat", f"written out with {report.template_from}")
     share = f"{report.loss_tokens:,} of {report.sequence_tokens:,} tokens ({report.loss_share:.0%})"
-    yield "In the loss", f"{share}, {report.loss_part}", not report.loss_tokens
-    yield tokens_fact(report.train_tokens, report.max_length)
+    yield Finding("In the loss", f"{share}, {report.loss_part}", needs_a_look=not report.loss_tokens)
+    yield token_lengths(report.train_tokens, report.max_length)
     if report.train_sequences > report.train_rows:
         limit = f"{report.max_length:,} tokens"
-        yield "Windows", f"{report.train_sequences:,}, as texts longer than {limit} are read piece by piece", False
+        yield Finding("Windows", f"{report.train_sequences:,}, as texts longer than {limit} are read piece by piece")
     yield from rows_found(report, _CHECKS, "no row is cut, repeated, without an answer, or in both train and test")
+
+
+def _length_bars(report: GenerationReport) -> Bars:
+    """Rows by their length; those longer than the model reads need a look where that loses something."""
+    loses = report.train_without_loss.count + report.train_answers_cut.count > 0
+    bars = [Bar(f"{one.low:,}–{one.high:,}", one.rows, loses and one.low >= report.max_length) for one in report.bins]
+    return Bars(("Tokens", "Rows"), bars)
+
+
+def _row_title(row: SampleRow, max_length: int) -> str:
+    part = ""
+    if row.tokens > max_length:
+        part = f", the first of {row.windows:,} windows" if row.windows > 1 else f", cut to {max_length:,}"
+    return f"{row.unit.capitalize()} {row.line}, {row.tokens:,} tokens{part}"
+
+
+def _parts(row: SampleRow) -> list[Part]:
+    return [Part(span.text, "in the loss" if span.in_loss else "") for span in row.spans]
 
 
 def _token_counts(rows: Sequence[Sequence[Encoded]]) -> list[int]:

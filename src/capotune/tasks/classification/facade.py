@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.tasks.classification.score import logits_of
+from capotune.tasks.facade import Predictor
 from capotune.tasks.texts import check_texts
 
 
@@ -33,33 +32,14 @@ class Prediction:
         return {"text": self.text, "label": self.label, "probability": round(self.probability, 6)}
 
 
-class Classifier:
-    """A base with an adapter on it, ready to answer. Made by ``load``."""
-
-    def __init__(self, assembled: Assembled) -> None:
-        self._assembled = assembled
+class Classifier(Predictor):
+    """A base with an adapter on it, ready to label texts. Made by ``load``; ``model`` gives logits (rows, labels)."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Label names, in the order of ``predict_proba``'s columns."""
         labels: tuple[str, ...] = self._assembled.task.labels
         return labels
-
-    @property
-    def model(self) -> nn.Module:
-        """The PyTorch module: token ids (rows, tokens) and mask in, ``.logits`` (rows, labels) out."""
-        model: nn.Module = self._assembled.model
-        return model
-
-    @property
-    def method(self) -> Any:
-        """The attached method (``capotune.methods``)."""
-        return self._assembled.method
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return self._assembled.task.tokenizer
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels) fp32 probabilities. Raises ``DataError`` for what is no text."""
@@ -83,7 +63,3 @@ class Classifier:
             Prediction(text, self.labels[number], float(row[number]))
             for text, number, row in zip(texts, best, probabilities, strict=True)
         ]
-
-    def merge(self) -> bool:
-        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
-        return self._assembled.method.merge()

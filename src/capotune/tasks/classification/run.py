@@ -11,7 +11,7 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
-from capotune.data.inspect.labels import inspect_data, label_facts
+from capotune.data.inspect.labels import inspect_data
 from capotune.data.labelled import LabelledData, load_labelled
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
@@ -47,7 +47,7 @@ class ClassificationRun(TaskRun):
         self.task = task = Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
         lengths = task.token_lengths(data.train.texts), task.token_lengths(data.test.texts)
         found = inspect_data(data, *lengths, task.max_length)
-        report(DataInspected(task=task.name, report=asdict(found), facts=tuple(label_facts(found))))
+        report(DataInspected(task=task.name, report=asdict(found)))
         self.targets = task.targets(data.train.labels)
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(self.targets))
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides

@@ -14,7 +14,9 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Targets
+from capotune.data.inspect.labels import LabelReport, describe_labels
 from capotune.data.labelled import LabelledText, read_to_score
+from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.events import Reporter, counter
 from capotune.methods.base import Method
@@ -209,6 +211,11 @@ class Classification(LinearHeadTask):
                 )
 
     # ------------------------------------------------------------------------------------------------------------ words
+
+    @classmethod
+    def describe_data(cls, report: Mapping[str, Any]) -> list[Block]:
+        """The report in words, and every label's rows."""
+        return describe_labels(pydantic.TypeAdapter(LabelReport).validate_python(report))
 
     def card(self, record: dict[str, Any]) -> CardWords:
         """Labels, accuracy and how to predict."""

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import read_adapter
 from capotune.errors import DataError
 from capotune.evaluation.generate import context_length, generate, stream, tokens_left
 from capotune.settings import DecodingSettings, build
+from capotune.tasks.facade import Facade
 from capotune.tasks.texts import check_texts
 
 Messages = Sequence[dict[str, Any]]
@@ -23,30 +23,12 @@ def user_turn(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-class Generator:
+class Generator(Facade):
     """A language model, with or without an adapter, ready to write. Made by ``load`` and ``load_model``.
 
     ``decoding`` are the settings of ``capo generate --help`` by name (``max_tokens=64``). Every method raises
     ``SettingError`` for a setting out of range and for a prompt that leaves no token in the model's context.
     """
-
-    def __init__(self, assembled: Assembled) -> None:
-        self._assembled = assembled
-
-    @property
-    def model(self) -> Any:
-        """Transformers' own causal language model, with the adapter inside."""
-        return self._assembled.model
-
-    @property
-    def method(self) -> Any:
-        """The attached method (``capotune.methods``)."""
-        return self._assembled.method
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return self._assembled.task.tokenizer
 
     @property
     def chats(self) -> bool:
@@ -113,10 +95,6 @@ class Generator:
             task = replace(switched.task, chat_template=before.chat_template, template_from=before.template_from)
             switched = replace(switched, task=task)
         self._assembled = switched
-
-    def merge(self) -> bool:
-        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
-        return self._assembled.method.merge()
 
     def _encode_chat(self, messages: Messages, tools: Messages) -> list[int]:
         if isinstance(messages, str) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):

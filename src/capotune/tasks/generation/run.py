@@ -14,7 +14,7 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows
 from capotune.data.generation import load_samples
-from capotune.data.inspect.samples import inspect_samples, sample_facts
+from capotune.data.inspect.samples import inspect_samples
 from capotune.data.samples import Conversation, Pair, Samples, answer_of, asked
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
@@ -65,7 +65,7 @@ class GenerationRun(TaskRun):
             template_from=task.template_from,
             learn=task.learn,
         )
-        report(DataInspected(task=task.name, report=asdict(found), facts=tuple(sample_facts(found))))
+        report(DataInspected(task=task.name, report=asdict(found)))
         if not data.test.samples and len(data.train) == 1:  # one running text: its end is the test
             train, self.test_rows = _end_of(train[0], settings.test_fraction)
         self.train, groups = self._examples(train, data.train)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import pydantic
 import torch
 from torch import nn
 
@@ -13,6 +14,8 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords
 from capotune.data.generation import looks_like_generation, read_samples_to_score
+from capotune.data.inspect.samples import GenerationReport, describe_samples
+from capotune.data_blocks import Block
 from capotune.device import compute_dtype
 from capotune.events import Reporter
 from capotune.kernels import policy
@@ -163,6 +166,11 @@ class Generation(TextEncoder, Task):
         return score_samples(assembled, self.encode(samples), samples, scored_as, report)
 
     # ------------------------------------------------------------------------------------------------------------ words
+
+    @classmethod
+    def describe_data(cls, report: Mapping[str, Any]) -> list[Block]:
+        """The report in words, the lengths of the rows, and some rows."""
+        return describe_samples(pydantic.TypeAdapter(GenerationReport).validate_python(report))
 
     def card(self, record: dict[str, Any]) -> CardWords:
         """What it writes, every score, and how to ask it."""

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
-
-from capotune.adapters.assemble import Assembled
 from capotune.errors import DataError
+from capotune.tasks.facade import Predictor
 from capotune.tasks.texts import check_texts
 from capotune.tasks.token_classification.score import logits_of, tags_of
 from capotune.tasks.token_classification.tagging import FoundEntity, Tagging, Words
 
 
-class Tagger:
+class Tagger(Predictor):
     """A base with an adapter on it, ready to find entities. Made by ``load``.
 
     A text is a string, which is split into words (``words.word_spans``), or a list of words as the training data had.
     """
-
-    def __init__(self, assembled: Assembled) -> None:
-        self._assembled = assembled
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -35,22 +29,6 @@ class Tagger:
         labels: tuple[str, ...] = self._assembled.task.labels
         return labels
 
-    @property
-    def model(self) -> nn.Module:
-        """The PyTorch module: token ids (rows, tokens) and mask in, ``.logits`` (rows, tokens, labels) out."""
-        model: nn.Module = self._assembled.model
-        return model
-
-    @property
-    def method(self) -> Any:
-        """The attached method (``capotune.methods``)."""
-        return self._assembled.method
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        return self._assembled.task.tokenizer
-
     def predict(self, texts: Sequence[str | Sequence[str]]) -> list[list[FoundEntity]]:
         """The entities of each text, in order."""
         return [tagging.entities for tagging in self.answer(texts)]
@@ -62,10 +40,6 @@ class Tagger:
         with_words = [one for one in given if one.spans]
         found = iter(self._tagged(with_words))
         return [next(found) if one.spans else one.tagged([], []) for one in given]
-
-    def merge(self) -> bool:
-        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
-        return self._assembled.method.merge()
 
     def _tagged(self, given: Sequence[Words]) -> list[Tagging]:
         if not given:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.inspect.facts import Check, Fact, rows_found, tokens_fact
+from capotune.data.inspect.findings import Check, rows_found, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
+from capotune.data_blocks import Block, Counts, Finding, Findings
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
 from capotune.tasks.token_classification.data import TaggedData, TaggedRows, sentence_groups
 
@@ -124,14 +125,19 @@ def _conflicts(rows: TaggedRows, groups: Sequence[tuple[str, ...]]) -> Iterable[
     return (len(tags_of[group]) > 1 for group in groups)
 
 
-def tag_facts(report: TagReport) -> Iterable[Fact]:
-    """The report in words."""
-    yield "Data", f"{report.source}, {report.described}", False
+def describe_tags(report: TagReport) -> list[Block]:
+    """The report in words, and every type's entities."""
+    counts = [[one.name, f"{one.train:,}", f"{one.test:,}"] for one in report.types]
+    return [Findings(list(_findings(report))), Counts(["Type", "Train", "Test"], counts)]
+
+
+def _findings(report: TagReport) -> Iterable[Finding]:
+    yield Finding("Data", f"{report.source}, {report.described}")
     tested = (
         f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
     )
-    yield "Sentences", f"{report.train_rows:,} to train{tested}", False
+    yield Finding("Sentences", f"{report.train_rows:,} to train{tested}")
     entities = sum(one.train for one in report.types)
-    yield "Words", f"{report.train_words:,} in train, {entities:,} entities of {len(report.types):,} types", False
-    yield tokens_fact(report.train_tokens, report.max_length)
+    yield Finding("Words", f"{report.train_words:,} in train, {entities:,} entities of {len(report.types):,} types")
+    yield token_lengths(report.train_tokens, report.max_length)
     yield from rows_found(report, _CHECKS, "no sentence is cut, repeated, tagged twice, or in both train and test")

@@ -22,7 +22,7 @@ from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import Units, solve_head, train_from
 from capotune.tasks.token_classification.data import TaggedData, load_tagged, rarest_types, sentence_groups
 from capotune.tasks.token_classification.features import all_features, targets_in, words_in
-from capotune.tasks.token_classification.inspect import inspect_tags, tag_facts
+from capotune.tasks.token_classification.inspect import inspect_tags
 from capotune.tasks.token_classification.objective import WordCrossEntropy
 from capotune.tasks.token_classification.score import of_predictions, score_rows, tags_of
 from capotune.tasks.token_classification.task import TokenClassification
@@ -47,7 +47,7 @@ class TokenClassificationRun(TaskRun):
         self.task = task = TokenClassification.on(base, data.types, settings.max_length, method.virtual_tokens, words)
         train, self.test_aligned = task.align_rows(data.train), task.align_rows(data.test)
         found = inspect_tags(data, train, self.test_aligned, task.max_length)
-        report(DataInspected(task=task.name, report=asdict(found), facts=tuple(tag_facts(found))))
+        report(DataInspected(task=task.name, report=asdict(found)))
         self.train = task.examples(train, data.train.tags)
         self.targets = targets_in(self.train)
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(data.train))

@@ -12,6 +12,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective
 from capotune.data.batches import IGNORE_INDEX, TokenRows
+from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples
 from capotune.events import Reporter, counter
@@ -27,6 +28,7 @@ from capotune.tasks.room import text_length
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned, align
 from capotune.tasks.token_classification.data import TaggedRows, check_types, is_tagged, read_to_score, read_words
 from capotune.tasks.token_classification.facade import Tagger
+from capotune.tasks.token_classification.inspect import TagReport, describe_tags
 from capotune.tasks.token_classification.model import TokenClassifier
 from capotune.tasks.token_classification.objective import WordCrossEntropy
 from capotune.tasks.token_classification.page import page_sections
@@ -178,6 +180,11 @@ class TokenClassification(LinearHeadTask):
         return score_rows(assembled, rows, progress=counter(report))
 
     # ------------------------------------------------------------------------------------------------------------ words
+
+    @classmethod
+    def describe_data(cls, report: Mapping[str, Any]) -> list[Block]:
+        """The report in words, and every type's entities."""
+        return describe_tags(pydantic.TypeAdapter(TagReport).validate_python(report))
 
     def card(self, record: dict[str, Any]) -> CardWords:
         """Types, F1 and how to predict."""

@@ -1,4 +1,4 @@
-"""A data report in words: what every face shows of it, a line each."""
+"""Findings that data reports have in common."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from capotune.data.inspect.measures import Lengths, Lines
+from capotune.data_blocks import Finding
 
-__all__ = ["Check", "Fact", "rows_found", "tokens_fact"]
+__all__ = ["Check", "rows_found", "token_lengths"]
 
-Fact = tuple[str, str, bool]
-"""Name, text, and whether it deserves a look."""
 Check = tuple[str, str, str]
-"""Name of a fact, the report's field that holds rows (``Lines``), and what is true of them; ``{limit}``: in tokens."""
+"""Name of a finding, the report's field that holds rows (``Lines``), what is true of them; ``{limit}``: in tokens."""
 
 
-def tokens_fact(lengths: Lengths, max_length: int) -> Fact:
+def token_lengths(lengths: Lengths, max_length: int) -> Finding:
     """How long the training texts are."""
     low, median, p95, high = lengths.min, lengths.median, lengths.p95, lengths.max
     spread = f"{high:,} a text" if low == high else (
         f"{low:,} to {high:,} a text, half at most {median:,}, 95 % at most {p95:,}"
     )  # fmt: skip
-    return "Tokens", f"{spread}; the model reads {max_length:,}", False
+    return Finding("Tokens", f"{spread}; the model reads {max_length:,}")
 
 
-def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[Fact]:
+def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[Finding]:
     """The checks that found rows in ``report``; where none did, that ``nothing`` was found."""
     found = False
     limit = f"{report.max_length:,} tokens"
@@ -32,9 +31,9 @@ def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[F
         lines: Lines = getattr(report, field)
         if lines.count:
             found = True
-            yield name, f"{lines.count:,} {what.format(limit=limit)} ({_first(lines)})", True
+            yield Finding(name, f"{lines.count:,} {what.format(limit=limit)} ({_first(lines)})", needs_a_look=True)
     if not found:
-        yield "Checked", nothing, False
+        yield Finding("Checked", nothing)
 
 
 def _first(lines: Lines) -> str:

@@ -1,0 +1,57 @@
+"""What ``capotune.load`` returns: a base with an adapter on it, ready to be asked. A task adds what is asked of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from capotune.adapters.assemble import Assembled
+
+
+class Facade:
+    """What every loaded adapter has."""
+
+    def __init__(self, assembled: Assembled) -> None:
+        self._assembled = assembled
+
+    @property
+    def model(self) -> Any:
+        """The PyTorch module with the adapter inside: token ids (rows, tokens) and mask in, ``.logits`` out."""
+        return self._assembled.model
+
+    @property
+    def method(self) -> Any:
+        """The attached method (``capotune.methods``)."""
+        return self._assembled.method
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._assembled.task.tokenizer
+
+    def merge(self) -> bool:
+        """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
+        return self._assembled.method.merge()
+
+
+class Answer(Protocol):
+    """What a predictor says of one text."""
+
+    def as_line(self) -> str:
+        """In one line, for people."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+
+
+class Predictor(Facade, ABC):
+    """The facade of a task whose ``command`` is ``predict``."""
+
+    @abstractmethod
+    def answer(self, texts: Sequence[Any]) -> Sequence[Answer]:
+        """What there is to say of each text, as ``capo predict`` prints it."""
+
+    def predict(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The bare result of each text; by default the whole answer."""
+        return self.answer(texts)
