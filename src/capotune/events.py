@@ -26,6 +26,7 @@ __all__ = [
     "StepTaken",
     "TrainingStarted",
     "Warned",
+    "alive",
     "bytes_as_progress",
     "counter",
     "from_json",
@@ -153,8 +154,13 @@ def counter(report: Reporter) -> Callable[[int, int], None]:
     return lambda done, total: report(Progress(done=done, total=total))
 
 
+def alive(report: Reporter) -> Callable[..., None]:
+    """A callback that reports a ``Heartbeat``, whatever it is called with."""
+    return lambda *_: report(Heartbeat())
+
+
 def bytes_as_progress(report: Reporter) -> Callable[[int, int], None]:
-    """A ``(done, total)`` callback in bytes that reports at most a hundred ``Progress`` events."""
+    """A ``(done, total)`` callback in bytes: at most a hundred ``Progress`` events, with a ``Heartbeat`` in between."""
     last = -1
 
     def progress(done: int, total: int) -> None:
@@ -162,6 +168,8 @@ def bytes_as_progress(report: Reporter) -> Callable[[int, int], None]:
         if total and 100 * done // total > last:
             last = 100 * done // total
             report(Progress(done=done, total=total))
+        else:
+            report(Heartbeat())
 
     return progress
 

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 
 from capotune.models.base import Base
 from capotune.models.shards import Shards, StoredTensor
 
+_Files = tuple[tuple[Path, int, int], ...]
+"""Path, bytes and time of change of each."""
+_known: dict[_Files, str] = {}
 _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
 
 
-def fingerprint(base: Base) -> str:
+def _nothing() -> None:
+    pass
+
+
+def fingerprint(base: Base, alive: Callable[[], object] = _nothing) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
 
-    Raises ``ModelError`` for a file that is not a complete safetensors file.
+    It reads all weights, once in a process; ``alive`` is called after each part. Raises ``ModelError`` for a file that
+    is not a complete safetensors file.
     """
     files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in base.weight_files)
-    return _fingerprint(files)
+    if files not in _known:
+        _known[files] = _computed(files, alive)
+    return _known[files]
 
 
-@lru_cache(maxsize=8)
-def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _computed(files: _Files, alive: Callable[[], object]) -> str:
     shards = Shards([path for path, _, _ in files])
-    digests = {stored.name: _digest(shards, stored) for stored in shards}
+    digests = {stored.name: _digest(shards, stored, alive) for stored in shards}
     total = hashlib.sha256()
     for name in sorted(digests):
         total.update(digests[name])
@@ -42,8 +51,9 @@ def config_hash(base: Base) -> str:
     return total.hexdigest()
 
 
-def _digest(shards: Shards, stored: StoredTensor) -> bytes:
+def _digest(shards: Shards, stored: StoredTensor, alive: Callable[[], object]) -> bytes:
     digest = hashlib.sha256(json.dumps([stored.name, stored.dtype, list(stored.shape)]).encode())
     for part in shards.chunks(stored.name):
         digest.update(part)
+        alive()
     return digest.digest()

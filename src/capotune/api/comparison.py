@@ -82,7 +82,7 @@ def _command(settings: CompareSettings) -> str:
     """How to make the comparison again."""
     if isinstance(settings.data, MemoryTable) or isinstance(settings.test, MemoryTable):
         return "capotune.compare(data=…)"
-    return f"capo compare --data {settings.data}"
+    return f"capotune.compare(data={settings.data!r})"
 
 
 def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:

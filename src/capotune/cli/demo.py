@@ -25,7 +25,7 @@ def demo(out: Path, show_page: bool, epochs: int | None = None) -> int:
     each["prompt_tuning"] = chosen
     settings = api.compare_settings()(data=str(EXPRESSIONS), model="capo-tiny", out=out, **each)
     shorter = [] if epochs is None else ["--epochs", str(epochs)]
-    code = compare(settings, shlex.join(["capo", "demo", "generation", "--out", str(out), *shorter]))
+    code = compare(settings, shlex.join(["capo", "demo", "generation", *shorter]))
     page = (out / "compare.html").resolve()
     if show_page and has_desktop() and webbrowser.open(page.as_uri()):
         print(f"The page is open in your browser: {page}")

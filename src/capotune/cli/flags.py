@@ -47,6 +47,15 @@ def take_config(rest: list[str]) -> tuple[list[str], Path | None]:
     return rest, None
 
 
+def without_out(rest: list[str]) -> list[str]:
+    """The arguments without ``--out FOLDER``: a record does not know where it is."""
+    kept: list[str] = []
+    for at, argument in enumerate(rest):
+        if argument != "--out" and not argument.startswith("--out=") and (at == 0 or rest[at - 1] != "--out"):
+            kept.append(argument)
+    return kept
+
+
 def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:
     """Settings of ``cls`` from the flags, which win over the YAML file ``config``; on a mistake ``SystemExit(2)``."""
     values = read_yaml(config) if config else {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from capotune.cli.flags import Json, parse, take_config
+from capotune.cli.flags import Json, parse, take_config, without_out
 from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.settings import CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
@@ -175,7 +175,7 @@ def _compare(rest: list[str]) -> int:
     from capotune import api
 
     settings = parse(api.compare_settings(), flags, "capo compare", config)
-    return compare(settings, shlex.join(["capo", "compare", *rest]))
+    return compare(settings, shlex.join(["capo", "compare", *without_out(rest)]))
 
 
 def compare(settings: CompareSettings, command: str) -> int:

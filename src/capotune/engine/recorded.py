@@ -15,7 +15,7 @@ from capotune.engine.loop import finished, train
 from capotune.engine.state import TrainingState
 from capotune.errors import SettingError
 from capotune.evaluation.forward import Examples, held_out_score
-from capotune.events import EpochEnded, Reporter, Stage, StepTaken, counter
+from capotune.events import EpochEnded, Reporter, Stage, StepTaken, alive, counter
 from capotune.files import write_atomic
 
 _CHECKPOINT_SECONDS = 300.0
@@ -65,7 +65,7 @@ def train_recorded(
         save_checkpoint(checkpoints, state)
 
     def evaluate() -> tuple[float, ...]:
-        return held_out_score(assembled, held)
+        return held_out_score(assembled, held, alive(report))
 
     settings = assembled.method.settings
     with log:

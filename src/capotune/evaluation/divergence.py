@@ -7,7 +7,7 @@ last hidden state, classifiers by the distribution over their labels, as languag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ def area(width, height):
 In 1969 two people walked on the Moon; about 600 million watched it on television.
 """
 """Stands in where no text of the user's own is given."""
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,18 @@ def compare_states(original: Tensor, changed: Tensor) -> StateDivergence:
     return StateDivergence(len(cosine), float(cosine.mean()), float(cosine.min()))
 
 
-def compare_models(original: Base, changed: Base, text: str) -> Divergence | StateDivergence:
+def compare_models(
+    original: Base, changed: Base, text: str, alive: Callable[[], object] = _nothing
+) -> Divergence | StateDivergence:
     """Of two models of one tokenizer, one after the other in memory, ``original`` at full precision.
 
-    Raises ``DataError`` when the text is too short, ``ModelError`` when a model cannot be loaded.
+    ``alive`` is called before each window. Raises ``DataError`` when the text is too short, ``ModelError`` when a model
+    cannot be loaded.
     """
     writes = writes_text(original)
     windows = text_windows(original, text, by_line=not writes)
     load = load_causal_lm if writes else load_backbone
-    answers = [answers_of(load(base), windows) for base in (original, changed)]  # one model at a time
+    answers = [answers_of(load(base), windows, alive) for base in (original, changed)]  # one model at a time
     return compare_logits(*answers) if writes else compare_states(*answers)
 
 
@@ -148,9 +155,12 @@ def _up_to(most: int, rows: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def answers_of(model: Any, windows: Sequence[Tensor]) -> Tensor:
+def answers_of(model: Any, windows: Sequence[Tensor], alive: Callable[[], object] = _nothing) -> Tensor:
     """Logits or last hidden states, (tokens, choices or hidden) on the CPU; of a classifier (windows, labels)."""
     device = pick_device()
     model = model.to(device)
-    found = [model(input_ids=window.to(device))[0].float().cpu() for window in windows]
+    found = []
+    for window in windows:
+        alive()
+        found.append(model(input_ids=window.to(device))[0].float().cpu())
     return torch.cat([answer.reshape(-1, answer.shape[-1]) for answer in found])

@@ -82,10 +82,10 @@ def outputs(assembled: Assembled, examples: Examples, progress: Progress | None 
     return torch.cat(found)[at.argsort()]
 
 
-def held_out_score(assembled: Assembled, examples: Examples) -> Score:
+def held_out_score(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> Score:
     """The objective's score of held-out rows: higher is better, later values decide between equal earlier ones. NaN is
     worse than any value."""
-    score = assembled.task.objective.score(outputs(assembled, examples), examples.targets)
+    score = assembled.task.objective.score(outputs(assembled, examples, progress), examples.targets)
     return tuple(-math.inf if math.isnan(one) else one for one in score)
 
 

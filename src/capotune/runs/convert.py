@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from math import sqrt
 from typing import Any
@@ -23,7 +24,7 @@ from capotune.evaluation.divergence import (
     read_text,
     text_windows,
 )
-from capotune.events import Reporter, Stage, bytes_as_progress
+from capotune.events import Reporter, Stage, alive, bytes_as_progress
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, Quantization, find
@@ -73,7 +74,7 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
         }
         if text is not None:
             report(Stage(text="comparing answers at full precision and in 4 bits"))
-            result["answers"] = {"text": settings.text, **asdict(compare_models(base, changed, text))}
+            result["answers"] = {"text": settings.text, **asdict(compare_models(base, changed, text, alive(report)))}
         if settings.report:
             write_atomic(new / "report.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -107,7 +108,10 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
             "changed_layers": changed,
             "bytes": merged.weight_bytes,
             "head": str(settings.out / HEAD) if has_head else None,
-            "answers": {"text": settings.text, **asdict(_merged_answers(stored, base, merged, text, has_head))},
+            "answers": {
+                "text": settings.text,
+                **asdict(_merged_answers(stored, base, merged, text, has_head, alive(report))),
+            },
         }
 
 
@@ -130,18 +134,20 @@ def _save_head(stored: StoredAdapter, merged: Base) -> None:
     save_adapter(merged.folder / HEAD, assembled, stored.record["trained"])
 
 
-def _merged_answers(stored: StoredAdapter, base: Base, merged: Base, text: str, has_head: bool) -> Divergence:
+def _merged_answers(
+    stored: StoredAdapter, base: Base, merged: Base, text: str, has_head: bool, alive: Callable[[], object]
+) -> Divergence:
     """The merged model's answers against those of the base with the adapter on it."""
     windows = text_windows(base, text, by_line=has_head)
     trust, device = base.trust_remote_code, pick_device()
     on_base = load_adapter(stored, model=base.name, device=device, trust_remote_code=trust)
-    before = answers_of(on_base.model, windows)
+    before = answers_of(on_base.model, windows, alive)
     del on_base
     if has_head:
         head = read_adapter(merged.folder / HEAD)
-        after = answers_of(load_adapter(head, model=str(merged.folder), device=device).model, windows)
+        after = answers_of(load_adapter(head, model=str(merged.folder), device=device).model, windows, alive)
     else:
-        after = answers_of(load_causal_lm(merged, dtype=stored.dtype), windows)
+        after = answers_of(load_causal_lm(merged, dtype=stored.dtype), windows, alive)
     return compare_logits(before, after)
 
 

@@ -26,7 +26,7 @@ from capotune.engine.activation_cache import ActivationCache, default_folder
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
 from capotune.errors import OutputError, SettingError
-from capotune.events import Finished, Reporter, Stage, TrainingStarted, bytes_as_progress, ignore
+from capotune.events import Finished, Reporter, Stage, TrainingStarted, alive, bytes_as_progress, ignore
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
 from capotune.methods import make
@@ -68,7 +68,7 @@ def run(
     state = load_checkpoint(out / "checkpoints") if resume else None
     report(Stage(text="reading data"))
     prepared = prepare(settings, method, report)
-    record = _record(prepared)
+    record = _record(prepared, report)
     if resume:
         _same_settings(out, record)
     with growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))):
@@ -222,7 +222,7 @@ def _write_scored(out: Path, scored: Scored, base: Scored | None) -> None:
         write_atomic(out / "test_rows.json", json.dumps(scored.counts.to_dict() | of_base) + "\n")
 
 
-def _record(prepared: Prepared) -> dict[str, Any]:
+def _record(prepared: Prepared, report: Reporter) -> dict[str, Any]:
     """What decides the run's result; a resumed run must have the same."""
     base, method = prepared.base, prepared.method
     return {
@@ -232,7 +232,7 @@ def _record(prepared: Prepared) -> dict[str, Any]:
         "data_sha256": prepared.task_run.data_sha256,
         "base": {
             "name": base.name,
-            "fingerprint": fingerprint(base),
+            "fingerprint": fingerprint(base, alive(report)),
             "config": config_hash(base),
             "quantization": str(base.quantization or "full precision"),
         },

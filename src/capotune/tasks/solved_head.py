@@ -19,7 +19,7 @@ from capotune.engine.linear_head import LinearHead, choose_regularization, solve
 from capotune.engine.recorded import train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
 from capotune.evaluation.forward import Examples
-from capotune.events import Heartbeat, Reporter, Stage
+from capotune.events import Reporter, Stage, alive
 from capotune.tasks.base import Fitted
 
 _EASY_START = 30.0  # times the best λ: a head that knows the rows by heart leaves the method nothing to gain
@@ -65,20 +65,16 @@ def solve_head(
     ``held_score``: the objective's score from the logits (units, labels) of the held-out units.
     """
     report(Stage(text="solving the head"))
-
-    def alive() -> None:
-        report(Heartbeat())
-
     features, targets, fit, held, labels = units.features, units.targets, units.fit, units.held, units.labels
     head, regularization = choose_regularization(
-        features[fit], targets[fit], features[held], targets[held], labels, on_iteration=alive
+        features[fit], targets[fit], features[held], targets[held], labels, on_iteration=alive(report)
     )
     score = held_score(head.logits(features[held]))
     if not assembled.method.parameters():
-        set_head(assembled, solve(features, targets, labels, regularization, near=head, on_iteration=alive))
+        set_head(assembled, solve(features, targets, labels, regularization, near=head, on_iteration=alive(report)))
         return SolvedHead(score, regularization, None)
     set_head(assembled, head)
-    unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization, on_iteration=alive)
+    unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization, on_iteration=alive(report))
     return SolvedHead(score, regularization, unfinished)
 
 

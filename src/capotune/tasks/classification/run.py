@@ -62,15 +62,15 @@ class ClassificationRun(TaskRun):
         """The label names' tokens, those of a text, or all that occur."""
         return prompt_tokens(self.task.tokenizer, self.task.labels, method, self.train.rows.sequences)
 
-    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
+    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """Nearest class mean on the last layer's features."""
         task, test = self.task, self.data.test
         if not len(test):
             return Scored("accuracy", {}, {}, 0)
         hidden, targets = assembled.architecture.hidden_size, task.targets(test.labels)
         rows = TokenRows(task.encode(test.texts, test.where), task.pad_id)
-        train_features = all_features(assembled, self.train.rows, cache, reduced=True)[:, -hidden:]
-        test_features = all_features(assembled, rows, cache)[:, -hidden:]
+        train_features = all_features(assembled, self.train.rows, cache, counter(report), reduced=True)[:, -hidden:]
+        test_features = all_features(assembled, rows, cache, counter(report))[:, -hidden:]
         logits = nearest_mean_logits(train_features, self.targets, test_features, len(task.labels))
         accuracy = float((logits.argmax(1) == targets).float().mean())
         interval = wilson_interval(accuracy, len(targets))

@@ -23,7 +23,7 @@ from capotune.engine.state import TrainingState, start
 from capotune.errors import DataError, SettingError
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.evaluation.generate import generate
-from capotune.events import DataInspected, Progress, Reporter, Stage
+from capotune.events import DataInspected, Progress, Reporter, Stage, alive, counter
 from capotune.methods import make
 from capotune.methods.base import Untouched
 from capotune.models.base import Base
@@ -91,7 +91,7 @@ class GenerationRun(TaskRun):
         held = self.train.take(self.held_rows)
         losses: list[tuple[float, str]] = []
         for number, text in enumerate(self.candidates):
-            (score,) = held_out_score(assembled, held.after(self._tokens_of(text)))
+            (score,) = held_out_score(assembled, held.after(self._tokens_of(text)), alive(report))
             losses.append((-score, text))
             self.tried.append({"prompt": text, "held_out_loss": -score})
             report(Progress(done=number + 1, total=len(self.candidates)))
@@ -127,11 +127,12 @@ class GenerationRun(TaskRun):
         extra = {"candidates": self.tried} if self.tried else {}
         shown = self.task.objective.shown
         if not assembled.method.settings.trains:
-            return Fitted(0.0, 0, shown(held_out_score(assembled, self.train.take(self.held_rows))), extra)
+            score = held_out_score(assembled, self.train.take(self.held_rows), alive(report))
+            return Fitted(0.0, 0, shown(score), extra)
         fit, held = (
             with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
         )
-        state = state or start(assembled, held_out_score(assembled, held), self.seed)
+        state = state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
         state = train_recorded(out, assembled, fit, held, seed=self.seed, state=state, report=report)
         return Fitted(float(state.epoch), state.best_epoch, shown(state.best_score), extra)
 
@@ -150,7 +151,7 @@ class GenerationRun(TaskRun):
         texts = [one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss]
         chosen = random.Random(self.seed).sample(range(len(texts)), min(_SHOWN, len(texts)))
         starts = [texts[row][: max(1, min(_SHOWN_TOKENS // 2, len(texts[row]) // 2))] for row in sorted(chosen)]
-        written = generate(assembled, starts, self.task.scored_as.decoding)
+        written = generate(assembled, starts, self.task.scored_as.decoding, counter(report))
         return [
             {"prompt": self.task.decode(ids), "expected": None, "written": text}
             for ids, text in zip(starts, written, strict=True)

@@ -61,14 +61,14 @@ class TokenClassificationRun(TaskRun):
         """The types' tokens, those of a text, or all that occur."""
         return prompt_tokens(self.task.tokenizer, self.task.types, method, self.train.rows.sequences)
 
-    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
+    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """Nearest class mean of each word's last state."""
         if not len(self.data.test):
             return Scored("f1", {}, {}, 0)
         test = self.task.examples(self.test_aligned, self.data.test.tags)
         hidden = assembled.architecture.hidden_size
-        train_features = all_features(assembled, self.train, cache, reduced=True)[:, -hidden:]
-        test_features = all_features(assembled, test, cache)[:, -hidden:]
+        train_features = all_features(assembled, self.train, cache, counter(report), reduced=True)[:, -hidden:]
+        test_features = all_features(assembled, test, cache, counter(report))[:, -hidden:]
         logits = nearest_mean_logits(train_features, self.targets, test_features, len(self.task.labels))
         scored = of_predictions(self.data.test, tags_of(self.task.labels, self.test_aligned, logits), {})
         return replace(scored, predictions=[])
