@@ -174,6 +174,18 @@ def test_held_out_sentences_leave_every_type_in_train(tmp_path: Path) -> None:
     assert len(splits) > 6
 
 
+def test_row_that_alone_holds_a_type_is_trained_on_whatever_else_is_in_it(tmp_path: Path) -> None:
+    """It counts as a row of its rarest type, of which others are there to train on."""
+    tags = [["B-A", "O", "O"]] * 20 + [["B-T", "O", "O"]] * 3 + [["B-T", *["B-U"] * 6]]
+    values = [{"tokens": [f"{at}.{word}" for word in range(len(own))], "tags": own} for at, own in enumerate(tags)]
+    tested = set()
+    for seed in range(8):
+        found = load(tmp_path, values, seed=seed, test_fraction=0.3)
+        assert 24 in found.train.lines
+        tested.update(found.test.lines)
+    assert tested & {21, 22, 23}
+
+
 def test_rarest_type_decides_what_a_row_counts_as(tmp_path: Path) -> None:
     found = read_to_score(jsonl(tmp_path, [*rows(), {"tokens": ["a", "b"], "tags": ["B-LOC", "B-ORG"]}]))
     assert rarest_types(found) == [2, 3, 0, 2, 3, 1]

@@ -49,17 +49,17 @@ class DataSettings(Settings):
     """Which data, and how to read it."""
 
     data: DataSource
-    """Labelled text, or text to write (conversations, prompts and completions, plain text): a csv, tsv, jsonl, parquet
-    or text file, or a dataset id on the hub."""
+    """Labelled text, tagged words (lists of words and tags, CoNLL text), or text to write (conversations, prompts and
+    completions, plain text): a csv, tsv, jsonl, parquet or text file, or a dataset id on the hub."""
     task: str = "auto"
     """What is predicted: `classification` (a label a text), `token-classification` (a tag a word), `generation` (text).
     auto: as the first record shows."""
     test: DataSource | None = None
     """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
-    """Column that holds the text. Found by name when left out."""
+    """Column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
-    """Column that holds the label. Found by name when left out."""
+    """Column that holds the label, or the list of tags. Found by name when left out."""
     prompt_template: str | None = None
     """Generation: the prompt made from other columns, as in `Question: {question} Answer:`."""
     completion_column: str | None = None

@@ -27,9 +27,9 @@ def train(
 
     Args:
         method: ``feature-extraction``, ``lora``, ``qlora``, ``prompt-tuning``, or one that was registered.
-        data: labelled text, or text to write: a path, a dataset id on the hub, or rows in memory: a list of dicts
-            (``[{"text": "…", "label": "…"}]``), a pandas DataFrame, a ``datasets.Dataset`` or ``DatasetDict``. The same
-            for ``test`` among the settings.
+        data: labelled text, tagged words, or text to write: a path, a dataset id on the hub, or rows in memory: a list
+            of dicts (``[{"text": "…", "label": "…"}]``), a pandas DataFrame, a ``datasets.Dataset`` or ``DatasetDict``.
+            The same for ``test`` among the settings.
         out: the run's folder; must not exist.
         resume: go on with a run that was stopped there.
         report: called with progress events (``capotune.events``).

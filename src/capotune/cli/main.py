@@ -27,7 +27,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo compare --data tickets.csv          all four techniques side by side, and which one to take
   capo train lora --data tickets.csv       one technique
   capo evaluate ADAPTER --data more.csv    score an adapter
-  capo predict ADAPTER "some text"         label and probability
+  capo predict ADAPTER "some text"         label or entities, with their probability
   capo generate ADAPTER "some text"        what the model writes after it
   capo chat ADAPTER                        a conversation; /adapter switches
   capo info ADAPTER                        what an adapter is
@@ -36,9 +36,9 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
-Data is labelled text, or text to write: conversations, prompts with completions, plain text. generate, chat and
-evaluate also take a model alone. `capo COMMAND --help` lists a command's settings; `--config FILE.yaml` gives compare
-and train settings from a file."""
+Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
+with completions, plain text. generate, chat and evaluate also take a model alone. `capo COMMAND --help` lists a
+command's settings; `--config FILE.yaml` gives compare and train settings from a file."""
 
 
 class Evaluate(Settings):
@@ -47,11 +47,11 @@ class Evaluate(Settings):
     adapter: tyro.conf.Positional[str]
     """Adapter folder; or a language model alone: an embedded one by name, a folder, or a model id on the hub."""
     data: str
-    """Labelled text, or text to write; when a `split` column marks test rows, those alone are scored."""
+    """Labelled text, tagged words, or text to write; when a `split` column marks test rows, those alone are scored."""
     text_column: str | None = None
-    """Labels: column that holds the text. Found by name when left out."""
+    """Labels, tags: column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
-    """Labels: column that holds the label. Found by name when left out."""
+    """Labels, tags: column that holds the label, or the list of tags. Found by name when left out."""
     prompt_template: str | None = None
     """Text to write: the prompt made from columns, as in `Question: {question} Answer:`."""
     completion_column: str | None = None
@@ -66,16 +66,17 @@ class Evaluate(Settings):
 
 
 class Predict(Settings):
-    """Label texts: given as arguments, in a file, or line by line on standard input."""
+    """Label texts, or find entities in them: given as arguments, in a file, or line by line on standard input."""
 
     adapter: tyro.conf.Positional[Path]
     """Adapter folder."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to label."""
+    """Texts to read."""
     file: str | None = None
-    """A file of texts: a column of a csv, tsv, jsonl or parquet file, or the lines of any other."""
+    """A file of texts: a column of a csv, tsv, jsonl or parquet file, or the lines of any other. For entities also
+    lists of words, or CoNLL text."""
     text_column: str | None = None
-    """Column of the file that holds the text. Found by name when left out."""
+    """Column of the file that holds the text, or the list of words. Found by name when left out."""
     model: str | None = None
     """Where the base is, when not where it was trained."""
     as_json: Json = False
@@ -97,7 +98,7 @@ class Data(DataSettings):
     """Say what a data file holds, how it would be read, and what is wrong with it. Nothing is trained."""
 
     data: tyro.conf.Positional[str]
-    """Labelled text, or text to write: a file, or a dataset id on the hub."""
+    """Labelled text, tagged words, or text to write: a file, or a dataset id on the hub."""
     model: str | None = None
     """The model whose tokens are counted. Left out: minilm for labels, capo-tiny for text."""
     seed: Annotated[int, Field(ge=0)] = 0
