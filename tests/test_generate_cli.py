@@ -329,7 +329,8 @@ def test_evaluate_takes_a_model_alone_and_says_how_many_rows_it_answered(
     assert "on 3 of 8 rows, drawn by a fixed seed" in said
     assert f"perplexity {alone['perplexity']:.2f} on {alone['tokens']} tokens of 8 rows (95 % interval" in said
     chats = json.loads(capo("evaluate", adapters["chats"], "--data", colour_chats, "--json", "--answers", 4).out)
-    assert (chats["rows"], chats["answered"]) == (40, 4)
+    assert (chats["rows"], chats["answered"]) == (4, 4)  # exact match is compared by
+    assert chats["measured_on"]["loss"].endswith(" tokens of 40 rows")
 
 
 def test_evaluate_of_plain_text_has_no_answers(adapters: dict[str, Path], story: Path) -> None:

@@ -43,10 +43,11 @@ def test_a_block_runs(number: int, folder: Path) -> None:
 def test_the_yaml_is_a_valid_configuration() -> None:
     import yaml
 
-    from capotune.settings import CompareSettings, build
+    from capotune.api import compare_settings
+    from capotune.settings import build
 
     (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
-    assert build(CompareSettings, yaml.safe_load(text)).lora.rank == 8
+    assert build(compare_settings(), yaml.safe_load(text)).for_method("lora").model_dump()["rank"] == 8
 
 
 def test_there_is_something_to_run() -> None:
