@@ -585,7 +585,7 @@ def test_an_adapter_of_the_other_task_is_refused(both_adapters: Callable[[str], 
     with pytest.raises(AdapterError, match=r"gives labels and writes no text.*capo predict"):
         capotune.generate(both_adapters("classifier"), ["a prompt"])
     running = load_plain(find(str(llama_writer)), device=CPU)
-    with pytest.raises(AdapterError, match=r"labels texts and writes none"):
+    with pytest.raises(AdapterError, match=r"gives labels and writes no text"):
         switch(running, read_adapter(both_adapters("classifier")))
     assert capotune.generate(both_adapters("writer"), ["a prompt"], max_tokens=3)
     assert capotune.predict(both_adapters("classifier"), ["a text"])

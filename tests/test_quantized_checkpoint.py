@@ -217,14 +217,14 @@ def test_a_packed_model_computes_in_bf16_where_the_processor_can(
     monkeypatch.setattr(device, "machine_cpu_level", lambda: "amx")
     monkeypatch.setenv("CAPOTUNE_CPU_LEVEL", level)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
-    assert compute_dtype(cpu, packed=True) == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert compute_dtype(cpu, quantized=True) == (torch.bfloat16 if has_bf16 else torch.float32)
     assert compute_dtype(cpu) == torch.float32  # a model in full precision is trained as it always was
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert compute_dtype(cpu, packed=True) == torch.float32
+    assert compute_dtype(cpu, quantized=True) == torch.float32
 
 
 def test_packed_weights_do_not_train(saved: Callable[..., Path]) -> None:
-    with pytest.raises(SettingError, match=r"--trainable-layers 1: this base is stored in 4 bits.*full precision"):
+    with pytest.raises(SettingError, match=r"`trainable_layers=1`: this base is stored in 4 bits.*full precision"):
         on_base(saved("llama") / "packed", FeatureExtractionSettings(trainable_layers=1))
 
 
