@@ -7,12 +7,14 @@ how many are written, which are drawn.
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import capo
+from conftest import FILLER
 from generation_helpers import conversation, pairs, write_jsonl
 
 import capotune
@@ -54,6 +56,17 @@ def chats(qwen2_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Files
     rows = [{"messages": conversation(number, 1 + number % 2).messages} for number in range(30)]
     train, test = write_jsonl(folder / "train.jsonl", rows[:22]), write_jsonl(folder / "test.jsonl", rows[22:])
     return Files(qwen2_writer, train, test)
+
+
+@pytest.fixture(scope="module")
+def tags(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder, chooser = tmp_path_factory.mktemp("tags"), random.Random(0)
+    rows = []
+    for _ in range(60):
+        filler, thing = chooser.choices(FILLER, k=chooser.randint(1, 5)), chooser.choice(["lamp", "card"])
+        rows.append({"tokens": [*filler, thing], "tags": ["O"] * len(filler) + [f"B-{thing.upper()}"]})
+    train, test = write_jsonl(folder / "train.jsonl", rows[:44]), write_jsonl(folder / "test.jsonl", rows[44:])
+    return Files(bert, train, test)
 
 
 def run_and_evaluate(method: str, files: Files, out: Path, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,6 +117,22 @@ def test_feature_extraction_from_a_cache_that_another_run_filled(labels: Files, 
 def test_labels(labels: Files, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     result, scored = run_and_evaluate(method, labels, tmp_path / "run", **FEW, **settings)
     assert_one_score(result, scored, "accuracy", "macro_f1", "loss")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("feature-extraction", {"cache": True}),
+        ("feature-extraction", {"cache": False}),
+        ("lora", {"seed": 3}),
+        ("qlora", {}),
+        ("prompt-tuning", {"num_virtual_tokens": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tags(tags: Files, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+    result, scored = run_and_evaluate(method, tags, tmp_path / "run", **FEW, **settings)
+    assert_one_score(result, scored, "f1", "precision", "recall", "loss")
 
 
 @pytest.mark.parametrize(

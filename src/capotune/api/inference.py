@@ -201,7 +201,7 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     }
 
 
-def read_texts(source: str, text_column: str | None = None, predictor: Any = None) -> list[Any]:
+def read_texts(source: str, text_column: str | None = None, predictor: Predictor | None = None) -> list[Any]:
     """Texts to predict: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones.
 
     ``predictor``: what they are for, made by ``load_predictor``; it may know other forms, such as lists of words.
@@ -210,7 +210,7 @@ def read_texts(source: str, text_column: str | None = None, predictor: Any = Non
 
     if predictor is None:
         return list(texts.read_texts(source, text_column))
-    return list(predictor._assembled.task.read_texts(source, text_column))
+    return predictor.read_texts(source, text_column)
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:

@@ -52,6 +52,11 @@ class Predictor(Facade, ABC):
     def answer(self, texts: Sequence[Any]) -> Sequence[Answer]:
         """What there is to say of each text, as ``capo predict`` prints it."""
 
+    def read_texts(self, source: str, text_column: str | None = None) -> list[Any]:
+        """What a file holds to predict (``Task.read_texts``). Raises ``DataError``."""
+        found: list[Any] = self._assembled.task.read_texts(source, text_column)
+        return found
+
     def predict(self, texts: Sequence[Any]) -> Sequence[Any]:
         """The bare result of each text; by default the whole answer."""
         return self.answer(texts)
