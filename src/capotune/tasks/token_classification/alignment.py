@@ -3,7 +3,7 @@
 The words of a sentence are joined by single spaces and tokenised as one text, so that every word has the tokens that
 the base knows it by: a byte-level tokenizer writes most words with the space before them, and pieces of SentencePiece
 begin with it. Where a tokenizer takes words one by one (``is_split_into_words``), these are the tokens that it makes of
-them. What a token belongs to is told by its place in the text.
+them. The place of a token in the text says which word it belongs to.
 
 A word's tag is predicted at its first sub-word (Devlin et al. 2019, §5.3). A token that holds nothing of the word but
 the space before it does not count as one.
@@ -95,7 +95,7 @@ def _owners(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[in
 
 
 def _fitting(owners: Sequence[int], limit: int) -> int:
-    """How many tokens are kept of a sentence, of which ``limit`` fit: all, or those before a word that does not."""
+    """How many tokens remain of a sentence, of which ``limit`` fit: all, or those before a word that does not."""
     if len(owners) <= limit:
         return len(owners)
     whole = next((at for at in range(limit, 0, -1) if owners[at] != owners[at - 1]), 0)

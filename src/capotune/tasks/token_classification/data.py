@@ -135,8 +135,8 @@ def load_tagged(
         refuse_same_source(data, test)
     rows, parts = _read(data, word_column, tag_column)
     second = None if test is None else _read(test, word_column, tag_column)
-    if told := told_apart(rows, parts, second):
-        split = TaggedData(*told)
+    if marked := told_apart(rows, parts, second):
+        split = TaggedData(*marked)
     elif test_fraction == 0:
         split = TaggedData(rows, rows.take([]), "none asked for")
     else:
@@ -327,12 +327,12 @@ def _split_by_seed(rows: TaggedRows, fraction: float, seed: int) -> TaggedData:
 def _without_lonely_types(rows: TaggedRows, train: list[int], test: list[int]) -> tuple[list[int], list[int]]:
     """Train and test rows, with those moved to train whose types stand in no other training row."""
     known = {entity.type for row in train for entity in entities(rows.tags[row])}
-    kept = []
+    tested = []
     for row in test:
         own = {entity.type for entity in entities(rows.tags[row])}
         if own <= known:
-            kept.append(row)
+            tested.append(row)
         else:
             train.append(row)
             known |= own
-    return sorted(train), kept
+    return sorted(train), tested

@@ -39,9 +39,9 @@ def _by_type(method: str, predictions: Sequence[Prediction]) -> Table:
 
 
 def _line(kind: str, counts: Counts) -> list[str]:
-    numbers = (counts.tp + counts.fn, counts.tp, counts.fn, counts.fp)
+    entities_in = (counts.tp + counts.fn, counts.tp, counts.fn, counts.fp)
     shares = (counts.precision, counts.recall, counts.f1)
-    return [kind, *(f"{number:,}" for number in numbers), *(f"{share:.2f}" for share in shares)]
+    return [kind, *(f"{number:,}" for number in entities_in), *(f"{share:.2f}" for share in shares)]
 
 
 def _quote(row: Prediction) -> Quote:

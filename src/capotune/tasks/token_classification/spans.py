@@ -9,7 +9,7 @@ same things with different prefixes (Ramshaw and Marcus 1995; Tjong Kim Sang and
 
 All of them are read by one rule, that of CoNLL-2000's ``conlleval`` and of seqeval's default mode: a word goes on with
 the entity before it where its prefix is I or E, the word before has the prefix B or I, and the types are equal. Any
-other word with a prefix begins an entity. So every sequence of tags has a meaning, also one that a model made up.
+other word with a prefix begins an entity. So every sequence of tags has a meaning, also one that a model predicted.
 """
 
 from __future__ import annotations
