@@ -16,6 +16,7 @@ from commands import tree
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 import capotune
+from capotune.adapters import fingerprint
 from capotune.engine import linear_head, loop
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.evaluation import forward
@@ -221,6 +222,22 @@ def test_evaluate_stops_while_it_answers(
     stop = Stop(3)
     monkeypatch.setattr(generation._Alive, "__call__", stop.counting(generation._Alive.__call__))
     stop.stopped(capotune.evaluate, adapters["text"], data=str(colour_pairs), answers=8)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "merge"])
+def test_a_command_stops_while_the_base_is_told_by_its_weights(
+    command: str, adapters: dict[str, Path], bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_known", {})
+    stop = Stop()
+    monkeypatch.setattr(fingerprint, "_digest", stop.counting(fingerprint._digest))
+    if command == "train":
+        stop.stopped(capotune.train, "lora", out=tmp_path / "out", **training(bert, tickets))
+    elif command == "evaluate":
+        stop.stopped(capotune.evaluate, adapters["labels"], data=str(tickets))
+    else:
+        stop.stopped(capotune.merge, adapters["labels"], out=tmp_path / "out")
+    assert tree(tmp_path) == {}
 
 
 # Checkpoints written anew

@@ -139,6 +139,7 @@ def test_compare_shows_it_in_the_table_and_on_the_page(scores: Path, bert: Path,
 
 
 def test_it_is_found_by_its_data_and_by_its_name(scores: Path, bert: Path, tickets: Path, tmp_path: Path) -> None:
+    assert api.inspect(data=str(scores), model=str(bert))["task"] == "regression"
     assert api.inspect(data=str(scores), model=str(bert), task="regression")["task"] == "regression"
     assert api.inspect(data=str(tickets), model=str(bert))["task"] == "classification"
     with pytest.raises(DataError, match="'score' are needed"):

@@ -31,6 +31,7 @@ __all__ = [
     "counter",
     "from_json",
     "ignore",
+    "nothing",
     "to_json",
 ]
 
@@ -136,6 +137,10 @@ _EVENTS: dict[str, type[Event]] = {
 
 def ignore(_event: Event) -> None:
     """The reporter for callers that want none."""
+
+
+def nothing() -> None:
+    """The callback of long work for callers that need not know that it goes on (``alive``)."""
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from capotune.events import nothing
 from capotune.models.base import Base
 from capotune.models.shards import Shards, StoredTensor
 
@@ -16,11 +17,7 @@ _known: dict[_Files, str] = {}
 _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
 
 
-def _nothing() -> None:
-    pass
-
-
-def fingerprint(base: Base, alive: Callable[[], object] = _nothing) -> str:
+def fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
 
     It reads all weights, once in a process; ``alive`` is called after each part. Raises ``ModelError`` for a file that

@@ -21,6 +21,7 @@ from torch import Tensor
 from capotune import methods
 from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base
 from capotune.errors import AdapterError, SettingError
+from capotune.events import nothing
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.models.base import Base, Quantization
 from capotune.models.quantize import (
@@ -42,7 +43,9 @@ Change = Callable[[Tensor], Tensor]
 """From a weight (out, in), fp32, to the merged one."""
 
 
-def check_mergeable(stored: StoredAdapter, base: Base, requantize: bool) -> dict[str, Change]:
+def check_mergeable(
+    stored: StoredAdapter, base: Base, requantize: bool, alive: Callable[[], object] = nothing
+) -> dict[str, Change]:
     """The adapter's changes, by the layer's path in the backbone.
 
     Raises ``SettingError`` when it cannot be merged so, ``AdapterError`` when the base is another one or the adapter is
@@ -59,7 +62,7 @@ def check_mergeable(stored: StoredAdapter, base: Base, requantize: bool) -> dict
             where=str(stored.folder),
             advice="lora and qlora adapters can be merged; use this one as it is.",
         )
-    check_base(stored, base)
+    check_base(stored, base, alive)
     if base.is_quantized and not requantize:
         raise SettingError(
             f"its base '{base.name}' is stored in 4 bits, so there are no weights in full precision to merge into.",

@@ -11,6 +11,7 @@ Only safetensors and JSON are read. Nothing in the folder knows where the folder
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
 from capotune.adapters.fingerprint import fingerprint
 from capotune.errors import AdapterError, CapotuneError, ModelError
+from capotune.events import nothing
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, find
@@ -156,9 +158,10 @@ def find_base(stored: StoredAdapter, model: str | None = None, *, trust_remote_c
         ) from None
 
 
-def check_base(stored: StoredAdapter, base: Base) -> None:
-    """``AdapterError`` unless ``base`` has the very weights that the adapter was trained on."""
-    expected, found = stored.record["base"]["fingerprint"], fingerprint(base)
+def check_base(stored: StoredAdapter, base: Base, alive: Callable[[], object] = nothing) -> None:
+    """``AdapterError`` unless ``base`` has the very weights that the adapter was trained on. They are read, once in a
+    process; ``alive`` is called after each part."""
+    expected, found = stored.record["base"]["fingerprint"], fingerprint(base, alive)
     if found != expected:
         raise AdapterError(
             f"this adapter belongs to another base. It was trained on '{stored.base}' (fingerprint {expected[:12]}…); "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capotune.errors import AdapterError, ModelError, SettingError
-from capotune.events import CancelToken, Reporter, ignore
+from capotune.events import CancelToken, Reporter, alive, ignore
 from capotune.settings import DataSettings, build
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def is_adapter(name: str | Path) -> bool:
     return (folder / "capotune.json").is_file() or (folder.is_dir() and not (folder / "config.json").is_file())
 
 
-def _adapter_or_model(name: str | Path, model: str | None, command: str | None = None) -> Assembled:
+def _adapter_or_model(
+    name: str | Path, model: str | None, command: str | None = None, report: Reporter = ignore
+) -> Assembled:
     """An adapter on its base, or a language model alone, whichever ``name`` means."""
     if is_adapter(name):
-        return _adapter_on_base(name, model, command=command)
+        return _adapter_on_base(name, model, command=command, report=report)
     if model is not None:
         raise SettingError(
             f"belongs to an adapter, and '{name}' is none.", setting="model", given=model, advice="Leave it out."
@@ -86,7 +88,12 @@ def _model_alone(model: str | Path, trust_remote_code: bool) -> Assembled:
 
 
 def _adapter_on_base(
-    adapter: str | Path, model: str | None, *, trust_remote_code: bool = False, command: str | None = None
+    adapter: str | Path,
+    model: str | None,
+    *,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    report: Reporter = ignore,
 ) -> Assembled:
     """``AdapterError`` before anything is loaded when another command uses the adapter."""
     from capotune.adapters.store import read_adapter
@@ -101,7 +108,9 @@ def _adapter_on_base(
             where=str(stored.folder),
             advice=f'Use it with: capo {task.command} {stored.folder} "your text"',
         )
-    return load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code)
+    return load_adapter(
+        stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code, alive=alive(report)
+    )
 
 
 def _facade(assembled: Assembled) -> Any:
@@ -163,7 +172,7 @@ def evaluate(
 
     settings = build(DataSettings, {"data": as_source(data), **columns})
     report = (cancel or CancelToken()).watching(report)
-    assembled = _adapter_or_model(adapter, model)
+    assembled = _adapter_or_model(adapter, model, report=report)
     task: Task = assembled.task
     task.check_settings(columns, f"'{adapter}'")
     return task.evaluate(assembled, settings, answers, report).values()

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from capotune.events import nothing
 from capotune.kernels.execution import reduced_precision
 from capotune.kernels.linear import LinearInput, input_gradient
 
@@ -35,10 +36,6 @@ _SMALLEST_STD = 1e-6  # a feature that never varies is left out rather than blow
 _SAMPLE = 768  # rows whose span is searched first
 _ROUGH, _ROUGH_EXACT = 5e-3, 1e-3  # tolerances on the path, within a sample's span and where that is all there is
 _MAX_STEPS, _HISTORY = 500, 10
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def choose_regularization(
     held_targets: torch.Tensor,
     labels: int,
     tolerance: float = 2e-3,
-    on_iteration: Callable[[], object] = _nothing,
+    on_iteration: Callable[[], object] = nothing,
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
 
@@ -94,7 +91,7 @@ def solve(
     regularization: float,
     tolerance: float = 1e-4,
     near: LinearHead | None = None,
-    on_iteration: Callable[[], object] = _nothing,
+    on_iteration: Callable[[], object] = nothing,
 ) -> LinearHead:
     """The best head for one λ: F is within about ``tolerance``·F of its minimum. ``near``: one to start from, such as
     that of most of these rows; without it the path is followed."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from capotune.device import pick_device
 from capotune.errors import DataError
+from capotune.events import nothing
 from capotune.models.base import Base
 from capotune.models.load import load_backbone, load_causal_lm
 
@@ -35,10 +36,6 @@ def area(width, height):
 In 1969 two people walked on the Moon; about 600 million watched it on television.
 """
 """Stands in where no text of the user's own is given."""
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def compare_states(original: Tensor, changed: Tensor) -> StateDivergence:
 
 
 def compare_models(
-    original: Base, changed: Base, text: str, alive: Callable[[], object] = _nothing
+    original: Base, changed: Base, text: str, alive: Callable[[], object] = nothing
 ) -> Divergence | StateDivergence:
     """Of two models of one tokenizer, one after the other in memory, ``original`` at full precision.
 
@@ -155,7 +152,7 @@ def _up_to(most: int, rows: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def answers_of(model: Any, windows: Sequence[Tensor], alive: Callable[[], object] = _nothing) -> Tensor:
+def answers_of(model: Any, windows: Sequence[Tensor], alive: Callable[[], object] = nothing) -> Tensor:
     """Logits or last hidden states, (tokens, choices or hidden) on the CPU; of a classifier (windows, labels)."""
     device = pick_device()
     model = model.to(device)

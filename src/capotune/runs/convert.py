@@ -90,7 +90,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     text = read_text(settings.text)
     stored = read_adapter(settings.adapter)
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code)
-    check_mergeable(stored, base, settings.requantize)
+    check_mergeable(stored, base, settings.requantize, alive(report))
     has_head = task_class(stored).has_head
     with output_folder(settings.out) as new:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))

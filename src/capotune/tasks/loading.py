@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
+from capotune.events import nothing
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import make
 from capotune.methods.base import Untouched
@@ -36,13 +38,18 @@ def task_class(stored: StoredAdapter) -> type[Task]:
 
 
 def load_adapter(
-    stored: StoredAdapter, *, model: str | None, device: torch.device, trust_remote_code: bool = False
+    stored: StoredAdapter,
+    *,
+    model: str | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    alive: Callable[[], object] = nothing,
 ) -> Assembled:
-    """Put the adapter on its base (``model`` names another place of the same base).
+    """Put the adapter on its base (``model`` names another place of the same base). ``alive`` as in ``check_base``.
 
     Raises ``AdapterError`` when the base is another one by content, or the weights do not fit.
     """
-    assembled = _on_base(stored, model, device, trust_remote_code)
+    assembled = _on_base(stored, model, device, trust_remote_code, alive)
     put_on(stored, assembled)
     return assembled
 
@@ -98,8 +105,14 @@ def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.
     return assembled
 
 
-def _on_base(stored: StoredAdapter, model: str | None, device: torch.device, trust_remote_code: bool) -> Assembled:
+def _on_base(
+    stored: StoredAdapter,
+    model: str | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    alive: Callable[[], object] = nothing,
+) -> Assembled:
     base = find_base(stored, model, trust_remote_code=trust_remote_code)
-    check_base(stored, base)
+    check_base(stored, base, alive)
     task = task_class(stored).restore(base, stored.record)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)
