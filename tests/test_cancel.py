@@ -6,6 +6,7 @@ cancels from another thread, and sees at most one more.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ import capotune
 from capotune.adapters import fingerprint
 from capotune.engine import linear_head, loop
 from capotune.engine.checkpoint import load_checkpoint
+from capotune.errors import CapotuneError
 from capotune.evaluation import forward
 from capotune.evaluation import generate as generation
-from capotune.events import CancelToken, Event, Stage, StepTaken
+from capotune.events import CancelToken, Event, Failed, Stage, StepTaken
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -324,6 +326,24 @@ def test_a_cancelled_comparison_ends_its_process_and_leaves_nothing(
     assert len(since) <= 1
     assert len(processes) == 1  # the second technique did not begin
     assert processes[0].returncode == -9
+    assert tree(tmp_path) == {}
+
+
+def test_a_process_that_ends_before_it_has_read_what_to_do_is_a_technique_that_failed(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is killed by a token, or for memory, while rows in memory are written to it."""
+    from capotune.runs import compare as module
+
+    start = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda _, **how: start([sys.executable, "-c", "exit(3)"], **how))
+    rows = [{"text": "the parcel was late " * 40, "label": "ab"[number % 2]} for number in range(400)]
+    failed: list[Event] = []
+    with pytest.raises(CapotuneError, match="no technique finished"):
+        capotune.compare(data=rows, model=str(bert), methods=("lora",), out=tmp_path / "out", report=failed.append)
+    (event,) = failed
+    assert isinstance(event, Failed)
+    assert "code 3" in event.text
     assert tree(tmp_path) == {}
 
 

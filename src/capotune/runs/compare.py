@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,7 @@ def _request(settings: CompareSettings, method: str, out: Path, base_score: bool
 
 def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: CancelToken) -> str | None:
     """Run one technique's process to its end; why it failed, or None."""
+    cancel.check()
     command = [sys.executable, "-m", "capotune.runs"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages,
@@ -77,10 +79,8 @@ def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: C
         cancel.calling(process.kill),
     ):
         try:
-            assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
+            _send(process, request)
             for line in process.stdout:
                 values = json.loads(line)
                 if "error" in values:
@@ -92,6 +92,15 @@ def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: C
             raise
         process.wait()
         return _failure(process.returncode, messages)
+
+
+def _send(process: subprocess.Popen[str], request: dict[str, Any]) -> None:
+    """Write the request to a technique's process. One that ends before it has read all says why by its exit code."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(request))
+    with suppress(BrokenPipeError):  # what is still in the buffer
+        process.stdin.close()
 
 
 def _error(values: dict[str, Any]) -> CapotuneError:
