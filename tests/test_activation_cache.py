@@ -27,6 +27,7 @@ from capotune.data.batches import TokenRows
 from capotune.engine import activation_cache
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import OutputError
+from capotune.evaluation import forward
 from capotune.evaluation.forward import resume_from
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
@@ -310,7 +311,7 @@ def test_disk_full(error: Exception, bert: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(activation_cache, "save_file", full)
     assembled = features(bert)
-    with pytest.raises(OutputError, match=r"cannot be written: .*No space left.*CAPOTUNE_CACHE.*--no-cache"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*No space left.*CAPOTUNE_CACHE.*`cache=False`"):
         pooled(ActivationCache(tmp_path, {}), assembled, (-1,), rows_of(assembled))
     assert entries(tmp_path) == []
 
@@ -381,9 +382,12 @@ def test_states_are_kept_without_padding_and_mapped(bert: Path, tmp_path: Path) 
 def test_inference_batches_do_not_change_the_values(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembled = features(bert)
     rows = rows_of(assembled)
-    whole = activation_cache.compute_pooled(assembled, (0, -1), rows)
-    monkeypatch.setattr(activation_cache, "tokens_at_once", lambda _device: 20)
-    torch.testing.assert_close(activation_cache.compute_pooled(assembled, (0, -1), rows), whole, rtol=0, atol=1e-6)
+    whole = compute_features(assembled, (0, -1), rows, None, reduced=True)
+    monkeypatch.setattr(forward, "tokens_at_once", lambda _device: 20)
+    steps: list[int] = []
+    small = compute_features(assembled, (0, -1), rows, lambda done, _: steps.append(done), reduced=True)
+    assert len(steps) > 1
+    torch.testing.assert_close(small, whole, rtol=0, atol=1e-6)
 
 
 def test_the_model_is_whole_again_afterwards(bert: Path) -> None:
@@ -420,12 +424,13 @@ def test_the_same_weights_read_otherwise_are_another_base(bert: Path, tickets: P
 
 def test_code_that_comes_with_a_base_is_part_of_it(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "coded")
-    source = Base("coded", tmp_path / "coded")
-    plain = config_hash(source, with_code=False)
-    assert config_hash(source, with_code=True) == plain
+    data_only = Base("coded", tmp_path / "coded")
+    with_code = replace(data_only, trust_remote_code=True)
+    plain = config_hash(data_only)
+    assert config_hash(with_code) == plain
     (tmp_path / "coded" / "modeling.py").write_text("a = 1")
-    assert config_hash(source, with_code=False) == plain
-    assert config_hash(source, with_code=True) != plain
+    assert config_hash(data_only) == plain
+    assert config_hash(with_code) != plain
 
 
 def test_an_entry_taken_away_while_it_is_opened_is_computed_again(

@@ -144,7 +144,7 @@ def test_small_batches_give_the_same_text_in_the_given_order(monkeypatch: pytest
     assert sum(sizes) == 11
     assert 2 <= max(sizes) <= 4
     assert seen[-1] == (11, 11)
-    assert [done for done, _ in seen] == [sum(sizes[: at + 1]) for at in range(len(sizes))]
+    assert sorted({done for done, _ in seen}) == [sum(sizes[:at]) for at in range(len(sizes) + 1)]
 
 
 def test_no_prompts_no_answers() -> None:
@@ -268,9 +268,9 @@ def test_an_empty_prompt_needs_something_to_start_from() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_beams": 2, "temperature": 0.5}, "--num-beams 2 and --temperature 0.5"),
-        ({"top_p": 0.5}, "--top-p 0.5 needs a --temperature"),
-        ({"stop": ("x", "")}, "--stop: an empty text"),
+        ({"num_beams": 2, "temperature": 0.5}, "`num_beams=2` and `temperature=0.5` exclude"),
+        ({"top_p": 0.5}, "`top_p=0.5`: needs a `temperature`"),
+        ({"stop": ("x", "")}, "`stop`: an empty text"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(values: dict[str, Any], words: str) -> None:

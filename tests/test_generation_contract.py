@@ -256,8 +256,8 @@ def test_saved_and_loaded_gives_equal_outputs(
     assert_same_bits(weights(loaded), weights(assembled))
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == trainable_by_hand(variant, base)
-    for name in ("chat_template", "template_from", "separator", "learn", "max_length", "end_ids", "plain_head", "chat"):
-        assert getattr(loaded.generation, name) == getattr(assembled.task, name), name
+    for name in ("chat_template", "template_from", "separator", "learn", "max_length", "end_ids", "objective", "chat"):
+        assert getattr(loaded.task, name) == getattr(assembled.task, name), name
 
 
 @pytest.mark.parametrize(("variant", "base"), LORA_FAMILY)

@@ -192,7 +192,7 @@ def test_a_template_that_rewrites_earlier_turns(make: Callable[..., Generation])
     message = str(caught.value)
     assert "data.jsonl:2" in message
     assert "turn 2" in message
-    assert "--learn last" in message
+    assert "`learn=last`" in message
     task = make(THINKING, "last", eos=TURN_END)
     one = encode_one(task, thought)
     assert learned_parts(task, one) == ["<think>ice</think>white" + TURN_END]
@@ -464,7 +464,7 @@ def test_a_tokenizer_without_padding_has_a_filler(gpt2_writer: Path) -> None:
 def test_room_is_what_the_base_and_a_prompt_leave(llama_writer: Path) -> None:
     assert make_task(llama_writer).max_length == 96
     assert make_task(llama_writer, 40).max_length == 40
-    with pytest.raises(SettingError, match=r"--max-length 97: this base takes at most 96 tokens.*allowed are 2 to 96"):
+    with pytest.raises(SettingError, match=r"`max_length=97`: this base takes at most 96 tokens.*Allowed: 2 to 96"):
         make_task(llama_writer, 97)
-    with pytest.raises(SettingError, match="--max-length 1:"):
+    with pytest.raises(SettingError, match="`max_length=1`:"):
         make_task(llama_writer, 1)

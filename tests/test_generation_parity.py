@@ -256,17 +256,17 @@ EVERY: dict[str, TrainingSettings] = {
 def test_the_loss_is_transformers_own(variant: str, base: str, all_writers: dict[str, Path]) -> None:
     assembled = on_base(all_writers[base], EVERY[variant])
     shake(assembled)
-    task, given = assembled.task, varied(assembled)
-    assert task.plain_head == (base != "gemma2")
+    objective, given = assembled.task.objective, varied(assembled)
+    assert objective.plain_head == (base != "gemma2")
     batch = given.rows.batch(np.arange(8), given.targets)
-    learned = task.units(given.targets, list(range(8)))
+    learned = objective.units(given.targets, list(range(8)))
     assert learned == 75 - 2 == int((batch.targets != IGNORE_INDEX).sum())
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         theirs = float(assembled.model(**inputs, labels=padded_labels(batch)).loss) * learned
         all_logits = assembled.model(**inputs).logits
-        ours = {smoothing: float(task.loss(assembled.model, batch, smoothing)) for smoothing in (0.0, 0.3)}
-        other = with_plain_head(assembled, False).generation
+        ours = {smoothing: float(objective.loss(assembled.model, batch, smoothing)) for smoothing in (0.0, 0.3)}
+        other = with_plain_head(assembled, False).task.objective
         long_way = {smoothing: float(other.loss(assembled.model, batch, smoothing)) for smoothing in (0.0, 0.3)}
     smoothed = functional.cross_entropy(
         all_logits[:, :-1].flatten(0, 1), padded_labels(batch)[:, 1:].flatten(), reduction="sum", label_smoothing=0.3
@@ -310,7 +310,7 @@ def test_each_row_has_its_own_loss(llama_writer: Path) -> None:
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
     (score,) = held_out_score(assembled, given)
     assert score == pytest.approx(-float(found[:, 0].sum()) / 73)
-    assert assembled.task.shown((score,)) == pytest.approx(math.exp(-score))
+    assert assembled.task.objective.shown((score,)) == pytest.approx(math.exp(-score))
 
 
 # ---------------------------------------------------------------------------------------- many passes, one gradient
@@ -368,13 +368,14 @@ def test_a_mean_of_means_would_be_another_gradient(llama_writer: Path) -> None:
     """That the rows above tell the right way from the usual mistake."""
     assembled = on_base(llama_writer, EVERY["lora"])
     shake(assembled)
-    given, rows, task = varied(assembled), np.arange(8), assembled.task
+    given, rows, objective = varied(assembled), np.arange(8), assembled.task.objective
     accumulate(assembled, given, rows, assembled.method.settings)
     whole = gradients(assembled)
     parts = parts_of(rows, given.rows.lengths, 60)
     for part in parts:
-        learned = task.units(given.targets, part.tolist())
-        (task.loss(assembled.model, given.rows.batch(part, given.targets), 0.0) / learned / len(parts)).backward()
+        learned = objective.units(given.targets, part.tolist())
+        loss = objective.loss(assembled.model, given.rows.batch(part, given.targets), 0.0)
+        (loss / learned / len(parts)).backward()
     naive = gradients(assembled)
     far = [key for key in whole if (naive[key] - whole[key]).abs().max() > 0.1 * whole[key].abs().max()]
     assert len(far) == len(whole)

@@ -22,7 +22,7 @@ from capotune.errors import MissingLibraryError, ModelError
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.qlora.settings import QloraSettings
-from capotune.models import load as load_module
+from capotune.models import base as base_module
 from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count
 from capotune.models.base import EMBEDDED, Quantization, find
@@ -185,7 +185,7 @@ def copied_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / name
     shutil.copytree(Path(spec.origin).parent, folder)
     found = ModuleSpec(name, None, origin=str(folder / "__init__.py"))
-    monkeypatch.setattr(load_module.importlib.util, "find_spec", lambda _: found)
+    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda _: found)
     return folder / "model"
 
 
@@ -209,7 +209,7 @@ def test_one_flipped_byte_is_refused(at: int, copied_package: Path) -> None:
 
 
 def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingLibraryError, match=f"pip install {PACKAGE}"):
         find("minilm")
 

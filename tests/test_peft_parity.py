@@ -19,6 +19,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import save_adapter
 from capotune.data.batches import collate
 from capotune.engine.loop import train
+from capotune.evaluation.forward import held_out_score
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
@@ -171,9 +172,10 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, models: dict[st
             return super().batch(rows, *how)
 
     noted = Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix)
+    held = examples(assembled, 6, seed=1)
     train(
-        assembled, type(given)(noted, given.targets), examples(assembled, 6, seed=1), settings, seed=0,
-        on_step=lambda _state, _total, loss: bool(ours.append(loss)),
+        assembled, type(given)(noted, given.targets), settings, seed=0,
+        evaluate=lambda: held_out_score(assembled, held), on_step=lambda _state, _total, loss: bool(ours.append(loss)),
     )  # fmt: skip
 
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]

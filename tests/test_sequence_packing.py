@@ -34,11 +34,11 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples, compute_boundary, held_out_score, outputs
 from capotune.evaluation.generate import generate
+from capotune.kernels import composed_block
 from capotune.kernels.attention import Sequences
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
-from capotune.models import fusion as fused_module
 from capotune.models import sequence_packing as packing_module
-from capotune.models.base import Pooling
+from capotune.models.base import Base, Pooling
 from capotune.models.sequence_packing import Packing, packed, relative_error, try_packing
 from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
@@ -596,7 +596,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(sequences.lengths))
         return real(q, k, v, sequences, **how)
 
-    for module in (packing_module, fused_module):
+    for module in (packing_module, composed_block):
         monkeypatch.setattr(module, "packed_attention", note)
     return calls
 
@@ -952,7 +952,9 @@ def test_a_writer_s_record_too(llama_writer: Path, colour_pairs: Path, tmp_path:
 def test_a_text_without_tokens_is_refused() -> None:
     """Packed, such a row would take its neighbour's last token for its own."""
     words = Tokenizer(WordLevel({"late": 0, "[UNK]": 1}, "[UNK]"))
-    task = Classification(("a", "b"), transformers.PreTrainedTokenizerFast(tokenizer_object=words), 8, "last")
+    base = Base("words", Path("words"))
+    vars(base)["tokenizer"] = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    task = Classification(base, ("a", "b"), 8, "last")
     assert task.encode(["late", "other"]) == [[0], [1]]
     with pytest.raises(DataError, match=r"text 2 of 2: .* makes no token of the text ''\. Remove it\."):
         task.encode(["late", ""])
