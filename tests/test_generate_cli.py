@@ -14,6 +14,7 @@ import pytest
 from commands import Result, capo, start
 
 import capotune
+from capotune import api
 from capotune.errors import AdapterError, DataError, ModelError, SettingError
 
 PROMPTS = ["What colour is grass?", "tell me", "Once upon a time", "ü€ 😀"]
@@ -327,7 +328,8 @@ def test_evaluate_takes_a_model_alone_and_says_how_many_rows_it_answered(
     assert "exact_match" not in trained
     said = capo("evaluate", untied_writer, "--data", colour_pairs, "--answers", 3).said
     assert "on 3 of 8 rows, drawn by a fixed seed" in said
-    assert f"perplexity {alone['perplexity']:.2f} on {alone['tokens']} tokens of 8 rows (95 % interval" in said
+    perplexity = api.metric("perplexity").text(alone["perplexity"], 2)
+    assert f"perplexity {perplexity} on {alone['tokens']} tokens of 8 rows (95 % interval" in said
     chats = json.loads(capo("evaluate", adapters["chats"], "--data", colour_chats, "--json", "--answers", 4).out)
     assert (chats["rows"], chats["answered"]) == (4, 4)  # exact match is compared by
     assert chats["measured_on"]["loss"].endswith(" tokens of 40 rows")
@@ -400,7 +402,7 @@ def test_demo_compares_the_packaged_data_and_opens_the_page_where_there_is_a_des
     assert shown.code == 0, shown.err
     ((settings, command),) = ran
     assert (settings.data, settings.model, settings.out) == (str(EXPRESSIONS), "capo-tiny", out)
-    assert command == f"capo demo generation --out '{out}'"
+    assert command == "capo demo generation"  # the page does not know where it is
     assert opened == ([(out / "compare.html").as_uri()] if desktop else [])
     assert str(out / "compare.html") in shown.out
     if desktop:
