@@ -6,14 +6,16 @@ cancels from another thread, and sees at most one more.
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import tree
+from commands import PATIENCE, tree
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 import capotune
@@ -301,20 +303,26 @@ def test_a_cancelled_comparison_ends_its_process_and_leaves_nothing(
             processes.append(self)
 
     monkeypatch.setattr(module.subprocess, "Popen", Popen)
-    token, since = CancelToken(), []
-    working = threading.Event()
+    token, working, released = CancelToken(), threading.Event(), threading.Event()
+    events: list[Event] = []
 
     def report(event: Event) -> None:
-        if token.cancelled:
-            since.append(event)
+        events.append(event)
         if isinstance(event, StepTaken):
             working.set()
 
     def cancel() -> None:
         working.wait()
+        processes[0].send_signal(signal.SIGSTOP)  # it is in the middle of something long, and says nothing
+        seen = -1
+        while seen != len(events):
+            seen = len(events)
+            time.sleep(0.5)
         token.cancel()
+        released.wait(PATIENCE)
+        processes[0].kill()  # where the token did not end it, so that the test ends
 
-    thread = threading.Thread(target=cancel)
+    thread = threading.Thread(target=cancel, daemon=True)
     thread.start()
     lora = {"epochs": 100_000, "patience": 100_000}
     with pytest.raises(KeyboardInterrupt):
@@ -322,8 +330,9 @@ def test_a_cancelled_comparison_ends_its_process_and_leaves_nothing(
             data=str(tickets), model=str(bert), methods=("lora", "qlora"), out=tmp_path / "new" / "out", lora=lora,
             report=report, cancel=token,
         )  # fmt: skip
+    assert thread.is_alive()  # it is the token that ended the process
+    released.set()
     thread.join()
-    assert len(since) <= 1
     assert len(processes) == 1  # the second technique did not begin
     assert processes[0].returncode == -9
     assert tree(tmp_path) == {}

@@ -89,6 +89,8 @@ def assert_one_score(result: dict[str, Any], scored: dict[str, Any], *metrics: s
 
 
 FEW = {"epochs": 1, "learning_rate": 0.02}
+SOME_RIGHT = {"epochs": 4, "patience": 4, "learning_rate": 0.02, "batch_size": 8}
+"""After which lora gives some answers right and others wrong: then it shows which rows were drawn."""
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
@@ -146,9 +148,10 @@ def test_tags(tags: Files, tmp_path: Path, method: str, settings: dict[str, Any]
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_answers(text: Files, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
-    result, scored = run_and_evaluate(method, text, tmp_path / "run", **FEW, **settings)
+    result, scored = run_and_evaluate(method, text, tmp_path / "run", **SOME_RIGHT, **settings)
     assert_one_score(result, scored, "exact_match", "rouge_l", "loss", "perplexity")
     assert scored["rows"] == settings.get("answers", 12)
+    assert method != "lora" or 0 < scored["exact_match"] < 1
 
 
 def test_a_hard_prompt(text: Files, tmp_path: Path) -> None:
