@@ -9,7 +9,7 @@ from typing import Any
 
 from capotune.data.columns import TEXT_NAMES, find_column, part_of_each_row
 from capotune.data.readers import read_table
-from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
+from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
 from capotune.data.table import Origin
 from capotune.data.wording import bad_rows
 from capotune.errors import DataError
@@ -48,8 +48,8 @@ def load(settings: TrainSettings) -> tuple[NumberedText, NumberedText, str]:
         refuse_same_source(settings.data, settings.test)
     rows, parts = _read(settings.data, settings.text_column)
     second = None if settings.test is None else _read(settings.test, settings.text_column)
-    if told := told_apart(rows, parts, second):
-        return told
+    if marked := split_as_marked(rows, parts, second):
+        return marked
     if settings.test_fraction == 0:
         return rows, rows.take([]), "none asked for"
     train, test = held_out(rows, settings.test_fraction, settings.seed)

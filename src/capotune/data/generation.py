@@ -14,7 +14,7 @@ from capotune.data.formats.layout import convert
 from capotune.data.formats.template import template_layout
 from capotune.data.readers import as_source, is_plain_text, read_table, read_text
 from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
-from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
+from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
 from capotune.data.table import Origin
 from capotune.errors import DataError, SettingError
 
@@ -84,8 +84,8 @@ def load_samples(
     if test is not None:
         second = _read(test, prompt_template, rows.columns[-1] if prompt_template is not None else None)
         _refuse_other_format(rows, second[0])
-    if told := told_apart(rows, parts, second):
-        return GenerationData(*told)
+    if marked := split_as_marked(rows, parts, second):
+        return GenerationData(*marked)
     if test_fraction == 0:
         return GenerationData(rows, rows.take([]), "none asked for")
     if len(rows) == 1 and isinstance(rows.samples[0], Document):

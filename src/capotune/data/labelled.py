@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from capotune.data.columns import find_label_columns, part_of_each_row, value_as_text
 from capotune.data.readers import as_source, read_table
-from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, told_apart
+from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
 from capotune.data.table import Origin, Table
 from capotune.data.wording import bad_rows, did_you_mean, shorten, type_name
 from capotune.errors import DataError
@@ -100,8 +100,8 @@ def load_labelled(
         refuse_same_source(data, test)
     rows, parts = _read(data, text_column, label_column)
     second = None if test is None else _read(test, rows.text_column, rows.label_column, named_by=str(rows.source))
-    if told := told_apart(rows, parts, second):
-        split = LabelledData(*told)
+    if marked := split_as_marked(rows, parts, second):
+        split = LabelledData(*marked)
     elif test_fraction == 0:
         split = LabelledData(rows, rows.take([]), "none asked for")
     else:

@@ -15,7 +15,7 @@ from capotune.memory_table import MemoryTable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "told_apart"]
+__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "split_as_marked"]
 
 
 class TakesRows(Protocol):
@@ -32,7 +32,7 @@ class TakesRows(Protocol):
 AnyRows = TypeVar("AnyRows", bound=TakesRows)
 
 
-def told_apart(
+def split_as_marked(
     rows: AnyRows, parts: Sequence[str], test: tuple[AnyRows, Sequence[str]] | None
 ) -> tuple[AnyRows, AnyRows, str] | None:
     """Training rows, test rows and where the latter are from, as the data tells them apart; None where it does not.

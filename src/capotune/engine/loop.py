@@ -21,7 +21,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.data.batches import epoch_order, parts_of
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
-from capotune.engine.state import TrainingState, capture, restore, set_best, start
+from capotune.engine.state import TrainingState, capture, end_epoch, restore, restore_best, start
 from capotune.evaluation.forward import Examples, batch_of, starting_at
 from capotune.kernels import policy
 from capotune.kernels.execution import reduced_precision, training_memory
@@ -72,12 +72,11 @@ def train(
     total = settings.epochs * per_epoch
     device = assembled.model.device
     on_gpu = [device] if device.type == "cuda" else []
-    checkpointed = assembled.blocks if settings.gradient_checkpointing else []
     with (
         torch.random.fork_rng(devices=on_gpu),
         training_memory(sparing=settings.gradient_checkpointing),
         assembled.reading(),
-        checkpointing(checkpointed),
+        checkpointing(assembled.blocks if settings.gradient_checkpointing else []),
         FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
     ):
         restore(state, weights, optimizer)
@@ -90,18 +89,11 @@ def train(
                     state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
                     if on_step and on_step(state, total, loss):
                         return capture(state, weights, optimizer, device)
-            score = evaluate()
-            mean_loss = state.loss_sum / per_epoch
-            state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
-            state.waited = 0 if score > state.trained_score else state.waited + 1
-            state.trained_score = max(score, state.trained_score)
-            if score > state.best_score:
-                set_best(state, weights, score, epoch=state.epoch)
+            score, mean_loss = evaluate(), state.loss_sum / per_epoch
+            end_epoch(state, weights, score)
             if on_epoch:
                 on_epoch(capture(state, weights, optimizer, device), mean_loss, assembled.task.objective.shown(score))
-    with torch.no_grad():
-        for key, weight in weights.items():
-            weight.copy_(state.best_weights[key])
+    restore_best(state, weights)
     return state
 
 
@@ -163,14 +155,14 @@ def accumulate(
     with starting_at(assembled, examples.boundary) as give:
         for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
             batch = batch_of(assembled, examples, part, give)
-            with _keeping_less(examples.rows.lengths, part):
+            with _saving_less(examples.rows.lengths, part):
                 loss = objective.loss(assembled.model, batch, settings.label_smoothing) / units
             loss.backward()
             total += loss.detach()
     return total
 
 
-def _keeping_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:
+def _saving_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:
     """With many tokens at a time, activations saved for backward are what fills a CPU's memory."""
     many = sum(lengths[row] for row in part) >= policy.QUANTIZE_SAVED_FROM_TOKENS
     return quantized_saved_activations() if many else nullcontext()

@@ -91,7 +91,7 @@ class FlatAdamW:
 
 
 def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(numbers of all,), a new tensor."""
+    """(elements of all,), a new tensor."""
     return torch.cat([one.detach().flatten() for one in tensors])
 
 

@@ -44,13 +44,21 @@ class TrainingState:
 def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
     """The state before the first step, with the model as it is now, of this held-out ``score``, as the best so far."""
     state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
-    set_best(state, assembled.trainable(), score, epoch=0)
+    _set_best(state, assembled.trainable(), score)
     return state
 
 
-def set_best(state: TrainingState, weights: dict[str, nn.Parameter], score: Score, epoch: int) -> None:
-    """Copy ``weights`` into the state as the best so far."""
-    state.best_score, state.best_epoch = score, epoch
+def end_epoch(state: TrainingState, weights: dict[str, nn.Parameter], score: Score) -> None:
+    """Count an epoch whose weights have this held-out score; copy them when it is the best so far."""
+    state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+    state.waited = 0 if score > state.trained_score else state.waited + 1
+    state.trained_score = max(score, state.trained_score)
+    if score > state.best_score:
+        _set_best(state, weights, score)
+
+
+def _set_best(state: TrainingState, weights: dict[str, nn.Parameter], score: Score) -> None:
+    state.best_score, state.best_epoch = score, state.epoch
     state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
 
 
@@ -68,7 +76,16 @@ def restore(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: F
     """Put captured weights and moments back; a state that ``start`` made holds none, and changes nothing."""
     if not state.weights:
         return
-    with torch.no_grad():
-        for key, weight in weights.items():
-            weight.copy_(state.weights[key])
+    _copy(state.weights, weights)
     optimizer.set_moments(state.optimizer)
+
+
+def restore_best(state: TrainingState, weights: dict[str, nn.Parameter]) -> None:
+    """Put the best weights into the model."""
+    _copy(state.best_weights, weights)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, torch.Tensor], weights: dict[str, nn.Parameter]) -> None:
+    for key, weight in weights.items():
+        weight.copy_(values[key])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from capotune.data.columns import given_column, part_of_each_row
 from capotune.data.readers import is_plain_text, read_table, read_text
 from capotune.data.readers.text import decode, read_bytes
-from capotune.data.split import hold_out, refuse_same_source, rows_to_score, told_apart
+from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked
 from capotune.data.table import Origin, Table
 from capotune.data.wording import bad_rows, did_you_mean, kind_of, shorten
 from capotune.errors import DataError
@@ -135,7 +135,7 @@ def load_tagged(
         refuse_same_source(data, test)
     rows, parts = _read(data, word_column, tag_column)
     second = None if test is None else _read(test, word_column, tag_column)
-    if marked := told_apart(rows, parts, second):
+    if marked := split_as_marked(rows, parts, second):
         split = TaggedData(*marked)
     elif test_fraction == 0:
         split = TaggedData(rows, rows.take([]), "none asked for")
