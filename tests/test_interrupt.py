@@ -211,7 +211,7 @@ def test_resume_wants_the_same_settings_and_something_to_go_on_with(
     assert tree(tmp_path) == before
     again = capo(*training(bert, tickets, 1))
     assert again.code == 2
-    assert "run exists already: go on with the run that was stopped there with --resume" in again.said
+    assert "run exists already. Go on with the run that was stopped there with --resume" in again.said
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     for part in ("data_sha256", "base"):  # as if another file, or another base, had been there
         changed = {**record, part: {**record["base"], "fingerprint": "0"} if part == "base" else "0"}

@@ -93,7 +93,7 @@ def test_peft_gets_an_embedded_base_from_capotune(tmp_path: Path) -> None:
 
 def test_peft_gets_a_classifiers_base_with_its_head(tmp_path: Path) -> None:
     snippet = peft_snippet(comparison(model="models/minilm"), tmp_path)
-    assert 'base = capotune.load_base("lora/adapter")  # the frozen base with its pooling and a blank head' in snippet
+    assert 'base = capotune.load_base("lora/adapter")  # the frozen base with a blank head' in snippet
 
 
 def test_peft_gets_the_values_of_a_4_bit_base(tmp_path: Path) -> None:
