@@ -78,7 +78,7 @@ def test_folder_is_gone_after_a_failure(error: type[BaseException], tmp_path: Pa
 def test_folder_must_not_exist(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "out"
     {"folder": path.mkdir, "file": path.touch, "dangling link": lambda: path.symlink_to("nowhere")}[kind]()
-    with pytest.raises(OutputError, match="exists already: choose another --out, or remove it"), output_folder(path):
+    with pytest.raises(OutputError, match=r"exists already\. Choose another `out`, or remove it"), output_folder(path):
         pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == [path]
 

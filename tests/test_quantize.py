@@ -349,7 +349,7 @@ def test_bad_input_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "there").mkdir()
     refuse(tmp_path, SettingError, "`quant_type=int4`: input should be 'nf4' or 'fp4'", model, quant_type="int4")
     refuse(tmp_path, SettingError, "`block_size=100`: input should be 32, 64", model, block_size=100)
-    refuse(tmp_path, SettingError, "--report", model, text=str(tmp_path / "empty.txt"))
+    refuse(tmp_path, SettingError, "`text`: it is what `report` measures", model, text=str(tmp_path / "empty.txt"))
     refuse(tmp_path, DataError, "holds no text", model, text=str(tmp_path / "empty.txt"), report=True)
     refuse(tmp_path, DataError, "UTF-8", model, text=str(tmp_path / "latin.txt"), report=True)
     refuse(tmp_path, DataError, "cannot be read", model, text=str(tmp_path / "none.txt"), report=True)
