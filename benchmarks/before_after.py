@@ -4,7 +4,8 @@
 
 ``OTHER_CHECKOUT`` is the root of another working tree of this repository, for instance made by ``git worktree add``.
 Every run is a process of its own, as in ``engine.py``. The losses of both must agree to a thousandth at every step. The
-medians, and their ratio (below 1: this checkout is faster, or takes less memory), go to ``results/before-after.json``.
+medians, and their ratio (below 1: this checkout is faster, or takes less memory), go to
+``results/before-after-LETTER.json``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from capotune import kernels
 from capotune.device import environment, pick_device
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "before-after.json"
+RESULTS = HERE / "results"
 TOLERANCE = 1e-3
 """Largest relative difference of a step's losses."""
 
@@ -81,16 +82,17 @@ def main() -> None:
     checkouts = {"before": options.before.absolute(), "after": HERE.parent}
     steps = [] if options.steps is None else ["--steps", str(options.steps)]
     machine = environment() | {"kernels": kernels.described(pick_device())}
-    content: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "steps": options.steps}
+    head: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "environment": machine, "steps": options.steps}
     for letter in options.letters:
         with tempfile.TemporaryDirectory(prefix="capotune-before-after-") as folder:
             process(checkouts["after"], letter, Path(folder), steps)
-            content[letter] = [
+            tables = [
                 measure(checkouts, letter, comparison, Path(folder), options.rounds, steps)
                 for comparison in workload(letter, steps=options.steps).comparisons
             ]
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(content, indent=1))
+        text = json.dumps(head | {"comparisons": tables}, indent=1)
+        (RESULTS / f"before-after-{letter}.json").write_text(text + "\n", encoding="utf-8")
+        print(text)
 
 
 if __name__ == "__main__":
