@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from capotune.events import CancelToken
     from capotune.tasks.classification import Classifier, Prediction
     from capotune.tasks.generation import Generator
+    from capotune.tasks.token_classification import FoundEntity, Tagger
 
 __all__ = [
     "CancelToken",
     "CapotuneError",
     "Classifier",
+    "FoundEntity",
     "Generator",
     "Prediction",
+    "Tagger",
     "compare",
     "evaluate",
     "generate",
@@ -51,8 +54,10 @@ _ELSEWHERE = {
     "CancelToken": "capotune.events",
     "CapotuneError": "capotune.errors",
     "Classifier": "capotune.tasks.classification",
+    "FoundEntity": "capotune.tasks.token_classification",
     "Generator": "capotune.tasks.generation",
     "Prediction": "capotune.tasks.classification",
+    "Tagger": "capotune.tasks.token_classification",
 }
 
 
