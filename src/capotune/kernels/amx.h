@@ -1,4 +1,4 @@
-/* What products_amx.c and prepacked_amx.c share: the set-up of AMX, Intel's matrix unit. */
+/* What products_amx.c and prepacked_amx.c share: the set-up of AMX (Intel's Advanced Matrix Extensions). */
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 """The products of linear layers: y = xWᵀ + bias, and in backward the input's gradient g·W and the weight's gᵀ·x.
 
-Where ``execution`` allows reduced precision, on a CPU with AMX, Intel's matrix unit, fp32 matrices are multiplied there
+Where ``execution`` allows reduced precision, on a CPU with AMX fp32 matrices are multiplied by its tiles
 (``products_amx.c``), each value as the sum of two of bf16. It keeps 16 bits of each, sums are fp32, and it takes half
 to three quarters of the time: PyTorch calls this precision "high" (``torch.set_float32_matmul_precision``), where GPUs
 take TF32 with 11 bits. Training steps ask for it, and so does the computing of features and boundary states for the
