@@ -229,7 +229,7 @@ def test_evaluate_stops_while_it_answers(
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "merge"])
-def test_a_command_stops_while_the_base_is_told_by_its_weights(
+def test_a_command_stops_while_the_base_is_fingerprinted(
     command: str, adapters: dict[str, Path], bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_known", {})
