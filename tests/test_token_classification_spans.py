@@ -13,8 +13,8 @@ from seqeval.metrics.sequence_labeling import get_entities
 from shared import SHARED, needs_shared
 
 from capotune.tasks.token_classification.spans import (
-    Counts,
     Entity,
+    EntityCounts,
     as_iob2,
     count,
     count_by_type,
@@ -48,11 +48,11 @@ def test_iob2_has_the_same_entities_and_says_them_strictly(sentence: list[str]) 
 def test_scores_are_those_of_seqeval(rows: list[tuple[list[str], random.Random]]) -> None:
     true = [sentence for sentence, _ in rows]
     predicted = [[tag if chance.random() < 0.6 else chance.choice(TAGS) for tag in row] for row, chance in rows]
-    found = sum((count(*pair) for pair in zip(true, predicted, strict=True)), Counts())
+    found = sum((count(*pair) for pair in zip(true, predicted, strict=True)), EntityCounts())
     assert_equal_to_seqeval(true, predicted, found)
 
 
-def assert_equal_to_seqeval(true: list[list[str]], predicted: list[list[str]], found: Counts) -> None:
+def assert_equal_to_seqeval(true: list[list[str]], predicted: list[list[str]], found: EntityCounts) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of divisions by zero
         assert found.precision == pytest.approx(precision_score(true, predicted), abs=1e-12)
@@ -68,11 +68,11 @@ def test_scores_on_real_tags_are_those_of_seqeval() -> None:
     kinds = sorted({tag for row in true for tag in row})
     chance = random.Random(0)
     predicted = [[tag if chance.random() < 0.9 else chance.choice(kinds) for tag in row] for row in true]
-    by_type: dict[str, Counts] = {}
+    by_type: dict[str, EntityCounts] = {}
     for pair in zip(true, predicted, strict=True):
         for kind, counts in count_by_type(*pair).items():
-            by_type[kind] = by_type.get(kind, Counts()) + counts
-    total = sum(by_type.values(), Counts())
+            by_type[kind] = by_type.get(kind, EntityCounts()) + counts
+    total = sum(by_type.values(), EntityCounts())
     assert total.tp > 400
     assert_equal_to_seqeval(true, predicted, total)
     report = classification_report(true, predicted, output_dict=True, zero_division=0)

@@ -17,7 +17,18 @@ from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 
-__all__ = ["Abi", "AbiError", "Layout", "Value", "check", "declare", "kernel_layout", "layout", "read", "shares_itself"]
+__all__ = [
+    "Abi",
+    "AbiError",
+    "StructLayout",
+    "Value",
+    "check",
+    "declare",
+    "kernel_layout",
+    "layout",
+    "read",
+    "shares_itself",
+]
 
 Value = int | float
 
@@ -34,7 +45,7 @@ class AbiError(TypeError):
     """C and Python disagree about a kernel's arguments: a mistake in this package, never its user's."""
 
 
-class Layout:
+class StructLayout:
     """One struct."""
 
     def __init__(self, name: str, kinds: Mapping[str, str]) -> None:
@@ -77,7 +88,7 @@ class Layout:
 class Abi:
     """What a header lists."""
 
-    structs: Mapping[str, Layout]
+    structs: Mapping[str, StructLayout]
     kernels: Mapping[str, str]
     """Name of the struct that each kernel takes."""
     sharing: frozenset[str]
@@ -89,7 +100,7 @@ def read(header: Path = _HEADER) -> Abi:
     text = re.sub(
         r"/\*.*?\*/", lambda comment: "\n" * comment.group().count("\n"), header.read_text("utf-8"), flags=re.S
     )
-    structs: dict[str, Layout] = {}
+    structs: dict[str, StructLayout] = {}
     kernels: dict[str, str] = {}
     sharing: set[str] = set()
     name, kinds = "", dict[str, str]()
@@ -103,7 +114,7 @@ def read(header: Path = _HEADER) -> Abi:
         elif what == "FIELD" and name and second is not None and second not in kinds and (kind := _kind(first)):
             kinds[second] = kind
         elif what == "END" and first == name and kinds and second is None:
-            structs[name], name = Layout(name, kinds), ""
+            structs[name], name = StructLayout(name, kinds), ""
         elif what.endswith("KERNEL") and not name and second in structs and first not in kernels:
             kernels[first] = str(second)
             sharing |= {first} if what == "SHARING_KERNEL" else set()
@@ -128,13 +139,13 @@ def _abi() -> Abi:
 
 
 @cache
-def layout(name: str) -> Layout:
+def layout(name: str) -> StructLayout:
     """The struct of that name."""
     return _abi().structs[name]
 
 
 @cache
-def kernel_layout(kernel: str) -> Layout:
+def kernel_layout(kernel: str) -> StructLayout:
     """The struct that the C function ``kernel`` takes."""
     return layout(_abi().kernels[kernel])
 

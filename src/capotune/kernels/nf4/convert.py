@@ -17,7 +17,7 @@ from capotune.kernels.nf4.tensor import BLOCK_SIZES, QUANT_TYPES, WEIGHT_DTYPES,
 __all__ = ["backend_for", "dequantize_4bit", "quantize_4bit"]
 
 
-class Backend(Protocol):
+class Nf4Backend(Protocol):
     """A module that converts: ``reference``, ``native_ops``, ``triton_ops``. All give the same bits."""
 
     def quantize(self, flat: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ class Backend(Protocol):
         """Write table[code]·absmax, computed in fp32 and rounded once, into the contiguous ``out`` (n,)."""
 
 
-def backend_for(device: torch.device) -> Backend:
+def backend_for(device: torch.device) -> Nf4Backend:
     """C on a CPU, Triton where it runs, else plain PyTorch."""
     if device.type == "cpu" and native.library("nf4_cpu") is not None:
         return native_ops

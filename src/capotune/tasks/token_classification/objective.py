@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from capotune.adapters.task_model import Objective, Score
 from capotune.data.batches import IGNORE_INDEX, Batch, Targets
-from capotune.tasks.token_classification.spans import Counts, count
+from capotune.tasks.token_classification.spans import EntityCounts, count
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class WordCrossEntropy(Objective):
     def score(self, outputs: torch.Tensor, targets: Targets) -> Score:  # noqa: ARG002 - the outputs hold the counts
         """(F1 of the entities among the words that are read, −loss a word)."""
         nats, words, *counts = outputs.double().sum(0).tolist()
-        return Counts(*map(int, counts)).f1, -nats / max(words, 1.0)
+        return EntityCounts(*map(int, counts)).f1, -nats / max(words, 1.0)
 
     def shown(self, score: Score) -> float:
         """The F1."""

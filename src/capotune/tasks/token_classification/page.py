@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capotune.sections import Fact, Part, Quote, Quotes, Section, Table
-from capotune.tasks.token_classification.spans import Counts, Entity, count_by_type, entities
+from capotune.tasks.token_classification.spans import Entity, EntityCounts, count_by_type, entities
 
 _SHOWN_SENTENCES = 12
 _COLUMNS = ["type", "in test rows", "found", "missed", "wrongly predicted", "precision", "recall", "F1"]
@@ -27,18 +27,18 @@ def page_sections(method: str, predictions: Sequence[Prediction]) -> list[Sectio
 
 
 def _by_type(method: str, predictions: Sequence[Prediction]) -> Table:
-    counts: dict[str, Counts] = {}
+    counts: dict[str, EntityCounts] = {}
     for row in predictions:
         for kind, own in count_by_type(row["tags"], row["predicted"]).items():
-            counts[kind] = counts.get(kind, Counts()) + own
+            counts[kind] = counts.get(kind, EntityCounts()) + own
     rows = sorted(counts.items(), key=lambda item: (-item[1].tp - item[1].fn, item[0]))
     if len(rows) > 1:
-        rows.append(("all", sum(counts.values(), Counts())))
+        rows.append(("all", sum(counts.values(), EntityCounts())))
     note = "An entity counts as found when its type, first and last word are all right."
     return Table(f"What {method} finds", note, _COLUMNS, [_line(kind, own) for kind, own in rows])
 
 
-def _line(kind: str, counts: Counts) -> list[str]:
+def _line(kind: str, counts: EntityCounts) -> list[str]:
     entities_in = (counts.tp + counts.fn, counts.tp, counts.fn, counts.fp)
     shares = (counts.precision, counts.recall, counts.f1)
     return [kind, *(f"{number:,}" for number in entities_in), *(f"{share:.2f}" for share in shares)]

@@ -19,7 +19,7 @@ from capotune.tasks.base import Scored
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
 from capotune.tasks.token_classification.data import TaggedRows
 from capotune.tasks.token_classification.features import all_features, compute_features, targets_in
-from capotune.tasks.token_classification.spans import OUTSIDE, Counts, as_iob2, count
+from capotune.tasks.token_classification.spans import OUTSIDE, EntityCounts, as_iob2, count
 
 for _metric in (
     Metric("precision", "precision", "the share of the predicted entities that are right", kind="percentage"),
@@ -59,7 +59,7 @@ def score_rows(
 def of_predictions(rows: TaggedRows, predicted: Sequence[RowTags], further: dict[str, float]) -> Scored:
     """The score of predicted tags, with ``further`` metrics."""
     counts = [count(true, row.tags) for true, row in zip(rows.tags, predicted, strict=True)]
-    total = sum(counts, Counts())
+    total = sum(counts, EntityCounts())
     scores = {"f1": total.f1, "precision": total.precision, "recall": total.recall, **further}
     interval = f1_interval(counts)
     return Scored(
@@ -73,7 +73,7 @@ def of_predictions(rows: TaggedRows, predicted: Sequence[RowTags], further: dict
     )
 
 
-def f1_interval(counts: Sequence[Counts]) -> tuple[float, float] | None:
+def f1_interval(counts: Sequence[EntityCounts]) -> tuple[float, float] | None:
     """The 95 % confidence interval of F1 when sentences were drawn, as that of a ratio of sums: F1 is the sum of 2·tp
     over the sum of 2·tp + fp + fn. None where no sentence has an entity, or there is one sentence."""
     sums, sizes = [2 * one.tp for one in counts], [2 * one.tp + one.fp + one.fn for one in counts]
@@ -112,7 +112,9 @@ def _tag(labels: Sequence[str], label: int, probability: float) -> tuple[str, fl
     return labels[label], probability
 
 
-def _predictions(rows: TaggedRows, predicted: Sequence[RowTags], counts: Sequence[Counts]) -> list[dict[str, Any]]:
+def _predictions(
+    rows: TaggedRows, predicted: Sequence[RowTags], counts: Sequence[EntityCounts]
+) -> list[dict[str, Any]]:
     return [
         {
             "words": words, "tags": tags, "predicted": own.tags, "tp": one.tp, "fp": one.fp, "fn": one.fn, "line": line,

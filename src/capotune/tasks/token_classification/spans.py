@@ -38,8 +38,8 @@ class Entity:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How predicted entities meet the true ones: right in type, first and last word, or not. Counts of rows add up."""
+class EntityCounts:
+    """How predicted entities meet the true ones: right in type, first and last word, or not. Those of rows add up."""
 
     tp: int = 0
     """Entities found."""
@@ -48,8 +48,8 @@ class Counts:
     fn: int = 0
     """Entities missed."""
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+    def __add__(self, other: EntityCounts) -> EntityCounts:
+        return EntityCounts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
 
     @property
     def precision(self) -> float:
@@ -112,19 +112,19 @@ def scheme(sentences: Iterable[Sequence[str]]) -> str:
     return "IOB1" if begins_with_i else "IOB2"
 
 
-def count(true: Sequence[str], predicted: Sequence[str]) -> Counts:
+def count(true: Sequence[str], predicted: Sequence[str]) -> EntityCounts:
     """Counts of one sentence. Raises ``ValueError`` when the two differ in length."""
-    return sum(count_by_type(true, predicted).values(), Counts())
+    return sum(count_by_type(true, predicted).values(), EntityCounts())
 
 
-def count_by_type(true: Sequence[str], predicted: Sequence[str]) -> dict[str, Counts]:
+def count_by_type(true: Sequence[str], predicted: Sequence[str]) -> dict[str, EntityCounts]:
     """Counts of one sentence for each type that is in it, true or predicted, in the order in which the types come."""
     if len(true) != len(predicted):
         raise ValueError(f"{len(true)} tags and {len(predicted)} predicted ones")
     wanted, found = set(entities(true)), set(entities(predicted))
     tp, fp, fn = (_by_type(part) for part in (wanted & found, found - wanted, wanted - found))
     types = dict.fromkeys(entity.type for entity in (*entities(true), *entities(predicted)))
-    return {type_: Counts(tp[type_], fp[type_], fn[type_]) for type_ in types}
+    return {type_: EntityCounts(tp[type_], fp[type_], fn[type_]) for type_ in types}
 
 
 def _by_type(found: Iterable[Entity]) -> Counter[str]:
