@@ -16,7 +16,7 @@ from capotune.kernels.cross_entropy import (
     linear_cross_entropy_reference,
     softmax_cross_entropy,
 )
-from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
+from capotune.kernels.rms_norm import RmsNormPrologue, rms_norm_reference
 from capotune.kernels.rotary import rotary_backward, rotary_forward, rotary_reference
 from capotune.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
 
@@ -82,7 +82,7 @@ def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) -> None:
     x, weight = random(rows, columns, dtype=dtype, scale=3), random(columns, dtype=dtype, seed=1)
-    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNorm(1e-5, trains=True)
+    grad, norm = random(rows, columns, dtype=dtype, seed=2), RmsNormPrologue(1e-5, trains=True)
     y, kept = norm.forward(x, weight)
     (grad_x, grad_weight), again = norm.backward(grad.clone(), (x, weight, *kept), recompute=True)
     truth = true(exact_norm, (x,), weight, 1e-5, grad=grad)
@@ -104,11 +104,11 @@ def test_norm(rows: int, columns: int, dtype: torch.dtype, called: list[str]) ->
 
 def test_a_norm_of_more_than_two_dimensions_and_one_too_wide(called: list[str]) -> None:
     x, weight = random(2, 3, 8), random(8, seed=1)
-    y, (roots,) = RmsNorm(1e-5).forward(x, weight)
+    y, (roots,) = RmsNormPrologue(1e-5).forward(x, weight)
     torch.testing.assert_close(y, rms_norm_reference(x, weight, 1e-5))
     assert roots.shape == (6,)
     wide, weight = random(1, triton_ops.WIDEST + 1), random(triton_ops.WIDEST + 1, seed=1)
-    torch.testing.assert_close(RmsNorm(1e-5).forward(wide, weight)[0], rms_norm_reference(wide, weight, 1e-5))
+    torch.testing.assert_close(RmsNormPrologue(1e-5).forward(wide, weight)[0], rms_norm_reference(wide, weight, 1e-5))
     assert called == ["rms_norm_kernel"]
 
 

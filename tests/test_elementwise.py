@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from capotune.errors import SettingError
 from capotune.kernels import native as native_module
 from capotune.kernels import policy
-from capotune.kernels.gelu import Gelu, gelu_forward, gelu_reference
+from capotune.kernels.gelu import GeluPrologue, gelu_forward, gelu_reference
 from capotune.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from capotune.kernels.lora_linear import Prologue
-from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
+from capotune.kernels.rms_norm import RmsNormPrologue, rms_norm_reference
 from capotune.kernels.rotary import rotary, rotary_backward, rotary_forward, rotary_reference
-from capotune.kernels.swiglu import SwiGLU, swiglu_backward, swiglu_forward, swiglu_reference
+from capotune.kernels.swiglu import SwiGLUPrologue, swiglu_backward, swiglu_forward, swiglu_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,15 +81,15 @@ class Alone(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return Alone.apply(RmsNorm(eps, trains=weight.requires_grad), x, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return Alone.apply(RmsNormPrologue(eps, trains=weight.requires_grad), x, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return Alone.apply(SwiGLU(), gate, up)  # type: ignore[no-any-return, no-untyped-call]
+    return Alone.apply(SwiGLUPrologue(), gate, up)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gelu(x: Tensor) -> Tensor:
-    return Alone.apply(Gelu(), x)  # type: ignore[no-any-return, no-untyped-call]
+    return Alone.apply(GeluPrologue(), x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def differentiate(

@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from capotune.kernels import native as native_module
-from capotune.kernels.gelu import Gelu, gelu_reference
+from capotune.kernels.gelu import GeluPrologue, gelu_reference
 from capotune.kernels.lora_linear import FrozenWeight, LinearLayer, Prologue, lora_linears
-from capotune.kernels.rms_norm import RmsNorm, rms_norm_reference
-from capotune.kernels.swiglu import SwiGLU, swiglu_reference
+from capotune.kernels.rms_norm import RmsNormPrologue, rms_norm_reference
+from capotune.kernels.swiglu import SwiGLUPrologue, swiglu_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,10 +58,13 @@ def norm_weight(dtype: torch.dtype) -> Tensor:
 CASES = {
     "none": Case(1, lambda _: None, lambda x: x),
     "rms norm": Case(
-        1, lambda _: RmsNorm(1e-5, trains=True), lambda x, weight: rms_norm_reference(x, weight, 1e-5), norm=True
+        1,
+        lambda _: RmsNormPrologue(1e-5, trains=True),
+        lambda x, weight: rms_norm_reference(x, weight, 1e-5),
+        norm=True,
     ),
-    "swiglu": Case(2, lambda _: SwiGLU(), swiglu_reference),
-    "gelu": Case(1, lambda _: Gelu(), gelu_reference),
+    "swiglu": Case(2, lambda _: SwiGLUPrologue(), swiglu_reference),
+    "gelu": Case(1, lambda _: GeluPrologue(), gelu_reference),
 }
 KINDS = {
     "one": [3],
@@ -213,7 +216,7 @@ def test_swiglu_reads_slices() -> None:
     """Gate and up as columns of one matrix."""
     layers, weights = layers_of([3, None])
     both = random(ROWS, 2 * WIDTH)
-    found = results(lambda both: lora_linears(both.split(WIDTH, dim=1), layers, SwiGLU()), [both], layers)
+    found = results(lambda both: lora_linears(both.split(WIDTH, dim=1), layers, SwiGLUPrologue()), [both], layers)
     expected = results(
         lambda both: plainly(swiglu_reference(*both.split(WIDTH, dim=1)), layers, weights), [both], layers
     )
@@ -239,7 +242,7 @@ def test_gradient_of_one_source_alone_matches(at: int) -> None:
     layers, weights = layers_of([3])
     sources, grads = sources_of(CASES["swiglu"]), []
     for function in (
-        lambda *x: lora_linears(x, layers, SwiGLU()),
+        lambda *x: lora_linears(x, layers, SwiGLUPrologue()),
         lambda *x: plainly(swiglu_reference(*x), layers, weights),
     ):
         leaf = sources[at].clone().requires_grad_()

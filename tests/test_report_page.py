@@ -24,7 +24,7 @@ from report_helpers import (
 )
 
 from capotune.report import Comparison, PageDetails, Snippet, recommend
-from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quotes, SideBySide, Table
+from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quotes, SideBySide, TableSection
 
 
 @pytest.mark.parametrize("labels", [3, 25, 26, 77])
@@ -46,7 +46,7 @@ def test_page_escapes_hostile_text(tmp_path: Path) -> None:
             ConfusionMatrix(HOSTILE, [HOSTILE + str(at) for at in range(26)], [[1] * 26] * 26),
             Quotes(HOSTILE, HOSTILE, [Quote([Part(HOSTILE, HOSTILE)], [Fact(HOSTILE, HOSTILE, wrong=True)])]),
             SideBySide(HOSTILE, HOSTILE, [Answered(HOSTILE, HOSTILE, {HOSTILE: HOSTILE})]),
-            Table(HOSTILE, HOSTILE, [HOSTILE, HOSTILE], [[HOSTILE, HOSTILE]]),
+            TableSection(HOSTILE, HOSTILE, [HOSTILE, HOSTILE], [[HOSTILE, HOSTILE]]),
         ],
         snippets=[Snippet(HOSTILE, HOSTILE)],
         base_note=HOSTILE,
@@ -250,7 +250,7 @@ def test_page_marks_parts_of_a_quote_and_cuts_it_as_a_whole(tmp_path: Path) -> N
 
 
 def test_page_shows_a_table_of_a_task(tmp_path: Path) -> None:
-    table = Table("By type", "Entities by type.", ["type", "F1"], [["PER", "90.0 %"], ["LOC", "80.0 %"]])
+    table = TableSection("By type", "Entities by type.", ["type", "F1"], [["PER", "90.0 %"], ["LOC", "80.0 %"]])
     text = text_of(seen(comparison(), page_details([table]), tmp_path))
     assert "By type Entities by type. type F1 PER 90.0 % LOC 80.0 %" in text
 

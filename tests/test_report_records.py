@@ -84,7 +84,7 @@ def test_the_sections_of_version_0_1_read_back() -> None:
 
 def test_every_kind_of_section_round_trips_through_json() -> None:
     shown = [
-        sections.Table("Types", "By type.", ["type", "F1"], [["PER", "90.0 %"]]),
+        sections.TableSection("Types", "By type.", ["type", "F1"], [["PER", "90.0 %"]]),
         sections.Quotes("Marked", "", [sections.Quote([sections.Part("Paris", "LOC"), sections.Part(" is")])]),
     ]
     made = replace(generation_details(), sections=shown, snippets=[Snippet("Python", "import capotune")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from capotune.sections import Fact, Part, Quotes, Table
+from capotune.sections import Fact, Part, Quotes, TableSection
 from capotune.tasks.token_classification.page import page_sections
 from capotune.tasks.token_classification.spans import count
 
@@ -28,7 +28,7 @@ ROWS = [
 
 def test_table_counts_every_type() -> None:
     table, _ = page_sections("lora", ROWS)
-    assert isinstance(table, Table)
+    assert isinstance(table, TableSection)
     assert table.columns == [
         "type",
         "in test rows",
@@ -65,6 +65,6 @@ def test_sentences_with_most_mistakes_come_first_and_say_them() -> None:
 def test_nothing_wrong_shows_no_sentence() -> None:
     table, quotes = page_sections("lora", [ROWS[0], ROWS[2]])
     assert isinstance(quotes, Quotes)
-    assert isinstance(table, Table)
+    assert isinstance(table, TableSection)
     assert quotes.quotes == []
     assert table.rows == [["LOC", "2", "2", "0", "0", "1.00", "1.00", "1.00"]]

@@ -20,6 +20,7 @@ __all__ = [
     "Failed",
     "Finished",
     "Heartbeat",
+    "OnProgress",
     "Progress",
     "Reporter",
     "Stage",
@@ -154,7 +155,11 @@ def from_json(values: dict[str, Any]) -> Event:
     return _EVENTS[values.pop("event")](**values)
 
 
-def counter(report: Reporter) -> Callable[[int, int], None]:
+OnProgress = Callable[[int, int], None]
+"""Is called with (done, total)."""
+
+
+def counter(report: Reporter) -> OnProgress:
     """A ``(done, total)`` callback that reports ``Progress``."""
     return lambda done, total: report(Progress(done=done, total=total))
 
@@ -164,7 +169,7 @@ def alive(report: Reporter) -> Callable[..., None]:
     return lambda *_: report(Heartbeat())
 
 
-def bytes_as_progress(report: Reporter) -> Callable[[int, int], None]:
+def bytes_as_progress(report: Reporter) -> OnProgress:
     """A ``(done, total)`` callback in bytes: at most a hundred ``Progress`` events, with a ``Heartbeat`` in between."""
     last = -1
 

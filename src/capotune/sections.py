@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Answered", "ConfusionMatrix", "Fact", "Part", "Quote", "Quotes", "Section", "SideBySide", "Table"]
+__all__ = ["Answered", "ConfusionMatrix", "Fact", "Part", "Quote", "Quotes", "Section", "SideBySide", "TableSection"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableSection:
     """Lines of cells; the first cell of a line names it."""
 
     title: str
@@ -91,4 +91,4 @@ class Table:
     kind: Literal["table"] = "table"
 
 
-Section = ConfusionMatrix | Quotes | SideBySide | Table
+Section = ConfusionMatrix | Quotes | SideBySide | TableSection

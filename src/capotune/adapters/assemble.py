@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from capotune.adapters.task_model import TaskModel
+from capotune.events import OnProgress
 from capotune.methods import make
 from capotune.methods.base import Method, Start, Untouched
 from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.base import Base
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.sequence_packing import Packing, packed, try_packing
-from capotune.models.stream import Progress
 from capotune.settings import TrainingSettings
 
 
@@ -99,7 +99,7 @@ def assemble(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Assembled:
     """Load the task's base as the method wants it, with the head on top. The method is not attached yet.
 

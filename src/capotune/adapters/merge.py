@@ -21,7 +21,7 @@ from torch import Tensor
 from capotune import methods
 from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base
 from capotune.errors import AdapterError, SettingError
-from capotune.events import nothing
+from capotune.events import OnProgress, nothing
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.models.base import Base, Quantization
 from capotune.models.quantize import (
@@ -37,7 +37,7 @@ from capotune.models.quantize import (
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import Shards, StoredTensor
-from capotune.models.stream import Progress, quantize_weight
+from capotune.models.stream import quantize_weight
 
 Change = Callable[[Tensor], Tensor]
 """From a weight (out, in), fp32, to the merged one."""
@@ -80,7 +80,7 @@ def check_mergeable(
 
 
 def write_merged(
-    stored: StoredAdapter, base: Base, folder: Path, *, requantize: bool = False, progress: Progress | None = None
+    stored: StoredAdapter, base: Base, folder: Path, *, requantize: bool = False, progress: OnProgress | None = None
 ) -> int:
     """Write the merged model into the existing ``folder``; returns how many weights the adapter changed.
 

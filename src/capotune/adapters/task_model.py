@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from capotune.data.batches import Batch, Targets
+from capotune.events import OnProgress
 from capotune.methods.base import Method
 from capotune.models.base import Base
-from capotune.models.stream import Progress
 
 Score = tuple[float, ...]
 """Higher is better; later values decide between equal earlier ones."""
@@ -84,7 +84,7 @@ class TaskModel(ABC):
         return int(self.tokenizer.pad_token_id or 0)
 
     @abstractmethod
-    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """The frozen base as ``method`` wants it, with the head on top, and the backbone's path in it."""
 
     def with_model(self, model: Any) -> TaskModel:  # noqa: ARG002 - most tasks need not look

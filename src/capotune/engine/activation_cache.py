@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.errors import OutputError
-from capotune.evaluation.forward import BoundaryStates, Progress, compute_boundary
+from capotune.evaluation.forward import BoundaryStates, compute_boundary
+from capotune.events import OnProgress
 from capotune.kernels.execution import reduced_precision, reusing_memory
 
 _FORMAT = 5
@@ -55,7 +56,7 @@ class ActivationCache:
     """What the entries that were found had cost."""
 
     def boundary(
-        self, assembled: Assembled, block: int, rows: TokenRows, progress: Progress | None = None
+        self, assembled: Assembled, block: int, rows: TokenRows, progress: OnProgress | None = None
     ) -> BoundaryStates:
         """States that enter ``block``, for every row, computed in reduced precision where training is."""
 

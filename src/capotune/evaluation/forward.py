@@ -18,10 +18,8 @@ from torch import nn
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.data.batches import Batch, Targets, TokenRows, sorted_order, tokens_at_once
+from capotune.events import OnProgress
 from capotune.models.architecture import swap
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Examples:
 
 
 def batches(
-    assembled: Assembled, examples: Examples, progress: Progress | None = None
+    assembled: Assembled, examples: Examples, progress: OnProgress | None = None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """(positions of the rows, their batch on the model's device), by length. While it is read, the base reads such
     batches only; ``progress`` counts batches."""
@@ -71,7 +69,7 @@ def batches(
 
 
 @torch.no_grad()
-def outputs(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> torch.Tensor:
+def outputs(assembled: Assembled, examples: Examples, progress: OnProgress | None = None) -> torch.Tensor:
     """What the objective needs of each row, (rows, values) fp32 on the CPU, in the order of the rows."""
     objective = assembled.task.objective
     order, found = [], []
@@ -82,7 +80,7 @@ def outputs(assembled: Assembled, examples: Examples, progress: Progress | None 
     return torch.cat(found)[at.argsort()]
 
 
-def held_out_score(assembled: Assembled, examples: Examples, progress: Progress | None = None) -> Score:
+def held_out_score(assembled: Assembled, examples: Examples, progress: OnProgress | None = None) -> Score:
     """The objective's score of held-out rows: higher is better, later values decide between equal earlier ones. NaN is
     worse than any value."""
     score = assembled.task.objective.score(outputs(assembled, examples, progress), examples.targets)
@@ -105,7 +103,7 @@ def batch_of(
 
 @torch.no_grad()
 def compute_boundary(
-    assembled: Assembled, block: int, rows: TokenRows, progress: Progress | None = None
+    assembled: Assembled, block: int, rows: TokenRows, progress: OnProgress | None = None
 ) -> torch.Tensor:
     """One forward pass up to ``block``: the states that enter it, (all tokens, hidden), without padding."""
     backbone, architecture = assembled.backbone, assembled.architecture

@@ -16,12 +16,12 @@ from torch.nn import functional
 from capotune.kernels import blocks
 from capotune.kernels.attention import packed_attention
 from capotune.kernels.blocks import Block, Call, Norm
-from capotune.kernels.gelu import Gelu
+from capotune.kernels.gelu import GeluPrologue
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.lora_linear import Prologue, lora_linears
-from capotune.kernels.rms_norm import RmsNorm
+from capotune.kernels.rms_norm import RmsNormPrologue
 from capotune.kernels.rotary import rotary
-from capotune.kernels.swiglu import SwiGLU
+from capotune.kernels.swiglu import SwiGLUPrologue
 
 __all__ = ["ComposedBlock"]
 
@@ -58,11 +58,13 @@ class ComposedBlock:
         match op:
             case blocks.RmsNorm():
                 norm = norms[op.norm]
-                self._prologues[op.y] = _Prologue(reads, (norm.weight,), RmsNorm(norm.eps, trains=not norm.is_frozen))
+                self._prologues[op.y] = _Prologue(
+                    reads, (norm.weight,), RmsNormPrologue(norm.eps, trains=not norm.is_frozen)
+                )
             case blocks.Gelu():
-                self._prologues[op.y] = _Prologue(reads, (), Gelu())
+                self._prologues[op.y] = _Prologue(reads, (), GeluPrologue())
             case blocks.SwiGLU():
-                self._prologues[op.y] = _Prologue(reads, (), SwiGLU())
+                self._prologues[op.y] = _Prologue(reads, (), SwiGLUPrologue())
             case blocks.Linear():
                 return self._linear(op)
             case blocks.Attention():

@@ -14,10 +14,10 @@ from capotune.kernels.backends import backend_for
 from capotune.kernels.native import check_shape
 from capotune.kernels.reference import gelu_reference
 
-__all__ = ["Gelu", "gelu_backward", "gelu_forward", "gelu_reference"]
+__all__ = ["GeluPrologue", "gelu_backward", "gelu_forward", "gelu_reference"]
 
 
-class Gelu:
+class GeluPrologue:
     """The same, faster and with less saved, as the prologue of a linear layer: x (rows, n) → (rows, n)."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -17,11 +17,11 @@ from capotune.kernels.backends import backend_for
 from capotune.kernels.native import check_shape
 from capotune.kernels.reference import rms_norm_reference
 
-__all__ = ["RmsNorm", "rms_norm_reference"]
+__all__ = ["RmsNormPrologue", "rms_norm_reference"]
 
 
 @dataclass(frozen=True)
-class RmsNorm:
+class RmsNormPrologue:
     """The same, faster and with less saved, as the prologue of linear layers: x (..., hidden) and weight (hidden,) →
     (..., hidden). Raises ``SettingError`` where the weight does not fit x."""
 

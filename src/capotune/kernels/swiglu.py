@@ -17,10 +17,10 @@ from capotune.kernels.backends import backend_for
 from capotune.kernels.native import as_rows, check_shape, output_rows
 from capotune.kernels.reference import swiglu_reference
 
-__all__ = ["SwiGLU", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
+__all__ = ["SwiGLUPrologue", "swiglu_backward", "swiglu_forward", "swiglu_reference"]
 
 
-class SwiGLU:
+class SwiGLUPrologue:
     """The same, faster and with less saved, as the prologue of a linear layer: gate and up (rows, n) → (rows, n)."""
 
     def forward(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from capotune.errors import ModelError
+from capotune.events import OnProgress
 from capotune.models.base import Base, Quantization, first_line, quiet
-from capotune.models.stream import Progress, check_complete, stream_quantized, wrong_shape
+from capotune.models.stream import check_complete, stream_quantized, wrong_shape
 
 
 def load_backbone(
@@ -16,7 +17,7 @@ def load_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Any:
     """The transformer without a head, frozen, in evaluation mode; with ``quantization`` its linear layers in 4 bits.
 
@@ -38,7 +39,7 @@ def load_causal_lm(
     *,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Any:
     """The transformer with its own output layer; arguments as ``load_backbone``.
 
@@ -51,7 +52,7 @@ def load_causal_lm(
 
 
 def _load(
-    auto_class: Any, base: Base, dtype: torch.dtype, quantization: Quantization | None, progress: Progress | None
+    auto_class: Any, base: Base, dtype: torch.dtype, quantization: Quantization | None, progress: OnProgress | None
 ) -> Any:
     config = base.config
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from capotune.events import OnProgress
 from capotune.files import write_atomic
 from capotune.kernels.nf4 import (
     NESTED_BLOCK_SIZE,
@@ -30,7 +31,7 @@ from capotune.models.architecture import LINEAR_TYPES
 from capotune.models.base import Base, Quantization
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import DTYPES, Shards, StoredTensor
-from capotune.models.stream import Progress, empty_model, model_key, quantize_weight
+from capotune.models.stream import empty_model, model_key, quantize_weight
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
@@ -103,7 +104,7 @@ def write_quantized(
     folder: Path,
     quantization: Quantization,
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Quantized:
     """Write ``base`` with its linear weights in 4 bits into the existing ``folder``.
 

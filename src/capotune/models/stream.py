@@ -6,7 +6,7 @@ quantized before the next tensor is read. A weight that is stored in 4 bits goes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import ModelError
+from capotune.events import OnProgress
 from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
 from capotune.models.architecture import LINEAR_TYPES, linear_shape, swap
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
@@ -23,9 +24,6 @@ from capotune.models.shards import Shards
 if TYPE_CHECKING:
     from capotune.models.base import Base, Quantization
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes read so far, and of how many."""
-
 
 def stream_quantized(
     auto_class: Any,
@@ -33,7 +31,7 @@ def stream_quantized(
     config: Any,
     dtype: torch.dtype,
     quantization: Quantization | None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Any:
     """The model of Transformers' ``auto_class`` with its linear layers in 4 bits and all else in ``dtype``.
 

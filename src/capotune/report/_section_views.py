@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capotune.evaluation.metrics import exact_match
-from capotune.sections import Answered, ConfusionMatrix, Part, Quote, Quotes, Section, SideBySide, Table
+from capotune.sections import Answered, ConfusionMatrix, Part, Quote, Quotes, Section, SideBySide, TableSection
 
 _MATRIX_LABELS = 25
 _CONFUSED_PAIRS = 15
@@ -46,7 +46,7 @@ def _view(section: Section, order: Sequence[str]) -> dict[str, Any]:
             "note": section.note, "any_expected": expects,
             "shown": [_answered(one, order) for one in section.prompts],
         }  # fmt: skip
-    assert isinstance(section, Table)
+    assert isinstance(section, TableSection)
     return {"note": section.note, "columns": section.columns, "shown": section.rows}
 
 

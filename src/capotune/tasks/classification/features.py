@@ -9,7 +9,8 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.engine.activation_cache import ActivationCache
-from capotune.evaluation.forward import Examples, Progress, batches
+from capotune.evaluation.forward import Examples, batches
+from capotune.events import OnProgress
 from capotune.kernels.execution import reduced_precision, reusing_memory
 from capotune.tasks.classification.model import readable_layers
 
@@ -18,7 +19,7 @@ def all_features(
     assembled: Assembled,
     rows: TokenRows,
     cache: ActivationCache,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     *,
     reduced: bool = False,
 ) -> torch.Tensor:
@@ -39,14 +40,14 @@ def all_features(
     return features[:, -hidden:].clone()  # a copy, so that the other layers' memory is free again
 
 
-def head_features(assembled: Assembled, rows: TokenRows, progress: Progress | None = None) -> torch.Tensor:
+def head_features(assembled: Assembled, rows: TokenRows, progress: OnProgress | None = None) -> torch.Tensor:
     """The features of the head's own layers, at full precision."""
     return compute_features(assembled, assembled.model.feature_layers, rows, progress, reduced=False)
 
 
 @torch.no_grad()
 def compute_features(
-    assembled: Assembled, layers: tuple[int, ...], rows: TokenRows, progress: Progress | None, *, reduced: bool
+    assembled: Assembled, layers: tuple[int, ...], rows: TokenRows, progress: OnProgress | None, *, reduced: bool
 ) -> torch.Tensor:
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     model = assembled.model

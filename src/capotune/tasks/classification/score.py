@@ -10,15 +10,15 @@ from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.data.labelled import LabelledText
 from capotune.engine.activation_cache import ActivationCache
-from capotune.evaluation.forward import Progress
 from capotune.evaluation.metrics import classification_scores, metric, wilson_interval
 from capotune.evaluation.pairs import RowCounts
+from capotune.events import OnProgress
 from capotune.tasks.base import Scored
 from capotune.tasks.classification.features import all_features, head_features
 
 
 def score_texts(
-    assembled: Assembled, texts: LabelledText, cache: ActivationCache | None = None, progress: Progress | None = None
+    assembled: Assembled, texts: LabelledText, cache: ActivationCache | None = None, progress: OnProgress | None = None
 ) -> Scored:
     """Accuracy with its Wilson interval, macro F1 and cross-entropy in nats, and each text's prediction.
 
@@ -50,7 +50,7 @@ def right_or_wrong(logits: torch.Tensor, targets: torch.Tensor) -> RowCounts:
 
 @torch.no_grad()
 def logits_of(
-    assembled: Assembled, rows: TokenRows, cache: ActivationCache | None = None, progress: Progress | None = None
+    assembled: Assembled, rows: TokenRows, cache: ActivationCache | None = None, progress: OnProgress | None = None
 ) -> torch.Tensor:
     """Logits (rows, labels) on the CPU, in the order of the rows: one product of the head with all features.
 

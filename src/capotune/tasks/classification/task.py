@@ -18,11 +18,10 @@ from capotune.data.inspect.labels import LabelReport, describe_labels
 from capotune.data.labelled import LabelledText, read_to_score
 from capotune.data_blocks import Block
 from capotune.errors import DataError
-from capotune.events import Reporter, counter
+from capotune.events import OnProgress, Reporter, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base, Pooling
 from capotune.models.load import load_backbone
-from capotune.models.stream import Progress
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, TaskRun
@@ -155,7 +154,7 @@ class Classification(LinearHeadTask):
 
     # --------------------------------------------------------------------------------------------------------- the head
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``SequenceClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
         layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, self.base.hidden_size)

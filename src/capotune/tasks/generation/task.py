@@ -17,12 +17,11 @@ from capotune.data.generation import looks_like_generation, read_samples_to_scor
 from capotune.data.inspect.samples import GenerationReport, describe_samples
 from capotune.data_blocks import Block
 from capotune.device import compute_dtype
-from capotune.events import Reporter
+from capotune.events import OnProgress, Reporter
 from capotune.kernels import policy
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_causal_lm
-from capotune.models.stream import Progress
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
@@ -117,7 +116,7 @@ class Generation(TextEncoder, Task):
         """bf16 where the device is fast in it, else fp32."""
         return compute_dtype(device, quantized=quantized and self.base.hidden_size >= policy.BF16_HIDDEN_SIZE)
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """Transformers' own causal language model."""
         model = load_causal_lm(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
         return model, model.base_model_prefix

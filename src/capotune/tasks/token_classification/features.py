@@ -12,7 +12,8 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import IGNORE_INDEX
 from capotune.engine.activation_cache import ActivationCache
-from capotune.evaluation.forward import Examples, Progress, batches
+from capotune.evaluation.forward import Examples, batches
+from capotune.events import OnProgress
 from capotune.kernels.execution import reduced_precision, reusing_memory
 from capotune.tasks.linear_head import spread_layers
 
@@ -32,7 +33,7 @@ def all_features(
     assembled: Assembled,
     examples: Examples,
     cache: ActivationCache,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     *,
     reduced: bool = False,
 ) -> torch.Tensor:
@@ -61,7 +62,7 @@ def compute_features(
     assembled: Assembled,
     layers: tuple[int, ...],
     examples: Examples,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     *,
     reduced: bool = False,
 ) -> torch.Tensor:

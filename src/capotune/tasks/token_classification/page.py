@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capotune.sections import Fact, Part, Quote, Quotes, Section, Table
+from capotune.sections import Fact, Part, Quote, Quotes, Section, TableSection
 from capotune.tasks.token_classification.spans import Entity, EntityCounts, count_by_type, entities
 
 _SHOWN_SENTENCES = 12
@@ -26,7 +26,7 @@ def page_sections(method: str, predictions: Sequence[Prediction]) -> list[Sectio
     return [_by_type(method, predictions), Quotes("Sentences with most mistakes", note, quotes)]
 
 
-def _by_type(method: str, predictions: Sequence[Prediction]) -> Table:
+def _by_type(method: str, predictions: Sequence[Prediction]) -> TableSection:
     counts: dict[str, EntityCounts] = {}
     for row in predictions:
         for kind, own in count_by_type(row["tags"], row["predicted"]).items():
@@ -35,7 +35,7 @@ def _by_type(method: str, predictions: Sequence[Prediction]) -> Table:
     if len(rows) > 1:
         rows.append(("all", sum(counts.values(), EntityCounts())))
     note = "An entity counts as found when its type, first and last word are all right."
-    return Table(f"What {method} finds", note, _COLUMNS, [_line(kind, own) for kind, own in rows])
+    return TableSection(f"What {method} finds", note, _COLUMNS, [_line(kind, own) for kind, own in rows])
 
 
 def _line(kind: str, counts: EntityCounts) -> list[str]:

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
 from capotune.engine.activation_cache import ActivationCache
-from capotune.evaluation.forward import Examples, Progress
+from capotune.evaluation.forward import Examples
 from capotune.evaluation.metrics import Metric, mean_interval, metric, register
 from capotune.evaluation.pairs import RowCounts
+from capotune.events import OnProgress
 from capotune.tasks.base import Scored
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
 from capotune.tasks.token_classification.data import TaggedRows
@@ -39,7 +40,7 @@ class RowTags:
 
 
 def score_rows(
-    assembled: Assembled, rows: TaggedRows, cache: ActivationCache | None = None, progress: Progress | None = None
+    assembled: Assembled, rows: TaggedRows, cache: ActivationCache | None = None, progress: OnProgress | None = None
 ) -> Scored:
     """Precision, recall and F1 of entities, each over all words of all sentences, and the loss in nats a word read.
 
@@ -83,7 +84,7 @@ def f1_interval(counts: Sequence[EntityCounts]) -> tuple[float, float] | None:
 
 @torch.no_grad()
 def logits_of(
-    assembled: Assembled, examples: Examples, cache: ActivationCache | None = None, progress: Progress | None = None
+    assembled: Assembled, examples: Examples, cache: ActivationCache | None = None, progress: OnProgress | None = None
 ) -> torch.Tensor:
     """Logits (words, labels) on the CPU, row after row: one product of the head with all features.
 

@@ -15,11 +15,10 @@ from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples
-from capotune.events import Reporter, counter
+from capotune.events import OnProgress, Reporter, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_backbone
-from capotune.models.stream import Progress
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, TaskRun
@@ -140,7 +139,7 @@ class TokenClassification(LinearHeadTask):
 
     # --------------------------------------------------------------------------------------------------------- the head
 
-    def load_model(self, method: Method, dtype: Any, progress: Progress | None) -> tuple[Any, str]:
+    def load_model(self, method: Method, dtype: Any, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``TokenClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
         layers = method.feature_layers or spread_layers(backbone.config.num_hidden_layers, self.layers)
