@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from capotune.events import nothing
@@ -17,13 +17,22 @@ _known: dict[_Files, str] = {}
 _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
 
 
+def earlier_fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
+    """The fingerprint as it was before second copies in a model's folder were left out: over all its weight files."""
+    return _of_files(sorted(base.folder.glob("*.safetensors")), alive)
+
+
 def fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
 
     It reads all weights, once in a process; ``alive`` is called after each part. Raises ``ModelError`` for a file that
     is not a complete safetensors file.
     """
-    files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in base.weight_files)
+    return _of_files(base.weight_files, alive)
+
+
+def _of_files(paths: Iterable[Path], alive: Callable[[], object]) -> str:
+    files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     if files not in _known:
         _known[files] = _computed(files, alive)
     return _known[files]

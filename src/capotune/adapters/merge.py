@@ -96,7 +96,7 @@ def write_merged(
             read += tensor.nbytes
             if progress is not None:
                 progress(read, merging.shards.nbytes)
-    copy_other_files(base.folder, folder)
+    copy_other_files(base, folder)
     write_config(folder, base, merging.stated())
     return len(merging.changes)
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from capotune import methods
 from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
-from capotune.adapters.fingerprint import fingerprint
+from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.events import nothing
 from capotune.files import output_folder, write_atomic
@@ -162,7 +162,7 @@ def check_base(stored: StoredAdapter, base: Base, alive: Callable[[], object] = 
     """``AdapterError`` unless ``base`` has the very weights that the adapter was trained on. They are read, once in a
     process; ``alive`` is called after each part."""
     expected, found = stored.record["base"]["fingerprint"], fingerprint(base, alive)
-    if found != expected:
+    if found != expected != earlier_fingerprint(base, alive):
         raise AdapterError(
             f"this adapter belongs to another base. It was trained on '{stored.base}' (fingerprint {expected[:12]}…); "
             f"'{base.name}' has {found[:12]}….",

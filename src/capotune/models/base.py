@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from capotune.errors import MissingLibraryError, ModelError, needs_extra
+from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
-from capotune.models.shards import Shards
+from capotune.models.sentence_files import Pooling, SentenceFiles
+from capotune.models.shards import Shards, check_dtypes
+from capotune.models.tokenizer_files import needs_libraries
 from capotune.settings import nearest
-
-Pooling = Literal["mean", "cls", "last", "max"]
-"""How hidden states of a text become one vector."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,9 @@ EMBEDDED = {
 }
 """Base models that need no download, by name: a sentence encoder, and a small language model."""
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
-_POOLING_MODES: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_max_tokens": "max",
-}
-"""What sentence-transformers calls them."""
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_OTHER_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
+"""The same weights once more."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +79,25 @@ class Base:
         """The name that works from any working directory: a folder's whole path, else the name as given."""
         return str(self.folder.absolute()) if Path(self.name).expanduser().is_dir() else self.name
 
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """Which of the folder's safetensors files are the model. ``ModelError`` when they are not there."""
+        return weight_files(self.folder, self.config_values)
+
     @property
-    def weight_files(self) -> list[Path]:
+    def weight_files(self) -> tuple[Path, ...]:
         """The safetensors shards, in order."""
-        return sorted(self.folder.glob("*.safetensors"))
+        return self.weights.paths
 
     @property
     def weight_bytes(self) -> int:
         """Size of the shards."""
         return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
+    def sentence_files(self) -> SentenceFiles:
+        """What sentence-transformers wrote beside it."""
+        return SentenceFiles(self.folder)
 
     @cached_property
     def config_values(self) -> dict[str, Any]:
@@ -119,7 +124,8 @@ class Base:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions for damaged files
-            raise self.error(f"its tokenizer cannot be loaded: {first_line(error)}") from None
+            lacking = needs_libraries(self.folder) or ModelError(f"its tokenizer cannot be loaded: {first_line(error)}")
+            raise self.error(lacking.problem, lacking.advice) from None
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # Transformers makes an empty one without files
             raise self.error(
                 f"no tokenizer in {self.folder}.",
@@ -153,14 +159,19 @@ class Base:
 
     @property
     def pooling(self) -> Pooling:
-        """How it was trained to make one vector of a text: its sentence-transformers file, else by architecture."""
-        path = self.folder / "1_Pooling" / "config.json"
-        modes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for key, mode in _POOLING_MODES.items():
-            if modes.get(key):
-                return mode
-        architectures = self.config_values.get("architectures") or [""]
-        return "last" if architectures[0].endswith("ForCausalLM") else "mean"
+        """How it was trained to make one vector of a text: its sentence-transformers file, else by architecture.
+
+        Raises ``ModelError`` for a file that says what is not done here.
+        """
+        try:
+            stored = self.sentence_files.pooling
+        except ModelError as error:
+            raise self.error(error.problem, error.advice) from None
+        if stored is not None:
+            return stored
+        architectures = self.config_values.get("architectures")
+        reads_on = architectures[0].endswith("ForCausalLM") if architectures else self.writes_text
+        return "last" if reads_on else "mean"
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -199,28 +210,47 @@ class Base:
 def find(name: str, *, trust_remote_code: bool = False) -> Base:
     """The base that ``name`` stands for: an embedded one, a folder, or a hub id.
 
-    Raises ``ModelError`` when there is no such model or its folder lacks ``config.json`` or safetensors weights.
+    Raises ``ModelError`` when there is no such model, its folder lacks ``config.json`` or safetensors weights, or these
+    are not whole or stored in a way that is not read here.
     """
     if name in EMBEDDED:
         return _embedded(name)
-    folder = Path(name).expanduser()
-    base = Base(name, folder if folder.is_dir() else _from_hub(name), trust_remote_code)
-    if not (base.folder / "config.json").is_file():
-        raise base.error(f"no config.json in {base.folder}.", advice="Give the folder of a Transformers model.")
+    folder = _folder(name)
+    base = Base(name, folder if folder is not None else _from_hub(name), trust_remote_code)
     try:
-        holds_4_bits(base.config_values)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise base.error(f"{base.folder / 'config.json'} is not readable JSON ({error}).") from None
+        _check(base)
     except ModelError as error:
-        raise base.error(str(error)) from None
-    if not base.weight_files:
-        pickled = sorted(path.name for path in base.folder.glob("*.bin"))
-        found = f" It holds {', '.join(pickled)}, which can run code and is not read." if pickled else ""
-        raise base.error(
-            f"no *.safetensors weights in {base.folder}.{found}",
-            advice="Save the model with save_pretrained(folder) in Transformers and give that folder.",
-        )
+        raise base.error(error.problem, error.advice) from None
     return base
+
+
+def _folder(name: str) -> Path | None:
+    """The folder called ``name``; None where there is none. ``ModelError`` for a file."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return None
+    if path.is_file():
+        raise ModelError(
+            "a file and no folder.", setting="model", given=name, advice=f"Give the folder that it is in: {path.parent}"
+        )
+    return path if path.is_dir() else None
+
+
+def _check(base: Base) -> None:
+    """``ModelError`` for what can be seen without loading the model."""
+    path = base.folder / "config.json"
+    if not path.is_file():
+        raise not_a_model(base.folder)
+    check_downloaded(base.folder)
+    try:
+        is_object = isinstance(base.config_values, dict)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error}).") from None
+    if not is_object:
+        raise ModelError(f"{path}: expected an object, found a {type(base.config_values).__name__}.")
+    holds_4_bits(base.config_values)
+    check_dtypes(Shards(base.weight_files))
 
 
 def longest_input(tokenizer: Any, config: Any) -> int:
@@ -289,7 +319,7 @@ def _from_hub(name: str) -> Path:
 
     advice = f"Give {', '.join(EMBEDDED)}, a folder, or a model id on the hub.{nearest(name, EMBEDDED)}"
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_COPIES))
     except HFValidationError:
         problem = "no such folder, and not a valid hub id."
     except RepositoryNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,12 +58,15 @@ def _load(
 ) -> Any:
     config = base.config
     try:
-        with quiet():
+        with quiet(), _without_adapters():
             if quantization is not None or base.is_quantized:
                 model = stream_quantized(auto_class, base, config, dtype, quantization, progress)
             else:
+                for part in (config, config.get_text_config()):
+                    part.transformers_weights = base.weights.entry  # a second copy under another name is not read
                 model, info = auto_class.from_pretrained(
                     base.folder,
+                    config=config,
                     dtype=dtype,
                     trust_remote_code=base.trust_remote_code,
                     output_loading_info=True,
@@ -76,3 +81,19 @@ def _load(
         raise base.error(f"cannot be loaded: {first_line(error)}") from None
     model.config.use_cache = False  # generation asks for keys and values by itself; training does not need them
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _without_adapters() -> Iterator[None]:
+    """Inside, Transformers does not put an adapter on that lies in the model's folder, as it does where PEFT is."""
+    from transformers.integrations import peft
+    from transformers.models.auto import auto_factory
+
+    before = {module: module.find_adapter_config_file for module in (peft, auto_factory)}
+    try:
+        for module in before:
+            module.find_adapter_config_file = lambda *_, **__: None
+        yield
+    finally:
+        for module, find in before.items():
+            module.find_adapter_config_file = find

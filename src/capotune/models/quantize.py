@@ -29,11 +29,11 @@ from capotune.kernels.nf4 import (
 )
 from capotune.models.architecture import LINEAR_TYPES
 from capotune.models.base import Base, Quantization
+from capotune.models.folder import ADAPTER, is_weights
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import DTYPES, Shards, StoredTensor
-from capotune.models.stream import empty_model, model_key, quantize_weight
+from capotune.models.stream import empty_model, model_key, quantize_weight, wrapper
 
-WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """How heads are called that Transformers may put on this model later; it must not look for them in 4 bits."""
 
@@ -95,7 +95,8 @@ def quantizable_weights(base: Base) -> dict[str, Quantizable]:
         if name is not None:
             found[stored.name] = layers[name]
     if not found:
-        raise base.error(f"no linear layer's weight is stored in {base.folder}.")
+        held_as, advice = wrapper(base, sorted(wanted))
+        raise base.error(f"no linear layer's weight is stored in {base.folder}{held_as}.", advice)
     return found
 
 
@@ -131,7 +132,7 @@ def write_quantized(
             read += stored.nbytes
             if progress is not None:
                 progress(read, shards.nbytes)
-    copy_other_files(base.folder, folder)
+    copy_other_files(base, folder)
     write_config(folder, base, quantization_config(base, quantization, to_quantize))
     return Quantized(tuple(errors), quantized_weights, sum(prod(stored.shape) for stored in shards))
 
@@ -182,21 +183,34 @@ def quantization_config(base: Base, quantization: Quantization, to_quantize: dic
 
 def write_config(folder: Path, base: Base, stated: dict[str, Any] | None) -> None:
     """``config.json`` of ``base`` with what is ``stated`` of the quantization; None: the weights are whole."""
-    config = {name: value for name, value in base.config_values.items() if name != "quantization_config"}
+    stale = ("quantization_config", "transformers_weights")
+    config = {name: value for name, value in base.config_values.items() if name not in stale}
     if stated is not None:
         config["quantization_config"] = stated
     write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def copy_other_files(source: Path, folder: Path) -> None:
-    """Everything in a model's folder but its weights and ``config.json``; hidden files and folders stay behind."""
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        is_weight = path.suffix in WEIGHT_FILES or path.name.endswith(".index.json")
+def copy_other_files(base: Base, folder: Path) -> None:
+    """Everything in a model's folder but its weights and ``config.json``.
+
+    Hidden files stay behind, and so do other copies of the model: folders with weights in them, unless modules.json
+    says that they are part of it, and an adapter that lies in the folder.
+    """
+    parts = {module.folder for module in base.sentence_files.modules if module.folder}
+    for path in sorted(base.folder.rglob("*")):
+        name = path.relative_to(base.folder)
         is_hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not is_weight and not is_hidden and name != Path("config.json"):
+        if path.is_file() and not is_hidden and (name.parts[0] in parts or _comes_along(path, base.folder)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+
+
+def _comes_along(path: Path, folder: Path) -> bool:
+    """Whether a file that no other file names is more than another copy of the model, or a part of one."""
+    if path.parent == folder:
+        return not is_weights(path) and path.name not in ("config.json", ADAPTER, "capotune.json")
+    inside = folder / path.relative_to(folder).parts[0]
+    return not any(is_weights(other) for other in inside.rglob("*"))
 
 
 def _plans(stored: StoredTensor, to_quantize: dict[str, Quantizable], quantization: Quantization) -> list[Plan]:

@@ -104,6 +104,16 @@ class Shards:
                 yield buffer[:count]
 
 
+def check_dtypes(shards: Shards) -> None:
+    """``ModelError`` for a tensor in 8 bits or fewer with scales elsewhere, or of a dtype that is not known here."""
+    for stored in shards:
+        if stored.dtype not in DTYPES or stored.dtype.startswith("F8"):
+            raise ModelError(
+                f"{stored.path}: the tensor {stored.name} has the dtype {stored.dtype}, which is not read here.",
+                advice="Give the model in F32, BF16 or F16, or in bitsandbytes' 4 bits.",
+            )
+
+
 def _read_header(path: Path) -> list[StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:

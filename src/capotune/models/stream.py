@@ -6,6 +6,7 @@ quantized before the next tensor is read. A weight that is stored in 4 bits goes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,23 @@ def check_complete(base: Base, missing: Any) -> None:
     lacking = sorted(key for key in missing if "pooler" not in key.split("."))
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise base.error(f"the weights in {base.folder} lack {shown}.")
+        held_as, advice = wrapper(base, lacking)
+        raise base.error(f"the weights in {base.folder} lack {shown}{held_as}.", advice)
+
+
+def wrapper(base: Base, lacking: list[str]) -> tuple[str, str | None]:
+    """Where most of the ``lacking`` weights are stored under a wrapper's prefix: that, in words, and what to do."""
+    stored = [tensor.name for tensor in Shards(base.weight_files)]
+    endings = (f".{key}" for key in lacking)
+    found = Counter(name[: 1 - len(end)] for end in endings for name in stored if name.endswith(end))
+    prefix, count = found.most_common(1)[0] if found else ("", 0)
+    if count <= len(lacking) // 2:
+        return "", None
+    return (
+        f"; it holds them as {prefix}…",
+        "A wrapper was saved (torch.compile's, DataParallel's, PEFT's …): save the model inside it with "
+        "save_pretrained, or take the prefix off the tensors' names.",
+    )
 
 
 def wrong_shape(base: Base, name: str, found: Any, expected: Any) -> ModelError:

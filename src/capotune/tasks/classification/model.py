@@ -100,8 +100,17 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
         return states
     starts = starts - skip * torch.arange(len(starts), device=starts.device)
     every = torch.arange(len(states), device=states.device)
-    # not segment_reduce: on a CPU it takes eight times as long
-    return functional.embedding_bag(every, states, starts, mode=pooling, include_last_offset=True)
+    if pooling in ("mean", "max"):
+        # not segment_reduce: on a CPU it takes eight times as long
+        return functional.embedding_bag(every, states, starts, mode=pooling, include_last_offset=True)
+    lengths = starts.diff()
+    first = torch.repeat_interleave(starts[:-1], lengths)
+    weights = every - first + 1 if pooling == "weightedmean" else torch.ones_like(every)
+    whole = lengths * (lengths + 1) / 2 if pooling == "weightedmean" else lengths.sqrt()
+    sums = functional.embedding_bag(
+        every, states, starts, mode="sum", per_sample_weights=weights.to(states.dtype), include_last_offset=True
+    )
+    return sums / whole.to(states.dtype)[:, None]
 
 
 _MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once

@@ -18,7 +18,7 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
 from capotune.evaluation.forward import Examples
 from capotune.evaluation.metrics import nearest_mean_logits, wilson_interval
-from capotune.events import DataInspected, Reporter, Stage, counter
+from capotune.events import DataInspected, Reporter, Stage, Warned, counter
 from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
@@ -48,6 +48,8 @@ class ClassificationRun(TaskRun):
         lengths = task.token_lengths(data.train.texts), task.token_lengths(data.test.texts)
         found = inspect_data(data, *lengths, task.max_length)
         report(DataInspected(task=task.name, report=asdict(found)))
+        for notice in _notices(task, lengths[0]):
+            report(Warned(text=notice))
         self.targets = task.targets(data.train.labels)
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(self.targets))
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
@@ -115,6 +117,20 @@ class ClassificationRun(TaskRun):
         if not features.isfinite().all():
             raise self.task.base.error("it computes infinite values or NaN. Are its weights whole?")
         return features
+
+
+def _notices(task: Classification, lengths: list[int]) -> list[str]:
+    """Where sentence-transformers would make other vectors of the training texts."""
+    files = task.base.sentence_files
+    longest = files.longest
+    longer = sum(length > longest for length in lengths) if longest is not None and longest < task.max_length else 0
+    if not longer:
+        return files.notices
+    return [
+        *files.notices,
+        f"{longer} of {len(lengths)} training texts are longer than the {longest} tokens that sentence-transformers "
+        f"reads (sentence_bert_config.json); here up to {task.max_length} are read.",
+    ]
 
 
 def _data_hash(data: LabelledData) -> str:

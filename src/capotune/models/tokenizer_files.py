@@ -1,0 +1,36 @@
+"""Why a folder's tokenizer cannot be loaded, where it is stored as another library's file alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from capotune.errors import ModelError
+
+
+def needs_libraries(folder: Path) -> ModelError | None:
+    """The error for a tokenizer that Transformers converts with libraries which are not installed; None: not so."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
+
+    stored = sorted(path for path in folder.glob("*.model") if path.is_file())
+    if not stored or (folder / "tokenizer.json").is_file():
+        return None
+    file = stored[0]
+    if _is_text(file):
+        needed = {"tiktoken": is_tiktoken_available()}
+    else:
+        needed = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [name for name, is_there in needed.items() if not is_there]
+    if not missing:
+        return None
+    return ModelError(
+        f"its tokenizer is stored as {file.name} alone, which Transformers reads with the Python "
+        f"{'libraries' if len(needed) > 1 else 'library'} {' and '.join(needed)}.",
+        advice=f"Run: pip install {' '.join(missing)}",
+    )
+
+
+def _is_text(path: Path) -> bool:
+    """Whether it is tiktoken's format, lines of base64 and a number; SentencePiece's is binary."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    return start.isascii() and all(byte >= 32 or byte in b"\r\n" for byte in start)
