@@ -18,7 +18,8 @@ from capotune.engine.loop import train
 from capotune.engine.state import TrainingState
 from capotune.evaluation.forward import BoundaryStates, Examples, held_out_score, outputs
 from capotune.methods.base import Start
-from capotune.models.base import Base, Pooling, find
+from capotune.models.base import Base, find
+from capotune.models.sentence_files import Pooling
 from capotune.settings import Context, TrainingSettings
 from capotune.tasks.classification import Classification
 

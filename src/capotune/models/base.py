@@ -18,6 +18,7 @@ from typing import Any
 
 from capotune.errors import MissingLibraryError, ModelError, needs_extra
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
+from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles
 from capotune.models.shards import Shards, check_dtypes
@@ -138,7 +139,7 @@ class Base:
         """Width of the hidden states."""
         return int(self.config.hidden_size)
 
-    @property
+    @cached_property
     def max_length(self) -> int:
         """Longest input in tokens that the base can take."""
         return longest_input(self.tokenizer, self.config)
@@ -255,10 +256,8 @@ def _check(base: Base) -> None:
 
 def longest_input(tokenizer: Any, config: Any) -> int:
     """Longest input in tokens by the tokenizer's limit and the model's positions; 512 when neither is known."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    known = [int(limit) for limit in limits if limit is not None and limit < 1_000_000]
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        known = [limit - 2 if limit > 512 else limit for limit in known]  # positions start at padding_idx + 1 = 2
+    limits = [tokenizer.model_max_length, positions(config)]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1_000_000]
     return min(known, default=512)
 
 

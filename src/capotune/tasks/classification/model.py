@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from capotune.data.batches import Batch
-from capotune.models.base import Pooling
+from capotune.models.sentence_files import Pooling
 from capotune.tasks.linear_head import HeadedBackbone, spread_layers
 
 

@@ -20,8 +20,9 @@ from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.events import OnProgress, Reporter, counter
 from capotune.methods.base import Method
-from capotune.models.base import Base, Pooling
+from capotune.models.base import Base
 from capotune.models.load import load_backbone
+from capotune.models.sentence_files import Pooling
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, TaskRun
