@@ -15,7 +15,7 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
-from capotune.events import Event, Progress, Reporter, Stage
+from capotune.events import Event, Progress, Reporter, Stage, Warned
 from capotune.files import human_bytes
 from capotune.settings import MergeSettings, QuantizeSettings
 
@@ -74,12 +74,12 @@ def merge(rest: list[str]) -> int:
 def watch_bytes() -> Iterator[Reporter]:
     """A bar of bytes on standard error; where that is no terminal, a line per stage."""
     console = Console(stderr=True)
+
+    def say(event: Stage | Warned) -> None:
+        console.print(event.text, markup=False, highlight=False, soft_wrap=True)
+
     if not console.is_terminal:
-        yield (
-            lambda event: (
-                console.print(event.text, highlight=False, soft_wrap=True) if isinstance(event, Stage) else None
-            )
-        )
+        yield lambda event: say(event) if isinstance(event, Stage | Warned) else None
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
     with ProgressBars(*columns, console=console) as bars:
@@ -90,6 +90,8 @@ def watch_bytes() -> Iterator[Reporter]:
                 bars.update(bar, description=event.text, total=None, completed=0)
             elif isinstance(event, Progress):
                 bars.update(bar, completed=event.done, total=event.total)
+            elif isinstance(event, Warned):
+                say(event)
 
         yield report
 

@@ -150,6 +150,8 @@ def counting(what: str) -> Iterator[Reporter]:
                 bars.update(bar, description=event.text, completed=0, total=None)
             elif isinstance(event, Progress):
                 bars.update(bar, completed=event.done, total=event.total, visible=True)
+            elif isinstance(event, Warned):
+                console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
         yield report
 
