@@ -129,14 +129,14 @@ def attach(assembled: Assembled, start: Start) -> None:
     assert found == assembled.expected_trainable(), (found, assembled.expected_trainable())
 
 
-def peft_config(assembled: Assembled) -> dict[str, Any]:
-    """The whole ``adapter_config.json``."""
+def peft_config(assembled: Assembled, base_name: str) -> dict[str, Any]:
+    """The whole ``adapter_config.json``; ``base_name`` is how it names the base."""
     task, method = assembled.task, assembled.method
     whole_head = sorted({path.partition(".")[0] for path in task.head_parameters(assembled.model)})
     return {
         **method.peft_config(),
         "task_type": task.peft_task_type,
-        "base_model_name_or_path": assembled.base.lasting_name,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         **({"modules_to_save": whole_head} if whole_head and method.saves_head_whole else {}),
     }

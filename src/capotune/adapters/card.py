@@ -12,12 +12,14 @@ def card(record: dict[str, Any], words: CardWords, parameters: int) -> str:
     """The card of an adapter with so many ``parameters``, in Markdown with the hub's front matter."""
     settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
     base, method = record["base"], record["method"]
+    is_above = base["name"] == ".."  # as ``store.ABOVE``
+    base_model = "" if is_above else f"base_model: {base['name']}\n"
+    name = "the model in the folder above" if is_above else base["name"]
     return f"""---
-base_model: {base["name"]}
-library_name: capotune
+{base_model}library_name: capotune
 tags: [capotune, {method}]
 ---
-# {method} adapter for {base["name"]}
+# {method} adapter for {name}
 
 {words.what}
 

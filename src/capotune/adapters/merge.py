@@ -1,6 +1,7 @@
 """An adapter's change written into its base: a plain Transformers checkpoint that needs no adapter.
 
     W' = W + scale·BA        with DoRA each row is then rescaled to its trained magnitude
+    W' = trained W           in the last blocks, where feature extraction trained those
 
 By default W is the base in full precision. A QLoRA adapter was trained over W in 4 bits, so that its delta is then
 added to other values than it was trained on; with ``requantize`` it is added to what the 4 bits stand for, and the sum
@@ -12,8 +13,9 @@ A task's head is no part of such a checkpoint: it goes into an adapter of its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ from capotune.events import OnProgress, nothing
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.models.base import Base, Quantization
 from capotune.models.quantize import (
-    Quantizable,
     copy_other_files,
     quantizable_weights,
     quantization_config,
@@ -36,31 +37,44 @@ from capotune.models.quantize import (
 )
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shard_writer import Plan, ShardWriter
-from capotune.models.shards import Shards, StoredTensor
-from capotune.models.stream import quantize_weight
+from capotune.models.shards import DTYPES, Shards, StoredTensor
+from capotune.models.stream import empty_model, model_key, quantize_weight
 
+AnyChange = TypeVar("AnyChange")
 Change = Callable[[Tensor], Tensor]
 """From a weight (out, in), fp32, to the merged one."""
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter makes of its base's weights."""
+
+    layers: dict[str, Change]
+    """By the linear layer's path in the backbone."""
+    replaced: dict[str, Tensor]
+    """Weights that stand in place of the base's, by their path in the model that holds backbone and head."""
+
+
 def check_mergeable(
     stored: StoredAdapter, base: Base, requantize: bool, alive: Callable[[], object] = nothing
-) -> dict[str, Change]:
-    """The adapter's changes, by the layer's path in the backbone.
+) -> Changes:
+    """The adapter's changes.
 
     Raises ``SettingError`` when it cannot be merged so, ``AdapterError`` when the base is another one or the adapter is
     damaged.
     """
     method = methods.get(stored.settings.method)
     try:
-        changes = method.weight_changes(stored.settings, stored.tensors)
+        layers = method.weight_changes(stored.settings, stored.tensors)
     except AdapterError as error:
         raise AdapterError(str(error), where=str(stored.folder / WEIGHTS)) from None
-    if changes is None:
+    replaced = method.replaced_weights(stored.settings, stored.tensors)
+    if layers is None and not replaced:
         raise SettingError(
             f"{stored.settings.method} has no change that could be written into the base's weights.",
             where=str(stored.folder),
-            advice="lora and qlora adapters can be merged; use this one as it is.",
+            advice="Adapters of lora, qlora, and feature-extraction with trained blocks can be merged; use this one as "
+            "it is.",
         )
     check_base(stored, base, alive)
     if base.is_quantized and not requantize:
@@ -76,13 +90,14 @@ def check_mergeable(
             setting="requantize",
             advice="Leave it out; `capo quantize` quantizes the merged model.",
         )
-    return {path.partition(".")[2]: change for path, change in changes.items()}  # the first name is the backbone's
+    # the first name is the backbone's
+    return Changes({path.partition(".")[2]: change for path, change in (layers or {}).items()}, replaced)
 
 
 def write_merged(
     stored: StoredAdapter, base: Base, folder: Path, *, requantize: bool = False, progress: OnProgress | None = None
 ) -> int:
-    """Write the merged model into the existing ``folder``; returns how many weights the adapter changed.
+    """Write the merged model into the existing ``folder``; returns how many layers the adapter changed.
 
     Raises ``SettingError`` for methods that cannot be merged so, ``AdapterError`` when adapter and base do not fit.
     """
@@ -98,19 +113,21 @@ def write_merged(
                 progress(read, merging.shards.nbytes)
     copy_other_files(base, folder)
     write_config(folder, base, merging.stated())
-    return len(merging.changes)
+    return len({name.rpartition(".")[0] for name in (*merging.changes, *merging.replaced)})
 
 
 class _Merging:
     """One pass over the base's tensors."""
 
-    def __init__(self, base: Base, changes: dict[str, Change], quantization: Quantization | None) -> None:
+    def __init__(self, base: Base, changes: Changes, quantization: Quantization | None) -> None:
         self.base = base
         self.shards = Shards(base.weight_files)
         self.quantized = quantized_weights(self.shards)
         """Parts of each weight that is stored in 4 bits, by its name."""
         self.layers = quantizable_weights(base)
-        self.changes = _by_stored_name(changes, self.layers)
+        names = {layer.path: name for name, layer in self.layers.items()}
+        self.changes: dict[str, Change] = _by_stored_name(changes.layers, names)
+        self.replaced: dict[str, Tensor] = _replaced(base, self.shards, changes.replaced)
         self.quantization = base.quantization or quantization
         """Of the result; None: full precision."""
 
@@ -125,7 +142,9 @@ class _Merging:
         name, change = stored.name, self.changes.get(stored.name)
         if part_of(name) is not None:
             return
-        if not self._becomes_quantized(name) and change is None:
+        if name in self.replaced:
+            writer.write(name, _as_stored(self.replaced[name], stored))
+        elif not self._becomes_quantized(name) and change is None:
             writer.copy(name, self.shards.chunks(name))
         elif name in self.quantized and change is None:
             for part in (name, *self.quantized[name]):
@@ -170,8 +189,8 @@ class _Merging:
             assert whole is not None
             assert change is not None
             weight = whole.t() if layer.transposed else whole
-            new = change(weight.float()).to(whole.dtype)
-            writer.write(name, new.t() if layer.transposed else new)
+            new = change(weight.float())
+            writer.write(name, _as_stored(new.t() if layer.transposed else new, stored))
             return
         if change is not None:
             weight = change(dequantize_4bit(quantized, torch.float32)).to(quantized.dtype)
@@ -183,9 +202,34 @@ def _quantization_of(quantized: QuantizedTensor) -> Quantization:
     return Quantization(quantized.quant_type, quantized.block_size, quantized.nested)
 
 
-def _by_stored_name(changes: dict[str, Change], layers: dict[str, Quantizable]) -> dict[str, Change]:
-    """By the weight's name in the checkpoint."""
-    names = {layer.path: name for name, layer in layers.items()}
+def _as_stored(weight: Tensor, stored: StoredTensor) -> Tensor:
+    """``weight`` in the dtype that the base stores. ``AdapterError`` when it does not fit there."""
+    if tuple(weight.shape) != stored.shape:
+        raise AdapterError(f"{stored.name} is {tuple(weight.shape)} in the adapter and {stored.shape} in the base.")
+    found = weight.to(DTYPES[stored.dtype])
+    if not found.isfinite().all():
+        raise AdapterError(
+            f"{stored.name} would hold values that are NaN or infinite in {str(found.dtype).removeprefix('torch.')}.",
+            advice="The adapter is damaged, or the dtype too narrow: merge into a copy of the base in float32.",
+        )
+    return found
+
+
+def _replaced(base: Base, shards: Shards, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``weights`` that are the backbone's, by their names in the checkpoint."""
+    if not weights:
+        return {}
+    from transformers import AutoModel
+
+    model = empty_model(AutoModel, base.config)
+    prefix = model.base_model_prefix or "model"
+    inside = {path.removeprefix(f"{prefix}."): one for path, one in weights.items() if path.startswith(f"{prefix}.")}
+    found = {model_key(stored.name, set(inside), prefix): stored.name for stored in shards}
+    return _by_stored_name(inside, {path: name for path, name in found.items() if path is not None})
+
+
+def _by_stored_name(changes: dict[str, AnyChange], names: dict[str, str]) -> dict[str, AnyChange]:
+    """``changes`` by the weight's name in the checkpoint, which ``names`` gives for each path in the backbone."""
     lost = sorted(changes.keys() - names.keys())
     if lost:
         raise AdapterError(f"the adapter changes {', '.join(lost[:3])}, of which the base stores no weight.")

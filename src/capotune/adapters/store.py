@@ -33,6 +33,8 @@ from capotune.models.base import Base, find
 from capotune.settings import TrainingSettings, build
 
 FORMAT = 1
+ABOVE = ".."
+"""How an adapter names a base in whose folder its own folder is."""
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md"
 
 
@@ -48,8 +50,9 @@ class StoredAdapter:
 
     @property
     def base(self) -> str:
-        """Name of the base it was trained on."""
-        return str(self.record["base"]["name"])
+        """Name of the base it was trained on. A base in the folder above is recorded as ``..``: both move together."""
+        name = str(self.record["base"]["name"])
+        return str((self.folder / name).resolve()) if name == ABOVE else name
 
     @property
     def task(self) -> str:
@@ -86,19 +89,21 @@ class StoredRecord(pydantic.BaseModel):
 
 def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
     """Write the adapter folder, complete or not at all. ``trained`` says how it was trained, for record and card."""
+    base = assembled.base
+    name = ABOVE if folder.parent == base.folder else base.lasting_name
     record = {
         "format": FORMAT,
         "method": assembled.method.name,
         "settings": assembled.method.settings.model_dump(mode="json"),
         **assembled.task.record(assembled.model),
-        "base": {"name": assembled.base.lasting_name, "fingerprint": fingerprint(assembled.base)},
+        "base": {"name": name, "fingerprint": fingerprint(base)},
         "trained": trained,
     }
     tensors = {key: weight.detach().cpu().contiguous() for key, weight in assembled.trainable().items()}
     words = assembled.task.card(record)
     with output_folder(folder) as new:
         write_atomic(new / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_atomic(new / CONFIG, json.dumps(peft_config(assembled), indent=2) + "\n")
+        write_atomic(new / CONFIG, json.dumps(peft_config(assembled, name), indent=2) + "\n")
         write_atomic(new / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         write_atomic(new / CARD, card(record, words, sum(tensor.numel() for tensor in tensors.values())))
 

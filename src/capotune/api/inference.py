@@ -199,7 +199,7 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
         "adapter": str(stored.folder),
         "task": stored.task,
         "method": stored.settings.method,
-        "base": stored.record["base"],
+        "base": {**stored.record["base"], "name": stored.base},
         **facts,
         "in_words": task.facts_in_words(facts),
         "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),

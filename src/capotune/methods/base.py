@@ -119,6 +119,16 @@ class Method(ABC):
         return None
 
     @classmethod
+    def replaced_weights(
+        cls,
+        settings: Any,  # noqa: ARG003 - most methods replace none
+        tensors: Mapping[str, torch.Tensor],  # noqa: ARG003
+    ) -> dict[str, torch.Tensor]:
+        """Of stored ``tensors`` those that stand in place of weights of the base, by the weight's path in the model
+        that holds backbone and head; a head's weights may be among them. Empty for most methods."""
+        return {}
+
+    @classmethod
     def stored_facts(cls, settings: Any) -> dict[str, Any] | None:  # noqa: ARG003
         """What ``capo info`` says by an adapter's settings alone; None: only the loaded model tells (``facts``)."""
         return {}

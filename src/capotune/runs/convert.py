@@ -24,7 +24,7 @@ from capotune.evaluation.divergence import (
     read_text,
     text_windows,
 )
-from capotune.events import Reporter, Stage, alive, bytes_as_progress
+from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, Quantization, find
@@ -76,7 +76,8 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
             report(Stage(text="comparing answers at full precision and in 4 bits"))
             result["answers"] = {"text": settings.text, **asdict(compare_models(base, changed, text, alive(report)))}
         if settings.report:
-            write_atomic(new / "report.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            stored = {name: value for name, value in result.items() if name != "out"}  # the folder may move
+            write_atomic(new / "report.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -97,6 +98,8 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         progress = bytes_as_progress(report)
         changed = write_merged(stored, base, new, requantize=settings.requantize, progress=progress)
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
+        for notice in task_class(stored).restore(base, stored.record).write_merged_files(new):
+            report(Warned(text=notice))
         if has_head:
             _save_head(stored, merged)
         report(Stage(text="comparing answers with the adapter's"))

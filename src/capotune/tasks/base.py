@@ -165,6 +165,13 @@ class Task(TaskModel):
         restored: Task = make(base=base, **{name: record[name] for name in _own_fields(cls)})
         return restored
 
+    def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - where a head decides, it is an adapter
+        """Write into a merged model's ``folder`` what beside weights makes it answer as the adapter on its base does.
+
+        Returns what the user should know, a sentence each.
+        """
+        return []
+
     def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
         """What the base computes in; fp32 unless the task says otherwise."""
         return torch.float32

@@ -56,7 +56,7 @@ def load_adapter(
 
 def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Assembled:
     """A language model without an adapter."""
-    return assemble(Generation.on(base, None, 0), None, device=device, dtype=dtype)
+    return assemble(Generation.of_model(base), None, device=device, dtype=dtype)
 
 
 def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
@@ -66,7 +66,7 @@ def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
     """
     if stored is None:
         assembled.method.detach()
-        task = Generation.on(assembled.base, None, 0).with_model(assembled.model)
+        task = Generation.of_model(assembled.base).with_model(assembled.model)
         return replace(assembled, task=task, method=Untouched(assembled.method.quantization))
     wanted = task_class(stored)
     if stored.task != assembled.task.name:

@@ -8,6 +8,7 @@ them, computed once as well.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ class FeatureExtraction(Method):
     def first_trainable_block(self) -> int:
         """L − k; with k = 0 no block at all, so L."""
         return len(self.architecture.blocks) - int(self.settings.trainable_layers or 0)
+
+    @classmethod
+    def replaced_weights(cls, settings: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Every weight of the last blocks and of the norm, and a head's; none where only a head is trained."""
+        if not settings.trainable_layers:
+            return {}
+        return {key.removeprefix(cls.key_prefix): tensor for key, tensor in tensors.items()}
 
     def peft_config(self) -> dict[str, Any]:
         """Not a PEFT type; the file says so plainly."""

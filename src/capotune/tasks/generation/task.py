@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal
 
 import pydantic
 import torch
@@ -14,10 +15,12 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords
 from capotune.data.generation import looks_like_generation, read_samples_to_score
-from capotune.data.inspect.samples import GenerationReport, describe_samples
+from capotune.data.inspect.samples import GenerationReport, describe_samples, lost_samples
+from capotune.data.samples import Conversation
 from capotune.data_blocks import Block
 from capotune.device import compute_dtype
-from capotune.events import OnProgress, Reporter
+from capotune.errors import DataError
+from capotune.events import OnProgress, Reporter, Warned
 from capotune.kernels import policy
 from capotune.methods.base import Method
 from capotune.models.base import Base
@@ -26,11 +29,14 @@ from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
 from capotune.tasks.generation import page
-from capotune.tasks.generation.encoding import PLAIN_TEMPLATE, TextEncoder
+from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.facade import Generator
+from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
 from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.room import text_length
+
+PLAIN_FORM: Final = "a plain form 'User: … Assistant: …', as the model has no chat template"
 
 
 class _Record(StoredRecord):
@@ -92,9 +98,18 @@ class Generation(TextEncoder, Task):
         if template is None:
             origin = "no chat template, which plain text does without"
             if chat:
-                template = PLAIN_TEMPLATE
-                origin = "a plain form 'User: … Assistant: …', as the model has no chat template"
+                template = plain_template(base.tokenizer)
+                origin = PLAIN_FORM
         return cls(base, length, ends, template, origin, learn, separator, chat)
+
+    @classmethod
+    def of_model(cls, base: Base) -> Generation:
+        """The task on a model without an adapter; a merged one is asked and scored as its adapter was."""
+        asked = asked_as(base)
+        if asked is None:
+            return cls.on(base, None, 0)
+        task = cls.on(base, asked.max_length, 0, learn=asked.learn, separator=asked.separator, chat=asked.chat)
+        return replace(task, scored_as=ScoredAs.from_json(asked.scored_as))
 
     # ------------------------------------------------------------------------------------------------------ from data
 
@@ -152,6 +167,17 @@ class Generation(TextEncoder, Task):
         scored_as = ScoredAs.from_json(record["scored_as"]) if record.get("scored_as") else ScoredAs()
         return replace(task, **stored, scored_as=scored_as)
 
+    def write_merged_files(self, folder: Path) -> list[str]:
+        """Chat template, generation settings, and how the adapter was asked."""
+        asked = AskedAs(
+            chat=self.chat,
+            learn=self.learn,
+            separator=self.separator,
+            max_length=self.max_length,
+            scored_as=self.scored_as.to_json(),
+        )
+        return write_merged_files(self, asked, folder)
+
     def facade(self, assembled: Assembled) -> Generator:
         """A ``Generator``."""
         return Generator(assembled)
@@ -161,8 +187,21 @@ class Generation(TextEncoder, Task):
         samples = read_samples_to_score(
             settings.data, prompt_template=settings.prompt_template, completion_column=settings.completion_column
         )
+        if self.chat_template is None and any(isinstance(sample, Conversation) for sample in samples.samples):
+            report(Warned(text=f"conversations are written in {PLAIN_FORM}, as in training."))
+            assembled = replace(assembled, task=replace(assembled.task, chat_template=plain_template(self.tokenizer)))
+        encoded = assembled.task.encode(samples)
+        for text in lost_samples(samples, encoded, self.max_length):
+            report(Warned(text=text))
         scored_as = self.scored_as if answers is None else replace(self.scored_as, answers=answers)
-        return score_samples(assembled, self.encode(samples), samples, scored_as, report)
+        scored = score_samples(assembled, encoded, samples, scored_as, report)
+        if not scored.rows:
+            raise DataError(
+                f"no row has a token to score within {self.max_length:,} tokens.",
+                where=str(samples.source),
+                advice="Give shorter prompts, or a model that was trained with a larger `max_length`.",
+            )
+        return scored
 
     # ------------------------------------------------------------------------------------------------------------ words
 
