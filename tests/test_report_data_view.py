@@ -24,6 +24,7 @@ def data_report(**changes: Any) -> dict[str, Any]:
     made = GenerationReport(
         source="a.jsonl", test_source="b.jsonl", test_from="given", described="prompt, completion", template_from=None,
         loss_part="the completions", train_rows=1200, test_rows=300, train_sequences=1234, max_length=512,
+        base_length=512,
         train_tokens=Lengths(8, 31, 90, 600), test_tokens=None, sequence_tokens=40_000, loss_tokens=12_400,
         loss_share=0.31, train_without_loss=Lines(2, [4, 12]), test_without_loss=nothing, train_answers_cut=nothing,
         test_answers_cut=nothing, train_ends_cut=nothing, unanswered=nothing, duplicates=nothing, leaked=nothing,

@@ -69,7 +69,8 @@ class DataSettings(Settings):
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Part of the rows held out for the test when no test rows are given. 0: train on all rows, without a test."""
     max_length: Count | None = None
-    """Longest text in tokens; longer ones are cut. The base's own limit when left out."""
+    """Longest text in tokens; longer ones are cut, plain text is read in windows. Left out: the base's own limit, at
+    most 4,096."""
 
 
 class RunSettings(DataSettings):

@@ -16,11 +16,10 @@ from capotune.data.batches import Batch, Targets, TokenRows
 from capotune.engine.activation_cache import ActivationCache
 from capotune.evaluation.metrics import Metric, mean_interval, register
 from capotune.evaluation.pairs import RowCounts
-from capotune.events import Reporter, counter
+from capotune.events import OnProgress, Reporter, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_backbone
-from capotune.models.stream import Progress
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
 from capotune.tasks.classification.features import all_features, head_features
@@ -104,7 +103,7 @@ class Regression(Task):
         options = {"truncation": True, "max_length": self.max_length, "verbose": False}
         return [list(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]] if texts else []
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: Progress | None) -> tuple[Any, str]:
+    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """The classifier of one "label", whose logit is the number."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
         layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, self.base.hidden_size)

@@ -239,16 +239,31 @@ def _predict(rest: list[str]) -> int:
     if settings.texts or settings.file:
         texts = list(settings.texts) or api.read_texts(str(settings.file), settings.text_column, predictor)
         _print_predictions(predictor.answer(texts), settings.as_json)
+        _say_cut(len(predictor.cut(texts)), len(texts))
         return 0
+    read = cut = 0
     try:
         for line in sys.stdin:  # answered as they come, so that it works inside a pipe
             if line.strip():
-                _print_predictions(predictor.answer([line.rstrip("\n")]), settings.as_json)
+                texts = [line.rstrip("\n")]
+                _print_predictions(predictor.answer(texts), settings.as_json)
+                read, cut = read + 1, cut + len(predictor.cut(texts))
     except UnicodeDecodeError as error:
         raise DataError(
             f"standard input is not UTF-8 text ({error}).", advice="Convert it first, say with iconv."
         ) from None
+    _say_cut(cut, read)
     return 0
+
+
+def _say_cut(cut: int, texts: int) -> None:
+    """How many of so many texts were not read to their end, on standard error."""
+    if cut:
+        print(
+            f"capo: {cut:,} of {texts:,} texts are longer than what the adapter reads (`capo info` says how much); "
+            "what is beyond was left out.",
+            file=sys.stderr,
+        )
 
 
 def _info(rest: list[str]) -> int:

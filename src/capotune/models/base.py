@@ -174,13 +174,18 @@ class Base:
         reads_on = architectures[0].endswith("ForCausalLM") if architectures else self.writes_text
         return "last" if reads_on else "mean"
 
+    @cached_property
+    def generation_values(self) -> dict[str, Any]:
+        """``generation_config.json`` as it is stored; empty without one."""
+        path = self.folder / "generation_config.json"
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return values
+
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text: the tokenizer's own, then those of generation_config.json and config.json."""
-        path = self.folder / "generation_config.json"
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         found = [self.tokenizer.eos_token_id]
-        for ends in (generation.get("eos_token_id"), self.config_values.get("eos_token_id")):
+        for ends in (self.generation_values.get("eos_token_id"), self.config_values.get("eos_token_id")):
             found += ends if isinstance(ends, list) else [ends]
         known = [int(end) for end in found if end is not None and end < len(self.tokenizer)]
         return tuple(dict.fromkeys(known))
@@ -254,10 +259,14 @@ def _check(base: Base) -> None:
     check_dtypes(Shards(base.weight_files))
 
 
+_UNLIMITED = 10**9
+"""A tokenizer that knows no limit says 10³⁰."""
+
+
 def longest_input(tokenizer: Any, config: Any) -> int:
     """Longest input in tokens by the tokenizer's limit and the model's positions; 512 when neither is known."""
     limits = [tokenizer.model_max_length, positions(config)]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1_000_000]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < _UNLIMITED]
     return min(known, default=512)
 
 

@@ -24,6 +24,7 @@ _NAMES = {
     "loss_part": "what is in the loss",
     "train_sequences": "sequences to train on",
     "max_length": "tokens read at once",
+    "base_length": "tokens that the base takes",
     "sequence_tokens": "tokens to train on",
     "loss_tokens": "of them in the loss",
     "loss_share": "share in the loss",

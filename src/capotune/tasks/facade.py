@@ -57,6 +57,10 @@ class Predictor(Facade, ABC):
         found: list[Any] = self._assembled.task.read_texts(source, text_column)
         return found
 
+    def cut(self, texts: Sequence[Any]) -> list[int]:  # noqa: ARG002 - not every task has a longest text
+        """Positions of the texts whose end is not read, as they are longer than ``max_length`` in training."""
+        return []
+
     def predict(self, texts: Sequence[Any]) -> Sequence[Any]:
         """The bare result of each text; by default the whole answer."""
         return self.answer(texts)

@@ -8,19 +8,20 @@ from typing import Any
 from capotune.data.inspect.measures import Lengths, Lines
 from capotune.data_blocks import Finding
 
-__all__ = ["Check", "rows_found", "token_lengths"]
+__all__ = ["Check", "rows_found", "rows_lost", "token_lengths"]
 
 Check = tuple[str, str, str]
 """Name of a finding, the report's field that holds rows (``Lines``), what is true of them; ``{limit}``: in tokens."""
 
 
-def token_lengths(lengths: Lengths, max_length: int) -> Finding:
-    """How long the training texts are."""
+def token_lengths(lengths: Lengths, max_length: int, base_length: int) -> Finding:
+    """How long the training texts are, how much of one is read, and how much the base takes."""
     low, median, p95, high = lengths.min, lengths.median, lengths.p95, lengths.max
     spread = f"{high:,} a text" if low == high else (
         f"{low:,} to {high:,} a text, half at most {median:,}, 95 % at most {p95:,}"
     )  # fmt: skip
-    return Finding("Tokens", f"{spread}; the model reads {max_length:,}")
+    more = f" (max_length) of the {base_length:,} that the base takes" if base_length > max_length else ""
+    return Finding("Tokens", f"{spread}; the model reads {max_length:,}{more}")
 
 
 def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[Finding]:
@@ -34,6 +35,12 @@ def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[F
             yield Finding(name, f"{lines.count:,} {what.format(limit=limit)} ({_first(lines)})", needs_a_look=True)
     if not found:
         yield Finding("Checked", nothing)
+
+
+def rows_lost(found: Iterable[tuple[Lines, str]], rows: int) -> list[str]:
+    """A sentence for each kind of rows to be scored, of ``rows`` in all, that are there; what is true of them follows
+    their number."""
+    return [f"{lines.count:,} of {rows:,} rows {what} ({_first(lines)})." for lines, what in found if lines.count]
 
 
 def _first(lines: Lines) -> str:

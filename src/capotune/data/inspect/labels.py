@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.inspect.findings import rows_found, token_lengths
+from capotune.data.inspect.findings import rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import normalised
 from capotune.data_blocks import Block, Counts, Finding, Findings
 
-__all__ = ["LabelCount", "LabelReport", "describe_labels", "inspect_data"]
+__all__ = ["LabelCount", "LabelReport", "describe_labels", "inspect_data", "lost_texts"]
 
 _IMBALANCE_WORTH_A_WORD: Final = 10.0
 _CHECKS: Final = (
@@ -51,6 +51,7 @@ class LabelReport:
         labels: every label with its counts, the most frequent in train first.
         imbalance: rows of the most frequent label in train, divided by those of the rarest.
         max_length: tokens of a text that the model gets to see.
+        base_length: tokens that the base takes.
         train_tokens, test_tokens: lengths in tokens before anything is cut.
         train_truncated, test_truncated: texts longer than ``max_length``.
         train_empty, test_empty: texts without a token or without a visible character.
@@ -70,6 +71,7 @@ class LabelReport:
     labels: list[LabelCount]
     imbalance: float
     max_length: int
+    base_length: int
     train_tokens: Lengths
     test_tokens: Lengths | None
     train_truncated: Lines
@@ -83,7 +85,11 @@ class LabelReport:
 
 
 def inspect_data(
-    data: LabelledData, token_lengths_train: Sequence[int], token_lengths_test: Sequence[int], max_length: int
+    data: LabelledData,
+    token_lengths_train: Sequence[int],
+    token_lengths_test: Sequence[int],
+    max_length: int,
+    base_length: int | None = None,
 ) -> LabelReport:
     """Measure the data.
 
@@ -92,6 +98,7 @@ def inspect_data(
         token_lengths_train: tokens of each training text, uncut, in the order of the rows.
         token_lengths_test: the same for the test texts.
         max_length: the most tokens a text may keep.
+        base_length: tokens that the base takes; None: as many.
 
     Raises:
         ValueError: the number of lengths is not the number of rows.
@@ -112,6 +119,7 @@ def inspect_data(
         labels=labels,
         imbalance=labels[0].train / min(label.train for label in labels if label.train),
         max_length=max_length,
+        base_length=base_length or max_length,
         train_tokens=lengths_of(token_lengths_train),
         test_tokens=lengths_of(token_lengths_test) if token_lengths_test else None,
         train_truncated=lines_where(train, (length > max_length for length in token_lengths_train)),
@@ -123,6 +131,12 @@ def inspect_data(
         leaked=lines_where(test, (normalised(text) in labels_of for text in test.texts)),
         similar_labels=_similar([label.name for label in labels]),
     )
+
+
+def lost_texts(rows: LabelledText, lengths: Sequence[int], max_length: int) -> list[str]:
+    """How many texts that are to be scored are too long, in words; ``lengths``: their tokens, uncut."""
+    too_long = lines_where(rows, (length > max_length for length in lengths))
+    return rows_lost([(too_long, f"are longer than {max_length:,} tokens: what is beyond is not read")], len(rows))
 
 
 def _count_labels(train: LabelledText, test: LabelledText) -> list[LabelCount]:
@@ -159,7 +173,7 @@ def describe_labels(report: LabelReport) -> list[Block]:
 def _findings(report: LabelReport) -> Iterable[Finding]:
     yield Finding("Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}")
     yield Finding("Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})")
-    yield token_lengths(report.train_tokens, report.max_length)
+    yield token_lengths(report.train_tokens, report.max_length, report.base_length)
     rarest = min(label.train for label in report.labels if label.train)
     balance = f"{len(report.labels):,}, with {rarest:,} to {report.labels[0].train:,} training rows each"
     yield Finding("Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD)

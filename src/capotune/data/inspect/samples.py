@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from capotune.data.inspect.findings import rows_found, token_lengths
+from capotune.data.inspect.findings import rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
 from capotune.data.split import normalised
@@ -24,7 +24,7 @@ from capotune.sections import Part
 if TYPE_CHECKING:
     from capotune.data.batches import Encoded
 
-__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "describe_samples", "inspect_samples"]
+__all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "describe_samples", "inspect_samples", "lost_samples"]
 
 _CHECKS: Final = (
     ("Lost", "train_without_loss", "in train: nothing to train on stands within {limit}; left out"),
@@ -84,6 +84,7 @@ class GenerationReport:
         train_rows, test_rows: number of rows.
         train_sequences: what the training rows became; more than the rows where long texts are read in windows.
         max_length: tokens that the model reads at once.
+        base_length: tokens that the base takes.
         train_tokens, test_tokens: lengths of the rows in tokens before anything is cut.
         sequence_tokens, loss_tokens: tokens of the training sequences in all, and those of them that are in the loss.
         loss_share: the second divided by the first.
@@ -108,6 +109,7 @@ class GenerationReport:
     test_rows: int
     train_sequences: int
     max_length: int
+    base_length: int
     train_tokens: Lengths
     test_tokens: Lengths | None
     sequence_tokens: int
@@ -131,6 +133,7 @@ def inspect_samples(
     test: Sequence[Sequence[Encoded]],
     *,
     max_length: int,
+    base_length: int | None = None,
     tokens_of: Callable[[Sequence[int]], list[str]],
     template_from: str,
     learn: str,
@@ -142,6 +145,7 @@ def inspect_samples(
         train: for each training row the sequences that it became: one, or the windows of a long text.
         test: the same of the test rows.
         max_length: tokens that the model reads at once.
+        base_length: tokens that the base takes; None: as many.
         tokens_of: the texts of tokens, one each or all in one; joined they are what the model reads. It is called with
             the first tokens of a sequence only, as what a token reads like may depend on those before it.
         template_from: where the chat template is from, in words.
@@ -166,6 +170,7 @@ def inspect_samples(
         test_rows=len(data.test),
         train_sequences=sum(map(len, train)),
         max_length=max_length,
+        base_length=base_length or max_length,
         train_tokens=lengths_of(train_tokens),
         test_tokens=lengths_of(test_tokens) if test_tokens else None,
         sequence_tokens=in_all,
@@ -181,6 +186,24 @@ def inspect_samples(
         leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
         bins=_bins(train_tokens),
         samples=_sample_rows(data.train, train, tokens_of),
+    )
+
+
+def lost_samples(rows: Samples, encoded: Sequence[Sequence[Encoded]], max_length: int) -> list[str]:
+    """What of rows that are to be scored is too long, a sentence each; ``encoded`` as in ``inspect_samples``."""
+    limit = f"{max_length:,} tokens"
+    return rows_lost(
+        [
+            (
+                _rows_where(rows, encoded, lambda of_row: not _is_in_loss(of_row)),
+                f"have nothing to score within {limit} and are left out",
+            ),
+            (
+                _rows_where(rows, encoded, _loses_its_answer),
+                f"are longer than {limit}: the end of what is scored is lost",
+            ),
+        ],
+        len(rows),
     )
 
 
@@ -206,7 +229,7 @@ def _findings(report: GenerationReport) -> Iterable[Finding]:
         yield Finding("Chat", f"written out with {report.template_from}")
     share = f"{report.loss_tokens:,} of {report.sequence_tokens:,} tokens ({report.loss_share:.0%})"
     yield Finding("In the loss", f"{share}, {report.loss_part}", needs_a_look=not report.loss_tokens)
-    yield token_lengths(report.train_tokens, report.max_length)
+    yield token_lengths(report.train_tokens, report.max_length, report.base_length)
     if report.train_sequences > report.train_rows:
         limit = f"{report.max_length:,} tokens"
         yield Finding("Windows", f"{report.train_sequences:,}, as texts longer than {limit} are read piece by piece")

@@ -51,6 +51,11 @@ class Classifier(Predictor):
         probabilities: np.ndarray = logits_of(self._assembled, rows).softmax(1).numpy()
         return probabilities
 
+    def cut(self, texts: Sequence[str]) -> list[int]:
+        """Positions of the texts whose end is not read, as they are longer than ``max_length`` in training."""
+        task = self._assembled.task
+        return [at for at, length in enumerate(task.token_lengths(texts)) if length > task.max_length]
+
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text."""
         return [prediction.label for prediction in self.answer(texts)]

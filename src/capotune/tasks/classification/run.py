@@ -46,7 +46,7 @@ class ClassificationRun(TaskRun):
         )
         self.task = task = Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
         lengths = task.token_lengths(data.train.texts), task.token_lengths(data.test.texts)
-        found = inspect_data(data, *lengths, task.max_length)
+        found = inspect_data(data, *lengths, task.max_length, base.max_length)
         report(DataInspected(task=task.name, report=asdict(found)))
         for notice in _notices(task, lengths[0]):
             report(Warned(text=notice))

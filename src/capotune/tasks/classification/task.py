@@ -14,11 +14,11 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Targets
-from capotune.data.inspect.labels import LabelReport, describe_labels
+from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
 from capotune.data.labelled import LabelledText, read_to_score
 from capotune.data_blocks import Block
 from capotune.errors import DataError
-from capotune.events import OnProgress, Reporter, counter
+from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_backbone
@@ -197,6 +197,8 @@ class Classification(LinearHeadTask):
         """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
         rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
         self.check_labels(rows)
+        for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
+            report(Warned(text=text))
         return score_texts(assembled, rows, progress=counter(report))
 
     def check_labels(self, rows: LabelledText) -> None:

@@ -22,6 +22,8 @@ class AnsweredRows:
     """Their positions in the samples, rising."""
     expected: list[str]
     written: list[str]
+    too_long: int = 0
+    """Rows that were drawn and passed over, as their question leaves no token for an answer."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -67,9 +69,9 @@ def answer_rows(
     Rows whose question fills the whole context are passed over: there the model has nothing to say.
     """
     known = [at for at, sample in enumerate(samples.samples) if answer_of(sample) is not None]
-    rows = sorted(random.Random(decoding.seed).sample(known, min(most, len(known))))
-    questions = {row: assembled.task.encode_question(samples.samples[row]) for row in rows}
-    rows = [row for row in rows if tokens_left(assembled, questions[row]) > 0]
+    drawn = sorted(random.Random(decoding.seed).sample(known, min(most, len(known))))
+    questions = {row: assembled.task.encode_question(samples.samples[row]) for row in drawn}
+    rows = [row for row in drawn if tokens_left(assembled, questions[row]) > 0]
     expected = [answer_of(samples.samples[row]) or "" for row in rows]
     written = generate(assembled, [questions[row] for row in rows], decoding, progress)
-    return AnsweredRows(rows, expected, written)
+    return AnsweredRows(rows, expected, written, len(drawn) - len(rows))

@@ -61,13 +61,14 @@ class GenerationRun(TaskRun):
             train,
             self.test_rows,
             max_length=task.max_length,
+            base_length=base.max_length,
             tokens_of=task.token_texts,
             template_from=task.template_from,
             learn=task.learn,
         )
         report(DataInspected(task=task.name, report=asdict(found)))
         if not data.test.samples and len(data.train) == 1:  # one running text: its end is the test
-            train, self.test_rows = _end_of(train[0], settings.test_fraction)
+            train, self.test_rows = _end_of(train[0], settings.test_fraction, str(data.train.source))
         self.train, groups = self._examples(train, data.train)
         if len(set(groups)) < 2:
             raise DataError(
@@ -215,11 +216,15 @@ def _separator(samples: Samples) -> str:
     return "\n" if pairs and parted <= len(pairs) / 2 else ""
 
 
-def _end_of(windows: Sequence[Encoded], fraction: float) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
+def _end_of(
+    windows: Sequence[Encoded], fraction: float, source: str
+) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
     """The windows of one text, and as test the last ``fraction`` of them."""
     count = len(windows) - round(fraction * len(windows))
     if fraction and count == len(windows):
         raise DataError(
-            "the text is too short for a test at its end.", advice="Give a longer text, or `test_fraction=0`."
+            "the text is too short for a test at its end.",
+            where=source,
+            advice="Give a longer text, or `test_fraction=0`.",
         )
     return [list(windows[:count])], [list(windows[count:])] if count < len(windows) else []

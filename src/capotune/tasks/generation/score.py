@@ -12,7 +12,7 @@ from capotune.data.samples import Samples, answer_of, question_of
 from capotune.evaluation.forward import Examples, outputs
 from capotune.evaluation.metrics import mean_interval, metric, perplexity
 from capotune.evaluation.pairs import RowCounts
-from capotune.events import Reporter, Stage, counter
+from capotune.events import Reporter, Stage, Warned, counter
 from capotune.settings import DecodingSettings
 from capotune.tasks.base import Scored
 from capotune.tasks.generation.answers import AnsweredRows, answer_rows
@@ -66,6 +66,11 @@ def score_samples(
     report(Stage(text="answering test rows"))
     answered = answer_rows(assembled, samples, scored_as.answers, scored_as.decoding, counter(report))
     number = len(answered.rows)
+    if answered.too_long:
+        text = (
+            f"{answered.too_long:,} of {number + answered.too_long:,} rows to answer are passed over: their question "
+        )
+        report(Warned(text=f"{text}fills all that the model takes."))
     where = (
         f"{number:,} rows" if number == len(samples) else f"{number:,} of {len(samples):,} rows, drawn by a fixed seed"
     )

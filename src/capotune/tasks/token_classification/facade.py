@@ -29,6 +29,12 @@ class Tagger(Predictor):
         labels: tuple[str, ...] = self._assembled.task.labels
         return labels
 
+    def cut(self, texts: Sequence[str | Sequence[str]]) -> list[int]:
+        """Positions of the texts whose last words are not read, as they are longer than ``max_length`` in training."""
+        words = {at: one.words for at, text in enumerate(texts) if (one := Words.of(text)).spans}
+        aligned = self._assembled.task.align(list(words.values()))
+        return [at for at, one in zip(words, aligned, strict=True) if one.cut]
+
     def predict(self, texts: Sequence[str | Sequence[str]]) -> list[list[FoundEntity]]:
         """The entities of each text, in order."""
         return [tagging.entities for tagging in self.answer(texts)]

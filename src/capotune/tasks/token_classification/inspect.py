@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.inspect.findings import Check, rows_found, token_lengths
+from capotune.data.inspect.findings import Check, rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data_blocks import Block, Counts, Finding, Findings
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
@@ -46,6 +46,7 @@ class TagReport:
         train_words, test_words: their words.
         types: every type with its entities, the most frequent in train first.
         max_length: tokens of a sentence that the model gets to see.
+        base_length: tokens that the base takes.
         train_tokens, test_tokens: lengths of sentences in tokens before anything is cut.
         train_cut, test_cut: sentences longer than ``max_length``.
         train_words_cut, test_words_cut: words that are lost of those.
@@ -65,6 +66,7 @@ class TagReport:
     test_words: int
     types: list[TypeCount]
     max_length: int
+    base_length: int
     train_tokens: Lengths
     test_tokens: Lengths | None
     train_cut: Lines
@@ -77,8 +79,15 @@ class TagReport:
     leaked: Lines
 
 
-def inspect_tags(data: TaggedData, train: Sequence[Aligned], test: Sequence[Aligned], max_length: int) -> TagReport:
-    """Measure the data; ``train`` and ``test`` are its rows as the base reads them, at most ``max_length`` tokens."""
+def inspect_tags(
+    data: TaggedData,
+    train: Sequence[Aligned],
+    test: Sequence[Aligned],
+    max_length: int,
+    base_length: int | None = None,
+) -> TagReport:
+    """Measure the data; ``train`` and ``test`` are its rows as the base reads them, of each at most ``max_length`` of
+    the ``base_length`` tokens that it takes (None: as many)."""
     in_train, in_test = data.train.type_counts, data.test.type_counts
     groups = sentence_groups(data.train)
     known = set(groups)
@@ -93,6 +102,7 @@ def inspect_tags(data: TaggedData, train: Sequence[Aligned], test: Sequence[Alig
         test_words=sum(map(len, data.test.words)),
         types=[TypeCount(name, number, in_test[name]) for name, number in in_train.most_common()],
         max_length=max_length,
+        base_length=base_length or max_length,
         train_tokens=lengths_of([one.tokens for one in train]),
         test_tokens=lengths_of([one.tokens for one in test]) if test else None,
         train_cut=lines_where(data.train, (one.tokens > max_length for one in train)),
@@ -104,6 +114,13 @@ def inspect_tags(data: TaggedData, train: Sequence[Aligned], test: Sequence[Alig
         conflicts=lines_where(data.train, _conflicts(data.train, groups)),
         leaked=lines_where(data.test, (group in known for group in sentence_groups(data.test))),
     )
+
+
+def lost_sentences(rows: TaggedRows, aligned: Sequence[Aligned], max_length: int) -> list[str]:
+    """How many sentences that are to be scored are too long, in words; ``aligned`` is how the base reads them."""
+    too_long = lines_where(rows, (one.tokens > max_length for one in aligned))
+    what = f"are longer than {max_length:,} tokens: their last words are not read and count as O"
+    return rows_lost([(too_long, what)], len(rows))
 
 
 def _lacks_a_token(one: Aligned) -> bool:
@@ -139,5 +156,5 @@ def _findings(report: TagReport) -> Iterable[Finding]:
     yield Finding("Sentences", f"{report.train_rows:,} to train{tested}")
     entities = sum(one.train for one in report.types)
     yield Finding("Words", f"{report.train_words:,} in train, {entities:,} entities of {len(report.types):,} types")
-    yield token_lengths(report.train_tokens, report.max_length)
+    yield token_lengths(report.train_tokens, report.max_length, report.base_length)
     yield from rows_found(report, _CHECKS, "no sentence is cut, repeated, tagged twice, or in both train and test")

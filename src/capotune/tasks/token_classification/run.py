@@ -46,7 +46,7 @@ class TokenClassificationRun(TaskRun):
         words = sum(map(len, data.train.words))
         self.task = task = TokenClassification.on(base, data.types, settings.max_length, method.virtual_tokens, words)
         train, self.test_aligned = task.align_rows(data.train), task.align_rows(data.test)
-        found = inspect_tags(data, train, self.test_aligned, task.max_length)
+        found = inspect_tags(data, train, self.test_aligned, task.max_length, base.max_length)
         report(DataInspected(task=task.name, report=asdict(found)))
         self.train = task.examples(train, data.train.tags)
         self.targets = targets_in(self.train)

@@ -15,7 +15,7 @@ from capotune.data.batches import IGNORE_INDEX, TokenRows
 from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples
-from capotune.events import OnProgress, Reporter, counter
+from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_backbone
@@ -27,7 +27,7 @@ from capotune.tasks.room import text_length
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned, align
 from capotune.tasks.token_classification.data import TaggedRows, check_types, is_tagged, read_to_score, read_words
 from capotune.tasks.token_classification.facade import Tagger
-from capotune.tasks.token_classification.inspect import TagReport, describe_tags
+from capotune.tasks.token_classification.inspect import TagReport, describe_tags, lost_sentences
 from capotune.tasks.token_classification.model import TokenClassifier
 from capotune.tasks.token_classification.objective import WordCrossEntropy
 from capotune.tasks.token_classification.page import page_sections
@@ -176,6 +176,8 @@ class TokenClassification(LinearHeadTask):
         """F1, precision, recall and loss. ``DataError`` for a type that the adapter does not know."""
         rows = read_to_score(settings.data, word_column=settings.text_column, tag_column=settings.label_column)
         check_types(rows, self.types)
+        for text in lost_sentences(rows, self.align_rows(rows), self.max_length):
+            report(Warned(text=text))
         return score_rows(assembled, rows, progress=counter(report))
 
     # ------------------------------------------------------------------------------------------------------------ words
