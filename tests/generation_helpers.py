@@ -23,7 +23,6 @@ from capotune.methods.base import Start
 from capotune.models.base import find
 from capotune.settings import Context, TrainingSettings
 from capotune.tasks.generation import Generation
-from capotune.tasks.generation.objective import TokenCrossEntropy
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\\nTools:' + tools | tojson + '<|im_end|>\\n' }}{% endif %}"
@@ -210,7 +209,9 @@ def logits(assembled: Assembled, rows: list[list[int]] | None = None) -> torch.T
 
 def with_plain_head(assembled: Assembled, plain: bool) -> Assembled:
     """The same with or without the short way from states to losses."""
-    return replace(assembled, task=replace(assembled.task, objective=TokenCrossEntropy(plain)))
+    return replace(
+        assembled, task=replace(assembled.task, objective=replace(assembled.task.objective, plain_head=plain))
+    )
 
 
 # Files

@@ -16,7 +16,8 @@ from capotune.data.batches import TokenRows
 from capotune.engine import loop
 from capotune.engine.loop import train
 from capotune.engine.state import TrainingState
-from capotune.evaluation.forward import BoundaryStates, Examples, held_out_score, outputs
+from capotune.evaluation.forward import Examples, held_out_score, outputs
+from capotune.evaluation.resume import BoundaryStates
 from capotune.methods.base import Start
 from capotune.models.base import Base, find
 from capotune.models.sentence_files import Pooling

@@ -28,7 +28,7 @@ from capotune.engine import activation_cache
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import OutputError
 from capotune.evaluation import forward
-from capotune.evaluation.forward import resume_from
+from capotune.evaluation.resume import resume_from
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.qlora.settings import QloraSettings

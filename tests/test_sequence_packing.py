@@ -32,7 +32,8 @@ from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts
 from capotune.engine import loop as loop_module
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
-from capotune.evaluation.forward import Examples, compute_boundary, held_out_score, outputs
+from capotune.evaluation.boundary import compute_boundary
+from capotune.evaluation.forward import Examples, held_out_score, outputs
 from capotune.evaluation.generate import generate
 from capotune.kernels import composed_block
 from capotune.kernels.attention import Sequences

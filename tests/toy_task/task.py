@@ -120,7 +120,7 @@ class Regression(Task):
 
     def expected_head(self, model: Any) -> int:
         """Features + 1."""
-        return len(model.feature_layers) * int(model.hidden_size) + 1
+        return int(model.width_of(model.feature_layers)) + 1
 
     def facade(self, assembled: Assembled) -> Regressor:
         """A ``Regressor``."""

@@ -19,18 +19,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 
 from capotune import methods
 from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base
 from capotune.errors import AdapterError, SettingError
 from capotune.events import OnProgress, nothing
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
+from capotune.models.architecture import text_part
 from capotune.models.base import Base, Quantization
 from capotune.models.quantize import (
     copy_other_files,
     quantizable_weights,
     quantization_config,
     quantized_plans,
+    stored_linears,
     whole_plan,
     write_config,
     write_tensors,
@@ -38,7 +41,8 @@ from capotune.models.quantize import (
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import DTYPES, Shards, StoredTensor
-from capotune.models.stream import empty_model, model_key, quantize_weight
+from capotune.models.stored_names import StoredNames
+from capotune.models.stream import empty_model, quantize_weight
 
 AnyChange = TypeVar("AnyChange")
 Change = Callable[[Tensor], Tensor]
@@ -50,9 +54,9 @@ class Changes:
     """What an adapter makes of its base's weights."""
 
     layers: dict[str, Change]
-    """By the linear layer's path in the backbone."""
+    """By the weight's path in the backbone."""
     replaced: dict[str, Tensor]
-    """Weights that stand in place of the base's, by their path in the model that holds backbone and head."""
+    """Weights that stand in place of the base's, by their path in the backbone."""
 
 
 def check_mergeable(
@@ -90,8 +94,9 @@ def check_mergeable(
             setting="requantize",
             advice="Leave it out; `capo quantize` quantizes the merged model.",
         )
-    # the first name is the backbone's
-    return Changes({path.partition(".")[2]: change for path, change in (layers or {}).items()}, replaced)
+    # the first name is the backbone's; a head's weights have but one name before their own
+    inside = {path.partition(".")[2]: weight for path, weight in replaced.items() if path.count(".") > 1}
+    return Changes({f"{path.partition('.')[2]}.weight": change for path, change in (layers or {}).items()}, inside)
 
 
 def write_merged(
@@ -124,12 +129,13 @@ class _Merging:
         self.shards = Shards(base.weight_files)
         self.quantized = quantized_weights(self.shards)
         """Parts of each weight that is stored in 4 bits, by its name."""
-        self.layers = quantizable_weights(base)
-        names = {layer.path: name for name, layer in self.layers.items()}
+        self.layers = stored_linears(base)
+        names = _stored_names(base, self.shards)
         self.changes: dict[str, Change] = _by_stored_name(changes.layers, names)
-        self.replaced: dict[str, Tensor] = _replaced(base, self.shards, changes.replaced)
+        self.replaced: dict[str, Tensor] = _by_stored_name(changes.replaced, names)
         self.quantization = base.quantization or quantization
         """Of the result; None: full precision."""
+        self.to_quantize = quantizable_weights(base) if quantization and not base.is_quantized else {}
 
     def plans(self) -> Iterator[list[Plan]]:
         """What will be written, in order."""
@@ -157,12 +163,12 @@ class _Merging:
         if self.base.is_quantized:
             stated: dict[str, Any] = self.base.config_values["quantization_config"]
             return stated
-        return quantization_config(self.base, self.quantization, self.layers) if self.quantization else None
+        return quantization_config(self.base, self.quantization, self.to_quantize) if self.quantization else None
 
     def _becomes_quantized(self, name: str) -> bool:
         if self.base.is_quantized:
             return name in self.quantized
-        return self.quantization is not None and name in self.layers
+        return self.quantization is not None and name in self.to_quantize
 
     def _plan(self, stored: StoredTensor) -> list[Plan]:
         name = stored.name
@@ -215,22 +221,22 @@ def _as_stored(weight: Tensor, stored: StoredTensor) -> Tensor:
     return found
 
 
-def _replaced(base: Base, shards: Shards, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``weights`` that are the backbone's, by their names in the checkpoint."""
-    if not weights:
-        return {}
-    from transformers import AutoModel
-
+def _stored_names(base: Base, shards: Shards) -> dict[str, str]:
+    """Of the base's weights, by path in the backbone, and where a part of it reads text by path in that part too, since
+    some families load it alone."""
     model = empty_model(AutoModel, base.config)
-    prefix = model.base_model_prefix or "model"
-    inside = {path.removeprefix(f"{prefix}."): one for path, one in weights.items() if path.startswith(f"{prefix}.")}
-    found = {model_key(stored.name, set(inside), prefix): stored.name for stored in shards}
-    return _by_stored_name(inside, {path: name for path, name in found.items() if path is not None})
+    keys = [stored.name for stored in shards if part_of(stored.name) is None]
+    whole = {path: key for key, path in StoredNames(model, keys).whole.items()}
+    text = f"{text_part(model)}."
+    return {**{path.removeprefix(text): key for path, key in whole.items() if path.startswith(text)}, **whole}
 
 
 def _by_stored_name(changes: dict[str, AnyChange], names: dict[str, str]) -> dict[str, AnyChange]:
     """``changes`` by the weight's name in the checkpoint, which ``names`` gives for each path in the backbone."""
     lost = sorted(changes.keys() - names.keys())
     if lost:
-        raise AdapterError(f"the adapter changes {', '.join(lost[:3])}, of which the base stores no weight.")
+        raise AdapterError(
+            f"the adapter changes {', '.join(lost[:3])}, which the base does not store as one weight.",
+            advice="It cannot be merged into this base; use it as it is.",
+        )
     return {names[path]: change for path, change in changes.items()}

@@ -8,7 +8,7 @@ place again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -144,18 +144,29 @@ def tokens_at_once(device: torch.device) -> int:
     return policy.INFERENCE_TOKENS_AT_ONCE if device.type == "cpu" else policy.INFERENCE_TOKENS_AT_ONCE_ON_GPU
 
 
-def sorted_order(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
+Group = Callable[[int], int]
+"""A number for each length; only rows of one number may stand in one batch."""
+
+
+def one_group(_length: int) -> int:
+    """Rows of all lengths may stand in one batch."""
+    return 0
+
+
+def sorted_order(lengths: Sequence[int], token_budget: int, group: Group = one_group) -> list[np.ndarray]:
     """Row numbers of batches for inference: by length, as many rows as fit ``token_budget`` padded tokens."""
-    return parts_of(np.arange(len(lengths)), lengths, token_budget)
+    return parts_of(np.arange(len(lengths)), lengths, token_budget, group)
 
 
-def parts_of(rows: np.ndarray, lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
-    """``rows`` by length, shared out over parts of at most ``token_budget`` padded tokens (one row at least)."""
+def parts_of(rows: np.ndarray, lengths: Sequence[int], token_budget: int, group: Group = one_group) -> list[np.ndarray]:
+    """``rows`` by length, shared out over parts of at most ``token_budget`` padded tokens (one row at least) and of one
+    ``group`` each."""
     size = np.asarray(lengths)[rows]
     parts: list[list[int]] = []
     for row in rows[np.argsort(size, kind="stable")]:
         # rows come in rising length, so the newest is the longest of its part
-        if not parts or lengths[row] * (len(parts[-1]) + 1) > token_budget:
+        full = not parts or lengths[row] * (len(parts[-1]) + 1) > token_budget
+        if full or group(lengths[row]) != group(lengths[parts[-1][-1]]):
             parts.append([])
         parts[-1].append(int(row))
     return [np.array(part) for part in parts]
@@ -209,6 +220,11 @@ class TokenRows:
     def lengths(self) -> list[int]:
         """Tokens of each row, virtual ones included."""
         return [len(self.prefix) + len(sequence) for sequence in self.sequences]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each row starts among the tokens of all, and where the last ends: (rows + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def digest(self) -> str:
         """Hash of the tokens."""

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,7 +28,8 @@ from safetensors.torch import save_file
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.errors import OutputError
-from capotune.evaluation.forward import BoundaryStates, compute_boundary
+from capotune.evaluation.boundary import compute_boundary
+from capotune.evaluation.resume import BoundaryStates
 from capotune.events import OnProgress
 from capotune.kernels.execution import reduced_precision, reusing_memory
 
@@ -56,9 +56,16 @@ class ActivationCache:
     """What the entries that were found had cost."""
 
     def boundary(
-        self, assembled: Assembled, block: int, rows: TokenRows, progress: OnProgress | None = None
+        self,
+        assembled: Assembled,
+        block: int,
+        rows: TokenRows,
+        progress: OnProgress | None = None,
+        *,
+        outputs: int = 0,
     ) -> BoundaryStates:
-        """States that enter ``block``, for every row, computed in reduced precision where training is."""
+        """States that enter ``block``, for every row, computed in reduced precision where training is; ``outputs`` as
+        ``BoundaryStates`` has it."""
 
         def compute() -> torch.Tensor:
             with reusing_memory(), reduced_precision():
@@ -68,7 +75,7 @@ class ActivationCache:
         values = self._once(name, rows, compute)
         if stored := self._read(name):  # mapped from disk from now on
             values = stored[0]
-        return BoundaryStates(values, np.concatenate([[0], np.cumsum(rows.lengths)]))
+        return BoundaryStates(values, rows.starts, outputs)
 
     def features(self, rows: TokenRows, compute: Callable[[], torch.Tensor], **parts: Any) -> torch.Tensor:
         """A task's features of ``rows``, from disk or by ``compute``; ``parts`` is all that they depend on beside base

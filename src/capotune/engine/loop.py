@@ -22,7 +22,8 @@ from capotune.adapters.task_model import Score
 from capotune.data.batches import epoch_order, parts_of
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
 from capotune.engine.state import TrainingState, capture, end_epoch, restore, restore_best, start
-from capotune.evaluation.forward import Examples, batch_of, starting_at
+from capotune.evaluation.forward import Examples, batch_of
+from capotune.evaluation.resume import starting_at
 from capotune.kernels import policy
 from capotune.kernels.execution import reduced_precision, training_memory
 from capotune.kernels.saved_activations import quantized_saved_activations
@@ -153,7 +154,7 @@ def accumulate(
     objective, total = assembled.task.objective, torch.zeros((), dtype=torch.float64, device=assembled.model.device)
     units = objective.units(examples.targets, chosen.tolist())
     with starting_at(assembled, examples.boundary) as give:
-        for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens):
+        for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens, assembled.packing.group):
             batch = batch_of(assembled, examples, part, give)
             with _saving_less(examples.rows.lengths, part):
                 loss = objective.loss(assembled.model, batch, settings.label_smoothing) / units

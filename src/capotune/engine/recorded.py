@@ -14,6 +14,7 @@ from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.loop import finished, train
 from capotune.engine.state import TrainingState
 from capotune.errors import SettingError
+from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import EpochEnded, Reporter, Stage, StepTaken, alive, counter
 from capotune.files import write_atomic
@@ -81,12 +82,13 @@ def train_recorded(
 
 
 def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Examples:
-    """Compute once what is below the lowest trainable block, when something is."""
+    """Compute once what is below the lowest trainable block, when something is and the model can go on from there."""
     block = assembled.method.first_trainable_block()
-    if block == 0:
+    outputs = resumes_with(assembled, block) if block else None
+    if outputs is None:
         return examples
     report(Stage(text="computing the frozen layers once"))
-    states = cache.boundary(assembled, block, examples.rows, counter(report))
+    states = cache.boundary(assembled, block, examples.rows, counter(report), outputs=outputs)
     return Examples(examples.rows, examples.targets, states)
 
 

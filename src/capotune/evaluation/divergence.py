@@ -95,9 +95,11 @@ def compare_models(
 
 def writes_text(base: Base) -> bool:
     """Whether the model is stored with a language model's output layer."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as known
 
-    return (base.config_values.get("architectures") or [None])[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    names = (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    stored = (base.config_values.get("architectures") or [None])[0]
+    return any(stored in one.values() for one in names)
 
 
 def read_text(path: str | Path | None) -> str:

@@ -39,6 +39,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
 from capotune.kernels import policy
 from capotune.models.base import longest_input
+from capotune.models.sequence_packing import TOLERANCE, changes_beyond
 from capotune.settings import DecodingSettings
 
 
@@ -84,7 +85,7 @@ def stream(assembled: Assembled, prompt: list[int], decoding: DecodingSettings) 
 
 def context_length(assembled: Assembled) -> int:
     """Most tokens that the model can hold: soft prompt, prompt and answer together."""
-    return longest_input(assembled.task.tokenizer, assembled.model.config)
+    return longest_input(assembled.task.tokenizer, assembled.model.config.get_text_config())
 
 
 def tokens_left(assembled: Assembled, prompt: list[int]) -> int:
@@ -252,17 +253,36 @@ def _batches(
     """(positions of the prompts, most tokens to write), longest first; a batch's prompts have as many tokens left."""
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
     tokens = [_allowed(assembled, prompt, decoding, name) for prompt, name in zip(prompts, names, strict=True)]
+    equal_lengths = len(set(map(len, prompts))) > 1 and _reads_padding(assembled)
     virtual, batch = len(assembled.method.virtual_token_ids), list[int]()
     for row in sorted(range(len(prompts)), key=lambda row: (tokens[row], -len(prompts[row]))):
         if batch:
             width = virtual + len(prompts[batch[0]]) + tokens[row]
             together = (len(batch) + 1) * width * decoding.num_beams
-            if tokens[row] != tokens[batch[0]] or together > policy.GENERATE_TOKENS_AT_ONCE:
+            apart = equal_lengths and len(prompts[row]) != len(prompts[batch[0]])
+            if apart or tokens[row] != tokens[batch[0]] or together > policy.GENERATE_TOKENS_AT_ONCE:
                 yield batch, tokens[batch[0]]
                 batch = []
         batch.append(row)
     if batch:
         yield batch, tokens[batch[0]]
+
+
+@torch.no_grad()
+def _reads_padding(assembled: Assembled) -> bool:
+    """Whether padding before a prompt changes what the model writes: where masks are not for all of its parts (RWKV),
+    and where the longest row of a batch decides how all are placed (longrope)."""
+    model, pad = assembled.model, assembled.task.pad_id
+    if changes_beyond(model.config.get_text_config()) is not None:
+        return True
+    once = GenerationConfig(max_new_tokens=1, pad_token_id=pad, output_logits=True, return_dict_in_generate=True)
+    found = []
+    with _own_configuration(model):
+        for ids, mask in (([1, 2, 3], [1, 1, 1]), ([pad, pad, 1, 2, 3], [0, 0, 1, 1, 1])):
+            given, seen = (torch.tensor([one], device=model.device) for one in (ids, mask))
+            found.append(model.generate(given, attention_mask=seen, generation_config=once).logits[0][0].float())
+    alone, padded = found
+    return bool((alone - padded).abs().max() > TOLERANCE.get(model.dtype, 1e-4) * alone.std())
 
 
 def _write(

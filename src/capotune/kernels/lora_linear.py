@@ -134,7 +134,8 @@ class _LoraLinears(torch.autograd.Function):
             y = shared.linear(layer.weight(x.dtype), layer.bias)
             if layer.lora_b is not None:
                 update(y, own_xa, next(next_b).t(), layer.scale)
-            outs.append(y.view(*shape[:-1], y.shape[-1]))
+            # no view, which PyTorch would let nobody change in place (a model may: ``x += …``)
+            outs.append(torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]]))
         ctx.save_for_backward(*sources, *extra, xa, a, *b)
         ctx.call = layers, prologue, len(sources), len(sources) + len(extra), shape
         return tuple(outs)

@@ -97,6 +97,10 @@ class Method(ABC):
     def peft_config(self) -> dict[str, Any]:
         """What ``adapter_config.json`` says of the method."""
 
+    def notices(self) -> list[str]:
+        """What the user should know of how the method is attached, each in one sentence."""
+        return []
+
     def learning_rates(self) -> dict[str, float]:
         """Peak learning rate of each trained weight, by key."""
         return dict.fromkeys(self.parameters(), float(self.settings.learning_rate))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import ModelError
 from capotune.kernels.nf4 import Linear4bit
 
+_LONGEST_WINDOW = 8
 LINEAR_TYPES = (nn.Linear, Conv1D, Linear4bit)
 
 
@@ -29,8 +34,14 @@ class Architecture:
     norm: str | None
     """The norm above the last block, where the family has one (decoders do, BERT does not)."""
     linears: tuple[str, ...]
-    """Every linear layer inside the backbone, in order of definition."""
+    """Every linear layer inside the backbone that is called, in order of definition."""
+    bypassed: tuple[str, ...]
+    """Linear layers whose weights the model's own code reads, so that nothing can stand in for them."""
+    stacked: tuple[str, ...]
+    """Every parameter that is a stack of matrices, (experts, out, in), and no linear layer's."""
     hidden_size: int
+    embedding_size: int
+    """Width of the token embedding; in a few families less than ``hidden_size``."""
     vocab_size: int
 
     def block_of(self, path: str) -> int | None:
@@ -39,6 +50,23 @@ class Architecture:
             if path.startswith(block + "."):
                 return number
         return None
+
+
+def text_part(model: Any) -> str:
+    """Path in a ``PreTrainedModel`` of the transformer that reads text, without head.
+
+    It is the whole base model, or where ``text_config`` describes that part of it apart, the part made of it.
+    """
+    text = model.config.get_text_config()
+    if text is model.config:
+        return "" if model.base_model is model else str(model.base_model_prefix)
+    parts = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name)
+    return next(str(name) for name, part in parts if type(part.config) is type(text) and part.base_model is part)
+
+
+def joined(*names: str) -> str:
+    """A path of its parts, of which some may be empty."""
+    return ".".join(name for name in names if name)
 
 
 def describe(model: nn.Module, backbone: str) -> Architecture:
@@ -50,13 +78,18 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
     config = module.config
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
     blocks = _block_list(module, config.num_hidden_layers)
+    bypassed = bypassed_linears(module)
+    linears = [name for name, part in module.named_modules() if isinstance(part, LINEAR_TYPES)]
     return Architecture(
         backbone=backbone,
-        embedding=f"{backbone}.{embedding}",
-        blocks=tuple(f"{backbone}.{blocks}.{number}" for number in range(config.num_hidden_layers)),
+        embedding=joined(backbone, embedding),
+        blocks=tuple(joined(backbone, blocks, str(number)) for number in range(config.num_hidden_layers)),
         norm=_norm_above(module, backbone, blocks),
-        linears=tuple(f"{backbone}.{name}" for name, part in module.named_modules() if isinstance(part, LINEAR_TYPES)),
+        linears=tuple(joined(backbone, name) for name in linears if name not in bypassed),
+        bypassed=tuple(joined(backbone, name) for name in linears if name in bypassed),
+        stacked=tuple(joined(backbone, name) for name, weight in module.named_parameters() if _is_stack(weight)),
         hidden_size=config.hidden_size,
+        embedding_size=module.get_input_embeddings().embedding_dim,
         vocab_size=module.get_input_embeddings().num_embeddings,
     )
 
@@ -105,6 +138,28 @@ def parameter_count(module: nn.Module) -> int:
     return quantized + sum(parameter.numel() for parameter in module.parameters())
 
 
+def bypassed_linears(module: nn.Module) -> set[str]:
+    """Paths of the linear layers whose weight the code of the module around them names, as Mamba's does for kernels
+    that take weights: what is put in their place would not be called, or would lack what is read."""
+    named = ((path, path.rpartition(".")) for path, part in module.named_modules() if isinstance(part, LINEAR_TYPES))
+    owners: dict[str, Any] = {path: type(part) for path, part in module.named_modules()}
+    return {path for path, (parent, _, name) in named if _reads_weight(owners[parent], name)}
+
+
+@cache
+def _reads_weight(owner: Any, name: str) -> bool:
+    try:
+        source = inspect.getsource(owner.forward) if owner.__module__.startswith("torch.") else inspect.getsource(owner)
+    except (OSError, TypeError):  # made at run time
+        return False
+    return re.search(rf"self\.{re.escape(name)}\.weight\b", source) is not None
+
+
+def _is_stack(weight: Tensor) -> bool:
+    """Convolutions over time have three dimensions too, of which one is as short as their window."""
+    return weight.dim() == 3 and min(weight.shape[1:]) > _LONGEST_WINDOW
+
+
 def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
     """Path of the first module defined after the blocks, beside them, whose weights are vectors of the hidden size."""
     parent, _, name = blocks.rpartition(".")
@@ -113,7 +168,7 @@ def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
     for child in after:
         shapes = {tuple(parameter.shape) for parameter in children[child].parameters()}
         if shapes == {(module.config.hidden_size,)}:
-            return ".".join(part for part in (backbone, parent, child) if part)
+            return joined(backbone, parent, child)
     return None
 
 

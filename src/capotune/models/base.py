@@ -134,15 +134,36 @@ class Base:
             )
         return tokenizer
 
+    @cached_property
+    def text_config(self) -> Any:
+        """What ``config`` says of the transformer that reads text: all of it, or its ``text_config``.
+
+        Raises ``ModelError`` for models that read one text and write another, and for those with several parts.
+        """
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise self.error(
+                f"a {self.config.model_type} model is an encoder-decoder: it reads one text and writes another, which "
+                "is not supported.",
+                advice="Give an encoder (BERT, RoBERTa, DeBERTa, ModernBERT …) for labels, or a causal language model "
+                "(Llama, Qwen, Mistral, Gemma, GPT-2, Phi …).",
+            )
+        try:
+            return self.config.get_text_config()
+        except ValueError:
+            raise self.error(
+                f"a {self.config.model_type} model has several parts that read text, and one is needed.",
+                advice="Give an encoder, or a causal language model.",
+            ) from None
+
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
-        return int(self.config.hidden_size)
+        """Width of the hidden states of the transformer that reads text."""
+        return int(self.text_config.hidden_size)
 
     @cached_property
     def max_length(self) -> int:
         """Longest input in tokens that the base can take."""
-        return longest_input(self.tokenizer, self.config)
+        return longest_input(self.tokenizer, self.text_config)
 
     @property
     def is_quantized(self) -> bool:
@@ -193,15 +214,17 @@ class Base:
     @property
     def writes_text(self) -> bool:
         """Whether its family has a causal class. Encoders like BERT have one too, whose output layer is untrained."""
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
         config = self.config
         is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
         own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-        return own_code or (type(config) in AutoModelForCausalLM._model_mapping and not is_encoder)
+        causal = (AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping)
+        return own_code or (any(type(config) in mapping for mapping in causal) and not is_encoder)
 
     def check_writes_text(self) -> None:
         """``ModelError`` unless it is a causal language model."""
+        _ = self.text_config  # which not every model has
         if not self.writes_text:
             raise self.error(
                 f"a {self.config.model_type} model reads text and does not write it.",

@@ -47,10 +47,11 @@ def load_causal_lm(
 
     Raises ``ModelError`` when it is no causal language model, or its weights are missing, damaged, or do not fit.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     base.check_writes_text()
-    return _load(AutoModelForCausalLM, base, dtype, quantization, progress)
+    wraps = type(base.config) not in AutoModelForCausalLM._model_mapping and not hasattr(base.config, "auto_map")
+    return _load(AutoModelForImageTextToText if wraps else AutoModelForCausalLM, base, dtype, quantization, progress)
 
 
 def _load(

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "context_length")
+"""What configurations call it."""
+
 
 def positions(config: Any) -> int | None:
     """Tokens that a model has positions for; None where its configuration states none.
@@ -16,8 +19,8 @@ def positions(config: Any) -> int | None:
     """
     from transformers import AutoModel, AutoModelForMaskedLM
 
-    stated = getattr(config, "max_position_embeddings", None)
-    if not isinstance(stated, int) or stated < 1:
+    stated = next((value for name in _NAMES if (value := getattr(config, name, None)) is not None), None)
+    if not isinstance(stated, int) or stated < 1:  # -1: as many as you like
         return None
     if getattr(config, "pad_token_id", None) is None or type(config) not in AutoModelForMaskedLM._model_mapping:
         return stated

@@ -27,25 +27,28 @@ from capotune.kernels.nf4 import (
     QuantizedTensor,
     to_checkpoint,
 )
-from capotune.models.architecture import LINEAR_TYPES
+from capotune.models.architecture import LINEAR_TYPES, bypassed_linears
 from capotune.models.base import Base, Quantization
 from capotune.models.folder import ADAPTER, is_weights
 from capotune.models.shard_writer import Plan, ShardWriter
 from capotune.models.shards import DTYPES, Shards, StoredTensor
-from capotune.models.stream import empty_model, model_key, quantize_weight, wrapper
+from capotune.models.stored_names import StoredNames
+from capotune.models.stream import empty_model, quantize_weight, wrapper
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """How heads are called that Transformers may put on this model later; it must not look for them in 4 bits."""
 
 
 @dataclass(frozen=True)
-class Quantizable:
-    """A weight of a checkpoint that 4 bits are for."""
+class StoredLinear:
+    """A linear layer's weight in a checkpoint."""
 
     path: str
     """Its layer, as a path in the backbone."""
     transposed: bool
     """Stored as (in, out), as Conv1D's is; quantized as (out, in)."""
+    why_whole: str | None
+    """Why 4 bits are not for it, in words; None: they are."""
 
 
 @dataclass(frozen=True)
@@ -74,29 +77,49 @@ class Quantized:
     all_weights: int
 
 
-def quantizable_weights(base: Base) -> dict[str, Quantizable]:
-    """Weights of the checkpoint to be quantized, by their names there: every plain linear layer's of the transformer.
+def stored_linears(base: Base) -> dict[str, StoredLinear]:
+    """Weights of all linear layers of the transformer, by their names in the checkpoint.
 
-    Left out are the pooler, which is a head, and what the family keeps in fp32 (Transformers then leaves it out too).
+    ``ModelError`` where there are none.
+
+    4 bits are not for the pooler, which is a head, nor for what Transformers leaves out: what the family keeps in fp32,
+    and layers of a class of the family's own; nor for weights that the model's own code reads.
     """
     from transformers import AutoModel
 
     model = empty_model(AutoModel, base.config)
-    in_fp32 = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    in_fp32, bypassed = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}, bypassed_linears(model)
+
+    def why_whole(path: str, part: nn.Module) -> str | None:
+        if type(part) not in (nn.Linear, Conv1D):
+            return f"of a class that Transformers does not read in 4 bits, {type(part).__name__}"
+        if path in bypassed or not in_fp32.isdisjoint(path.split(".")):
+            return "not to be quantized in this family"
+        return None
+
     layers = {
-        f"{path}.weight": Quantizable(path, isinstance(part, Conv1D))
+        f"{path}.weight": StoredLinear(path, isinstance(part, Conv1D), why_whole(path, part))
         for path, part in model.named_modules()
-        if type(part) in (nn.Linear, Conv1D) and in_fp32.isdisjoint(path.split("."))
+        if isinstance(part, LINEAR_TYPES)
     }
-    wanted = set(layers)
-    found = {}
-    for stored in Shards(base.weight_files):
-        name = model_key(stored.name, wanted, model.base_model_prefix)
-        if name is not None:
-            found[stored.name] = layers[name]
+    names = StoredNames(model, [stored.name for stored in Shards(base.weight_files)])
+    found = {key: layers[name] for key, name in names.whole.items() if name in layers}
     if not found:
-        held_as, advice = wrapper(base, sorted(wanted))
+        held_as, advice = wrapper(base, sorted(layers))
         raise base.error(f"no linear layer's weight is stored in {base.folder}{held_as}.", advice)
+    return found
+
+
+def quantizable_weights(base: Base) -> dict[str, StoredLinear]:
+    """Those of the stored linear layers that 4 bits are for. ``ModelError`` where there are none."""
+    linears = stored_linears(base)
+    found = {key: layer for key, layer in linears.items() if layer.why_whole is None}
+    if not found:
+        first = next(iter(linears.values()))
+        raise base.error(
+            f"its linear layers are {first.why_whole}.",
+            advice="Train qlora on it as it is: it is then quantized as it is loaded.",
+        )
     return found
 
 
@@ -167,7 +190,7 @@ def write_tensors(writer: ShardWriter, tensors: dict[str, Tensor]) -> None:
         writer.write(name, tensor)
 
 
-def quantization_config(base: Base, quantization: Quantization, to_quantize: dict[str, Quantizable]) -> dict[str, Any]:
+def quantization_config(base: Base, quantization: Quantization, to_quantize: dict[str, StoredLinear]) -> dict[str, Any]:
     """What ``config.json`` says of the quantization, in Transformers' words."""
     return {
         "quant_method": "bitsandbytes",
@@ -213,20 +236,20 @@ def _comes_along(path: Path, folder: Path) -> bool:
     return not any(is_weights(other) for other in inside.rglob("*"))
 
 
-def _plans(stored: StoredTensor, to_quantize: dict[str, Quantizable], quantization: Quantization) -> list[Plan]:
+def _plans(stored: StoredTensor, to_quantize: dict[str, StoredLinear], quantization: Quantization) -> list[Plan]:
     if stored.name not in to_quantize:
         return whole_plan(stored)
     shape = stored.shape[::-1] if to_quantize[stored.name].transposed else stored.shape
     return quantized_plans(stored.name, shape, quantization)
 
 
-def _stored_dtype(base: Base, to_quantize: dict[str, Quantizable]) -> str:
+def _stored_dtype(base: Base, to_quantize: dict[str, StoredLinear]) -> str:
     """PyTorch's name of the dtype that the weights are stored in; the product runs in it."""
     dtype = DTYPES.get(Shards(base.weight_files)[next(iter(to_quantize))].dtype, torch.float32)
     return str(dtype if dtype in WEIGHT_DTYPES.values() else torch.float32).removeprefix("torch.")
 
 
-def _left_whole(base: Base, to_quantize: dict[str, Quantizable]) -> list[str]:
+def _left_whole(base: Base, to_quantize: dict[str, StoredLinear]) -> list[str]:
     """Linear layers that Transformers must not look for in 4 bits: pooler, heads, and what the family keeps in fp32."""
     import transformers
 

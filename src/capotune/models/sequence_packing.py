@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,22 @@ class Packing:
     """Position of a sequence's first token where sequences are packed; None: they are padded."""
     why_not: str | None = None
     """Why they are padded, in words."""
+    equal_lengths: bool = False
+    """Whether padding changes what the model computes of a sequence, so that only equally long ones go together."""
+    changes_beyond: int | None = None
+    """Length beyond which one sequence changes how the model places the tokens of all others beside it (longrope)."""
+
+    def group(self, length: int) -> int:
+        """A number for sequences of this length; only those of one number go together."""
+        return length if self.equal_lengths else int(self.changes_beyond is not None and length > self.changes_beyond)
 
     @property
     def described(self) -> str:
         """For the record of a run."""
-        return f"padded: {self.why_not}" if self.first_position is None else "packed"
+        if self.first_position is not None:
+            return "packed"
+        how = "those of one length together, since the model reads padding too" if self.equal_lengths else "padded"
+        return f"{how}: {self.why_not}"
 
 
 class PackingError(ValueError):
@@ -48,8 +59,9 @@ class PackingError(ValueError):
 
 def try_packing(backbone: Any) -> Packing:
     """Find out by trying: ``backbone`` is a ``PreTrainedModel`` without head."""
-    with without_dropout(backbone):
-        return _try_packing(backbone)
+    with without_dropout(backbone), torch.no_grad():
+        tried = replace(_try_packing(backbone), changes_beyond=changes_beyond(backbone.config))
+        return tried if tried.first_position is not None else replace(tried, equal_lengths=_reads_padding(backbone))
 
 
 @contextmanager
@@ -65,7 +77,26 @@ def without_dropout(backbone: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@torch.no_grad()
+def _reads_padding(backbone: Any) -> bool:
+    """Whether what stands behind a sequence, masked, changes what is computed of it."""
+    long, short = _probe_sequences(backbone.config, 0)
+    ids = torch.stack([long, nn.functional.pad(short, (0, len(long) - len(short)), value=int(long[0]))])
+    mask = torch.tensor([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
+    device = backbone.device
+    together = _states(backbone(input_ids=ids.to(device), attention_mask=mask.to(device)))[1, : len(short)]
+    alone = _states(backbone(input_ids=short[None].to(device)))[0]
+    return not relative_error(together.float(), alone.float()) <= TOLERANCE.get(alone.dtype, 1e-4)
+
+
+def changes_beyond(config: Any) -> int | None:
+    """``Packing.changes_beyond``, by its ``rope_parameters``: one set for all layers, or one for each kind."""
+    stated = getattr(config, "rope_parameters", None) or {}
+    for one in (stated, *(part for part in stated.values() if isinstance(part, dict))):
+        if one.get("rope_type") == "longrope":
+            return int(one.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return None
+
+
 def _try_packing(backbone: Any) -> Packing:
     config = backbone.config
     layers = set(getattr(config, "layer_types", None) or _PLAIN_LAYERS) - _PLAIN_LAYERS

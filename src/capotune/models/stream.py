@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from capotune.errors import ModelError
 from capotune.events import OnProgress
 from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
-from capotune.models.architecture import LINEAR_TYPES, linear_shape, swap
+from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, linear_shape, swap
+from capotune.models.base import first_line
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shards import Shards
+from capotune.models.stored_names import Parts, StoredNames
 
 if TYPE_CHECKING:
     from capotune.models.base import Base, Quantization
@@ -62,12 +64,13 @@ def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32
 
 
 def quantizable(model: Any) -> dict[str, str]:
-    """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's but the output layer's."""
-    head = model.get_output_embeddings()
+    """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's but the output layer's, and
+    those that the model's own code reads."""
+    head, bypassed = model.get_output_embeddings(), bypassed_linears(model)
     return {
         f"{path}.weight": path
         for path, part in model.named_modules()
-        if isinstance(part, LINEAR_TYPES) and part is not head
+        if isinstance(part, LINEAR_TYPES) and part is not head and path not in bypassed
     }
 
 
@@ -82,8 +85,10 @@ class _Filling:
         self.to_quantize = quantizable(model) if quantization else {}
         self.quantized = quantized_weights(shards)
         self.missing = {name for name, _ in model.named_parameters()}
-        keys = (stored.name for stored in shards if not part_of(stored.name))
-        self.buffer = shards.buffer_for(key for key in keys if self._name(key) in self.to_quantize)
+        self.names = StoredNames(model, [stored.name for stored in shards if not part_of(stored.name)])
+        self.awaited = {parts.target: set(parts.patterns) for parts in self.names.parts.values()}
+        """Of each weight that is stored in parts, those that were not met yet."""
+        self.buffer = shards.buffer_for(key for key, name in self.names.whole.items() if name in self.to_quantize)
         if base.is_quantized and not self.quantized:
             raise base.error(
                 f"quantization_config in {base.folder / 'config.json'} says that weights are stored in 4 bits, and "
@@ -93,35 +98,46 @@ class _Filling:
 
     def take(self, key: str) -> None:
         """Read the tensor that is stored as ``key`` into its place, if it has one."""
-        name = None if part_of(key) else self._name(key)
-        if name is None:
-            return
-        self.missing.discard(name)
-        if key in self.quantized:
-            self._put_quantized(key, name)
-        elif name in self.to_quantize:
-            self._quantize(key, name)
-        else:
-            tensor = self._read(key, name, None).to(self.dtype)
-            path, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+        if key in self.names.parts:
+            parts = self.names.parts[key]
+            self.awaited[parts.target].discard(key)
+            if not self.awaited[parts.target]:
+                self._put_converted(parts)
+        elif key in self.names.whole:
+            name = self.names.whole[key]
+            if key in self.quantized:
+                self._put_quantized(key, name)
+            else:
+                buffer = self.buffer if name in self.to_quantize else None
+                self._put(name, self.shards.read(key, buffer), f"{self.shards[key].path}: the tensor {key}")
 
-    def _name(self, key: str) -> str | None:
-        return model_key(key, self.missing, self.model.base_model_prefix)
+    def _put_converted(self, parts: Parts) -> None:
+        one = next(iter(parts.patterns))
+        if any(key in self.quantized for key in parts.patterns):
+            raise self.base.error(f"{one} is stored in 4 bits, and {parts.target} is made of several such tensors.")
+        try:
+            made = parts.converted(self.model, self.shards.read)
+        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise self.base.error(f"{parts.target} cannot be made of {one} and others: {first_line(error)}") from None
+        for name, tensor in made.items():
+            self._put(name, tensor, f"{self.shards[one].path}: the tensor {one}")
 
-    def _read(self, key: str, name: str, buffer: torch.Tensor | None) -> torch.Tensor:
-        tensor = self.shards.read(key, buffer)
-        expected = self.model.get_parameter(name).shape
+    def _put(self, name: str, tensor: torch.Tensor, what: str) -> None:
+        """``what`` names the stored tensor for messages."""
+        path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        expected = getattr(owner, leaf).shape
         if tensor.shape != expected:
             raise wrong_shape(self.base, name, tensor.shape, expected)
-        return tensor
-
-    def _quantize(self, key: str, name: str) -> None:
-        assert self.quantization is not None
-        weight, layer = self._read(key, name, self.buffer), self.model.get_submodule(self.to_quantize[name])
-        what = f"{self.shards[key].path}: the tensor {key}"
-        quantized = quantize_weight(weight, isinstance(layer, Conv1D), self.quantization, what)
-        swap(self.model, self.to_quantize[name], Linear4bit.from_quantized(quantized, bias=layer.bias))
+        self.missing.discard(name)
+        if name in self.to_quantize:
+            assert self.quantization is not None
+            quantized = quantize_weight(tensor, isinstance(owner, Conv1D), self.quantization, what)
+            swap(self.model, path, Linear4bit.from_quantized(quantized, bias=owner.bias))
+        elif leaf in owner._buffers:
+            owner.get_buffer(leaf).copy_(tensor)
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
 
     def _put_quantized(self, key: str, name: str) -> None:
         quantized = read_quantized(self.shards, key, self.quantized[key])
@@ -130,6 +146,7 @@ class _Filling:
         expected = linear_shape(layer) if isinstance(layer, LINEAR_TYPES) else tuple(layer.weight.shape)
         if quantized.shape != expected or not isinstance(layer, LINEAR_TYPES):
             raise wrong_shape(self.base, name, quantized.shape, expected)
+        self.missing.discard(name)
         swap(self.model, path, Linear4bit.from_quantized(quantized, bias=layer.bias))
 
 
@@ -149,13 +166,6 @@ def quantize_weight(weight: torch.Tensor, transposed: bool, quantization: Quanti
         )
     except ModelError as error:
         raise ModelError(f"{what} cannot be stored in 4 bits: {error}") from None
-
-
-def model_key(key: str, wanted: set[str], prefix: str) -> str | None:
-    """The model's name for a checkpoint's tensor: as it is, without the prefix, or from BERT's old LayerNorm names."""
-    modern = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    candidates = (modern, modern.removeprefix(prefix + "."), f"{prefix}.{modern}")
-    return next((name for name in candidates if name in wanted), None)
 
 
 def check_complete(base: Base, missing: Any) -> None:

@@ -26,7 +26,7 @@ from capotune.engine.activation_cache import ActivationCache, default_folder
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
 from capotune.errors import OutputError, SettingError
-from capotune.events import Finished, Reporter, Stage, TrainingStarted, alive, bytes_as_progress, ignore
+from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
 from capotune.methods import make
@@ -156,6 +156,8 @@ class _Run:
         """Attach the method; where it changes what the base computes, make the cache's identity its own."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         attach(assembled, Start(generator, self.task_run.start_tokens(assembled.method.settings)))
+        for text in assembled.method.notices():
+            self.report(Warned(text=text))
         if not assembled.method.identity_at_start:
             start = hashlib.sha256()
             for weight in assembled.method.parameters().values():

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from capotune.models.architecture import joined, text_part
 from capotune.tasks.base import Task
 
 
@@ -26,22 +27,36 @@ class HeadedBackbone(nn.Module):
 
     def __init__(self, backbone: Any, num_labels: int, feature_layers: tuple[int, ...] = (-1,)) -> None:
         super().__init__()
-        self.backbone_name: str = getattr(backbone, "base_model_prefix", "") or "model"
+        name: str = getattr(backbone, "base_model_prefix", "")
+        self.backbone_name = "model" if not name or hasattr(HeadedBackbone, name) else name
         setattr(self, self.backbone_name, backbone)
-        self.config = copy.copy(backbone.config)  # PEFT reads vocab_size and model_type from here
+        self.text_part = joined(self.backbone_name, text_part(backbone))
+        """Path of what reads text: the backbone, or a part of it."""
+        self.config = copy.copy(self.backbone.config)  # PEFT reads vocab_size and model_type from here
         self.feature_layers = feature_layers
-        self.hidden_size: int = backbone.config.hidden_size
-        self.classifier = nn.Linear(self.hidden_size * len(feature_layers), num_labels)
+        self._widths = _widths(self.backbone)
+        self.classifier = nn.Linear(self.width_of(feature_layers), num_labels)
 
     @property
-    def backbone(self) -> nn.Module:
-        """The pretrained transformer."""
-        return self.get_submodule(self.backbone_name)
+    def backbone(self) -> Any:
+        """The pretrained transformer of text."""
+        return self.get_submodule(self.text_part)
+
+    def width_of(self, layers: tuple[int, ...]) -> int:
+        """Features of these layers' states, side by side."""
+        return sum(self._widths[layer] for layer in layers)
 
     @property
     def device(self) -> torch.device:
         """Where the head is; PEFT asks for it."""
         return self.classifier.weight.device
+
+
+@torch.no_grad()
+def _widths(backbone: Any) -> list[int]:
+    """Of each hidden state; a few families project the embeddings or the last states (OPT-350m)."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    return [state.shape[-1] for state in backbone(input_ids=token, output_hidden_states=True).hidden_states]
 
 
 def spread_layers(num_blocks: int, most: int) -> tuple[int, ...]:
@@ -65,7 +80,7 @@ class LinearHeadTask(Task):
 
     def expected_head(self, model: Any) -> int:
         """(features + 1)·labels."""
-        return (len(model.feature_layers) * int(model.hidden_size) + 1) * len(self.labels)
+        return (int(model.width_of(model.feature_layers)) + 1) * len(self.labels)
 
     def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:
         """Weight (labels, features) and bias (labels,) of the linear head."""

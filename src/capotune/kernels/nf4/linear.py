@@ -48,7 +48,10 @@ class _Linear4bitFunction(torch.autograd.Function):
         if triton_ops.fits(x, q):
             y = triton_ops.linear(x, q)
             return y if bias is None else y.add_(bias)
-        return F.linear(x, borrow_dense(q, x.dtype), bias)
+        y = F.linear(x.reshape(-1, x.shape[-1]), borrow_dense(q, x.dtype), bias)
+        # no view, which PyTorch would let nobody change in place (a model may: ``x += …``)
+        out: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

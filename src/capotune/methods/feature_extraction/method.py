@@ -67,7 +67,7 @@ class FeatureExtraction(Method):
         dtype = next(self.originals[first].parameters()).dtype
         if dtype != torch.float32:
             self.copies[first].register_forward_pre_hook(_raise_states, with_kwargs=True)
-            self.copies[last].register_forward_hook(lambda _module, _given, states: states.to(dtype))
+            self.copies[last].register_forward_hook(lambda _module, _given, states: _lowered(states, dtype))
 
     def detach(self) -> None:
         """Put the frozen parts back."""
@@ -100,6 +100,11 @@ class FeatureExtraction(Method):
     def peft_config(self) -> dict[str, Any]:
         """Not a PEFT type; the file says so plainly."""
         return {"peft_type": None, "trainable_layers": self.settings.trainable_layers}
+
+
+def _lowered(output: Any, dtype: torch.dtype) -> Any:
+    """A block's output, its states or a tuple that begins with them, with these in ``dtype``."""
+    return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output.to(dtype)
 
 
 def _raise_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -221,6 +221,19 @@ class Lora(Method):
         shapes = [linear_shape(layer.base_layer) for layer in self.layers.values()]
         return sum(self.settings.rank * (out + into) + (out if self.settings.dora else 0) for out, into in shapes)
 
+    def notices(self) -> list[str]:
+        """Which matrices stay frozen though every linear layer is adapted: those that a mixture's experts share."""
+        stacked = self.architecture.stacked
+        if self.settings.target_modules != ("all-linear",) or not stacked:
+            return []
+        names = ", ".join(sorted({".".join(path.split(".")[-2:]) for path in stacked}))
+        count = sum(self.model.get_parameter(path).numel() for path in stacked)
+        how = " and in full precision" if self.quantization else ""
+        return [
+            f"{self.name} adapts linear layers and leaves the experts' {count:,} weights frozen{how}: {names} are "
+            "stacks of matrices."
+        ]
+
     def learning_rates(self) -> dict[str, float]:
         """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns ``lora_plus_ratio`` times as fast as A."""
         rate: Any = self.settings.learning_rate

@@ -61,7 +61,7 @@ class PromptTuning(Method):
         base: Any = model.get_submodule(architecture.embedding)
         backbone: Any = model.get_submodule(architecture.backbone)
         limit = getattr(backbone.config, "max_position_embeddings", None)
-        if limit is not None and self.settings.virtual_tokens > limit // 2:
+        if limit is not None and limit > 0 and self.settings.virtual_tokens > limit // 2:
             raise SettingError(
                 f"leaves few tokens for text: the model has {limit} positions.",
                 setting="num_virtual_tokens",
@@ -85,8 +85,8 @@ class PromptTuning(Method):
         return {"prompt_embeddings": self.embedding.prompt}
 
     def expected_parameters(self) -> int:
-        """virtual tokens · hidden."""
-        return self.settings.virtual_tokens * self.architecture.hidden_size
+        """virtual tokens · embedding size."""
+        return self.settings.virtual_tokens * self.architecture.embedding_size
 
     def first_trainable_block(self) -> int:
         """The prompt stands below every block."""
@@ -99,9 +99,9 @@ class PromptTuning(Method):
         return {
             "peft_type": "PROMPT_TUNING",
             "num_virtual_tokens": self.settings.virtual_tokens,
-            "token_dim": self.architecture.hidden_size,
+            "token_dim": self.architecture.embedding_size,
             "num_transformer_submodules": 1,
-            "num_attention_heads": config.num_attention_heads,
+            "num_attention_heads": getattr(config, "num_attention_heads", None),  # a state-space model has none
             "num_layers": config.num_hidden_layers,
             "prompt_tuning_init": "RANDOM",  # the stored vectors replace the start, which needs no tokenizer then
         }

@@ -27,7 +27,7 @@ def all_features(
 
     Every readable layer is computed and stored, so that all methods share one entry.
     """
-    hidden = assembled.architecture.hidden_size
+    hidden = assembled.model.width_of((-1,))
     layers = readable_layers(len(assembled.architecture.blocks), hidden)
 
     def compute() -> torch.Tensor:
@@ -51,7 +51,7 @@ def compute_features(
 ) -> torch.Tensor:
     """One forward pass over all rows: features (rows, len(layers)·hidden) in the order of the rows."""
     model = assembled.model
-    features = torch.empty(len(rows.sequences), len(layers) * model.hidden_size)
+    features = torch.empty(len(rows.sequences), model.width_of(layers))
     unknown = Examples(rows, torch.zeros(len(rows.sequences), dtype=torch.long))
     with ExitStack() as contexts:
         contexts.enter_context(reusing_memory())

@@ -69,7 +69,7 @@ class ClassificationRun(TaskRun):
         task, test = self.task, self.data.test
         if not len(test):
             return Scored("accuracy", {}, {}, 0)
-        hidden, targets = assembled.architecture.hidden_size, task.targets(test.labels)
+        hidden, targets = assembled.model.width_of((-1,)), task.targets(test.labels)
         rows = TokenRows(task.encode(test.texts, test.where), task.pad_id)
         train_features = all_features(assembled, self.train.rows, cache, counter(report), reduced=True)[:, -hidden:]
         test_features = all_features(assembled, rows, cache, counter(report))[:, -hidden:]

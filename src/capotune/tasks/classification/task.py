@@ -158,9 +158,11 @@ class Classification(LinearHeadTask):
     def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``SequenceClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, self.base.hidden_size)
+        layers = method.feature_layers or readable_layers(
+            self.base.text_config.num_hidden_layers, self.base.hidden_size
+        )
         model = SequenceClassifier(backbone, self.pooling, len(self.labels), layers)
-        return model, model.backbone_name
+        return model, model.text_part
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
         """Pooling leaves a soft prompt's positions out."""

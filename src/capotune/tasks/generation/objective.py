@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from capotune.adapters.task_model import Objective, Score
 from capotune.data.batches import IGNORE_INDEX, Batch, Targets
 from capotune.kernels.cross_entropy import linear_cross_entropy
 
+_ALIKE = 0.02
+"""Part of their spread that logits may differ by where they stand for the same, for 16 bits."""
+
 
 @dataclass(frozen=True)
 class TokenCrossEntropy(Objective):
     """The objective of a causal language model."""
 
+    backbone: str = ""
+    """Path in the model of the transformer that reads text."""
     plain_head: bool = False
     """Whether logits are the output layer's product with the last hidden states and nothing more."""
 
@@ -57,20 +63,31 @@ class TokenCrossEntropy(Objective):
         if not self.plain_head:
             logits = batch.flat(model(**batch.inputs).logits)[at].float()
             return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=label_smoothing), row
-        states = batch.states(model.base_model, at)
+        states = batch.states(model.get_submodule(self.backbone), at)
         head = model.get_output_embeddings()
         return linear_cross_entropy(states.to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing), row
 
 
 @torch.no_grad()
-def head_is_plain(model: Any) -> bool:
+def looks_ahead(model: Any) -> bool:
+    """Whether the logits at a token depend on the token after it."""
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    one, other = model(input_ids=ids).logits[:, 0].float()
+    return bool((one - other).abs().max() > _ALIKE * one.std())
+
+
+@torch.no_grad()
+def head_is_plain(model: Any, backbone: str) -> bool:
     """Whether the logits of two tokens are the output layer's product with the backbone's last states, and no more.
 
     Some families scale or cap them (Gemma 2, Cohere, Granite); their loss is then taken from the model's own logits.
     """
     caught: list[Any] = []
-    hook = model.base_model.register_forward_hook(lambda _module, _given, output: caught.append(output))
+    reads = model.get_submodule(backbone)
+    hook = reads.register_forward_hook(lambda _module, _given, output: caught.append(output))
     logits = model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits
     hook.remove()
-    states = getattr(caught[0], "last_hidden_state", None) if caught else None
-    return states is not None and torch.equal(model.get_output_embeddings()(states), logits)
+    states, head = getattr(caught[0], "last_hidden_state", None) if caught else None, model.get_output_embeddings()
+    if states is None or type(head) is not nn.Linear or states.shape[-1] != head.in_features:
+        return False
+    return torch.equal(head(states), logits)

@@ -23,6 +23,7 @@ from capotune.errors import DataError
 from capotune.events import OnProgress, Reporter, Warned
 from capotune.kernels import policy
 from capotune.methods.base import Method
+from capotune.models.architecture import text_part
 from capotune.models.base import Base
 from capotune.models.load import load_causal_lm
 from capotune.sections import Section
@@ -32,7 +33,7 @@ from capotune.tasks.generation import page
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.facade import Generator
 from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
-from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain
+from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain, looks_ahead
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.room import text_length
 
@@ -134,11 +135,18 @@ class Generation(TextEncoder, Task):
     def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """Transformers' own causal language model."""
         model = load_causal_lm(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        return model, model.base_model_prefix
+        return model, text_part(model)
 
     def with_model(self, model: Any) -> Generation:
-        """Whether the output layer is plain shows in the loaded model."""
-        return replace(self, objective=TokenCrossEntropy(head_is_plain(model)))
+        """Whether the output layer is plain shows in the loaded model. ``ModelError`` for one that looks ahead."""
+        backbone = text_part(model)
+        if looks_ahead(model):
+            raise self.base.error(
+                f"a {self.base.config.model_type} model predicts a token from those after it too, so it cannot write "
+                "text token by token.",
+                advice="Give a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny).",
+            )
+        return replace(self, objective=TokenCrossEntropy(backbone, head_is_plain(model, backbone)))
 
     def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:  # noqa: ARG002 - the base's own head stays frozen
         """None."""

@@ -54,7 +54,7 @@ def all_features(
     features = cache.features(examples.rows, compute, words=digest, layers=layers, reduced=reduced)
     if len(own) == len(layers):
         return features
-    return features[:, -assembled.architecture.hidden_size :].clone()  # so that the other layers' memory is free again
+    return features[:, -assembled.model.width_of((-1,)) :].clone()  # so that the other layers' memory is free again
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def compute_features(
     has a target; ``reduced``: in training's reduced precision."""
     model = assembled.model
     starts = [0, *accumulate(words_in(examples))]
-    features = torch.empty(starts[-1], len(layers) * model.hidden_size)
+    features = torch.empty(starts[-1], model.width_of(layers))
     with ExitStack() as contexts:
         contexts.enter_context(reusing_memory())
         if reduced:

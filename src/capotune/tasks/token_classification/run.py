@@ -66,7 +66,7 @@ class TokenClassificationRun(TaskRun):
         if not len(self.data.test):
             return Scored("f1", {}, {}, 0)
         test = self.task.examples(self.test_aligned, self.data.test.tags)
-        hidden = assembled.architecture.hidden_size
+        hidden = assembled.model.width_of((-1,))
         train_features = all_features(assembled, self.train, cache, counter(report), reduced=True)[:, -hidden:]
         test_features = all_features(assembled, test, cache, counter(report))[:, -hidden:]
         logits = nearest_mean_logits(train_features, self.targets, test_features, len(self.task.labels))

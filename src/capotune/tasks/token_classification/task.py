@@ -142,9 +142,9 @@ class TokenClassification(LinearHeadTask):
     def load_model(self, method: Method, dtype: Any, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``TokenClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or spread_layers(backbone.config.num_hidden_layers, self.layers)
+        layers = method.feature_layers or spread_layers(self.base.text_config.num_hidden_layers, self.layers)
         model = TokenClassifier(backbone, len(self.labels), layers)
-        return model, model.backbone_name
+        return model, model.text_part
 
     # --------------------------------------------------------------------------------------------- to and from adapters
 
