@@ -200,6 +200,16 @@ def prefixed(prefix: str) -> Callable[[Path], object]:
     return change
 
 
+def said_in(name: str, **values: object) -> Callable[[Path], object]:
+    """Change values of a JSON file."""
+
+    def change(folder: Path) -> None:
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**stored, **values}))
+
+    return change
+
+
 def all_of(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
@@ -252,6 +262,21 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "nothing": (emptied, ("is empty",)),
     "config of another form": (write("config.json", "[]"), ("config.json: expected an object, found a list",)),
     "config without a type": (write("config.json", '{"hidden_size": 32}'), ("cannot be used", "model_type")),
+    "config with a text for a number": (
+        said_in("config.json", hidden_size="32"), ("config.json cannot be used", "'hidden_size' expected int, got str")
+    ),
+    "config of other widths": (said_in("config.json", num_attention_heads=5), ("config.json cannot be used",)),
+    "code of its own": (
+        said_in("config.json", model_type="mine", auto_map={"AutoConfig": "mine.Mine"}),
+        ("asks for Python code of its own", "give --trust-remote-code"),
+    ),
+    "another attention library": (
+        said_in("config.json", attn_implementation="flash_attention_2"), ("cannot be used", "FlashAttention2")
+    ),
+    "tokenizer of an unknown class": (
+        all_of(without("tokenizer.json"), said_in("tokenizer_config.json", tokenizer_class="Mine")),
+        ("names the class Mine, which Transformers", "tokenizer.save_pretrained"),
+    ),
     "8 bits": (cast(torch.float8_e4m3fn), ("has the dtype F8_E4M3", "F32, BF16 or F16")),
     "a compiled model": (prefixed("_orig_mod."), ("it holds them as _orig_mod.", "A wrapper was saved")),
     "a model of DataParallel": (prefixed("module."), ("it holds them as module.", "A wrapper was saved")),
@@ -297,3 +322,35 @@ def test_half_precision_and_mixed_dtypes_are_read(dtype: torch.dtype, bert: Path
     save_file(mixed, path, {"format": "pt"})
     torch.testing.assert_close(states(folder), states(bert), rtol=0, atol=2e-2)
     assert not torch.equal(states(folder), states(bert))
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "libraries"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00", "sentencepiece protobuf"),
+        ("spm.model", b"\n\x0e\n\x05<unk>\x15\x00\x00", "sentencepiece protobuf"),
+        ("tokenizer.model", b"AA== 0\nAQ== 1\n", "tiktoken"),
+    ],
+)
+def test_a_tokenizer_of_another_library_alone_is_refused_with_the_libraries(
+    name: str, content: bytes, libraries: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.utils
+
+    for library in ("sentencepiece", "protobuf", "tiktoken"):
+        monkeypatch.setattr(transformers.utils, f"is_{library}_available", lambda: False)
+    folder = shutil.copytree(llama, tmp_path / "model")
+    all_of(without("tokenizer.json", "tokenizer_config.json"), write(name, content))(folder)
+    with pytest.raises(ModelError, match=f"stored as {name} alone.* Run: pip install {libraries}$"):
+        _ = find(str(folder)).tokenizer
+
+
+def test_a_vocabulary_alone_is_a_tokenizer(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    whole = find(str(folder)).tokenizer
+    without("tokenizer.json", "tokenizer_config.json")(folder)
+    (folder / "vocab.txt").write_text("\n".join(whole.convert_ids_to_tokens(range(len(whole)))) + "\n")
+    assert find(str(folder)).tokenizer(TEXTS)["input_ids"] == whole(TEXTS)["input_ids"]

@@ -22,7 +22,7 @@ from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles
 from capotune.models.shards import Shards, check_dtypes
-from capotune.models.tokenizer_files import needs_libraries
+from capotune.models.tokenizer_files import needs_libraries, unknown_class
 from capotune.settings import nearest
 
 
@@ -113,8 +113,8 @@ class Base:
 
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self.error(f"its config.json cannot be used: {first_line(error)}") from None
+        except Exception as error:  # noqa: BLE001 - what checks the fields raises errors of its own kind
+            raise self.unusable("its config.json cannot be used", error) from None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -125,8 +125,10 @@ class Base:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions for damaged files
-            lacking = needs_libraries(self.folder) or ModelError(f"its tokenizer cannot be loaded: {first_line(error)}")
-            raise self.error(lacking.problem, lacking.advice) from None
+            why = needs_libraries(self.folder) or unknown_class(self.folder)
+            if why is not None and "trust_remote_code" not in str(error):
+                raise self.error(why.problem, why.advice) from None
+            raise self.unusable("its tokenizer cannot be loaded", error) from None
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # Transformers makes an empty one without files
             raise self.error(
                 f"no tokenizer in {self.folder}.",
@@ -163,7 +165,11 @@ class Base:
     @cached_property
     def max_length(self) -> int:
         """Longest input in tokens that the base can take."""
-        return longest_input(self.tokenizer, self.text_config)
+        tokenizer, config = self.tokenizer, self.text_config
+        try:
+            return longest_input(tokenizer, config)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise self.unusable("its config.json cannot be used", error) from None
 
     @property
     def is_quantized(self) -> bool:
@@ -230,6 +236,15 @@ class Base:
                 f"a {self.config.model_type} model reads text and does not write it.",
                 advice="Give a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny).",
             )
+
+    def unusable(self, problem: str, error: Exception) -> ModelError:
+        """A ``ModelError`` for what a library says of its files."""
+        if "trust_remote_code" in str(error):
+            return self.error(
+                f"{problem}: it asks for Python code of its own, which is not run unasked.",
+                advice="Where you trust that code, give `trust_remote_code=True`.",
+            )
+        return self.error(f"{problem}: {first_line(error)}")
 
     def error(self, problem: str, advice: str | None = None) -> ModelError:
         """A ``ModelError`` about this base."""
@@ -311,8 +326,9 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What a library's error says, in one line: its first one, and the next where that only announces it."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def _embedded(name: str) -> Base:

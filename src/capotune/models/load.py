@@ -10,7 +10,7 @@ import torch
 
 from capotune.errors import ModelError
 from capotune.events import OnProgress
-from capotune.models.base import Base, Quantization, first_line, quiet
+from capotune.models.base import Base, Quantization, quiet
 from capotune.models.stream import check_complete, stream_quantized, wrong_shape
 
 
@@ -78,8 +78,8 @@ def _load(
                     raise wrong_shape(base, name, found, expected)
     except ModelError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise base.error(f"cannot be loaded: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise base.unusable("it cannot be loaded", error) from None
     model.config.use_cache = False  # generation asks for keys and values by itself; training does not need them
     return model.requires_grad_(False).eval()
 

@@ -1,7 +1,9 @@
-"""Why a folder's tokenizer cannot be loaded, where it is stored as another library's file alone."""
+"""Why a folder's tokenizer cannot be loaded: it needs other libraries, or a class that Transformers lacks."""
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 from capotune.errors import ModelError
@@ -26,6 +28,21 @@ def needs_libraries(folder: Path) -> ModelError | None:
         f"its tokenizer is stored as {file.name} alone, which Transformers reads with the Python "
         f"{'libraries' if len(needed) > 1 else 'library'} {' and '.join(needed)}.",
         advice=f"Run: pip install {' '.join(missing)}",
+    )
+
+
+def unknown_class(folder: Path) -> ModelError | None:
+    """The error for a tokenizer whose class Transformers does not have; None: not so."""
+    import transformers
+
+    name = None
+    with suppress(OSError, ValueError, AttributeError):  # not there, or damaged
+        name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    if not name or hasattr(transformers, name):
+        return None
+    return ModelError(
+        f"its tokenizer_config.json names the class {name}, which Transformers {transformers.__version__} has not.",
+        advice="Save the tokenizer as tokenizer.json: tokenizer.save_pretrained(folder) where it can be loaded.",
     )
 
 
