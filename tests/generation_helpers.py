@@ -135,7 +135,7 @@ def pairs(count: int, seed: int = 0) -> list[Pair]:
     return [
         Pair(
             f"{' '.join(chooser.choices(['please', 'tell', 'me', 'now', 'my', 'friend'], k=chooser.randint(0, 6)))} "
-            f"What colour is {things[number % len(things)]}?",
+            f"What colour is {things[number % len(things)]}?\n",
             COLOURS[things[number % len(things)]],
         )
         for number in range(count)
@@ -166,7 +166,7 @@ def on_base(
     source = find(str(base))
     complete = None if settings is None else settings.completed(Context(source.hidden_size, has_head=False))
     virtual = 0 if complete is None else complete.virtual_tokens
-    task = Generation.on(source, max_length, virtual, separator="\n")
+    task = Generation.on(source, max_length, virtual)
     assembled = assemble(task, complete, device=torch.device("cpu"), dtype=dtype)
     if attached:
         tokens = task.tokenizer(words, add_special_tokens=False)["input_ids"]

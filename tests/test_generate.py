@@ -24,6 +24,7 @@ from capotune.settings import DecodingSettings
 
 VOCABULARY, CONTEXT, PAD, END = 40, 48, 0, 1
 LETTERS = "  ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop"
+SPECIAL = {"<special>": LETTERS.index("Q")}
 
 
 def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,)) -> Any:
@@ -47,11 +48,15 @@ def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,)) -> Any:
 
 
 def stand_in(model: Any, virtual: int = 0, ends: tuple[int, ...] = (END,), decode: Any = None) -> Any:
+    decode = decode or (lambda ids: "".join(LETTERS[token] for token in ids))
     task = SimpleNamespace(
         pad_id=PAD,
         end_ids=ends,
         tokenizer=SimpleNamespace(model_max_length=int(1e30)),
-        decode=decode or (lambda ids: "".join(LETTERS[token] for token in ids)),
+        decode=decode,
+        decode_after=lambda _before, ids: decode(ids),
+        without_open_bytes=list,
+        special_ids=lambda texts: [SPECIAL[text] for text in texts if text in SPECIAL],
     )
     return SimpleNamespace(
         model=model, task=task, method=SimpleNamespace(virtual_token_ids=range(VOCABULARY, VOCABULARY + virtual))
@@ -120,6 +125,14 @@ def test_any_end_token_ends_and_none_is_shown() -> None:
     assert texts == [argmax_loop(assembled, row, 20) for row in rows]
     assert not any(LETTERS[token] in text for text in texts for token in (5, 9))
     assert any(len(text) < 20 for text in texts)
+
+
+def test_a_stop_string_that_names_a_special_token_ends_as_an_end_token_does() -> None:
+    rows = prompts(9)
+    expected = [argmax_loop(make("llama", ends=(END, SPECIAL["<special>"])), row, 20) for row in rows]
+    assembled, stopping = make("llama"), settings(max_tokens=20, stop=("<special>",))
+    assert generate(assembled, rows, stopping) == expected != generate(assembled, rows, settings(max_tokens=20))
+    assert ["".join(stream(assembled, row, stopping)) for row in rows] == expected
 
 
 def test_without_end_tokens_it_writes_as_much_as_is_allowed() -> None:

@@ -35,7 +35,7 @@ from capotune.data.batches import IGNORE_INDEX
 from capotune.data.samples import Conversation, Document, Pair, Sample
 from capotune.errors import DataError, ModelError, SettingError
 from capotune.tasks.generation import Generation
-from capotune.tasks.generation.encoding import PLAIN_TEMPLATE
+from capotune.tasks.generation.conversation import PLAIN_TEMPLATE
 
 QUESTIONS = Conversation(
     (
@@ -55,13 +55,13 @@ def make(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """The task on a base whose tokenizer is made with the given options."""
     made: dict[str, Path] = {}
 
-    def build(chat_template: str | None = CHATML, learn: Any = "all", separator: str = "\n", **options: Any) -> Any:
+    def build(chat_template: str | None = CHATML, learn: Any = "all", separator: str = "", **options: Any) -> Any:
         key = repr((chat_template, options))
         if key not in made:
             folder = tmp_path_factory.mktemp("bases") / "base"
             made[key] = with_tokenizer(llama_writer, folder, chat_template=chat_template, **options)
-        task = make_task(made[key], learn=learn, separator=separator, chat=True)
-        return replace(task, max_length=LONGEST)
+        task = make_task(made[key], learn=learn, chat=True)
+        return replace(task, max_length=LONGEST, separator=separator)
 
     return build
 
@@ -174,7 +174,8 @@ def test_a_template_that_writes_no_end_is_ended(make: Callable[..., Generation])
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     task = make(template)
-    assert learned_parts(task, encode_one(task, QUESTIONS)) == ["green " + END, "white, my friend " + END]
+    ended = [" green " + END, " white, my friend " + END]  # the first token holds the space that asks for it
+    assert learned_parts(task, encode_one(task, QUESTIONS)) == ended
 
 
 def test_a_template_that_rewrites_earlier_turns(make: Callable[..., Generation]) -> None:
@@ -322,7 +323,7 @@ def test_a_token_that_starts_every_text_stands_there_once(make: Callable[..., Ge
         assert one.labels[0] == IGNORE_INDEX
         question = task.encode_question(sample)
         assert one.ids[: len(question)] == question
-    assert text_of(task, task.encode_prompt("grass")) == f"{BOS}grass\n"
+    assert text_of(task, task.encode_prompt("grass")) == f"{BOS}grass"
     assert text_of(task, task.encode_chat([turn("user", "hi")])).count(BOS) == 1
 
 
@@ -345,18 +346,25 @@ SPACED = st.builds(
 CHECKS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def own_ids(task: Generation, text: str, after: int) -> tuple[list[int], list[int]]:
+    """The tokenizer's ids of a text, and those of them that hold a character from ``after`` on."""
+    found = task.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in found["offset_mapping"]]
+    return found["input_ids"], [one for one, end in zip(found["input_ids"], ends, strict=True) if end > after]
+
+
 def assert_asked_as_taught(task: Generation, sample: Sample) -> None:
-    """The question is the very start of what is learned from, and the answer all that follows it."""
+    """A plain text is asked with its first tokens; of others, what is asked has the tokens of its own text."""
     one = encode_one(task, sample)
     question = task.encode_question(sample)
-    assert one.ids[: len(question)] == question
-    assert one.labels[len(question) - 1] == IGNORE_INDEX or isinstance(sample, Document)
-    if not isinstance(sample, Document):
-        labels = one.labels[len(question) :]
-        learned = [label for label in labels if label != IGNORE_INDEX]
-        assert labels[: len(learned)] == learned, "what is learned stands together"
-        assert learned
-        assert learned[-1] in task.end_ids
+    if isinstance(sample, Document):
+        assert one.ids[: len(question)] == question
+        return
+    in_loss = [label != IGNORE_INDEX for label in one.labels]
+    last = len(in_loss) - in_loss[::-1].index(True)
+    assert one.ids[last - 1] in task.end_ids
+    if isinstance(sample, Pair):
+        assert question == [*task._added[0], *own_ids(task, task._parted(sample.prompt), 0)[0]]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -374,9 +382,13 @@ def test_a_prompt_is_asked_as_it_was_taught(
     assert_asked_as_taught(task, sample)
     question, one = task.encode_question(sample), encode_one(task, sample)
     assert question == task.encode_prompt(prompt)
-    added = "" if prompt[-1].isspace() else separator
-    assert text_of(task, question) == (BOS if bos else "") + prompt + added
-    assert text_of(task, one.ids[len(question) :]) == completion + END
+    front = task.tokenizer.convert_tokens_to_ids([BOS]) if bos else []
+    read = prompt if prompt[-1].isspace() else prompt + separator
+    assert question == front + own_ids(task, read, 0)[0]
+    whole, in_loss = own_ids(task, read + completion, len(read))
+    assert one.ids == [*front, *whole, task.end_ids[0]]
+    labels = [IGNORE_INDEX] * (len(one.ids) - len(in_loss) - 1) + [*in_loss, task.end_ids[0]]
+    assert one.labels == [IGNORE_INDEX, *labels[1:]]
 
 
 @pytest.mark.parametrize("learn", ["all", "last"])
@@ -384,6 +396,7 @@ def test_a_prompt_is_asked_as_it_was_taught(
 @given(texts=st.lists(st.tuples(SPACED, SPACED), min_size=1, max_size=3), system=st.none() | SPACED)
 @example(texts=[("a", "\nb"), ("c", "\n\nd\n\n")], system=None)
 @example(texts=[("a ", " b"), (" c", "d")], system=" \n")
+@example(texts=[("a", "b "), ("c", " d")], system=None)
 @CHECKS
 def test_a_conversation_is_asked_as_it_was_taught(
     make: Callable[..., Generation], template: str, learn: str, texts: list[tuple[str, str]], system: str | None
@@ -400,9 +413,14 @@ def test_a_conversation_is_asked_as_it_was_taught(
     assert_asked_as_taught(task, Conversation(messages))
     assert task.encode_question(Conversation(messages)) == task.encode_chat(messages[:-1])
     one = encode_one(task, Conversation(messages))
-    assert [part.removesuffix(TURN_END) for part in learned_parts(task, one)] == [
-        answer for _, answer in (texts if learn == "all" else texts[-1:])
-    ]
+    if template == "chatml":
+        assert one.ids == task.tokenizer.apply_chat_template(messages)["input_ids"]
+    parts = learned_parts(task, one)
+    answers = [answer for _, answer in (texts if learn == "all" else texts[-1:])]
+    for part, answer in zip(parts, answers, strict=True):
+        asks, _, rest = part.partition(answer + TURN_END)
+        assert "assistant:\n".endswith(asks.lower())
+        assert not rest
 
 
 @given(text=SPACED)
@@ -420,7 +438,7 @@ def test_a_sentencepiece_model_is_asked_as_it_was_taught() -> None:
     folder, chooser = SHARED / "models" / "stories260K", random.Random(0)
     words = [*"Once upon a time there was a girl named Lily".split(), ".", "!", "é", "日本", "\n"]  # noqa: SIM905
     for separator in ("", "\n"):
-        task = replace(make_task(folder, separator=separator, chat=True), max_length=LONGEST)
+        task = replace(make_task(folder, chat=True), max_length=LONGEST, separator=separator)
         assert "no chat template" in task.template_from
         for _ in range(20):
             texts = [" ".join(chooser.choices(words, k=chooser.randint(1, 8))) for _ in range(4)]

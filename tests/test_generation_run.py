@@ -143,7 +143,7 @@ def test_a_whole_run(
     chat = loaded.task
     assert chat.chat == (kind == "chats")
     assert (chat.chat_template is None) == (base == "gpt2" and kind != "chats")
-    assert chat.separator == ("\n" if kind == "pairs" else "")
+    assert chat.separator == ""
 
 
 def data_report(events: list[Event]) -> dict[str, Any]:

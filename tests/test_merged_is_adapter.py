@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def adapter_on(
     """An adapter of ``base`` whose weights are moved from where they start; its answers are many tokens long."""
     source = find(str(base))
     complete = helpers.complete(settings, source, has_head=False)
-    task = Generation.on(source, max_length, 0, chat=chat, separator=separator)
+    task = replace(Generation.on(source, max_length, 0, chat=chat), separator=separator)
     assembled = assemble(task, complete, device=helpers.CPU)
     attach(assembled, Start(torch.Generator()))
     return save(assembled, folder)

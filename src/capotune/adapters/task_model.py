@@ -80,8 +80,10 @@ class TaskModel(ABC):
 
     @property
     def pad_id(self) -> int:
-        """Id that fills short rows; never attended to, so any valid id does where the tokenizer names none."""
-        return int(self.tokenizer.pad_token_id or 0)
+        """Id that fills short rows; never attended to, so any valid id does where the tokenizer names none, or one
+        that the base has no embedding for."""
+        named, size = self.tokenizer.pad_token_id, self.base.vocabulary_size
+        return 0 if named is None or (size is not None and named >= size) else int(named)
 
     @abstractmethod
     def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:

@@ -45,6 +45,8 @@ class Encoded:
     """Tokens in the loss other than the end of the text were cut off."""
     end_cut: bool = False
     """The end of the text, which is in the loss, was cut off."""
+    straddles: bool = False
+    """A token in the loss begins in what is only read, so that asked, it ends in other tokens."""
 
     @property
     def tokens_in_loss(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -62,7 +62,7 @@ def generate(
         alive = [_Alive(partial(progress, done, len(prompts)))] if progress else []
         written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive)
         for row, ids in zip(rows, written, strict=True):
-            answers[row] = _Cut(assembled.task, decoding.stop).text(ids)
+            answers[row] = _Cut(assembled.task, prompts[row], decoding.stop).text(ids)
         done += len(rows)
         if progress:
             progress(done, len(prompts))
@@ -94,7 +94,7 @@ def tokens_left(assembled: Assembled, prompt: list[int]) -> int:
 
 
 def _pieces(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, tokens: int) -> Iterator[str]:
-    relay, cut, shown, ids = _Relay(), _Cut(assembled.task, decoding.stop), "", list[int]()
+    relay, cut, shown, ids = _Relay(), _Cut(assembled.task, prompt, decoding.stop), "", list[int]()
     with ThreadPoolExecutor(1, thread_name_prefix="capotune-stream") as pool:  # waits for the thread when left
         writing = pool.submit(relay.run, lambda: _write(assembled, [prompt], [0], decoding, tokens, relay))
         try:
@@ -146,9 +146,10 @@ class _Relay(StoppingCriteria):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where an answer ends: before an end token, before a stop string."""
+    """What an answer reads like after its prompt, and where it ends: before an end token, before a stop string."""
 
     task: Any
+    prompt: Sequence[int]
     stop: tuple[str, ...]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -157,7 +158,7 @@ class _Cut:
 
     def ready(self, ids: Sequence[int]) -> str:
         """The part of the answer that no later token can change: no half character, no beginning of a stop string."""
-        whole = self._decode(ids)
+        whole = self._decode(self.task.without_open_bytes(ids))
         if (text := self._before_stop(whole)) != whole:
             return text
         text = whole.rstrip("\ufffd")  # what the bytes of an unfinished character decode to
@@ -175,22 +176,28 @@ class _Cut:
         return text[: min((at for one in self.stop if (at := text.find(one)) >= 0), default=len(text))]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        end = next((at for at, token in enumerate(ids) if token in self.task.end_ids), len(ids))
-        decoded: str = self.task.decode(list(ids[:end]))
+        end = next((at for at, token in enumerate(ids) if token in self._ends), len(ids))
+        decoded: str = self.task.decode_after(self.prompt, list(ids[:end]))
         return decoded
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return frozenset(_ends(self.task, self.stop))
 
 
 @dataclass(frozen=True)
 class _AtStop(StoppingCriteria):  # type: ignore[misc]
     """A row is done when one of the stop strings stands in its answer."""
 
-    cut: _Cut
+    cuts: Sequence[_Cut]
+    """One for each row."""
     start: int
     """Where answers begin in the batch."""
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """ids (rows, tokens so far) → which rows are done (rows,)."""
-        done = [self.cut.stopped(ids) for ids in input_ids[:, self.start :].tolist()]
+        answers = input_ids[:, self.start :].tolist()
+        done = [cut.stopped(ids) for cut, ids in zip(self.cuts, answers, strict=True)]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -301,7 +308,8 @@ def _write(
     input_ids = torch.tensor([[task.pad_id] * (width - len(ids)) + ids for ids in whole])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in whole])
     if decoding.stop:
-        criteria = (*criteria, _AtStop(_Cut(task, decoding.stop), width))
+        cuts = [_Cut(task, prompt, decoding.stop) for prompt in prompts for _ in range(decoding.num_beams)]
+        criteria = (*criteria, _AtStop(cuts, width))
     with _own_configuration(model):
         written = model.generate(
             input_ids.to(model.device),
@@ -319,10 +327,15 @@ def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> Genera
         max_new_tokens=tokens,
         do_sample=False,  # ``_Draw`` draws
         num_beams=decoding.num_beams,
-        eos_token_id=list(task.end_ids) or None,
+        eos_token_id=_ends(task, decoding.stop) or None,
         pad_token_id=task.pad_id,
         use_cache=True,
     )
+
+
+def _ends(task: Any, stop: Sequence[str]) -> list[int]:
+    """Tokens that end an answer: the task's own, and stop strings that name a special token, which no text shows."""
+    return [*task.end_ids, *task.special_ids(stop)]
 
 
 def _drawing(decoding: DecodingSettings, rows: Sequence[int]) -> LogitsProcessorList:

@@ -162,6 +162,12 @@ class Base:
         """Width of the hidden states of the transformer that reads text."""
         return int(self.text_config.hidden_size)
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of its embedding; its tokenizer may have more tokens. None where the configuration names no number."""
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        return None if size is None else int(size)
+
     @cached_property
     def max_length(self) -> int:
         """Longest input in tokens that the base can take."""
@@ -214,7 +220,8 @@ class Base:
         found = [self.tokenizer.eos_token_id]
         for ends in (self.generation_values.get("eos_token_id"), self.config_values.get("eos_token_id")):
             found += ends if isinstance(ends, list) else [ends]
-        known = [int(end) for end in found if end is not None and end < len(self.tokenizer)]
+        size = len(self.tokenizer) if self.vocabulary_size is None else min(self.vocabulary_size, len(self.tokenizer))
+        known = [int(end) for end in found if end is not None and end < size]
         return tuple(dict.fromkeys(known))
 
     @property

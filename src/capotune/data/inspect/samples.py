@@ -32,6 +32,13 @@ _CHECKS: Final = (
     ("Cut", "train_answers_cut", "in train: longer than {limit}, the end of what is trained on is lost"),
     ("Cut", "test_answers_cut", "in test: longer than {limit}, the end of what is scored is lost"),
     ("End", "train_ends_cut", "in train: only the token that ends the text is beyond {limit}"),
+    ("Joined", "joined", "in train: no white space between prompt and completion, which are joined as given"),
+    (
+        "Across",
+        "straddling",
+        "in train: one token holds the end of what is asked and the start of the answer, so that a model is asked with "
+        "other tokens than it is trained on; white space belongs to the start of the answer",
+    ),
     ("Open", "unanswered", "in train: not answered at the end; what follows the last answer is not trained on"),
     ("Twice", "duplicates", "in train: the repeat of an earlier row"),
     ("Leak", "leaked", "in test: the question is in train too, so the score will be too good"),
@@ -92,6 +99,8 @@ class GenerationReport:
             ``max_length``.
         train_answers_cut, test_answers_cut: other rows of which text in the loss is cut off.
         train_ends_cut: training rows that are whole but for the end of the text, so that stopping is not trained.
+        joined: training pairs of a prompt and a completion that begins with a letter, without white space between.
+        straddling: training rows of which a token holds the end of what is asked and the start of the answer.
         unanswered: training rows that go on after the last answer.
         duplicates: training rows that repeat an earlier one.
         leaked: test rows whose question also stands in train.
@@ -120,6 +129,8 @@ class GenerationReport:
     train_answers_cut: Lines
     test_answers_cut: Lines
     train_ends_cut: Lines
+    joined: Lines
+    straddling: Lines
     unanswered: Lines
     duplicates: Lines
     leaked: Lines
@@ -134,7 +145,7 @@ def inspect_samples(
     *,
     max_length: int,
     base_length: int | None = None,
-    tokens_of: Callable[[Sequence[int]], list[str]],
+    text_of: Callable[[Sequence[int]], str],
     template_from: str,
     learn: str,
 ) -> GenerationReport:
@@ -146,8 +157,8 @@ def inspect_samples(
         test: the same of the test rows.
         max_length: tokens that the model reads at once.
         base_length: tokens that the base takes; None: as many.
-        tokens_of: the texts of tokens, one each or all in one; joined they are what the model reads. It is called with
-            the first tokens of a sequence only, as what a token reads like may depend on those before it.
+        text_of: the text of tokens. It is called with the first tokens of a sequence only, as what a token reads like
+            may depend on those before it.
         template_from: where the chat template is from, in words.
         learn: ``all`` or ``last``, the answers of a conversation that are trained on.
 
@@ -181,11 +192,13 @@ def inspect_samples(
         train_answers_cut=_rows_where(data.train, train, _loses_its_answer),
         test_answers_cut=_rows_where(data.test, test, _loses_its_answer),
         train_ends_cut=_rows_where(data.train, train, _loses_its_end),
+        joined=lines_where(data.train, map(_is_joined, data.train.samples)),
+        straddling=_rows_where(data.train, train, lambda of_row: any(one.straddles for one in of_row)),
         unanswered=lines_where(data.train, map(_is_unanswered, data.train.samples)),
         duplicates=lines_where(data.train, _repeats(data.train.samples)),
         leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
         bins=_bins(train_tokens),
-        samples=_sample_rows(data.train, train, tokens_of),
+        samples=_sample_rows(data.train, train, text_of),
     )
 
 
@@ -282,6 +295,13 @@ def _loses_its_end(of_row: Sequence[Encoded]) -> bool:
     return _is_in_loss(of_row) and any(one.end_cut and not one.answer_cut for one in of_row)
 
 
+def _is_joined(sample: Sample) -> bool:
+    """Scripts without capitals, many of which put no space between words, are left out."""
+    if not isinstance(sample, Pair) or sample.prompt[-1:].isspace():
+        return False
+    return sample.completion[:1].lower() != sample.completion[:1].upper()
+
+
 def _is_unanswered(sample: Sample) -> bool:
     return isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant"
 
@@ -324,7 +344,7 @@ def _round_step(width: float) -> int:
 
 
 def _sample_rows(
-    rows: Samples, encoded: Sequence[Sequence[Encoded]], tokens_of: Callable[[Sequence[int]], list[str]]
+    rows: Samples, encoded: Sequence[Sequence[Encoded]], text_of: Callable[[Sequence[int]], str]
 ) -> list[SampleRow]:
     """The first, the middle and the last row; of a long text its first window."""
     chosen = sorted({0, len(rows) // 2, len(rows) - 1})
@@ -333,19 +353,19 @@ def _sample_rows(
             rows.lines[row],
             sum(one.tokens for one in encoded[row]),
             len(encoded[row]),
-            _spans(encoded[row][0], tokens_of) if encoded[row] else [],
+            _spans(encoded[row][0], text_of) if encoded[row] else [],
             rows.source.unit,
         )
         for row in chosen
     ]
 
 
-def _spans(one: Encoded, tokens_of: Callable[[Sequence[int]], list[str]]) -> list[Span]:
+def _spans(one: Encoded, text_of: Callable[[Sequence[int]], str]) -> list[Span]:
     spans: list[Span] = []
     text, end = "", 0
     for in_loss, run in groupby(token == label for token, label in zip(one.ids, one.labels, strict=True)):
-        before, end = text, end + len(list(run))
-        text = "".join(tokens_of(one.ids[:end]))
+        before, end = text.rstrip("\ufffd"), end + len(list(run))  # half a character goes to what completes it
+        text = text_of(one.ids[:end])
         spans.append(Span(_shortened(text[len(before) :]), in_loss))
     if len(spans) > SHOWN_SPANS:
         spans = [*spans[: SHOWN_SPANS // 2], Span(" … ", False), *spans[-(SHOWN_SPANS // 2) :]]

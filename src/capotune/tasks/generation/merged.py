@@ -12,7 +12,9 @@ import pydantic
 
 from capotune.files import write_atomic
 from capotune.models.base import Base
-from capotune.tasks.generation.encoding import PLAIN_TEMPLATE, TextEncoder
+from capotune.tasks.generation.conversation import PLAIN_TEMPLATE
+from capotune.tasks.generation.encoding import TextEncoder
+from capotune.tasks.generation.tokens import added_tokens
 
 _CARRIED: Final = (
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache",
@@ -36,9 +38,8 @@ class AskedAs(pydantic.BaseModel):
 def plain_template(tokenizer: Any) -> str:
     """``PLAIN_TEMPLATE`` after the tokens that the tokenizer puts before a text, such as ``<s>``: as any template it
     writes all tokens of a conversation. Adapters written before hold it without them."""
-    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
-    return "".join(tokenizer.convert_ids_to_tokens(whole[:at])) + PLAIN_TEMPLATE
+    front, _ = added_tokens(tokenizer)
+    return "".join(tokenizer.convert_ids_to_tokens(front)) + PLAIN_TEMPLATE
 
 
 def write_merged_files(task: TextEncoder, record: AskedAs, folder: Path) -> list[str]:

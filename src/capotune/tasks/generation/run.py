@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows
 from capotune.data.generation import load_samples
 from capotune.data.inspect.samples import inspect_samples
-from capotune.data.samples import Conversation, Pair, Samples, answer_of, asked
+from capotune.data.samples import Conversation, Samples, answer_of, asked
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import train_recorded, with_boundary
@@ -62,7 +63,7 @@ class GenerationRun(TaskRun):
             self.test_rows,
             max_length=task.max_length,
             base_length=base.max_length,
-            tokens_of=task.token_texts,
+            text_of=partial(task.decode, special_tokens=True),
             template_from=task.template_from,
             learn=task.learn,
         )
@@ -169,7 +170,6 @@ class GenerationRun(TaskRun):
             settings.max_length,
             method.virtual_tokens or longest,  # the prompt takes tokens from the text
             learn=settings.learn,
-            separator=_separator(samples),
             chat=any(isinstance(sample, Conversation) for sample in samples.samples),
         )
 
@@ -207,13 +207,6 @@ class GenerationRun(TaskRun):
         short = statistics.median(lengths) <= _SHORT_ANSWER
         decoding = DecodingSettings(max_tokens=longest, seed=settings.seed)
         return ScoredAs(decoding, settings.answers, "exact_match" if short else "perplexity")
-
-
-def _separator(samples: Samples) -> str:
-    """What parts prompt and completion: a line break, unless most pairs have white space there already."""
-    pairs = [sample for sample in samples.samples if isinstance(sample, Pair)]
-    parted = sum(pair.prompt[-1:].isspace() or pair.completion[:1].isspace() for pair in pairs)
-    return "\n" if pairs and parted <= len(pairs) / 2 else ""
 
 
 def _end_of(

@@ -78,7 +78,6 @@ class Generation(TextEncoder, Task):
         virtual_tokens: int,
         *,
         learn: Literal["all", "last"] = "all",
-        separator: str = "",
         chat: bool = False,
     ) -> Generation:
         """The task on a base with its own chat template; where ``chat`` needs one and there is none, a plain form.
@@ -101,7 +100,7 @@ class Generation(TextEncoder, Task):
             if chat:
                 template = plain_template(base.tokenizer)
                 origin = PLAIN_FORM
-        return cls(base, length, ends, template, origin, learn, separator, chat)
+        return cls(base, length, ends, template, origin, learn, chat=chat)
 
     @classmethod
     def of_model(cls, base: Base) -> Generation:
@@ -109,8 +108,8 @@ class Generation(TextEncoder, Task):
         asked = asked_as(base)
         if asked is None:
             return cls.on(base, None, 0)
-        task = cls.on(base, asked.max_length, 0, learn=asked.learn, separator=asked.separator, chat=asked.chat)
-        return replace(task, scored_as=ScoredAs.from_json(asked.scored_as))
+        task = cls.on(base, asked.max_length, 0, learn=asked.learn, chat=asked.chat)
+        return replace(task, separator=asked.separator, scored_as=ScoredAs.from_json(asked.scored_as))
 
     # ------------------------------------------------------------------------------------------------------ from data
 
@@ -237,17 +236,20 @@ class Generation(TextEncoder, Task):
     @classmethod
     def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
         """How it writes."""
-        return {name: record[name] for name in ("chat", "chat_template", "template_from", "learn", "max_length")}
+        names = ("chat", "chat_template", "template_from", "learn", "max_length", "separator")
+        return {name: record[name] for name in names}
 
     @classmethod
     def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
         """What it writes, its template, and what it was trained on."""
         turns = " assistant turn" if facts["learn"] == "last" else " assistant turns"
         trained_on = f", trained on: {facts['learn']}{turns}" if facts["chat"] else ""
+        parted = [("separator", f"{facts['separator']!r} is put after a prompt that ends in no white space")]
         return [
             ("writes", "answers in a conversation" if facts["chat"] else "text that continues a prompt"),
             ("template", facts["template_from"]),
             ("text", f"up to {facts['max_length']} tokens{trained_on}"),
+            *(parted if facts["separator"] else []),
         ]
 
     @classmethod
