@@ -73,7 +73,9 @@ class GenerationRun(TaskRun):
         self.train, groups = self._examples(train, data.train)
         if len(set(groups)) < 2:
             raise DataError(
-                "one row is not enough: none can be held out to see when to stop.", where=str(data.train.source)
+                "one row is not enough: none can be held out to see when to stop.",
+                where=str(data.train.source),
+                advice="Add rows, or give a text of several windows; a smaller `max_length` makes more of them.",
             )
         fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(groups))
         fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)

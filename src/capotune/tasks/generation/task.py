@@ -195,7 +195,7 @@ class Generation(TextEncoder, Task):
             settings.data, prompt_template=settings.prompt_template, completion_column=settings.completion_column
         )
         if self.chat_template is None and any(isinstance(sample, Conversation) for sample in samples.samples):
-            report(Warned(text=f"conversations are written in {PLAIN_FORM}, as in training."))
+            report(Warned(text=f"conversations are written in {PLAIN_FORM}; training writes them so too."))
             assembled = replace(assembled, task=replace(assembled.task, chat_template=plain_template(self.tokenizer)))
         encoded = assembled.task.encode(samples)
         for text in lost_samples(samples, encoded, self.max_length):
