@@ -13,8 +13,6 @@ from generation_helpers import (
     BOS,
     CHATML,
     END,
-    THINKING,
-    TURN,
     TURN_END,
     conversation,
     encode,
@@ -35,7 +33,7 @@ from capotune.data.batches import IGNORE_INDEX
 from capotune.data.samples import Conversation, Document, Pair, Sample
 from capotune.errors import DataError, ModelError, SettingError
 from capotune.tasks.generation import Generation
-from capotune.tasks.generation.conversation import PLAIN_TEMPLATE
+from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 
 QUESTIONS = Conversation(
     (
@@ -143,7 +141,7 @@ def test_what_follows_the_last_answer_is_read_or_left_and_never_learned(make: Ca
 
 def test_earlier_answers_that_are_part_of_the_prompt_are_not_learned(make: Callable[..., Generation]) -> None:
     task = make(CHATML, eos=TURN_END)
-    one = encode_one(task, replace(QUESTIONS, answers_from=3))
+    one = encode_one(task, replace(QUESTIONS, read_only=frozenset({2})))
     assert learned_parts(task, one) == ["white, my friend" + TURN_END]
 
 
@@ -169,42 +167,13 @@ def test_tools_and_calls_are_kept(make: Callable[..., Generation]) -> None:
 
 
 def test_a_template_that_writes_no_end_is_ended(make: Callable[..., Generation]) -> None:
-    """As the plain form, but the template of a model that does not know how to stop."""
+    """The next turn ends the one before, and after the last one stands the end of the text."""
     template = "{% for one in messages %}{{ one.role + ': ' + one.content + ' ' }}{% endfor %}" + (
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     task = make(template)
-    ended = [" green " + END, " white, my friend " + END]  # the first token holds the space that asks for it
+    ended = [" green user:", " white, my friend " + END]  # the first token holds the space that asks for it
     assert learned_parts(task, encode_one(task, QUESTIONS)) == ended
-
-
-def test_a_template_that_rewrites_earlier_turns(make: Callable[..., Generation]) -> None:
-    """What was thought is left out once another question follows: only the last turn can be learned as it is asked."""
-    thought = Conversation(
-        (
-            turn("user", "What colour is grass?"),
-            turn("assistant", "<think>leaves</think>green"),
-            turn("user", "What colour is snow?"),
-            turn("assistant", "<think>ice</think>white"),
-        )
-    )
-    with pytest.raises(DataError) as caught:
-        make(THINKING, eos=TURN_END).encode(samples_of(QUESTIONS, thought))
-    message = str(caught.value)
-    assert "data.jsonl:2" in message
-    assert "turn 2" in message
-    assert "`learn=last`" in message
-    task = make(THINKING, "last", eos=TURN_END)
-    one = encode_one(task, thought)
-    assert learned_parts(task, one) == ["<think>ice</think>white" + TURN_END]
-    assert "leaves" not in text_of(task, one.ids)
-    question = task.encode_question(thought)
-    assert one.ids[: len(question)] == question
-    single = Conversation(thought.messages[:2])
-    all_task = make(THINKING, eos=TURN_END)
-    assert learned_parts(all_task, encode_one(all_task, single)) == ["<think>leaves</think>green" + TURN_END]
-    # a conversation can be gone on with all the same
-    assert text_of(all_task, all_task.encode_chat(thought.messages[:3])).endswith(f"{TURN}assistant\n")
 
 
 def test_an_answer_that_does_not_follow_its_question_is_refused(make: Callable[..., Generation]) -> None:
@@ -215,13 +184,14 @@ def test_an_answer_that_does_not_follow_its_question_is_refused(make: Callable[.
         encode(make(template), QUESTIONS)
 
 
-@pytest.mark.parametrize("broken", ["{{ raise_exception('only users here') }}", "{{ messages[0].content + 1 }}"])
+@pytest.mark.parametrize("broken", ["{{ raise_exception('no tools here') }}", "{{ messages[0].content + 1 }}"])
 def test_a_template_that_refuses_is_named_with_its_line(make: Callable[..., Generation], broken: str) -> None:
-    task = make("{% if messages[0].role == 'system' %}" + broken + "{% endif %}" + CHATML)
+    task = make("{% if messages[-1].role == 'tool' %}" + broken + "{% endif %}" + CHATML)
+    asked = (*QUESTIONS.messages, turn("tool", "white"))
     with pytest.raises(DataError, match=r"data\.jsonl:2: the chat template refuses the conversation"):
-        task.encode(samples_of(Conversation(QUESTIONS.messages[1:]), QUESTIONS))
+        task.encode(samples_of(QUESTIONS, Conversation(asked)))
     with pytest.raises(SettingError, match="the chat template refuses these messages"):
-        task.encode_chat(QUESTIONS.messages[:2])
+        task.encode_chat(asked)
 
 
 def test_chat_is_asked_as_it_was_taught(make: Callable[..., Generation]) -> None:
@@ -253,7 +223,7 @@ def test_the_tokenizers_own_end_is_learned_first(make: Callable[..., Generation]
     task = make_task(qwen2_writer)
     assert [text_of(task, [end]) for end in task.end_ids] == [TURN_END, END]
     assert learned_parts(task, encode_one(task, Pair("a", "b"))) == ["b" + TURN_END]
-    assert make().end_ids == (0,)
+    assert [text_of(task, [end]) for end in make().end_ids] == [END, TURN_END], "as the chat template ends a turn"
 
 
 # ------------------------------------------------------------------------------------------ cut to length
@@ -417,10 +387,12 @@ def test_a_conversation_is_asked_as_it_was_taught(
         assert one.ids == task.tokenizer.apply_chat_template(messages)["input_ids"]
     parts = learned_parts(task, one)
     answers = [answer for _, answer in (texts if learn == "all" else texts[-1:])]
-    for part, answer in zip(parts, answers, strict=True):
-        asks, _, rest = part.partition(answer + TURN_END)
+    begins_next = "user:" if template == "endless" else TURN_END
+    for part, answer, end in zip(parts, answers, [*[begins_next] * (len(parts) - 1), TURN_END], strict=True):
+        asks, found, rest = part.partition(answer + end)
+        assert found
         assert "assistant:\n".endswith(asks.lower())
-        assert not rest
+        assert not rest.strip()
 
 
 @given(text=SPACED)

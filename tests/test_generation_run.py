@@ -549,10 +549,13 @@ def test_text_too_short_to_hold_any_out(llama_writer: Path, tmp_path: Path) -> N
 
 
 def test_a_template_that_refuses_a_row(llama_writer: Path, tmp_path: Path) -> None:
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    strict = (
+        "{% if messages[-1].role == 'user' and not add_generation_prompt %}{{ raise_exception('answer!') }}{% endif %}"
+        + CHATML
+    )
     base = with_tokenizer(llama_writer, tmp_path / "strict", chat_template=strict)
     rows: list[dict[str, Any]] = [{"messages": conversation(number).messages[1:]} for number in range(9)]
-    rows[6]["messages"] = [turn("system", "be kind"), *rows[6]["messages"]]
+    rows[6]["messages"] = [*rows[6]["messages"], turn("user", "And now?")]
     source = write_jsonl(tmp_path / "chats.jsonl", rows)
     refused(DataError, r"chats\.jsonl:7: the chat template refuses", tmp_path, "lora", source, base)
 

@@ -92,7 +92,7 @@ TOOL = {"type": "function", "function": {"name": "rate", "description": "A rate.
         ({"response": "hello", "prompt": "hi"}, Pair("hi", "hello"), "prompt, response"),
         (
             {"prompt": [turn("user", "hi")], "completion": [turn("assistant", "hello")]},
-            Conversation(chat("hi", "hello").messages, answers_from=1),
+            chat("hi", "hello"),
             "prompt, completion (messages)",
         ),
         (
@@ -150,7 +150,7 @@ def test_roles_of_sharegpt(write: Write) -> None:
     assert isinstance(sample, Conversation)
     expected = ["system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool"]
     assert [message["role"] for message in sample.messages] == expected
-    assert sample.messages[3] == {"role": "tool", "content": "text 3", "weight": 1}
+    assert sample.messages[3] == {"role": "tool", "content": "text 3"}
     assert sample.tools == (TOOL,)
 
 
@@ -208,7 +208,7 @@ def test_a_null_that_was_written_in_json_stays_in_a_call(write: Write) -> None:
     source = write("a.jsonl", {"messages": [turn("user", "hi"), turn("assistant", None, tool_calls=[call])]})
     (sample,) = read(source).samples
     assert isinstance(sample, Conversation)
-    assert sample.messages[1]["tool_calls"] == [call]
+    assert sample.messages[1]["tool_calls"] == [{"type": "function", **call}]
 
 
 # Plain text
@@ -326,9 +326,9 @@ HI = [turn("user", "hi"), turn("assistant", "hello")]
         ({"role": "user"}, "messages is an object, not a list"),
         ("hello", "messages is text, not a list"),
         (["hi"], "message 1 is text, not an object with role and content"),
-        ([{"from": "human", "value": "hi"}], "message 1 has no 'role', only 'from', 'value'"),
+        ([{"value": "hi"}], "message 1 has no 'role', only 'value'"),
         ([turn("usr", "hi"), *HI], "message 1 has the unknown role 'usr'. Did you mean 'user'? Allowed: system, dev"),
-        ([turn("human", "hi"), *HI], "message 1 has the unknown role 'human'. Allowed: system, developer, user, assis"),
+        ([turn("critic", "hi"), *HI], "message 1 has the unknown role 'critic'. Allowed: system, developer, user, hum"),
         ([*HI, turn(None, "hi")], "message 3 has the unknown role None. Allowed"),
         ([turn("user", "hi")], "no assistant turn to train on, only 'user'"),
         ([turn("user", " \n"), HI[1]], "message 1 (user) is empty"),
@@ -338,9 +338,11 @@ HI = [turn("user", "hi"), turn("assistant", "hello")]
         ([turn("system", None), *HI], "message 1 has no content"),
         ([turn("user", 3), HI[1]], "message 1: its content is a number, not text"),
         ([turn("user", [{"type": "image_url"}]), HI[1]], "message 1 holds a part of type 'image_url'; only text"),
-        ([turn("user", ["hi"]), HI[1]], "message 1 holds a part of type text; only text"),
-        ([turn("user", [{"type": "text"}]), HI[1]], "message 1 has no content"),
-        ([HI[0], turn("assistant", None, tool_calls="[]")], "message 2: tool_calls is text, not a list of objects"),
+        ([turn("user", [3]), HI[1]], "message 1 holds a part of type a number; only text"),
+        ([turn("user", [{"type": "text"}]), HI[1]], "message 1 has a part without text"),
+        ([HI[0], turn("assistant", None, tool_calls="[]")], "message 2 has no content"),
+        ([HI[0], turn("assistant", None, tool_calls="{}")], "message 2 has no content"),
+        ([HI[0], turn("assistant", None, tool_calls=["f"])], "message 2: tool_calls is a list, not a list of objects"),
     ],
 )
 def test_messages_that_cannot_be_used(write: Write, messages: Any, why: str) -> None:
@@ -369,8 +371,8 @@ def test_messages_that_cannot_be_used(write: Write, messages: Any, why: str) -> 
         ),
         (
             {"prompt": HI[:1], "completion": HI[1:]},
-            {"prompt": HI, "completion": [turn("bot", "hi")]},
-            "completion message 1 has the unknown role 'bot'",
+            {"prompt": HI, "completion": [turn("critic", "hi")]},
+            "completion message 1 has the unknown role 'critic'",
         ),
         ({"instruction": "a", "output": "b"}, {"instruction": "", "output": "b"}, "empty instruction"),
         ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}, "empty output"),

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from capotune.data.batches import IGNORE_INDEX
 from capotune.data.samples import Conversation, Document, Pair
 from capotune.evaluation.generate import _Cut
-from capotune.tasks.generation.conversation import PLAIN_TEMPLATE
+from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 from capotune.tasks.generation.encoding import TextEncoder
 
 CHECKS = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -37,15 +37,23 @@ class Conversation:
     """Turns between people, a model and its tools, to be written out with the model's chat template.
 
     Attributes:
-        messages: in OpenAI's form, ``{"role": "user", "content": "…"}``. Further keys (``tool_calls``, ``name`` …) are
-            kept as they are, without those that hold null; ``content`` is always a string.
+        messages: in OpenAI's form, ``{"role": "user", "content": "…"}``. ``content`` is always a string, thinking is
+            ``reasoning_content``, ``tool_calls`` are ``{"type": "function", "function": {"name", "arguments"}}`` with
+            arguments as an object where they are JSON. Further keys (``name``, ``tool_call_id`` …) are kept as they
+            are, without those that hold null.
         tools: the functions that the model may call, as JSON schemas.
-        answers_from: only assistant turns at this position or later are answers to train on.
+        read_only: positions of assistant turns that are not trained on.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
-    answers_from: int = 0
+    read_only: frozenset[int] = frozenset()
+
+    @property
+    def answers(self) -> list[int]:
+        """Positions of the assistant turns to train on."""
+        roles = [message["role"] for message in self.messages]
+        return [at for at, role in enumerate(roles) if role == "assistant" and at not in self.read_only]
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,9 @@ def asked(sample: Sample) -> str:
 def answer_of(sample: Sample) -> str | None:
     """The answer to compare with: the assistant's turn at the end, or the completion. None where there is none."""
     if isinstance(sample, Conversation):
-        last = sample.messages[-1]
-        return last["content"] if last["role"] == "assistant" and last["content"].strip() else None
+        last = len(sample.messages) - 1
+        content: str = sample.messages[last]["content"]
+        return content if last in sample.answers and content.strip() else None
     return sample.completion if isinstance(sample, Pair) else None
 
 

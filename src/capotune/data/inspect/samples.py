@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
@@ -106,6 +106,7 @@ class GenerationReport:
         leaked: test rows whose question also stands in train.
         bins: how the lengths of the training rows spread.
         samples: some training rows.
+        notices: what the chat template changes or leaves out, a sentence each.
     """
 
     source: str
@@ -136,6 +137,7 @@ class GenerationReport:
     leaked: Lines
     bins: list[LengthBin]
     samples: list[SampleRow]
+    notices: list[str] = field(default_factory=list)
 
 
 def inspect_samples(
@@ -148,6 +150,7 @@ def inspect_samples(
     text_of: Callable[[Sequence[int]], str],
     template_from: str,
     learn: str,
+    notices: Sequence[str] = (),
 ) -> GenerationReport:
     """Measure what is to be trained on.
 
@@ -161,11 +164,12 @@ def inspect_samples(
             may depend on those before it.
         template_from: where the chat template is from, in words.
         learn: ``all`` or ``last``, the answers of a conversation that are trained on.
+        notices: what the chat template changes or leaves out, a sentence each.
 
     Raises:
         ValueError: ``train`` or ``test`` are not as many as the rows.
     """
-    train_tokens, test_tokens = _token_counts(train), _token_counts(test)
+    train_tokens, test_tokens = _token_counts(data.train, train), _token_counts(data.test, test)
     in_all = sum(len(one.ids) for of_row in train for one in of_row)
     in_loss = [sum(one.tokens_in_loss for one in of_row) for of_row in train]
     questions = {normalised(asked(sample)) for sample in data.train.samples}
@@ -199,6 +203,7 @@ def inspect_samples(
         leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
         bins=_bins(train_tokens),
         samples=_sample_rows(data.train, train, text_of),
+        notices=list(notices),
     )
 
 
@@ -227,7 +232,7 @@ def describe_samples(report: GenerationReport) -> list[Block]:
         "Rows as the model gets them",
         "what is in the loss",
         "what is only read",
-        [MarkedRow(_row_title(row, report.max_length), _parts(row)) for row in report.samples],
+        [MarkedRow(_row_title(row, report), _parts(row)) for row in report.samples],
     )
     return [findings, _length_bars(report), rows] if len(report.bins) > 1 else [findings, rows]
 
@@ -243,9 +248,14 @@ def _findings(report: GenerationReport) -> Iterable[Finding]:
     share = f"{report.loss_tokens:,} of {report.sequence_tokens:,} tokens ({report.loss_share:.0%})"
     yield Finding("In the loss", f"{share}, {report.loss_part}", needs_a_look=not report.loss_tokens)
     yield token_lengths(report.train_tokens, report.max_length, report.base_length)
-    if report.train_sequences > report.train_rows:
+    if report.train_sequences > report.train_rows and report.template_from is not None:
+        texts = f"{report.train_sequences:,}, as the template writes an earlier answer otherwise once others follow"
+        yield Finding("Texts", f"{texts}; each answer is trained on as it will be asked for")
+    elif report.train_sequences > report.train_rows:
         limit = f"{report.max_length:,} tokens"
         yield Finding("Windows", f"{report.train_sequences:,}, as texts longer than {limit} are read piece by piece")
+    for sentence in report.notices:
+        yield Finding("Note", f"{sentence[0].upper()}{sentence[1:]}", needs_a_look=True)
     yield from rows_found(report, _CHECKS, "no row is cut, repeated, without an answer, or in both train and test")
 
 
@@ -256,10 +266,12 @@ def _length_bars(report: GenerationReport) -> Bars:
     return Bars(("Tokens", "Rows"), bars)
 
 
-def _row_title(row: SampleRow, max_length: int) -> str:
+def _row_title(row: SampleRow, report: GenerationReport) -> str:
     part = ""
-    if row.tokens > max_length:
-        part = f", the first of {row.windows:,} windows" if row.windows > 1 else f", cut to {max_length:,}"
+    if row.windows > 1:
+        part = f", the first of {row.windows:,} {'windows' if report.template_from is None else 'texts'}"
+    elif row.tokens > report.max_length:
+        part = f", cut to {report.max_length:,}"
     return f"{row.unit.capitalize()} {row.line}, {row.tokens:,} tokens{part}"
 
 
@@ -267,8 +279,14 @@ def _parts(row: SampleRow) -> list[Part]:
     return [Part(span.text, "in the loss" if span.in_loss else "") for span in row.spans]
 
 
-def _token_counts(rows: Sequence[Sequence[Encoded]]) -> list[int]:
-    return [sum(one.tokens for one in of_row) for of_row in rows]
+def _token_counts(rows: Samples, encoded: Sequence[Sequence[Encoded]]) -> list[int]:
+    return [_tokens(sample, of_row) for sample, of_row in zip(rows.samples, encoded, strict=True)]
+
+
+def _tokens(sample: Sample, of_row: Sequence[Encoded]) -> int:
+    """Length of a row: of all windows of a text together, of the longest of a conversation's texts."""
+    lengths = [one.tokens for one in of_row]
+    return max(lengths, default=0) if isinstance(sample, Conversation) else sum(lengths)
 
 
 def _loss_part(sample: Sample, learn: str) -> str:
@@ -351,7 +369,7 @@ def _sample_rows(
     return [
         SampleRow(
             rows.lines[row],
-            sum(one.tokens for one in encoded[row]),
+            _tokens(rows.samples[row], encoded[row]),
             len(encoded[row]),
             _spans(encoded[row][0], text_of) if encoded[row] else [],
             rows.source.unit,

@@ -18,7 +18,10 @@ from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import DataError, SettingError
 from capotune.models.base import Base
-from capotune.tasks.generation.conversation import PLAIN_TEMPLATE, ConversationRenderer
+from capotune.settings import DecodingSettings
+from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE, ChatTemplate
+from capotune.tasks.generation.conversation import ConversationRenderer
+from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.tokens import Rendered, Tokens, added_tokens, tokenize
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -45,23 +48,32 @@ class TextEncoder:
     """What adapters of earlier code were trained with between a plain prompt and its completion; else nothing."""
     chat: bool = False
     """Whether it was trained on conversations."""
+    tool_template: str | None = None
+    """The template for conversations with tools, where the model has one of its own for them."""
 
     @property
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
         return self.base.tokenizer
 
-    def encode(self, samples: Samples) -> list[list[Encoded]]:
-        """What each sample becomes: one sequence, or several windows for a long plain text.
+    def encode(self, samples: Samples, notices: Notices | None = None) -> list[list[Encoded]]:
+        """What each sample becomes: one sequence, several windows for a long plain text, or several texts for a
+        conversation of which the chat template writes earlier turns otherwise.
 
-        Raises ``DataError``, with file and line, for a conversation that the chat template does not take, and for a
-        text with a token that the base has no embedding for.
+        What the chat template changes or leaves out is added to ``notices``. Raises ``DataError``, with file and line,
+        for a conversation that it does not take, and for a text with a token that the base has no embedding for.
         """
-        texts = [self._text(sample, samples.where(row)) for row, sample in enumerate(samples.samples)]
-        found = tokenize(self.tokenizer, texts)
-        for row, tokens in enumerate(found):
-            self._readable(tokens.ids, samples.where(row))
-        return [self._encoded(sample, tokens) for sample, tokens in zip(samples.samples, found, strict=True)]
+        noted = Notices() if notices is None else notices
+        texts = [self._texts(sample, samples.where(row), noted) for row, sample in enumerate(samples.samples)]
+        tokens = iter(tokenize(self.tokenizer, [text for of_sample in texts for text in of_sample]))
+        found = [[next(tokens) for _ in of_sample] for of_sample in texts]
+        for row, of_sample in enumerate(found):
+            for one in of_sample:
+                self._readable(one.ids, samples.where(row))
+        return [
+            [sequence for one in of_sample for sequence in self._encoded(sample, one)]
+            for sample, of_sample in zip(samples.samples, found, strict=True)
+        ]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt to go on from: its own tokens, as those of a text that ends there."""
@@ -87,6 +99,13 @@ class TextEncoder:
             ids = self._tokens(Rendered(sample.text)).ids
             return [*self._added[0], *ids[: max(1, min(_SHOWN_START, len(ids) // 2))]]
         return self._asked(self._renderer.question(sample))
+
+    def chat_decoding(self, decoding: DecodingSettings) -> DecodingSettings:
+        """The settings for an answer in a conversation: it also ends where the template ends a turn in plain text."""
+        stop = None if self.chat_template is None else self._renderer.template.turn_end.stop
+        if stop is None or stop in decoding.stop:
+            return decoding
+        return decoding.model_copy(update={"stop": (*decoding.stop, stop)})
 
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """The text of tokens as they stand, without special ones unless they are asked for."""
@@ -125,22 +144,22 @@ class TextEncoder:
         """Tokens that the tokenizer puts before and after a text."""
         return added_tokens(self.tokenizer)
 
-    @property
+    @cached_property
     def _renderer(self) -> ConversationRenderer:
-        ends = self.tokenizer.convert_ids_to_tokens(list(self.end_ids))
-        return ConversationRenderer(self.tokenizer, self.chat_template, self.learn, tuple(ends))
+        template = ChatTemplate(self.tokenizer, self.chat_template or PLAIN_TEMPLATE, self.tool_template)
+        return ConversationRenderer(template, self.tokenizer.convert_ids_to_tokens(self.end_ids[0]), self.learn)
 
     def _parted(self, prompt: str) -> str:
         """A plain prompt, with the separator where one belongs to the adapter and no white space stands there."""
         return prompt if prompt[-1:].isspace() else prompt + self.separator
 
-    def _text(self, sample: Sample, where: str) -> Rendered:
+    def _texts(self, sample: Sample, where: str, notices: Notices) -> list[Rendered]:
         if isinstance(sample, Document):
-            return Rendered(sample.text, ((0, len(sample.text)),))
+            return [Rendered(sample.text, ((0, len(sample.text)),))]
         if isinstance(sample, Pair):
             prompt = self._parted(sample.prompt)
-            return Rendered(prompt + sample.completion, ((len(prompt), len(prompt) + len(sample.completion)),))
-        return self._renderer.trained(sample, where)
+            return [Rendered(prompt + sample.completion, ((len(prompt), len(prompt) + len(sample.completion)),))]
+        return self._renderer.trained(sample, where, notices)
 
     def _encoded(self, sample: Sample, tokens: Tokens) -> list[Encoded]:
         if isinstance(sample, Conversation):
@@ -152,8 +171,8 @@ class TextEncoder:
         ids, labels = ids + behind, labels + behind
         return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels, tokens.straddles)]
 
-    def _asked(self, rendered: Rendered) -> list[int]:
-        return self._readable([*self._chat_front, *self._tokens(rendered).ids])
+    def _asked(self, text: str) -> list[int]:
+        return self._readable([*self._chat_front, *self._tokens(Rendered(text)).ids])
 
     def _tokens(self, rendered: Rendered) -> Tokens:
         (tokens,) = tokenize(self.tokenizer, [rendered])

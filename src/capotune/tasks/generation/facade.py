@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from capotune.adapters.store import read_adapter
+from capotune.data.formats.layout import UnusableError
+from capotune.data.formats.message import read_turn
 from capotune.errors import DataError
 from capotune.evaluation.generate import context_length, generate, stream, tokens_left
 from capotune.settings import DecodingSettings, build
@@ -50,12 +52,13 @@ class Generator(Facade):
     ) -> list[str]:
         """What the model writes after each text, without the text itself. ``progress``: (answered, all)."""
         check_texts(prompts)
-        return self._write([self._assembled.task.encode_prompt(text) for text in prompts], decoding, progress)
+        starts = [self._assembled.task.encode_prompt(text) for text in prompts]
+        return generate(self._assembled, starts, build(DecodingSettings, decoding), progress)
 
     def stream(self, prompt: str, **decoding: Any) -> Iterator[str]:
         """As ``generate`` for one text, in pieces as they are written. Close the iterator to stop the model."""
         check_texts([prompt])
-        return self._stream(self._assembled.task.encode_prompt(prompt), decoding)
+        return stream(self._assembled, self._assembled.task.encode_prompt(prompt), build(DecodingSettings, decoding))
 
     def chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> str:
         """The assistant's next turn in a conversation: ``[{"role": "user", "content": "…"}]``.
@@ -63,18 +66,20 @@ class Generator(Facade):
         ``tools`` are the functions that the model may call, as JSON schemas. Raises ``SettingError`` when the model has
         no chat template.
         """
-        return self._write([self._encode_chat(messages, tools)], decoding)[0]
+        prompt = self._encode_chat(messages, tools)
+        return generate(self._assembled, [prompt], self._chat_settings(decoding))[0]
 
     def stream_chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> Iterator[str]:
         """As ``chat``, in pieces as they are written. Close the iterator to stop the model."""
-        return self._stream(self._encode_chat(messages, tools), decoding)
+        return stream(self._assembled, self._encode_chat(messages, tools), self._chat_settings(decoding))
 
     def chat_each(
         self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
     ) -> list[str]:
         """The answer to each text as a conversation of its own, in batches."""
         check_texts(prompts)
-        return self._write([self._encode_chat([user_turn(text)], ()) for text in prompts], decoding, progress)
+        questions = [self._encode_chat([user_turn(text)], ()) for text in prompts]
+        return generate(self._assembled, questions, self._chat_settings(decoding), progress)
 
     def tokens_left(self, messages: Messages, tools: Messages = ()) -> int:
         """Tokens that the context leaves for the next turn of a conversation; none or fewer when it is too long."""
@@ -102,17 +107,14 @@ class Generator(Facade):
                 'a list of messages is needed, such as [{"role": "user", "content": "Hello"}]; found '
                 f"{str(messages)[:60]!r}."
             )
-        check_texts([turn["content"] for turn in messages if isinstance(turn.get("content"), str)])
-        ids: list[int] = self._assembled.task.encode_chat(messages, tools)
+        try:
+            turns = [read_turn(turn, f"message {number}").message for number, turn in enumerate(messages, start=1)]
+        except UnusableError as error:
+            raise DataError(f"{error}.") from None
+        check_texts([turn["content"] for turn in turns])
+        ids: list[int] = self._assembled.task.encode_chat(turns, tools)
         return ids
 
-    def _write(
-        self,
-        prompts: list[list[int]],
-        decoding: dict[str, Any],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
-        return generate(self._assembled, prompts, build(DecodingSettings, decoding), progress)
-
-    def _stream(self, prompt: list[int], decoding: dict[str, Any]) -> Iterator[str]:
-        return stream(self._assembled, prompt, build(DecodingSettings, decoding))
+    def _chat_settings(self, decoding: dict[str, Any]) -> DecodingSettings:
+        settings: DecodingSettings = self._assembled.task.chat_decoding(build(DecodingSettings, decoding))
+        return settings

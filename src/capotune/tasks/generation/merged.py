@@ -12,7 +12,7 @@ import pydantic
 
 from capotune.files import write_atomic
 from capotune.models.base import Base
-from capotune.tasks.generation.conversation import PLAIN_TEMPLATE
+from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.tokens import added_tokens
 

@@ -30,6 +30,7 @@ from capotune.methods.base import Untouched
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
 
@@ -56,7 +57,8 @@ class GenerationRun(TaskRun):
             seed=settings.seed,
         )
         self.task = task = self._task_on(base, settings, method, data.train)
-        train, self.test_rows = task.encode(data.train), task.encode(data.test)
+        notices = Notices()
+        train, self.test_rows = task.encode(data.train, notices), task.encode(data.test, notices)
         found = inspect_samples(
             data,
             train,
@@ -66,6 +68,7 @@ class GenerationRun(TaskRun):
             text_of=partial(task.decode, special_tokens=True),
             template_from=task.template_from,
             learn=task.learn,
+            notices=list(notices.sentences()),
         )
         report(DataInspected(task=task.name, report=asdict(found)))
         if not data.test.samples and len(data.train) == 1:  # one running text: its end is the test

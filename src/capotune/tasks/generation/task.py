@@ -30,9 +30,11 @@ from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
 from capotune.tasks.generation import page
+from capotune.tasks.generation.chat_template import ChatTemplate
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.facade import Generator
 from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
+from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain, looks_ahead
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.room import text_length
@@ -46,6 +48,8 @@ class _Record(StoredRecord):
     learn: Literal["all", "last"]
     separator: str
     chat: bool
+    tool_template: str | None = None
+    """Missing in adapters written before models' several templates were used."""
     scored_as: dict[str, Any] | None = None
     """Missing in adapters written before decoding was stored."""
 
@@ -92,15 +96,16 @@ class Generation(TextEncoder, Task):
                 advice=f"Set 'eos_token' in {base.folder / 'tokenizer_config.json'}.",
             )
         length = text_length(base, max_length, virtual_tokens, 1)
-        template, origin = base.tokenizer.chat_template, "the model's own chat template"
-        if not isinstance(template, str):  # none, or several by name
-            template = (template or {}).get("default")
+        template, origin, tool_template = base.tokenizer.chat_template, "the model's own chat template", None
+        if template is not None and not isinstance(template, str):  # several by name
+            template, tool_template = template.get("default"), template.get("tool_use")
         if template is None:
-            origin = "no chat template, which plain text does without"
+            origin, tool_template = "no chat template, which plain text does without", None
             if chat:
                 template = plain_template(base.tokenizer)
                 origin = PLAIN_FORM
-        return cls(base, length, ends, template, origin, learn, chat=chat)
+        ends = _with_turn_end(ends, base, template, tool_template)
+        return cls(base, length, ends, template, origin, learn, chat=chat, tool_template=tool_template)
 
     @classmethod
     def of_model(cls, base: Base) -> Generation:
@@ -159,7 +164,7 @@ class Generation(TextEncoder, Task):
 
     def record(self, model: Any) -> dict[str, Any]:  # noqa: ARG002
         """Template, separator, lengths and decoding, as stored beside an adapter."""
-        names = ("max_length", "chat_template", "template_from", "learn", "separator", "chat")
+        names = ("max_length", "chat_template", "tool_template", "template_from", "learn", "separator", "chat")
         return {
             "task": self.name,
             **{name: getattr(self, name) for name in names},
@@ -171,6 +176,8 @@ class Generation(TextEncoder, Task):
         """The task of a stored adapter."""
         task = cls.on(base, record["max_length"], 0, learn=record["learn"], chat=record["chat"])
         stored = {name: record[name] for name in ("chat_template", "template_from", "separator")}
+        stored["tool_template"] = record.get("tool_template")
+        stored["end_ids"] = _with_turn_end(task.end_ids, base, stored["chat_template"], stored["tool_template"])
         scored_as = ScoredAs.from_json(record["scored_as"]) if record.get("scored_as") else ScoredAs()
         return replace(task, **stored, scored_as=scored_as)
 
@@ -197,8 +204,9 @@ class Generation(TextEncoder, Task):
         if self.chat_template is None and any(isinstance(sample, Conversation) for sample in samples.samples):
             report(Warned(text=f"conversations are written in {PLAIN_FORM}; training writes them so too."))
             assembled = replace(assembled, task=replace(assembled.task, chat_template=plain_template(self.tokenizer)))
-        encoded = assembled.task.encode(samples)
-        for text in lost_samples(samples, encoded, self.max_length):
+        notices = Notices()
+        encoded = assembled.task.encode(samples, notices)
+        for text in (*notices.sentences(), *lost_samples(samples, encoded, self.max_length)):
             report(Warned(text=text))
         scored_as = self.scored_as if answers is None else replace(self.scored_as, answers=answers)
         scored = score_samples(assembled, encoded, samples, scored_as, report)
@@ -268,3 +276,14 @@ class Generation(TextEncoder, Task):
     ) -> list[Section]:
         """The same prompts, answered by the base and every technique."""
         return page.sections({"base": of_base, **predictions})
+
+
+def _with_turn_end(
+    ends: tuple[int, ...], base: Base, chat_template: str | None, tool_template: str | None
+) -> tuple[int, ...]:
+    """The tokens that end a text, and those that the chat template ends a turn with."""
+    if chat_template is None:
+        return ends
+    template = ChatTemplate(base.tokenizer, chat_template, tool_template)
+    tokens = [token for token in (template.turn_end.token, template.call_end) if token is not None]
+    return tuple(dict.fromkeys((*ends, *base.tokenizer.convert_tokens_to_ids(tokens))))
