@@ -416,7 +416,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "evaluate with an unknown label": (
         lambda place: place.write("more.csv", "text,label\nthe lamp,late\nmy card,brokn\n"),
         "evaluate adapter --data more.csv",
-        ("more.csv:3: the label 'brokn'", "Did you mean 'broken'?", "broken, late, money"),
+        ("more.csv:3: the label 'brokn'", "Did you mean 'broken'?", "'broken', 'late', 'money'"),
     ),
     "evaluate without the file": (nothing, "evaluate adapter --data row.csv", ("no such file", "mean 'rows.csv'?")),
     "predict from a missing file": (nothing, "predict adapter --file row.csv", ("no such file", "mean 'rows.csv'?")),

@@ -196,7 +196,9 @@ def test_values_of_other_types_are_refused_where_they_are_read() -> None:
     day = pandas.Timestamp("2020-01-01")
     data = frame(text=["a b", "c d"], label=["x", "y"], day=[day, day], price=[Decimal(1), Decimal(2)])
     assert read_labelled(data).labels == ["x", "y"]
-    assert "  row 0: label (day) is neither text nor a number\n" in error_of(read_labelled, data, label_column="day")
+    assert "  row 0: label (day) is Timestamp, neither text nor a number\n" in error_of(
+        read_labelled, data, label_column="day"
+    )
     assert "  row 0: text (price) is Decimal, not a string\n" in error_of(read_labelled, data, text_column="price")
     assert "  row 0: price is Decimal, not text\n" in error_of(
         load_samples, data, prompt_template="{price}", completion_column="text"
@@ -379,7 +381,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows_alone(bert: Path, tmp_path: Pa
         capotune.train("lora", data=ROWS, out=tmp_path / "stopped", report=stop, **own)
     changed = [*ROWS[:-1], {**ROWS[-1], "text": "where is my card"}]
     assert "sha256" in error_of(capotune.train, "lora", data=changed, out=tmp_path / "stopped", resume=True, **own)
-    capotune.train("lora", data=list(ROWS), out=tmp_path / "stopped", resume=True, **own)
+    capotune.train("lora", data=pandas.DataFrame(ROWS), out=tmp_path / "stopped", resume=True, **own)
     first, second = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "stopped")
     )

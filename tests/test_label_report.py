@@ -60,7 +60,7 @@ def test_p95_is_a_length_that_occurs_and_covers_95_of_100() -> None:
 def test_clean_data_finds_nothing() -> None:
     nothing = Lines(0, [])
     found = [getattr(CLEAN, field.name) for field in dataclasses.fields(CLEAN) if field.type == "Lines"]
-    assert found == [nothing] * 7
+    assert found == [nothing] * 8
     assert CLEAN.similar_labels == []
 
 

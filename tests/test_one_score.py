@@ -150,7 +150,7 @@ def test_tags(tags: Files, tmp_path: Path, method: str, settings: dict[str, Any]
 def test_answers(text: Files, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     result, scored = run_and_evaluate(method, text, tmp_path / "run", **SOME_RIGHT, **settings)
     assert_one_score(result, scored, "exact_match", "rouge_l", "loss", "perplexity")
-    assert scored["rows"] == settings.get("answers", 12)
+    assert scored["answered"] == settings.get("answers", 12)
     assert method != "lora" or 0 < scored["exact_match"] < 1
 
 

@@ -18,7 +18,7 @@ def test_schema_is_the_design() -> None:
     assert list(content) == [
         "model", "task", "metric", "higher_is_better", "train_rows", "test_rows", "base_score", "rows",
         "recommended", "why", "base_scores", "best", "tolerance", "base_difference", "base_difference_interval",
-        "base_label", "columns",
+        "base_label", "columns", "metric_why", "chance", "chance_words",
     ]  # fmt: skip
     assert [list(line) for line in content["rows"]] == 4 * [[
         "method", "score", "trainable_parameters", "total_parameters", "adapter_bytes", "train_seconds",

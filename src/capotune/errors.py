@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
+    "SHOWN",
     "AdapterError",
     "CapotuneError",
     "DataError",
@@ -27,8 +28,13 @@ __all__ = [
     "ModelError",
     "OutputError",
     "SettingError",
+    "cut",
     "needs_extra",
+    "quoted",
 ]
+
+SHOWN = 200
+"""Characters that a message shows of a value at most."""
 
 
 class CapotuneError(ValueError):
@@ -60,7 +66,8 @@ class CapotuneError(ValueError):
         super().__init__(problem)
 
     def __str__(self) -> str:
-        named = None if self.setting is None else f"`{self.setting}{'' if self.given is None else f'={self.given}'}`"
+        given = "" if self.given is None else f"={cut(str(self.given), SHOWN)}"
+        named = None if self.setting is None else f"`{self.setting}{given}`"
         front = "".join(f"{part}: " for part in (self.where, named) if part)
         allowed = f"Allowed: {self.allowed.rstrip('.')}." if self.allowed else ""
         parted = "\n" if "\n" in self.problem else " "  # a problem may list the rows that have it
@@ -72,6 +79,16 @@ class CapotuneError(ValueError):
     def parts(self) -> dict[str, Any]:
         """The arguments that make this error again."""
         return {name: getattr(self, name) for name in ("problem", "setting", "given", "allowed", "where", "advice")}
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or its start and an ellipsis where it is longer than ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """A value as Python writes it, of which a message never shows more than about ``limit`` characters."""
+    return repr(cut(value, limit)) if isinstance(value, str) else cut(repr(value), limit)
 
 
 def _rebuild(cls: type[CapotuneError], parts: dict[str, Any]) -> CapotuneError:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from capotune.errors import SettingError
+from capotune.errors import SHOWN, SettingError, cut
 from capotune.memory_table import DataSource
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -323,7 +323,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic problem: the setting, what was given, what is allowed."""
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'.{nearest(name, cls.model_fields)}"
+        return f"unknown setting '{cut(name, SHOWN)}'.{nearest(name, cls.model_fields)}"
     if problem["type"] == "missing":
         return f"the setting `{name}` is missing."
     own = problem.get("ctx", {}).get("error")
@@ -332,4 +332,4 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if isinstance(own, ValueError):  # said by our own check, or by settings inside these
         return f"{name}: {own}" if name else str(own)
     message = problem["msg"]
-    return f"`{name}={problem['input']}`: {message[0].lower() + message[1:]}."
+    return f"`{name}={cut(str(problem['input']), SHOWN)}`: {message[0].lower() + message[1:]}."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from capotune import api
-from capotune.errors import DataError, SettingError
+from capotune.errors import DataError, SettingError, quoted
 from capotune.files import output_folder, write_atomic
 
 __all__ = ["TextClassifier"]
@@ -50,8 +52,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise DataError("empty text.", where=f"row {empty}", advice="Fill it in or leave the row out.")
         classes = np.unique(values)
         names = [_name(one) for one in classes]
-        if "" in names or len(set(names)) < len(names):
-            raise DataError(f"labels must differ by more than space and not be empty, found {classes.tolist()}.")
+        if "" in names or len(set(map(_value, names))) < len(names):
+            raise DataError(
+                "labels must not be empty, and differ by more than space and how a number or a truth value is written, "
+                f"found {quoted(classes.tolist(), 200)}."
+            )
         own = sorted({"data", "test", "out", "resume", "report"} & set(self.settings or {}))
         if own:
             raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
@@ -102,7 +107,12 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 def _name(label: object) -> str:
     """A label as the adapter knows it."""
-    return str(label).strip()
+    return unicodedata.normalize("NFC", str(label).strip())
+
+
+def _value(name: str) -> str:
+    """A label's name without what does not make it another label: ``1`` and ``1.0``, ``True`` and ``true`` are one."""
+    return name.lower() if name.lower() in ("true", "false") else re.sub(r"(?<=\d)\.0*$", "", name)
 
 
 def _checked_labels(labels: Sequence[Any]) -> np.ndarray:
@@ -121,6 +131,6 @@ def _checked(texts: Sequence[str]) -> list[str]:
     wrong = next((at for at, text in enumerate(rows) if not isinstance(text, str)), None)
     if wrong is not None:
         raise DataError(
-            f"texts must be strings, found {type(rows[wrong]).__name__} {rows[wrong]!r}.", where=f"row {wrong}"
+            f"texts must be strings, found {type(rows[wrong]).__name__} {quoted(rows[wrong])}.", where=f"row {wrong}"
         )
     return rows

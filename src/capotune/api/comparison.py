@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -100,6 +101,7 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
         )
         for method, record in results.items()
     )
+    chance, chance_words = task.chance(result["metric"], _predictions(folder / next(iter(results))))
     comparison = Comparison(
         model=first["settings"]["model"],
         task=task.name,
@@ -113,6 +115,9 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
         tolerance=tolerance,
         base_label=task.base_label,
         columns=task.further_columns(result["metric"], result["scores"]),
+        metric_why=result.get("metric_why", ""),
+        chance=chance,
+        chance_words=chance_words,
     )
     written = {method: json.loads((folder / method / "test_rows.json").read_text("utf-8")) for method in results}
     counts = {method: RowCounts.from_dict(content) for method, content in written.items()}
@@ -133,12 +138,13 @@ def _details(
     from capotune.adapters.store import RECORD
     from capotune.report import PageDetails
 
-    task, chosen = tasks.get(comparison.task), comparison.recommended
+    task = tasks.get(comparison.task)
+    shown = comparison.recommended or next((row.method for row in comparison.rows if math.isfinite(row.score)), "")
     predictions = {method: _predictions(folder / method) for method in results}
     sections = []
-    if chosen:
-        record = json.loads((folder / chosen / "adapter" / RECORD).read_text(encoding="utf-8"))
-        sections = task.page_sections(record, chosen, predictions, _base(results).get("base_answers", []))
+    if shown:
+        record = json.loads((folder / shown / "adapter" / RECORD).read_text(encoding="utf-8"))
+        sections = task.page_sections(record, shown, predictions, _base(results).get("base_answers", []))
     return PageDetails(
         sections=sections,
         snippets=_snippets(comparison),

@@ -202,6 +202,8 @@ def show_run(record: dict[str, Any], out: Path) -> None:
         metric = result["held_out_metric"]
         held_out = _number(metric, result["held_out_score"])
         grid.add_row(api.metric(metric).words, f"{held_out} on the held-out rows (no test rows)")
+    if result.get("metric_why"):
+        grid.add_row("compared by", result["metric_why"])
     grid.add_row(
         "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
     )

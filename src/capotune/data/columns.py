@@ -1,33 +1,50 @@
-"""Which column holds what: by the name that is given, by usual names, or by content where only one can be meant."""
+"""Which column holds what, by the name that is given or by usual names; what a value is as text."""
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from capotune.data.table import Table
-from capotune.data.wording import bad_rows, did_you_mean, shorten
+from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
 __all__ = [
+    "COMPLETION_NAMES",
+    "CONTEXT_NAMES",
     "LABEL_NAMES",
+    "NO_WIDTH",
     "TEXT_NAMES",
     "find_column",
-    "find_label_columns",
     "given_column",
-    "has_label_column",
     "part_of_each_row",
+    "plain_name",
     "refuse_duplicates",
+    "unused_columns",
     "value_as_text",
 ]
 
 # In order of preference: of two columns with a known name the one that stands first here is taken.
 TEXT_NAMES: Final = (
-    *("text", "sentence", "message", "utterance", "query", "question", "content", "body", "review", "comment"),
-    *("tweet", "description", "document", "prompt", "input", "title", "subject"),
+    *("text", "sentence", "message", "utterance", "query", "question", "content", "body", "review", "review_text"),
+    *("comment", "comment_text", "tweet", "sms", "email", "post", "description", "abstract", "document", "prompt"),
+    *("input", "headline", "title", "subject"),
 )
-LABEL_NAMES: Final = ("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "tag")
+LABEL_NAMES: Final = (
+    *("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "tag", "label_text"),
+    *("emotion", "stars", "rating", "y"),
+)
+COMPLETION_NAMES: Final = (
+    *("completion", "answer", "answers", "output", "response", "target", "label", "labels", "reply", "summary"),
+    *("translation", "solution", "tgt", "highlights", "reference", "human_reference", "ref", "sql", "code"),
+)
+CONTEXT_NAMES: Final = ("context", "passage", "document", "paragraph")
+
+NO_WIDTH: Final = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad"))
+"""Characters that nobody sees, such as a byte-order mark inside a text, for ``str.translate``."""
 
 PARTS: Final = {
     **dict.fromkeys(("train", "training", "validation", "valid", "val", "dev"), "train"),
@@ -44,119 +61,45 @@ def refuse_duplicates(names: Sequence[str], where: str) -> None:
         )
 
 
+def plain_name(column: str) -> str:
+    """A column's name as it is compared: in lower case, without marks that nobody sees and space around it, and with
+    ``_`` for spaces and hyphens in it."""
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFKC", column).translate(NO_WIDTH).strip()).casefold()
+
+
 def find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column that has one of ``names``, the first of them first; one in another case comes after those."""
-    exact = [name for name in names if name in columns]
-    in_any_case = [column for name in names for column in columns if column.lower() == name]
-    return next(iter(exact + in_any_case), None)
+    """The column that has one of ``names``, the first of them first; as it is written before one that is written in
+    another way (``Review Text``)."""
+    for name in names:
+        if name in columns:
+            return name
+        if alike := [column for column in columns if plain_name(column) == name]:
+            return alike[0]
+    return None
+
+
+def unused_columns(table: Table, read: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are not ``read``; a column ``split`` is."""
+    return tuple(column for column in table.columns if column not in read and plain_name(column) != "split")
 
 
 def given_column(table: Table, name: str, named_by: str) -> str:
-    """The column of that name, as it is written or in another case; ``named_by``: the setting or file that names it.
+    """The column of that name, as it is written or nearly so (``plain_name``); ``named_by``: the setting or file that
+    names it.
 
     Raises:
         DataError: there is no such column.
     """
     if name in table.columns:
         return name
-    same = [column for column in table.columns if column.lower() == name.strip().lower()]
+    same = [column for column in table.columns if plain_name(column) == plain_name(name)]
     if len(same) == 1:
         return same[0]
     raise DataError(
-        f"no column {name!r}, which {named_by} names. {did_you_mean(name, table.columns)}"
+        f"no column {quoted(name)}, which {named_by} names. {did_you_mean(name, table.columns)}"
         f"The columns are {shorten(table.columns)}; rename one or choose another.",
         where=str(table.source),
     )
-
-
-# Text and label
-
-
-def has_label_column(table: Table) -> bool:
-    """Whether ``find_label_columns`` finds a text and a label by itself."""
-    try:
-        find_label_columns(table)
-    except DataError:
-        return False
-    return True
-
-
-def find_label_columns(
-    table: Table, text_column: str | None = None, label_column: str | None = None, named_by: str | None = None
-) -> tuple[str, str]:
-    """The columns that hold text and label; ``named_by`` names the source that the given ones are from.
-
-    Raises:
-        DataError: a given column does not exist, or it is not clear which one is meant.
-    """
-    text = None if text_column is None else given_column(table, text_column, named_by or "`text_column`")
-    label = None if label_column is None else given_column(table, label_column, named_by or "`label_column`")
-    label = label or find_column([column for column in table.columns if column != text], LABEL_NAMES)
-    text = text or find_column([column for column in table.columns if column != label], TEXT_NAMES)
-    if text is None or label is None:
-        text, label = _by_content(table, text, label)
-    if text == label:
-        raise DataError(
-            f"{text!r} is given as text and as label.", where=str(table.source), advice="Choose another `label_column`."
-        )
-    return text, label
-
-
-def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str, str]:
-    step = max(1, len(table.rows) // 1000)
-    sample = {column: [row.get(column) for row in table.rows[::step]] for column in table.columns}
-    free = [column for column in table.columns if column not in (text, label) and column.lower() != "split"]
-    texts = [text] if text else [column for column in free if _looks_like_text(sample[column])]
-    labels = [label] if label else [column for column in free if _looks_like_labels(sample[column])]
-    if len(texts) != 1 or len(labels) != 1:
-        raise _cannot_tell(table, texts, labels)
-    if _looks_like_a_row(texts[0]) or labels[0] in map(value_as_text, sample[labels[0]]):
-        raise DataError(
-            f"the column names look like data: {shorten(table.columns)}.",
-            where=str(table.source),
-            advice="The first line of a file holds the names, as in text,label; if these are names, give `text_column` "
-            "and `label_column`.",
-        )
-    return texts[0], labels[0]
-
-
-def _looks_like_text(values: list[Any]) -> bool:
-    """Mostly different, and mostly of several words."""
-    strings = [value for value in values if isinstance(value, str) and value.strip()]
-    if len(strings) < len(values) / 2:
-        return False
-    several_words = sum(" " in value.strip() for value in strings)
-    return len(set(strings)) > len(strings) / 2 and several_words > len(strings) / 2
-
-
-def _looks_like_labels(values: list[Any]) -> bool:
-    """At least two, short, and each one twice on average."""
-    names = [name for name in map(value_as_text, values) if name]
-    return 2 <= len(set(names)) <= len(names) / 2 and max(map(len, names)) <= 60
-
-
-def _looks_like_a_row(column: str) -> bool:
-    return len(column) > 60 or column.count(" ") >= 3 or column.endswith((".", "!", "?"))
-
-
-def _cannot_tell(table: Table, texts: Sequence[str], labels: Sequence[str]) -> DataError:
-    asked = [("text", "`text_column`", texts, TEXT_NAMES), ("label", "`label_column`", labels, LABEL_NAMES)]
-    unknown = [(what, name, found or _near(table, names)) for what, name, found, names in asked if len(found) != 1]
-    which = " and ".join(f"the {what}{f' ({_either(found)}?)' if found else ''}" for what, _, found in unknown)
-    settings = " and ".join(name for _, name, _ in unknown)
-    return DataError(
-        f"it is not clear which column holds {which}. The columns are {shorten(table.columns)}.",
-        where=str(table.source),
-        advice=f"Give {settings}. A file without column names needs the line text,label at its top.",
-    )
-
-
-def _near(table: Table, names: Sequence[str]) -> list[str]:
-    return [column for column in table.columns if did_you_mean(column, names)]
-
-
-def _either(names: Sequence[str]) -> str:
-    return " or ".join(map(repr, names[:3]))
 
 
 def value_as_text(value: object) -> str | None:
@@ -181,12 +124,12 @@ def part_of_each_row(table: Table, read: Sequence[str]) -> list[str]:
     Raises:
         DataError: the column holds something else; names the rows.
     """
-    column = next((name for name in table.columns if name.lower() == "split" and name not in read), None)
+    column = next((name for name in table.columns if plain_name(name) == "split" and name not in read), None)
     if column is None:
         return []
     parts = [PARTS.get(str(row.get(column)).strip().lower(), "") for row in table.rows]
     bad = {
-        line: f"{column} is {row.get(column)!r}"
+        line: f"{column} is {quoted(row.get(column))}"
         for line, row, part in zip(table.lines, table.rows, parts, strict=True)
         if not part
     }
@@ -195,7 +138,8 @@ def part_of_each_row(table: Table, read: Sequence[str]) -> list[str]:
             table.source,
             "the column 'split' is not clear",
             bad,
-            f"Allowed: train, validation, test. If {column!r} means something else, give the column another name; of a "
-            "dataset with other splits choose one for each, as in `data=owner/name:train` and `test=owner/name:test`.",
+            f"Allowed: train, validation, test. If {quoted(column)} means something else, give the column another "
+            "name; of a dataset with other splits choose one for each, as in `data=owner/name:train` and "
+            "`test=owner/name:test`.",
         )
     return parts

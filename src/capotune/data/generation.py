@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from capotune.data.columns import find_column, has_label_column, part_of_each_row
+from capotune.data.columns import find_column, part_of_each_row, unused_columns
 from capotune.data.formats import find_format, known_layout
 from capotune.data.formats.layout import convert
-from capotune.data.formats.template import template_layout
+from capotune.data.formats.template import template_layout, with_inner_columns
+from capotune.data.label_columns import has_label_column
 from capotune.data.readers import as_source, is_plain_text, read_table, read_text
 from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
 from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
@@ -26,8 +27,9 @@ END_OF_DOCUMENT: Final = "<|endoftext|>"  # separates the documents of a plain t
 def looks_like_generation(source: object, prompt_template: str | None = None) -> bool:
     """Whether ``source`` is text to write rather than text to classify, by the columns of its first row.
 
-    Rows with a ``text`` and a label are text to classify, and so is a question with a column ``label`` beside its
-    answer. Of a large file only the start is read, unless it has a ``text`` and other columns of unknown meaning.
+    Rows with a ``text`` and a label are text to classify, and so are an input with a label for output, and a question
+    with a column ``label`` beside its answer. Of a large file only the start is read, unless it has a ``text`` and
+    other columns of unknown meaning.
 
     Raises:
         DataError: the source cannot be read.
@@ -39,6 +41,8 @@ def looks_like_generation(source: object, prompt_template: str | None = None) ->
     known = find_format(columns)
     if known is None or known.format in ("messages", "conversations"):
         return known is not None
+    if known.format == "question-answer" and find_column(columns, ("question", "query")) is None:
+        return not has_label_column(read_table(source))  # the output beside an input may be a label
     if known.format != "text":
         return find_column(columns, ("label", "labels")) is None
     if has_label_column(table):
@@ -126,9 +130,13 @@ def _read(source: object, prompt_template: str | None, completion_column: str | 
     if prompt_template is None:
         layout = known_layout(table)
     else:
+        table = with_inner_columns(table)
         layout = template_layout(table, prompt_template, completion_column)
     columns = tuple(layout.columns.values())
-    samples = Samples(convert(table, layout), table.lines, table.source, layout.format, columns)
+    samples = Samples(
+        convert(table, layout), table.lines, table.source, layout.format, columns, unused_columns(table, columns),
+        layout.note,
+    )  # fmt: skip
     return samples, part_of_each_row(table, columns)
 
 

@@ -7,22 +7,24 @@ number that looks like a result. Nothing is dropped or filled in here; the messa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from capotune.data.columns import find_label_columns, part_of_each_row, value_as_text
+from capotune.data.columns import part_of_each_row, unused_columns
+from capotune.data.label_columns import find_label_columns
+from capotune.data.label_values import label_text, one_spelling, refuse_no_classes, why_no_label
 from capotune.data.readers import as_source, read_table
 from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
 from capotune.data.table import Origin, Table
-from capotune.data.wording import bad_rows, did_you_mean, shorten, type_name
+from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten, type_name
 from capotune.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LabelledData", "LabelledText", "load_labelled", "read_labelled", "read_to_score"]
+__all__ = ["LabelledData", "LabelledText", "load_labelled", "read_labelled", "read_to_score", "with_known_labels"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class LabelledText:
     source: Origin
     text_column: str
     label_column: str
+    unused: tuple[str, ...] = ()
+    """Columns that are not read."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,6 +56,10 @@ class LabelledText:
             lines=[self.lines[index] for index in indices],
         )
 
+    def respelled(self, spelling: Mapping[str, str]) -> LabelledText:
+        """The same rows with other names for some labels."""
+        return replace(self, labels=[spelling.get(label, label) for label in self.labels]) if spelling else self
+
 
 @dataclass(frozen=True)
 class LabelledData:
@@ -60,6 +68,8 @@ class LabelledData:
     train: LabelledText
     test: LabelledText
     test_from: str = "given"
+    respelled: dict[str, str] = field(default_factory=dict)
+    """Labels that were read as another one, which is the same in another spelling (``label_values.one_spelling``)."""
 
     @property
     def label_names(self) -> list[str]:
@@ -90,9 +100,12 @@ def load_labelled(
         test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
         seed: decides which rows are held out; the same seed and data give the same rows.
 
+    Labels that differ only in how a number or a truth value is written are one (``respelled``).
+
     Raises:
-        DataError: a source cannot be read, a row has no text or no label, there is one label only, a label is in the
-            test rows alone, ``test`` is the same file as ``data``, or no row can be held out.
+        DataError: a source cannot be read, a row has no text or no label, there is one label only, the labels are
+            several in one, numbers with fractions or texts, a label is in the test rows alone, ``test`` is the same
+            file as ``data``, or no row can be held out.
         SettingError: ``test_fraction`` is out of range.
     """
     data, test = as_source(data), None if test is None else as_source(test, "test")
@@ -100,6 +113,11 @@ def load_labelled(
         refuse_same_source(data, test)
     rows, parts = _read(data, text_column, label_column)
     second = None if test is None else _read(test, rows.text_column, rows.label_column, named_by=str(rows.source))
+    spelling = one_spelling({*rows.labels, *(second[0].labels if second else ())})
+    rows = rows.respelled(spelling)
+    refuse_no_classes(rows.labels, rows.text_column, rows.label_column, str(rows.source))
+    if second is not None:
+        second = second[0].respelled(spelling), second[1]
     if marked := split_as_marked(rows, parts, second):
         split = LabelledData(*marked)
     elif test_fraction == 0:
@@ -107,7 +125,7 @@ def load_labelled(
     else:
         split = _split_by_seed(rows, test_fraction, seed)
     _check_labels(split)
-    return split
+    return replace(split, respelled=spelling)
 
 
 def read_labelled(source: object, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
@@ -132,13 +150,19 @@ def read_to_score(source: object, *, text_column: str | None = None, label_colum
     return rows_to_score(*_read(source, text_column, label_column))
 
 
+def with_known_labels(rows: LabelledText, known: Sequence[str]) -> LabelledText:
+    """The rows with each label as ``known`` spells it; one that it does not hold stays as it is."""
+    return rows.respelled(one_spelling(set(rows.labels), known))
+
+
 def _read(
     source: object, text_column: str | None, label_column: str | None, named_by: str | None = None
 ) -> tuple[LabelledText, list[str]]:
     """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
     table = read_table(source)
     text, label = find_label_columns(table, text_column, label_column, named_by)
-    return _check_rows(table, text, label), part_of_each_row(table, (text, label))
+    rows = replace(_check_rows(table, text, label), unused=unused_columns(table, (text, label)))
+    return rows, part_of_each_row(table, (text, label))
 
 
 # Rows
@@ -146,11 +170,11 @@ def _read(
 
 def _check_rows(table: Table, text_column: str, label_column: str) -> LabelledText:
     texts: list[Any] = [row.get(text_column) for row in table.rows]
-    labels = [value_as_text(row.get(label_column)) for row in table.rows]
+    labels = [label_text(row.get(label_column)) for row in table.rows]
     bad = {
         line: problem
-        for line, text, label in zip(table.lines, texts, labels, strict=True)
-        if (problem := _problem(text, label, text_column, label_column))
+        for line, row, label in zip(table.lines, table.rows, labels, strict=True)
+        if (problem := _problem(row, label, text_column, label_column))
     }
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(texts):,} rows"
@@ -161,14 +185,14 @@ def _check_rows(table: Table, text_column: str, label_column: str) -> LabelledTe
     return LabelledText(texts, [label or "" for label in labels], table.lines, table.source, text_column, label_column)
 
 
-def _problem(text: object, label: str | None, text_column: str, label_column: str) -> str | None:
-    problems = []
+def _problem(row: Mapping[str, Any], label: str | None, text_column: str, label_column: str) -> str | None:
+    text, problems = row.get(text_column), []
     if text is None or (isinstance(text, str) and not text.strip()):
         problems.append(f"empty text ({text_column})")
     elif not isinstance(text, str):
         problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
     if label is None:
-        problems.append(f"label ({label_column}) is neither text nor a number")
+        problems.append(why_no_label(row[label_column], label_column))
     elif not label:
         problems.append(f"missing label ({label_column})")
     return " and ".join(problems) or None
@@ -193,7 +217,7 @@ def _check_labels(data: LabelledData) -> None:
     _refuse_one_label(data.train)
     known = set(data.train.labels)
     unknown = {
-        line: f"{label!r}" for line, label in zip(data.test.lines, data.test.labels, strict=True) if label not in known
+        line: quoted(label) for line, label in zip(data.test.lines, data.test.labels, strict=True) if label not in known
     }
     if unknown:
         names = list(Counter(label for label in data.test.labels if label not in known))
@@ -206,8 +230,8 @@ def _check_labels(data: LabelledData) -> None:
 def _refuse_one_label(rows: LabelledText) -> None:
     if len(set(rows.labels)) == 1:
         raise DataError(
-            f"all {len(rows):,} training rows have one label, {rows.labels[0]!r} (column {rows.label_column!r}); at "
-            "least two are needed.",
+            f"all {len(rows):,} training rows have one label, {quoted(rows.labels[0])} (column "
+            f"{quoted(rows.label_column)}); at least two are needed.",
             where=str(rows.source),
             advice="Add rows, or choose another `label_column`.",
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from capotune.data.table import Origin
-from capotune.data.wording import shorten
+from capotune.data.wording import quoted, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,8 @@ Sample = Conversation | Pair | Document
 class Samples:
     """Rows of one source; ``samples[i]`` starts on line ``lines[i]`` of ``source``.
 
-    ``format`` is how they were read, ``columns`` are those that were read (none in a plain text file).
+    ``format`` is how they were read, ``columns`` are those that were read (none in a plain text file), ``unused`` those
+    that were not; ``note`` says what else there is to say of it.
     """
 
     samples: list[Sample]
@@ -86,6 +87,8 @@ class Samples:
     source: Origin
     format: Format
     columns: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,7 +110,9 @@ class Samples:
         """The format and the columns in words."""
         if self.format == "prompt-completion" and any(isinstance(sample, Conversation) for sample in self.samples[:1]):
             return f"{described(self.format, self.columns)} (messages)"
-        return described(self.format, self.columns) if self.columns else "plain text"
+        if not self.columns:
+            return "plain text"
+        return f"{described(self.format, self.columns)}{f' ({self.note})' if self.note else ''}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def described(format: Format, columns: Sequence[str]) -> str:
     if format in ("messages", "conversations", "text"):
         return f"{format} (column{'s' * (len(columns) > 1)} {shorten(columns)})"
     if format == "template":
-        return f"a prompt of {shorten(columns[:-1])}, completion in {columns[-1]!r}"
+        return f"a prompt of {shorten(columns[:-1])}, completion in {quoted(columns[-1])}"
     return ", ".join(columns)
 
 

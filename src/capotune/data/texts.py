@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from capotune.data.columns import TEXT_NAMES, find_column, given_column
 from capotune.data.readers import is_plain_text, read_table, read_text
-from capotune.data.wording import bad_rows, did_you_mean, shorten
+from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
 __all__ = ["read_prompts", "read_texts"]
@@ -65,7 +65,7 @@ def _column(source: str, given: str | None, names: Sequence[str], setting: str) 
         )
     texts: list[Any] = [row.get(column) for row in table.rows]
     bad = {
-        line: f"the column {column!r} holds {text!r}"
+        line: f"the column {quoted(column)} holds {quoted(text)}"
         for line, text in zip(table.lines, texts, strict=True)
         if not isinstance(text, str) or not text.strip()
     }

@@ -7,10 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from capotune.data.table import Origin
-from capotune.errors import DataError
+from capotune.errors import SHOWN as LONGEST
+from capotune.errors import DataError, cut, quoted
 from capotune.memory_table import Unreadable
 
-__all__ = ["SHOWN", "bad_rows", "count", "did_you_mean", "excerpt", "first_line", "kind_of", "shorten", "type_name"]
+__all__ = [
+    "SHOWN",
+    "bad_rows",
+    "count",
+    "did_you_mean",
+    "excerpt",
+    "first_line",
+    "kind_of",
+    "quoted",
+    "shorten",
+    "type_name",
+]
 
 SHOWN: Final = 5
 """How many bad rows one message names."""
@@ -23,7 +35,7 @@ _KINDS: Final = {
 def bad_rows(source: Origin, summary: str, bad: Mapping[int, str], advice: str) -> DataError:
     """The error for rows that cannot be used: ``summary``, the first of ``bad`` (line → why) with their places, and
     ``advice``."""
-    shown = [f"  {source.at(line)}: {why}" for line, why in list(bad.items())[:SHOWN]]
+    shown = [f"  {source.at(line)}: {cut(why, LONGEST)}" for line, why in list(bad.items())[:SHOWN]]
     more = [f"  … and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
     return DataError("\n".join([f"{summary}:", *shown, *more]), where=str(source), advice=advice)
 
@@ -32,13 +44,13 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """``Did you mean 'tickets.csv'? `` when something in ``known`` is spelled nearly like ``name``, else nothing."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.7)
-    return f"Did you mean {' or '.join(repr(by_lower[match]) for match in near)}? " if near else ""
+    return f"Did you mean {' or '.join(quoted(by_lower[match]) for match in near)}? " if near else ""
 
 
 def shorten(names: Sequence[str] | Mapping[str, Any], limit: int = 8) -> str:
     """Names in quotes, separated by commas; of a long list the first ones and how many more there are."""
-    quoted = [repr(name if len(name) <= 60 else f"{name[:59]}…") for name in list(names)[:limit]]
-    return ", ".join(quoted) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
+    shown = ", ".join(map(quoted, list(names)[:limit]))
+    return shown + (f" … and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def count(number: int, noun: str) -> str:

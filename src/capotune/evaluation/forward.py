@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.task_model import Score
+from capotune.adapters.task_model import Objective, Score
 from capotune.data.batches import Batch, Targets, TokenRows, sorted_order, tokens_at_once
 from capotune.evaluation.resume import BoundaryStates, starting_at
 from capotune.events import OnProgress
@@ -54,9 +54,12 @@ def batches(
 
 
 @torch.no_grad()
-def outputs(assembled: Assembled, examples: Examples, progress: OnProgress | None = None) -> torch.Tensor:
-    """What the objective needs of each row, (rows, values) fp32 on the CPU, in the order of the rows."""
-    objective = assembled.task.objective
+def outputs(
+    assembled: Assembled, examples: Examples, progress: OnProgress | None = None, objective: Objective | None = None
+) -> torch.Tensor:
+    """What the objective (the task's, or another) needs of each row, (rows, values) fp32 on the CPU, in the order of
+    the rows."""
+    objective = objective or assembled.task.objective
     order, found = [], []
     for chosen, batch in batches(assembled, examples, progress):
         order.append(chosen)

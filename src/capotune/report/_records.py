@@ -91,13 +91,14 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
     """One row per finished technique, in the order in which they ran."""
     recommended: str = ""
-    """The method to take: the cheapest that is not shown to be worse than ``best``. Empty when none finished."""
+    """The method to take: the cheapest that is not shown to be worse than ``best``. Empty when none finished, or none
+    scored above ``chance``."""
     why: str = ""
     """The rule's outcome in sentences with their numbers."""
     base_scores: dict[str, float] = field(default_factory=dict)
     """The base's further metrics, as ``ComparisonRow.scores``."""
     best: str = ""
-    """The method with the best score; among equals the cheapest. Empty when none finished."""
+    """The method with the best score; among equals the cheapest. Empty as ``recommended`` is."""
     tolerance: float = 0.0
     """Points of the score that a cheaper technique may lose and still be recommended."""
     base_difference: float | None = None
@@ -108,6 +109,12 @@ class Comparison:
     """What the base's own score is called."""
     columns: tuple[str, ...] = ()
     """The further metrics that are worth a column in a small table."""
+    metric_why: str = ""
+    """Why techniques are compared by ``metric``, a sentence; empty where there was no choice."""
+    chance: float = math.nan
+    """The score of having learned nothing: 0, or the share of the most frequent label. NaN where it is not known."""
+    chance_words: str = ""
+    """What ``chance`` is, where it is not 0."""
 
     @property
     def further_metrics(self) -> list[str]:
@@ -119,6 +126,7 @@ class Comparison:
         """The schema of ``compare.json``, NaN as ``None``; ``details``, if given, as one more key of that name."""
         content = asdict(self) | {
             "base_score": _finite(self.base_score),
+            "chance": _finite(self.chance),
             "rows": [row.to_dict() for row in self.rows],
             "base_scores": _finite_values(self.base_scores),
             "base_difference_interval": _bounded(self.base_difference_interval),
@@ -131,6 +139,7 @@ class Comparison:
         values = _known_fields(cls, content)
         return cls(**values | {
             "base_score": _number(values["base_score"]),
+            "chance": _number(values.get("chance")),
             "rows": tuple(map(ComparisonRow.from_dict, values["rows"])),
             "base_scores": _numbers(values.get("base_scores", {})),
             "base_difference_interval": _pair(values.get("base_difference_interval")),

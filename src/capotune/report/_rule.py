@@ -9,7 +9,7 @@ from dataclasses import replace
 from capotune.evaluation.metrics import metric, wilson_interval
 from capotune.evaluation.pairs import Difference, RowCounts, paired_difference, unpaired_difference
 from capotune.report._records import Comparison, ComparisonRow, Interval
-from capotune.report._sentences import loses, why
+from capotune.report._sentences import above_chance, loses, why, why_none
 
 
 def recommend(
@@ -25,13 +25,14 @@ def recommend(
     ``counts`` holds each technique's ``test_rows.json``; with it the difference is taken row by row
     (``evaluation/pairs.py``). Without a technique's counts, its difference comes from the two scores' own intervals, as
     if from different rows; without those, only an equal score is not worse. A technique without a finite score is
-    passed over; with none left the recommended method is an empty string.
+    passed over; with none left, or none above ``comparison.chance``, the recommended method is an empty string: where
+    all have learned nothing, the cheapest is no better than the others.
     """
     counts = counts or {}
     finished = scored(comparison)
-    if not finished:
-        sentence = "No technique finished with a score, so there is nothing to recommend."
-        return replace(comparison, best="", recommended="", why=sentence)
+    if not finished or not above_chance(comparison):
+        rows = tuple(replace(row, difference=None, difference_interval=None, paired_rows=0) for row in comparison.rows)
+        return replace(comparison, rows=rows, best="", recommended="", why=why_none(comparison))
     best = best_row(finished, comparison.higher_is_better)
     rows = tuple(_with_difference(row, best, comparison, counts) for row in comparison.rows)
     to_base = _base_difference(comparison, best, counts, base_counts)

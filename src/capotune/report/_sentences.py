@@ -15,14 +15,32 @@ def why(comparison: Comparison, base_and_chosen: Difference | None) -> str:
 
     ``base_and_chosen``: the base's score minus that of the recommended technique.
     """
-    return " ".join(part for part in (_why_it(comparison), _beside_base(comparison, base_and_chosen)) if part)
+    parts = _why_it(comparison), _beside_base(comparison, base_and_chosen), comparison.metric_why
+    return " ".join(part for part in parts if part)
+
+
+def why_none(comparison: Comparison) -> str:
+    """Why no technique is recommended."""
+    if all(math.isnan(row.score) or math.isinf(row.score) for row in comparison.rows):
+        return "No technique finished with a score, so there is nothing to recommend."
+    chance = metric(comparison.metric).text(comparison.chance)
+    what = f" ({comparison.chance_words})" if comparison.chance_words else ""
+    first = f"No technique scored above {chance}{what}, so there is nothing to recommend."
+    return " ".join(part for part in (first, comparison.metric_why) if part)
+
+
+def above_chance(comparison: Comparison) -> bool:
+    """Whether some technique scored better than one that has learned nothing, as far as that is known."""
+    scores = [row.score for row in comparison.rows if math.isfinite(row.score)]
+    return math.isnan(comparison.chance) or any(score > comparison.chance for score in scores)
 
 
 def finding(comparison: Comparison) -> str:
     """The result in one line, for the picture's title."""
     best, chosen = row_of(comparison, comparison.best), row_of(comparison, comparison.recommended)
     if chosen is None:
-        return "No technique finished with a score"
+        is_finished = any(math.isfinite(row.score) for row in comparison.rows)
+        return "No technique scored above chance" if is_finished else "No technique finished with a score"
     if hurts(comparison):
         return "No technique reaches the base without fine-tuning"
     if best is None or best.score == chosen.score:

@@ -20,13 +20,15 @@ from capotune import errors
 from capotune.errors import CapotuneError
 from capotune.events import CancelToken, Event, Failed, Reporter, from_json
 from capotune.memory_table import MemoryTable
+from capotune.runs.agree import agree
 from capotune.settings import CompareSettings, RunSettings
 
 
 def run_techniques(
     settings: CompareSettings, folder: Path, report: Reporter, cancel: CancelToken
 ) -> dict[str, dict[str, Any]]:
-    """Run every method of ``settings`` into ``folder/METHOD``; returns each finished one's ``run.json``.
+    """Run every method of ``settings`` into ``folder/METHOD``; returns each finished one's ``run.json``. They agree on
+    the score to compare by.
 
     A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
     memory) is reported as failed and the others go on. Raises ``CapotuneError`` when none finished.
@@ -49,6 +51,7 @@ def run_techniques(
             results[method] = json.loads((folder / method / "run.json").read_text(encoding="utf-8"))
     if not results:
         raise CapotuneError("no technique finished; the messages above say why.")
+    agree(results, folder)
     return results
 
 

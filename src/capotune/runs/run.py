@@ -25,7 +25,7 @@ from capotune.device import environment, peak_memory_bytes, pick_device, reset_p
 from capotune.engine.activation_cache import ActivationCache, default_folder
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
-from capotune.errors import OutputError, SettingError
+from capotune.errors import SHOWN, OutputError, SettingError, cut
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
 from capotune.files import growing_folder, write_atomic
 from capotune.kernels import described
@@ -191,6 +191,7 @@ class _Run:
             "held_out_score": fitted.held_out_score,
             "held_out_metric": assembled.task.objective.metric,
             **fitted.extra,
+            **scored.decided,
             "dtype": _name(dtype),
             **(read or {"sequences": "none were read"}),
             "data_sha256": self.task_run.data_sha256,
@@ -216,12 +217,19 @@ class _Run:
 
 
 def _write_scored(out: Path, scored: Scored, base: Scored | None) -> None:
-    """``predictions.jsonl``, one line per test row, and ``test_rows.json``, what each adds to the score."""
+    """``predictions.jsonl``, one line per test row, and ``test_rows.json``, what each adds to the compared score and to
+    ``others``; the same of the base, where it was scored."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scored.predictions)
     write_atomic(out / "predictions.jsonl", "".join(lines))
     if scored.counts is not None:
-        of_base = {"base": base.counts.to_dict()} if base and base.counts else {}
-        write_atomic(out / "test_rows.json", json.dumps(scored.counts.to_dict() | of_base) + "\n")
+        of_base = {"base": _counts(base)} if base and base.counts else {}
+        write_atomic(out / "test_rows.json", json.dumps(_counts(scored) | of_base) + "\n")
+
+
+def _counts(scored: Scored) -> dict[str, Any]:
+    assert scored.counts is not None
+    others = {"others": [one.to_dict() for one in scored.other_counts]} if scored.other_counts else {}
+    return scored.counts.to_dict() | others
 
 
 def _record(prepared: Prepared, report: Reporter) -> dict[str, Any]:
@@ -265,7 +273,10 @@ def _same_settings(out: Path, record: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise OutputError(f"{out / 'run.json'} cannot be read ({error}).", setting="resume") from None
     for part, values in record.items():
-        if (there := before.get(part)) != values:
+        there = before.get(part)
+        if part == "settings" and before.get("data_sha256") == record["data_sha256"]:
+            there, values = _without_rows(there), _without_rows(values)
+        if there != values:
             raise SettingError(
                 f"the settings differ from those in {out / 'run.json'}: {_difference(part, there, values)}.",
                 setting="resume",
@@ -273,12 +284,25 @@ def _same_settings(out: Path, record: dict[str, Any]) -> None:
             )
 
 
+def _without_rows(settings: Any) -> Any:
+    """The settings without what rows in memory were: a list and a frame of equal rows are equal data."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: "rows" if isinstance(value, dict) and "sha256" in value else value for name, value in settings.items()
+    }
+
+
 def _difference(part: str, there: Any, here: Any) -> str:
     """The first value of a record's part that is another one now."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{part} is {here} now and was {there}"
+        return f"{part} is {_shown(here)} now and was {_shown(there)}"
     name = next(name for name in [*here, *there] if there.get(name) != here.get(name))
-    return f"{part}.{name} is {here.get(name)} now and was {there.get(name)}"
+    return f"{part}.{name} is {_shown(here.get(name))} now and was {_shown(there.get(name))}"
+
+
+def _shown(value: Any) -> str:
+    return cut(str(value), SHOWN)
 
 
 def _name(dtype: torch.dtype) -> str:

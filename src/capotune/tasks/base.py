@@ -10,6 +10,7 @@ Nothing outside the folder asks which task it is, except to print its name.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,7 @@ from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
 from capotune.errors import SettingError
+from capotune.evaluation import metrics
 from capotune.evaluation.metrics import metric
 from capotune.evaluation.pairs import RowCounts
 from capotune.events import Reporter
@@ -59,6 +61,10 @@ class Scored:
     """What each row adds to the compared score; pairs of techniques are compared by it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further facts about the rows, as plain JSON."""
+    other_counts: tuple[RowCounts, ...] = ()
+    """As ``counts``, of other scores that techniques may be compared by."""
+    decided: dict[str, Any] = field(default_factory=dict)
+    """How it was decided by which score techniques are compared, for a run's record: ``metric_why``, a sentence."""
 
     @property
     def score(self) -> float | None:
@@ -219,6 +225,19 @@ class Task(TaskModel):
     def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
         """The facts of ``capo info`` that are the task's own, as lines: name and text."""
         return [(words(name), value_text(value)) for name, value in facts.items()]
+
+    @classmethod
+    def decide(cls, results: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+        """The score that techniques are compared by and why, from each one's result; a run alone has decided for
+        itself. By default they all have the same."""
+        first = next(iter(results.values()))
+        return first["metric"], first.get("metric_why", "")
+
+    @classmethod
+    def chance(cls, metric: str, predictions: Sequence[Mapping[str, Any]]) -> tuple[float, str]:  # noqa: ARG003
+        """The score of having learned nothing on test rows with these predictions, and what it is, in words; NaN where
+        it is not known."""
+        return (0.0 if metrics.metric(metric).is_percentage else math.nan), ""
 
     @classmethod
     def further_columns(cls, metric: str, scores: Mapping[str, float]) -> tuple[str, ...]:  # noqa: ARG003

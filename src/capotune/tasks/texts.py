@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from capotune.errors import DataError
+from capotune.errors import DataError, quoted
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -13,7 +13,7 @@ def check_texts(texts: Sequence[str]) -> None:
         raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}.", advice="Put it in a list.")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"a string is needed, found {type(text).__name__} {text!r}.", where=f"text {number}")
+            raise DataError(f"a string is needed, found {type(text).__name__} {quoted(text)}.", where=f"text {number}")
         try:
             text.encode()
         except UnicodeEncodeError:  # what the shell or a pipe gave was not UTF-8

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.columns import find_column
+from capotune.data.columns import CONTEXT_NAMES, find_column
 from capotune.data.formats.chat import (
     from_conversations,
     from_instruction,
@@ -15,9 +15,11 @@ from capotune.data.formats.chat import (
     from_question,
 )
 from capotune.data.formats.layout import Layout, Row
+from capotune.data.label_columns import refuse_preferences
 from capotune.data.samples import Document, Format, Pair, Sample
+from capotune.data.suggest import suggested_template, template_for
 from capotune.data.table import Table
-from capotune.data.wording import did_you_mean, shorten
+from capotune.data.wording import did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
 __all__ = ["KnownFormat", "find_format", "known_layout"]
@@ -41,23 +43,34 @@ class KnownFormat:
     convert: Callable[[Row], Sample]
 
 
+_ANSWERS: Final = ("answer", "answers", "output", "response")
+_SYSTEM: Final = ("system", "system_prompt")
+_WRITTEN_AFTER_TEXT: Final = (
+    *("completion", "answer", "answers", "output", "response", "reply", "summary", "highlights", "translation", "tgt"),
+)  # beside a ``text`` these are what is to be written, and never to be left out unsaid
+
 # The first one that fits is taken: a dataset of messages may have a column "prompt" as well.
 KNOWN: Final = (
     KnownFormat("messages", (("messages",), ("tools",)), frozenset({"tools"}), from_messages),
     KnownFormat(
         "conversations",
-        (("conversations", "conversation"), ("system",), ("tools",)),
+        (("conversations", "conversation"), _SYSTEM, ("tools",)),
         frozenset({"system", "tools"}),
         from_conversations,
     ),
-    KnownFormat("prompt-completion", (("prompt",), ("completion", "response")), frozenset(), _from_prompt),
+    KnownFormat("prompt-completion", (("prompt",), ("completion", *_ANSWERS)), frozenset(), _from_prompt),
     KnownFormat(
         "instruction",
-        (("instruction",), ("input", "context"), ("output", "response"), ("system",)),
-        frozenset({"input", "system"}),
+        (("instruction",), ("input",), CONTEXT_NAMES, ("output", *_ANSWERS), _SYSTEM),
+        frozenset({"input", "context", "system"}),
         from_instruction,
     ),
-    KnownFormat("question-answer", (("question",), ("answer",)), frozenset(), from_question),
+    KnownFormat(
+        "question-answer",
+        (CONTEXT_NAMES, ("question", "query", "input"), _ANSWERS, _SYSTEM),
+        frozenset({"context", "system"}),
+        from_question,
+    ),
     KnownFormat("text", (("text",),), frozenset(), _from_text),
 )
 
@@ -79,30 +92,64 @@ def known_layout(table: Table) -> Layout:
     first = table.rows[0]
     known = find_format(list(first))
     if known is None:
+        refuse_preferences(table)
         raise _cannot_tell(table)
-    columns = {}
-    for names in known.columns:
-        place = table.columns if names[0] in known.optional else list(first)
-        column = find_column(place, names)
-        if column is not None:
-            columns[names[0]] = column
-    conversion = known.convert
+    columns = _columns_of(known, table)
+    _refuse_to_leave_out(known, columns, table)
+    conversion, note = known.convert, ""
     if known.format == "prompt-completion" and isinstance(first[columns["prompt"]], list):
         conversion = from_prompt_messages
         if "tools" in table.columns:
             columns["tools"] = "tools"
-    return Layout(known.format, columns, known.optional | {"tools"}, conversion)
+    if known.format == "question-answer" and isinstance(first[columns["answer"]], list | dict):
+        note = f"of several {columns['answer']} the first"
+    return Layout(known.format, columns, known.optional | {"tools"}, conversion, note)
+
+
+def _columns_of(known: KnownFormat, table: Table) -> dict[str, str]:
+    """The format's columns that are there: usual name, and name in the table."""
+    found: dict[str, str] = {}
+    for names in known.columns:
+        place = table.columns if names[0] in known.optional else list(table.rows[0])
+        column = find_column([one for one in place if one not in found.values()], names)
+        if column is not None:
+            found[names[0]] = column
+    return found
+
+
+def _refuse_to_leave_out(known: KnownFormat, columns: dict[str, str], table: Table) -> None:
+    """Raise a ``DataError`` where a column stands beside those of the format that plainly belongs to what is asked or
+    answered, and the format has no place for it."""
+    others = [column for column in table.columns if column not in columns.values()]
+    if known.format == "prompt-completion" and (context := find_column(others, CONTEXT_NAMES)):
+        prompt, completion = columns["prompt"], columns["completion"]
+        used, unused = (template_for(read, completion) for read in ([context, prompt], [prompt]))
+        what = f"is the column {quoted(context)} part of the prompt?"
+        advice = f"If so, give {used}; if the prompt is whole without it, give {unused}."
+    elif known.format == "text" and (written := find_column(others, _WRITTEN_AFTER_TEXT)):
+        what = f"is the column {quoted(written)} to be written after {quoted(columns['text'])}?"
+        advice = (
+            f"If so, give {template_for([columns['text']], written)}; if the text alone is to be learned, remove the "
+            "column."
+        )
+    else:
+        return
+    raise DataError(what, where=str(table.source), advice=advice)
 
 
 def _cannot_tell(table: Table) -> DataError:
     usual = sorted({name for known in KNOWN for names in known.columns for name in names})
     near = "".join(did_you_mean(column, usual) for column in table.columns if column not in usual)
-    column = next((column for column in table.columns if column.lower() != "split"), "question")
+    column = next((column for column in table.columns if column.lower() != "split" and len(column) < 60), "question")
+    suggested = suggested_template(table)
     return DataError(
         "it is not clear how to read its rows as text to write. The first one has the columns "
         f"{shorten(table.rows[0])}. {near}Known are: messages; conversations; prompt and completion (or response); "
-        "instruction, input (may be absent) and output (or response); question and answer; text alone.",
+        "instruction, input (may be absent) and output (or response); question and answer (or query and response, or "
+        "input and output), with or without context; text alone.",
         where=str(table.source),
-        advice=f'For other columns give a prompt with columns in braces, such as `prompt_template="{{{column}}}"`, and '
+        advice=f"These columns would be read by {suggested}."
+        if suggested
+        else f'For other columns give a prompt with columns in braces, such as `prompt_template="{{{column}}}"`, and '
         "with `completion_column` the column to write after it.",
     )

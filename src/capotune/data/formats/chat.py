@@ -33,16 +33,33 @@ def from_prompt_messages(row: Row) -> Conversation:
 
 
 def from_instruction(row: Row) -> Conversation:
-    """A row in Alpaca's form: ``instruction``, ``input``, ``output``."""
-    parts = [text for text in (row.text("instruction"), row.text("input")) if text.strip()]
+    """A row in Alpaca's form: ``instruction``, ``input``, ``output``; or in Dolly's, with ``context``."""
+    parts = [text for text in map(row.text, ("instruction", "input", "context")) if text.strip()]
     if not parts:
         raise UnusableError(f"empty {row.columns['instruction']}")
     return _question_and_answer("\n\n".join(parts), row.filled("output"), row)
 
 
 def from_question(row: Row) -> Conversation:
-    """A row of ``question`` and ``answer``."""
-    return _question_and_answer(row.filled("question"), row.filled("answer"), row)
+    """A row of ``question`` and ``answer``, after what stands in ``context``. Of several answers the first is taken, as
+    a list or in SQuAD's form, ``{"text": ["…"], "answer_start": [0]}``."""
+    parts = [text for text in (row.text("context"), row.filled("question")) if text.strip()]
+    return _question_and_answer("\n\n".join(parts), _first_answer(row), row)
+
+
+def _first_answer(row: Row) -> str:
+    value, column = row.value("answer"), row.columns["answer"]
+    if isinstance(value, dict):
+        value = value.get("text")
+    if isinstance(value, list):
+        value = next((one for one in value if isinstance(one, str) and one.strip()), None)
+        if value is None:
+            raise UnusableError(f"{column} holds no text")
+    if value is row.value("answer"):
+        value = row.filled("answer")
+    if not isinstance(value, str) or value.startswith("{'text':"):
+        raise UnusableError(f"{column} is {'an object written as text' if value else 'an object without text'}")
+    return value
 
 
 def _conversation(turns: Sequence[Turn], row: Row) -> Conversation:

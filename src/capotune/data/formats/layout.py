@@ -53,6 +53,7 @@ class Layout:
     columns: dict[str, str]  # the usual name of each column, and its name in this source
     optional: frozenset[str]  # usual names that a row may lack
     convert: Callable[[Row], Sample]
+    note: str = ""  # what else is to be said of how they are read
 
 
 def convert(table: Table, layout: Layout) -> list[Sample]:

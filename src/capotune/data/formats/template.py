@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
 
-from capotune.data.columns import find_column, given_column
+from capotune.data.columns import COMPLETION_NAMES, find_column, given_column
 from capotune.data.formats.layout import Layout, Row, UnusableError
 from capotune.data.samples import Pair
 from capotune.data.table import Table
-from capotune.data.wording import shorten
+from capotune.data.wording import quoted, shorten
 from capotune.errors import SettingError
 
-__all__ = ["template_layout"]
-
-COMPLETION_NAMES: Final = (
-    *("completion", "answer", "output", "response", "target", "label", "labels", "reply", "summary"),
-    *("translation", "solution"),
-)
+__all__ = ["template_layout", "with_inner_columns"]
 
 _PART: Final = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}]*)\}|[{}]")
+
+
+def with_inner_columns(table: Table) -> Table:
+    """The table with what stands in objects as columns of their own: ``{"translation": {"en": "…"}}`` becomes
+    ``translation.en``."""
+    objects = [name for name, value in table.rows[0].items() if isinstance(value, dict)]
+    if not objects:
+        return table
+    rows = [row | _inner(row, objects) for row in table.rows]
+    inner = dict.fromkeys(name for row in table.rows for name in _inner(row, objects))
+    return replace(table, columns=[*(name for name in table.columns if name not in objects), *inner], rows=rows)
+
+
+def _inner(row: dict[str, Any], objects: Sequence[str]) -> dict[str, Any]:
+    parts = ((name, part) for name in objects if isinstance(part := row.get(name), dict))
+    return {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
 
 
 def template_layout(table: Table, template: str, completion_column: str | None) -> Layout:
@@ -53,7 +66,7 @@ def _completion(table: Table, names: list[str], given: str | None) -> str:
     else:
         completion = find_column([column for column in table.columns if column not in names], COMPLETION_NAMES) or ""
     if not completion or completion in names:
-        why = f"{completion!r} stands in the prompt already" if completion else "It is not found by its name"
+        why = f"{quoted(completion)} stands in the prompt already" if completion else "It is not found by its name"
         raise SettingError(
             f"which column is to be written after the prompt? {why}.",
             where=str(table.source),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
+from capotune.data.columns import COMPLETION_NAMES, CONTEXT_NAMES, TEXT_NAMES, find_column
 from capotune.data.inspect.measures import Lengths, Lines
+from capotune.data.wording import shorten
 from capotune.data_blocks import Finding
 
-__all__ = ["Check", "rows_found", "rows_lost", "token_lengths"]
+__all__ = ["Check", "columns_not_used", "rows_found", "rows_lost", "token_lengths"]
+
+_CONTENT: Final = (*TEXT_NAMES, *CONTEXT_NAMES, *COMPLETION_NAMES, "instruction", "system", "system_prompt")
 
 Check = tuple[str, str, str]
 """Name of a finding, the report's field that holds rows (``Lines``), what is true of them; ``{limit}``: in tokens."""
@@ -22,6 +26,13 @@ def token_lengths(lengths: Lengths, max_length: int, base_length: int) -> Findin
     )  # fmt: skip
     more = f" (max_length) of the {base_length:,} that the base takes" if base_length > max_length else ""
     return Finding("Tokens", f"{spread}; the model reads {max_length:,}{more}")
+
+
+def columns_not_used(names: Sequence[str]) -> Iterable[Finding]:
+    """The columns that are not read; one whose name says that it holds text needs a look."""
+    if names:
+        holds_text = any(find_column([name], _CONTENT) for name in names)
+        yield Finding("Not used", f"the column{'s' * (len(names) > 1)} {shorten(names)}", holds_text)
 
 
 def rows_found(report: Any, checks: Sequence[Check], nothing: str) -> Iterable[Finding]:

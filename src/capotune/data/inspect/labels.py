@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from capotune.data.inspect.findings import rows_found, rows_lost, token_lengths
+from capotune.data.columns import NO_WIDTH
+from capotune.data.inspect.findings import columns_not_used, rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import normalised
+from capotune.data.wording import count, quoted, shorten
 from capotune.data_blocks import Block, Counts, Finding, Findings
 
 __all__ = ["LabelCount", "LabelReport", "describe_labels", "inspect_data", "lost_texts"]
 
 _IMBALANCE_WORTH_A_WORD: Final = 10.0
+_MISSING: Final = frozenset(("nan", "n/a", "na", "#n/a", "<na>", "none", "null", "nil", "-", "?"))
 _CHECKS: Final = (
     ("Cut", "train_truncated", "in train: longer than {limit}, the end is lost"),
     ("Cut", "test_truncated", "in test: longer than {limit}, the end is lost"),
@@ -27,6 +31,7 @@ _CHECKS: Final = (
     ("Twice", "duplicates", "in train: the repeat of an earlier row"),
     ("Conflict", "conflicts", "in train: the same text stands under another label too"),
     ("Leak", "leaked", "in test: the text is in train too, so the score will be too good"),
+    ("Labels", "missing_labels", "in train: a label such as 'nan' or 'N/A', which may say that there is none"),
 )
 
 
@@ -58,7 +63,10 @@ class LabelReport:
         duplicates: training rows that repeat an earlier one, text and label.
         conflicts: training rows whose text also stands in train with another label.
         leaked: test rows whose text also stands in train.
-        similar_labels: groups of labels that differ only in case or space.
+        similar_labels: groups of labels that look alike: they differ only in case, space, or the form of characters.
+        missing_labels: training rows whose label is how a missing value is written (``nan``, ``N/A``).
+        respelled: labels that are read as another one, which is the same number or truth value.
+        unused: columns that are not read.
     """
 
     source: str
@@ -82,6 +90,9 @@ class LabelReport:
     conflicts: Lines
     leaked: Lines
     similar_labels: list[list[str]]
+    missing_labels: Lines = field(default_factory=lambda: Lines(0, []))
+    respelled: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 def inspect_data(
@@ -130,6 +141,9 @@ def inspect_data(
         conflicts=lines_where(train, (len(labels_of[normalised(text)]) > 1 for text in train.texts)),
         leaked=lines_where(test, (normalised(text) in labels_of for text in test.texts)),
         similar_labels=_similar([label.name for label in labels]),
+        missing_labels=lines_where(train, (label.casefold() in _MISSING for label in train.labels)),
+        respelled=data.respelled,
+        unused=list(train.unused),
     )
 
 
@@ -160,7 +174,7 @@ def _repeats(rows: LabelledText) -> Iterable[bool]:
 def _similar(names: Sequence[str]) -> list[list[str]]:
     groups = defaultdict(list)
     for name in names:
-        groups[normalised(name)].append(name)
+        groups[normalised(unicodedata.normalize("NFKC", name)).translate(NO_WIDTH)].append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -170,15 +184,26 @@ def describe_labels(report: LabelReport) -> list[Block]:
     return [Findings(list(_findings(report))), Counts(["Label", "Train", "Test"], counts)]
 
 
+def _columns_read(report: LabelReport) -> str:
+    return f"text in {quoted(report.text_column)}, label in {quoted(report.label_column)}"
+
+
 def _findings(report: LabelReport) -> Iterable[Finding]:
-    yield Finding("Data", f"{report.source}, text in {report.text_column!r}, label in {report.label_column!r}")
+    yield Finding("Data", f"{report.source}, {_columns_read(report)}")
+    yield from columns_not_used(report.unused)
     yield Finding("Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})")
     yield token_lengths(report.train_tokens, report.max_length, report.base_length)
     rarest = min(label.train for label in report.labels if label.train)
     balance = f"{len(report.labels):,}, with {rarest:,} to {report.labels[0].train:,} training rows each"
     yield Finding("Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD)
+    if report.respelled:
+        same = ", ".join(f"{quoted(label)} as {quoted(name)}" for label, name in list(report.respelled.items())[:8])
+        yield Finding("Labels", f"read as one label: {same}")
+    lonely = [label.name for label in report.labels if label.train == 1]
+    if lonely and len(report.labels) > len(lonely):
+        yield Finding("Labels", f"{count(len(lonely), 'label')} with one training row each: {shorten(lonely)}", True)
     alike = [
-        Finding("Labels", f"{' and '.join(map(repr, group))} count as different labels", needs_a_look=True)
+        Finding("Labels", f"{' and '.join(map(quoted, group))} count as different labels", needs_a_look=True)
         for group in report.similar_labels
     ]
     found = rows_found(report, _CHECKS, "no text is cut, empty, repeated, labelled twice, or in both train and test")

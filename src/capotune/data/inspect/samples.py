@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from capotune.data.inspect.findings import rows_found, rows_lost, token_lengths
+from capotune.data.inspect.findings import columns_not_used, rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
 from capotune.data.split import normalised
@@ -107,6 +107,7 @@ class GenerationReport:
         bins: how the lengths of the training rows spread.
         samples: some training rows.
         notices: what the chat template changes or leaves out, a sentence each.
+        unused: columns that are not read.
     """
 
     source: str
@@ -138,6 +139,7 @@ class GenerationReport:
     bins: list[LengthBin]
     samples: list[SampleRow]
     notices: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 def inspect_samples(
@@ -204,6 +206,7 @@ def inspect_samples(
         bins=_bins(train_tokens),
         samples=_sample_rows(data.train, train, text_of),
         notices=list(notices),
+        unused=list(data.train.unused),
     )
 
 
@@ -239,6 +242,7 @@ def describe_samples(report: GenerationReport) -> list[Block]:
 
 def _findings(report: GenerationReport) -> Iterable[Finding]:
     yield Finding("Data", f"{report.source}, read as {report.described}")
+    yield from columns_not_used(report.unused)
     tested = (
         f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from capotune.data.table import Origin, Table
-from capotune.data.wording import SHOWN, bad_rows, count, excerpt
+from capotune.data.wording import SHOWN, bad_rows, count, excerpt, quoted
 
 __all__ = ["read_json"]
 
@@ -96,7 +96,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {max(names, key=names.count)!r} stands twice in one object")
+        raise ValueError(f"the key {quoted(max(names, key=names.count))} stands twice in one object")
     return value
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from capotune.data.columns import refuse_duplicates
 from capotune.data.readers.hub import join_splits
 from capotune.data.table import Origin, Table
-from capotune.data.wording import bad_rows, count, shorten
+from capotune.data.wording import bad_rows, count, quoted, shorten
 from capotune.errors import DataError
 from capotune.memory_table import MemoryTable, Unreadable
 
@@ -80,7 +80,7 @@ def _why_no_row(row: object) -> str | None:
     if not isinstance(row, Mapping):
         return f"not a dict but {type(row).__name__}"
     other = next((name for name in row if not isinstance(name, str)), None)
-    return None if other is None else f"a column is named {other!r}, which is no text"
+    return None if other is None else f"a column is named {quoted(other)}, which is no text"
 
 
 def _from_frame(frame: Any, role: str) -> MemoryTable:
@@ -88,7 +88,7 @@ def _from_frame(frame: Any, role: str) -> MemoryTable:
     columns = list(frame.columns)
     if other := [name for name in columns if not isinstance(name, str)]:
         raise DataError(
-            f"a column is named {other[0]!r}, which is no text.",
+            f"a column is named {quoted(other[0])}, which is no text.",
             where=str(named),
             advice="Name the columns, as in: frame.columns = ['text', 'label']",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,8 @@ from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Targets
 from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
-from capotune.data.labelled import LabelledText, read_to_score
+from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
+from capotune.data.wording import quoted, shorten
 from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.events import OnProgress, Reporter, Warned, counter
@@ -137,7 +139,7 @@ class Classification(LinearHeadTask):
         empty = next((at for at, ids in enumerate(found) if not ids), None)
         if empty is not None:
             raise DataError(
-                f"the base's tokenizer makes no token of the text {texts[empty]!r}.",
+                f"the base's tokenizer makes no token of the text {quoted(texts[empty])}.",
                 where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
                 advice="Remove it.",
             )
@@ -198,6 +200,7 @@ class Classification(LinearHeadTask):
     ) -> Scored:
         """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
         rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
+        rows = with_known_labels(rows, self.labels)
         self.check_labels(rows)
         for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
             report(Warned(text=text))
@@ -207,10 +210,9 @@ class Classification(LinearHeadTask):
         """``DataError`` for the first label that is not one of the task's."""
         for row, label in enumerate(rows.labels):
             if label not in self.labels:
-                known = f"{', '.join(self.labels[:10])}{', …' if len(self.labels) > 10 else ''}"
                 raise DataError(
-                    f"the label '{label}' is not one the adapter knows.{nearest(label, self.labels)}",
-                    advice=f"It knows: {known}.",
+                    f"the label {quoted(label)} is not one the adapter knows.{nearest(label, self.labels)}",
+                    advice=f"It knows: {shorten(self.labels)}.",
                     where=rows.where(row),
                 )
 
@@ -249,6 +251,12 @@ class Classification(LinearHeadTask):
             ("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}"),
             ("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"),
         ]
+
+    @classmethod
+    def chance(cls, metric: str, predictions: Sequence[Mapping[str, Any]]) -> tuple[float, str]:  # noqa: ARG003
+        """The share of the most frequent label."""
+        most = max(Counter(row["label"] for row in predictions).values(), default=0)
+        return most / max(1, len(predictions)), "the share of the most frequent label"
 
     @classmethod
     def page_sections(

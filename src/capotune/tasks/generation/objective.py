@@ -15,6 +15,8 @@ from capotune.kernels.cross_entropy import linear_cross_entropy
 
 _ALIKE = 0.02
 """Part of their spread that logits may differ by where they stand for the same, for 16 bits."""
+_POSITIONS = 512
+"""Positions whose logits exist at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,37 @@ class TokenCrossEntropy(Objective):
         states = batch.states(model.get_submodule(self.backbone), at)
         head = model.get_output_embeddings()
         return linear_cross_entropy(states.to(head.weight.dtype), head.weight, head.bias, wanted, label_smoothing), row
+
+
+@dataclass(frozen=True)
+class GreedyMatch(TokenCrossEntropy):
+    """Whether greedy decoding would write a row's last answer to the letter: each of its tokens, the end too, is the
+    most probable one after those before it."""
+
+    metric: ClassVar[str] = "exact_match"
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """(rows, 1) on the CPU, 1 where it would."""
+        in_loss = batch.in_loss
+        assert batch.targets is not None
+        assert in_loss is not None
+        row = torch.searchsorted(batch.starts, in_loss, right=True) - 1
+        # an answer is a run of neighbouring positions; the last one of a row holds the row's last position
+        answer = torch.cat([in_loss.new_zeros(1), ((in_loss.diff() != 1) | (row.diff() != 0)).cumsum(0)])
+        rows = torch.arange(len(batch.starts) - 1, device=row.device)
+        last = answer[torch.searchsorted(row, rows, right=True) - 1]
+        wrong = (self._most_probable(model, batch, in_loss - 1) != batch.targets[in_loss]) & (answer == last[row])
+        misses = torch.zeros(len(last), device=wrong.device).index_add_(0, row, wrong.float())
+        return (misses == 0).float()[:, None].cpu()
+
+    def _most_probable(self, model: Any, batch: Batch, at: torch.Tensor) -> torch.Tensor:
+        """The most probable token after each flat position ``at``."""
+        if not self.plain_head:
+            found: torch.Tensor = batch.flat(model(**batch.inputs).logits)[at].argmax(-1)
+            return found
+        head = model.get_output_embeddings()
+        states = batch.states(model.get_submodule(self.backbone), at).to(head.weight.dtype)
+        return torch.cat([head(part).argmax(-1) for part in torch.split(states, _POSITIONS)])
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,7 +20,7 @@ from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
-from capotune.errors import DataError, SettingError
+from capotune.errors import DataError, SettingError, quoted
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.evaluation.generate import generate
 from capotune.events import DataInspected, Progress, Reporter, Stage, alive, counter
@@ -30,11 +29,11 @@ from capotune.methods.base import Untouched
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
 
-_SHORT_ANSWER = 48  # tokens; answers that are mostly at most this long are compared word for word
 _SHOWN = 5  # prompts whose answers stand side by side on the page
 _SHOWN_TOKENS = 96  # of a text that goes on, where there is no answer to tell how long one is
 
@@ -48,6 +47,7 @@ class GenerationRun(TaskRun):
         self.seed = settings.seed
         self.candidates = method.candidate_prompts()
         self.tried: list[dict[str, object]] = []
+        self.why = ""  # what speaks against exact match, where techniques are not compared by it
         self.data = data = load_samples(
             settings.data,
             test=settings.test,
@@ -115,9 +115,9 @@ class GenerationRun(TaskRun):
             return self._tokens_of(method.start_text)
         return sorted({token for sequence in self.train.rows.sequences for token in sequence})
 
-    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
+    def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
         """The same as any adapter's; the method is not attached yet, so it has no part in it."""
-        return self.test(replace(assembled, method=Untouched(assembled.method.quantization)), cache, report)
+        return self._score(replace(assembled, method=Untouched(assembled.method.quantization)), report)
 
     # ---------------------------------------------------------------------------------------------- training
 
@@ -146,7 +146,19 @@ class GenerationRun(TaskRun):
     # ---------------------------------------------------------------------------------------------- testing
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
-        """Loss and perplexity on every test row; what the model writes for some of them."""
+        """Loss and perplexity on every test row; what the model writes for some of them. Before that it is decided by
+        which score techniques are compared."""
+        scored_as = self.task.scored_as
+        decided: dict[str, Any] = {"metric_why": self.why} if self.why else {}
+        if scored_as.metric == "exact_match":
+            report(Stage(text="scoring the held-out rows"))
+            share, rows = matched_share(assembled, self.train.take(self.held_rows), alive(report))
+            metric, why = decide_together({assembled.method.name: share}, rows)
+            decided = {"metric_why": why, "held_out_exact_match": share, "held_out_rows": rows}
+            self.task = replace(self.task, scored_as=replace(scored_as, metric=metric))
+        return replace(self._score(assembled, report), decided=decided)
+
+    def _score(self, assembled: Assembled, report: Reporter) -> Scored:
         scored = score_samples(assembled, self.test_rows, self.data.test, self.task.scored_as, report)
         if scored.predictions or not scored.rows or not self.task.scored_as.answers:
             return scored
@@ -181,7 +193,7 @@ class GenerationRun(TaskRun):
     def _tokens_of(self, text: str) -> list[int]:
         tokens = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not tokens:
-            raise SettingError(f"the prompt {text!r}: the tokenizer makes no token of it.", advice="Give words.")
+            raise SettingError(f"the prompt {quoted(text)}: the tokenizer makes no token of it.", advice="Give words.")
         return tokens
 
     def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:
@@ -209,9 +221,9 @@ class GenerationRun(TaskRun):
             return ScoredAs(DecodingSettings(max_tokens=_SHOWN_TOKENS, seed=settings.seed), settings.answers)
         lengths = [sum(label != IGNORE_INDEX for label in labels) for labels in self.train.targets]
         longest = min(1024, int(1.25 * max(lengths)) + 8)
-        short = statistics.median(lengths) <= _SHORT_ANSWER
         decoding = DecodingSettings(max_tokens=longest, seed=settings.seed)
-        return ScoredAs(decoding, settings.answers, "exact_match" if short else "perplexity")
+        metric, self.why = decide_by_data(self.data.train, lengths)
+        return ScoredAs(decoding, settings.answers, metric)
 
 
 def _end_of(

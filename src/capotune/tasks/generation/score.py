@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import Encoded, TokenRows
@@ -16,6 +16,7 @@ from capotune.events import Reporter, Stage, Warned, counter
 from capotune.settings import DecodingSettings
 from capotune.tasks.base import Scored
 from capotune.tasks.generation.answers import AnsweredRows, answer_rows
+from capotune.tasks.generation.deciding import Compared
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,19 @@ class ScoredAs:
 
     decoding: DecodingSettings = field(default=DecodingSettings())
     answers: int = 200
-    """TokenRows that the model answers, at most."""
-    metric: Literal["exact_match", "perplexity"] = "perplexity"
-    """The score to compare by: exact match where answers are short."""
+    """Rows that the model answers, at most."""
+    metric: Compared = "perplexity"
+    """The score to compare by (``deciding``)."""
 
     def to_json(self) -> dict[str, Any]:
-        """As an adapter's record holds it."""
-        return {"decoding": self.decoding.model_dump(mode="json"), "answers": self.answers, "metric": self.metric}
+        """As an adapter's record holds it, which has the metric with how it was trained."""
+        return {"decoding": self.decoding.model_dump(mode="json"), "answers": self.answers}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ScoredAs:
-        """What ``to_json`` gave."""
-        return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], values["metric"])
+        """What ``to_json`` gave, with the ``metric`` that stands beside it."""
+        metric = values.get("metric", "perplexity")
+        return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], metric)
 
 
 def score_samples(
@@ -78,9 +80,12 @@ def score_samples(
     intervals |= answered.intervals
     measured_on |= dict.fromkeys(answered.scores, where)
     name = scored_as.metric if scored_as.metric in scores else "perplexity"
-    rows, row_counts = (number, answered.counts) if name == "exact_match" else (len(counts), by_loss)
+    compared, other = answered.counts, by_loss
+    if name != compared.metric:
+        compared, other = other, compared
     extra = {"tokens": sum(tokens), "answered": number}
-    return Scored(name, scores, intervals, rows, measured_on, _predictions(samples, answered), row_counts, extra)
+    rows, predictions = len(compared.counts), _predictions(samples, answered)
+    return Scored(name, scores, intervals, rows, measured_on, predictions, compared, extra, (other,))
 
 
 def _loss_counts(assembled: Assembled, encoded: Sequence[Sequence[Encoded]], report: Reporter) -> list[list[float]]:

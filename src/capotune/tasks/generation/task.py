@@ -31,6 +31,7 @@ from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
 from capotune.tasks.generation import page
 from capotune.tasks.generation.chat_template import ChatTemplate
+from capotune.tasks.generation.deciding import decide_together
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.facade import Generator
 from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
@@ -178,7 +179,10 @@ class Generation(TextEncoder, Task):
         stored = {name: record[name] for name in ("chat_template", "template_from", "separator")}
         stored["tool_template"] = record.get("tool_template")
         stored["end_ids"] = _with_turn_end(task.end_ids, base, stored["chat_template"], stored["tool_template"])
-        scored_as = ScoredAs.from_json(record["scored_as"]) if record.get("scored_as") else ScoredAs()
+        scored_as = ScoredAs()
+        if record.get("scored_as"):
+            compared = {"metric": record["trained"]["metric"]} if "metric" in record["trained"] else {}
+            scored_as = ScoredAs.from_json(record["scored_as"] | compared)
         return replace(task, **stored, scored_as=scored_as)
 
     def write_merged_files(self, folder: Path) -> list[str]:
@@ -188,7 +192,7 @@ class Generation(TextEncoder, Task):
             learn=self.learn,
             separator=self.separator,
             max_length=self.max_length,
-            scored_as=self.scored_as.to_json(),
+            scored_as=self.scored_as.to_json() | {"metric": self.scored_as.metric},
         )
         return write_merged_files(self, asked, folder)
 
@@ -259,6 +263,15 @@ class Generation(TextEncoder, Task):
             ("text", f"up to {facts['max_length']} tokens{trained_on}"),
             *(parted if facts["separator"] else []),
         ]
+
+    @classmethod
+    def decide(cls, results: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+        """By the held-out rows that any of the techniques would answer to the letter; else as the data decides."""
+        decided = {method: result for method, result in results.items() if "held_out_exact_match" in result}
+        if not decided:
+            return super().decide(results)
+        shares = {method: result["held_out_exact_match"] for method, result in decided.items()}
+        return decide_together(shares, next(iter(decided.values()))["held_out_rows"])
 
     @classmethod
     def further_columns(cls, metric: str, scores: Mapping[str, float]) -> tuple[str, ...]:

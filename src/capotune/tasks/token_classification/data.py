@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from capotune.data.columns import given_column, part_of_each_row
+from capotune.data.columns import find_column, given_column, part_of_each_row, unused_columns
 from capotune.data.readers import is_plain_text, read_table, read_text
 from capotune.data.readers.text import decode, read_bytes
 from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked
@@ -49,6 +49,8 @@ class TaggedRows:
     word_column: str | None = None
     tag_column: str | None = None
     """None: CoNLL text, which has no names."""
+    unused: tuple[str, ...] = ()
+    """Columns that are not read."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -217,8 +219,9 @@ def _read(source: Any, word_column: str | None, tag_column: str | None) -> tuple
     tags: list[Any] = [row.get(tag_column) for row in table.rows]
     _check_rows(table, words, tags)
     rows = _in_iob2(words, tags, table.lines, table.source)
-    rows = replace(rows, word_column=word_column, tag_column=tag_column)
-    return rows, part_of_each_row(table, (word_column, tag_column))
+    read = word_column, tag_column
+    rows = replace(rows, word_column=word_column, tag_column=tag_column, unused=unused_columns(table, read))
+    return rows, part_of_each_row(table, read)
 
 
 def _in_iob2(words: list[list[str]], tags: list[list[str]], lines: list[int], source: Origin) -> TaggedRows:
@@ -255,10 +258,9 @@ def _columns(table: Table, words: str | None, tags: str | None) -> tuple[str, st
 
 
 def _list_column(table: Table, names: Sequence[str]) -> str | None:
-    """The first of ``names``, in any case, that is a column whose first value is a list."""
-    by_lower = {column.lower(): column for column in table.columns}
-    found = (by_lower[name] for name in names if name in by_lower)
-    return next((column for column in found if isinstance(table.rows[0].get(column), list)), None)
+    """The first of ``names`` that is a column whose first value is a list."""
+    lists = [column for column in table.columns if isinstance(table.rows[0].get(column), list)]
+    return find_column(lists, names)
 
 
 # Checking

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from capotune.data.inspect.findings import Check, rows_found, rows_lost, token_lengths
+from capotune.data.inspect.findings import Check, columns_not_used, rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
 from capotune.data_blocks import Block, Counts, Finding, Findings
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned
@@ -54,6 +54,7 @@ class TagReport:
         duplicates: training rows that repeat an earlier one, words and tags.
         conflicts: training rows whose words also stand in train with other tags.
         leaked: test rows whose words also stand in train.
+        unused: columns that are not read.
     """
 
     source: str
@@ -77,6 +78,7 @@ class TagReport:
     duplicates: Lines
     conflicts: Lines
     leaked: Lines
+    unused: list[str] = field(default_factory=list)
 
 
 def inspect_tags(
@@ -113,6 +115,7 @@ def inspect_tags(
         duplicates=lines_where(data.train, _repeats(data.train, groups)),
         conflicts=lines_where(data.train, _conflicts(data.train, groups)),
         leaked=lines_where(data.test, (group in known for group in sentence_groups(data.test))),
+        unused=list(data.train.unused),
     )
 
 
@@ -150,6 +153,7 @@ def describe_tags(report: TagReport) -> list[Block]:
 
 def _findings(report: TagReport) -> Iterable[Finding]:
     yield Finding("Data", f"{report.source}, {report.described}")
+    yield from columns_not_used(report.unused)
     tested = (
         f", {report.test_rows:,} to test ({report.test_from})" if report.test_rows else f"; test: {report.test_from}"
     )

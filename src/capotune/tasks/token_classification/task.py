@@ -12,6 +12,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective
 from capotune.data.batches import IGNORE_INDEX, TokenRows
+from capotune.data.wording import quoted
 from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples
@@ -116,7 +117,9 @@ class TokenClassification(LinearHeadTask):
         for number, (words, one) in enumerate(zip(sentences, found, strict=True)):
             if not one.ids:
                 where = names[number] if names else f"text {number + 1} of {len(sentences)}"
-                raise DataError(f"the base's tokenizer makes no token of {words!r}.", where=where, advice="Remove it.")
+                raise DataError(
+                    f"the base's tokenizer makes no token of {quoted(words)}.", where=where, advice="Remove it."
+                )
         return found
 
     def align_rows(self, rows: TaggedRows) -> list[Aligned]:

@@ -1,0 +1,183 @@
+"""Which columns hold a text and its label: by the names that are given, by usual names, or by content where only one
+can be meant. Data of other kinds that has labels too is known by its columns and refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from capotune.data.columns import LABEL_NAMES, TEXT_NAMES, find_column, given_column, plain_name, value_as_text
+from capotune.data.suggest import suggested_template, template_for
+from capotune.data.table import Table
+from capotune.data.wording import did_you_mean, quoted, shorten
+from capotune.errors import DataError
+
+__all__ = ["find_label_columns", "has_label_column", "refuse_preferences"]
+
+_PAIRS: Final = (
+    *(("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b")),
+    *(("text1", "text2"), ("text_1", "text_2"), ("text_a", "text_b"), ("question1", "question2")),
+    *(("premise", "hypothesis"), ("question", "sentence"), ("question", "context"), ("question", "passage")),
+    *(("query", "document"), ("query", "passage")),
+)
+_YES_OR_NO: Final = ("0", "1", "true", "false", "")
+
+
+def has_label_column(table: Table) -> bool:
+    """Whether ``find_label_columns`` finds a text and a label by itself."""
+    try:
+        find_label_columns(table)
+    except DataError:
+        return False
+    return True
+
+
+def find_label_columns(
+    table: Table, text_column: str | None = None, label_column: str | None = None, named_by: str | None = None
+) -> tuple[str, str]:
+    """The columns that hold text and label; ``named_by`` names the source that the given ones are from.
+
+    Raises:
+        DataError: a given column does not exist, it is not clear which one is meant, or the columns are those of
+            preferences, of pairs of texts, or of one column a label.
+    """
+    text = None if text_column is None else given_column(table, text_column, named_by or "`text_column`")
+    label = None if label_column is None else given_column(table, label_column, named_by or "`label_column`")
+    if text is None:
+        refuse_preferences(table)
+        _refuse_pairs(table)
+    label = label or find_column([column for column in table.columns if column != text], LABEL_NAMES)
+    text = text or find_column([column for column in table.columns if column != label], TEXT_NAMES)
+    if text is None or label is None:
+        text, label = _by_content(table, text, label)
+    if text == label:
+        raise DataError(
+            f"{quoted(text)} is given as text and as label.",
+            where=str(table.source),
+            advice="Choose another `label_column`.",
+        )
+    return text, label
+
+
+# Data of other kinds
+
+
+def refuse_preferences(table: Table) -> None:
+    """Raise a ``DataError`` for rows of a chosen and a rejected answer."""
+    chosen, rejected = (find_column(table.columns, (name,)) for name in ("chosen", "rejected"))
+    if chosen is None or rejected is None:
+        return
+    prompt = find_column(table.columns, ("prompt", "question", "instruction", "input"))
+    instead = f"rename {quoted(chosen)} to 'messages' and leave {quoted(rejected)} out"
+    if not isinstance(table.rows[0].get(chosen), list):
+        instead = template_for([prompt], chosen) if prompt else ""
+        instead = f"give {instead}" if instead else "give a `prompt_template` and `completion_column`"
+    raise DataError(
+        f"preferences, a chosen and a rejected answer in each row ({quoted(chosen)}, {quoted(rejected)}), are not "
+        "supported.",
+        where=str(table.source),
+        advice=f"To train on the chosen answers alone, {instead}.",
+    )
+
+
+def _refuse_pairs(table: Table) -> None:
+    found = next((both for names in _PAIRS if None not in (both := _columns_of(table, names))), None)
+    if found is None:
+        return
+    one, other = map(str, found)
+    raise DataError(
+        f"a label for two texts together ({quoted(one)}, {quoted(other)}) is not supported; a label for one text is.",
+        where=str(table.source),
+        advice="Give the one to read with `text_column`, or make one column of both, say with a line break between "
+        "them. To write one of them or the label, give a `prompt_template`.",
+    )
+
+
+def _columns_of(table: Table, names: Sequence[str]) -> tuple[str | None, ...]:
+    return tuple(find_column(table.columns, (name,)) for name in names)
+
+
+# By content
+
+
+def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str, str]:
+    step = max(1, len(table.rows) // 1000)
+    sample = {column: [row.get(column) for row in table.rows[::step]] for column in table.columns}
+    free = [column for column in table.columns if column not in (text, label) and plain_name(column) != "split"]
+    texts = [text] if text else [column for column in free if _looks_like_text(sample[column])]
+    labels = [label] if label else [column for column in free if _looks_like_labels(sample[column])]
+    if len(labels) != 1:
+        _refuse_one_column_a_label(table, [column for column in free if _is_yes_or_no(sample[column])])
+    if len(texts) != 1 or len(labels) != 1:
+        raise _cannot_tell(table, texts, labels)
+    if _looks_like_a_row(texts[0]) or labels[0] in map(value_as_text, sample[labels[0]]):
+        raise DataError(
+            f"the column names look like data: {shorten(table.columns)}.",
+            where=str(table.source),
+            advice="The first line of a file holds the names, as in text,label; if these are names, give `text_column` "
+            "and `label_column`.",
+        )
+    return texts[0], labels[0]
+
+
+def _is_yes_or_no(values: list[Any]) -> bool:
+    found = {None if (text := value_as_text(value)) is None else text.casefold() for value in values}
+    return found <= set(_YES_OR_NO) and found != {""}
+
+
+def _refuse_one_column_a_label(table: Table, columns: Sequence[str]) -> None:
+    """Raise a ``DataError`` where two or more columns hold 0 and 1 alone: one a label (one-hot, or several labels)."""
+    if len(columns) < 2:
+        return
+    of_rows = [sum(value_as_text(row.get(name)) in ("1", "true") for name in columns) for row in table.rows]
+    if set(of_rows) == {1}:
+        problem = "each row has a 1 in one of them (one-hot). One column that names the label is read"
+        advice = f"Make one, in pandas: frame['label'] = frame[[{shorten(columns)}]].idxmax(axis=1)"
+    else:
+        problem = "rows may have several labels or none. Several labels for a text are not supported"
+        advice = f"Train on one of them with `label_column`, such as {quoted(columns[0])}."
+    raise DataError(
+        f"the columns {shorten(columns)} hold 0 or 1 each: {problem}.", where=str(table.source), advice=advice
+    )
+
+
+def _looks_like_text(values: list[Any]) -> bool:
+    """Mostly different, and mostly of several words."""
+    strings = [value for value in values if isinstance(value, str) and value.strip()]
+    if len(strings) < len(values) / 2:
+        return False
+    several_words = sum(" " in value.strip() for value in strings)
+    return len(set(strings)) > len(strings) / 2 and several_words > len(strings) / 2
+
+
+def _looks_like_labels(values: list[Any]) -> bool:
+    """At least two, short, and each one twice on average."""
+    names = [name for name in map(value_as_text, values) if name]
+    return 2 <= len(set(names)) <= len(names) / 2 and max(map(len, names)) <= 60
+
+
+def _looks_like_a_row(column: str) -> bool:
+    return len(column) > 60 or column.count(" ") >= 3 or column.endswith((".", "!", "?"))
+
+
+def _cannot_tell(table: Table, texts: Sequence[str], labels: Sequence[str]) -> DataError:
+    asked = [("text", "`text_column`", texts, TEXT_NAMES), ("label", "`label_column`", labels, LABEL_NAMES)]
+    unknown = [(what, name, found or _near(table, names)) for what, name, found, names in asked if len(found) != 1]
+    which = " and ".join(f"the {what}{f' ({_either(found)}?)' if found else ''}" for what, _, found in unknown)
+    settings = " and ".join(name for _, name, _ in unknown)
+    to_write = suggested_template(table)
+    return DataError(
+        f"it is not clear which column holds {which}. The columns are {shorten(table.columns)}.",
+        where=str(table.source),
+        advice=f"If this is text to write, give {to_write}; for labels give {settings}."
+        if to_write
+        else f"Give {settings}. A file without column names needs the line text,label at its top.",
+    )
+
+
+def _near(table: Table, names: Sequence[str]) -> list[str]:
+    return [column for column in table.columns if did_you_mean(column, names)]
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(map(quoted, names[:3]))
