@@ -23,6 +23,8 @@ from generation_helpers import (
     with_tokenizer,
     write_jsonl,
 )
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import capotune
 from capotune.api import inspect
@@ -31,6 +33,7 @@ from capotune.errors import DataError, SettingError
 from capotune.events import Warned
 from capotune.settings import DecodingSettings
 from capotune.tasks.generation import Generation
+from capotune.tasks.generation.answers import AnsweredRows
 from capotune.tasks.generation.notices import Notices
 
 Make = Callable[..., Generation]
@@ -315,3 +318,58 @@ def test_a_run_and_a_score_say_what_the_template_changes(make: Make, tmp_path: P
     capotune.train("lora", data=data, model=base, out=tmp_path / "run", epochs=1, answers=2)
     capotune.evaluate(tmp_path / "run" / "adapter", data=data, answers=0, report=seen.append)
     assert [event.text for event in seen if isinstance(event, Warned)] == found["notices"]
+
+
+def test_answers_are_compared_without_the_thinking_before_them() -> None:
+    written = ["<think>\n\n</think>\n\ngreen", "<think>leaves</think>\n\nred", "green"]
+    answered = AnsweredRows([0, 1, 2], ["green", "red", "<think>leaves</think>green"], written)
+    assert answered.exact == [True, True, True]
+    assert answered.scores == {"exact_match": 1.0, "rouge_l": 1.0}
+    assert not AnsweredRows([0], ["green"], ["<think>green</think>red"]).exact[0]
+
+
+# Any conversation
+
+ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool"])
+TEXTS = st.sampled_from(
+    ["", " ", "red", "\n<think>", "</think>", "<think>a</think>b", TURN_END, END, "{{ x }}", "</s>"]
+)
+ANY_MESSAGE = st.builds(
+    lambda role, content, thinking, calls: {
+        "role": role,
+        "content": content,
+        **({"reasoning_content": thinking} if thinking and role == "assistant" else {}),
+        **({"tool_calls": calls} if calls and role == "assistant" else {}),
+    },
+    ROLES,
+    TEXTS,
+    TEXTS,
+    st.lists(st.just(CALL), max_size=2),
+)
+STRICT = (
+    "{% if (messages[0].role == 'user') != (messages | length % 2 == 1) %}{{ raise_exception('alternate') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "chat_template", [CHATML, THINKING, DROPS, NO_SYSTEM, None, STRICT + CHATML, "{{ messages.x.y }}"]
+)
+@given(
+    messages=st.lists(ANY_MESSAGE, min_size=1, max_size=5),
+    tools=st.sampled_from([(), (TOOL,)]),
+    learn=st.sampled_from(["all", "last"]),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_conversation_is_trained_on_or_refused_by_line(
+    make: Make, chat_template: str | None, messages: list[dict[str, Any]], tools: Any, learn: Any
+) -> None:
+    sample = Conversation(tuple(messages), tools)
+    assume(sample.answers)
+    task, said = make(chat_template, learn), ""
+    try:
+        (texts,) = task.encode(samples_of(sample))
+    except DataError as error:
+        texts, said = [], str(error)
+    assert texts or said.startswith("data.jsonl:1: the chat template")
+    assert all(one.tokens_in_loss for one in texts)
+    assert len(texts) <= len(sample.answers)

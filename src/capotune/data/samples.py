@@ -93,6 +93,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def is_one_text(self) -> bool:
+        """Whether it is a single plain text, whose windows count as rows."""
+        return len(self.samples) == 1 and isinstance(self.samples[0], Document)
+
     def where(self, row: int) -> str:
         """Where a row stands, as messages name it."""
         return self.source.at(self.lines[row])

@@ -50,11 +50,18 @@ class AnsweredRows:
     @property
     def exact(self) -> list[bool]:
         """For each row whether the answer is the expected one."""
-        return [exact_match(*pair) for pair in zip(self.written, self.expected, strict=True)]
+        return [exact_match(*pair) for pair in self._compared]
 
     @property
     def _rouge(self) -> list[float]:
-        return [rouge_l(*pair) for pair in zip(self.written, self.expected, strict=True)]
+        return [rouge_l(*pair) for pair in self._compared]
+
+    @property
+    def _compared(self) -> list[tuple[str, str]]:
+        """What was written and what was expected, both without the thinking before it: templates of models that think
+        write some, if only empty, before every answer."""
+        pairs = zip(self.written, self.expected, strict=True)
+        return [(_behind_thinking(written), _behind_thinking(expected)) for written, expected in pairs]
 
 
 def answer_rows(
@@ -77,3 +84,7 @@ def answer_rows(
         decoding = assembled.task.chat_decoding(decoding)
     written = generate(assembled, [questions[row] for row in rows], decoding, progress)
     return AnsweredRows(rows, expected, written, len(drawn) - len(rows))
+
+
+def _behind_thinking(text: str) -> str:
+    return text.rpartition("</think>")[2]

@@ -115,6 +115,16 @@ class ChatTemplate:
         return all(self._writes([_USER, call], "qwkname", "qwkvalue") for call in (_CALL, beside))
 
     @cached_property
+    def has_tools(self) -> bool:
+        """Whether it writes the functions that a model may call."""
+        function = {"name": "qwkname", "description": "qwkwhat", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        try:
+            return "qwkname" in self.render([_USER, _ANSWER], tools)
+        except RefusedError:
+            return False
+
+    @cached_property
     def openings(self) -> list[str]:
         """The words that ask for an answer, from each special token before them on; the longest first."""
         asking = self._after(ASKED, [_USER], ask=True)

@@ -79,7 +79,10 @@ class ConversationRenderer:
         last = max(at for at, message in enumerate(sample.messages) if message["role"] == "assistant")
         if last > 0:
             return self.asked(sample.messages[:last], sample.tools)
-        turn = self._turn(sample.messages[:1], sample.tools, "", Notices())
+        try:
+            turn = self._turn(sample.messages[:1], sample.tools, "", Notices())
+        except RefusedError as error:
+            raise SettingError(f"the chat template refuses these messages: {error}") from None
         return turn.text[: turn.start]
 
     # ---------------------------------------------------------------------------------------------------- one answer

@@ -97,7 +97,8 @@ class Generator(Facade):
         before = self._assembled.task
         switched = switch(self._assembled, None if adapter is None else read_adapter(adapter))
         if switched.task.chat_template is None:
-            task = replace(switched.task, chat_template=before.chat_template, template_from=before.template_from)
+            names = ("chat_template", "tool_template", "template_from", "end_ids")
+            task = replace(switched.task, **{name: getattr(before, name) for name in names})
             switched = replace(switched, task=task)
         self._assembled = switched
 

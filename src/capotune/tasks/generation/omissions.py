@@ -62,7 +62,7 @@ def leaves_out_thinking(
 
 def leaves_out_tools(template: ChatTemplate, messages: Sequence[Message], tools: Tools, text: str) -> bool:
     """Whether the functions that the model may call are not in ``text``."""
-    return bool(tools) and _rendered(template, messages, ()) == text
+    return bool(tools) and not template.has_tools and _rendered(template, messages, ()) == text
 
 
 def _found_in_order(template: ChatTemplate, messages: Sequence[Message], text: str) -> bool:

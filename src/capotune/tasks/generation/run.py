@@ -71,7 +71,7 @@ class GenerationRun(TaskRun):
             notices=list(notices.sentences()),
         )
         report(DataInspected(task=task.name, report=asdict(found)))
-        if not data.test.samples and len(data.train) == 1:  # one running text: its end is the test
+        if not data.test.samples and data.train.is_one_text:  # its end is the test
             train, self.test_rows = _end_of(train[0], settings.test_fraction, str(data.train.source))
         self.train, groups = self._examples(train, data.train)
         if len(set(groups)) < 2:
@@ -200,11 +200,11 @@ class GenerationRun(TaskRun):
         """Every sequence with a token in the loss, and for each the group that must stay on one side."""
         chosen, groups = [], []
         for number, of_sample in enumerate(encoded):
-            running = len(samples) <= 1
             for part, one in enumerate(of_sample):
                 if one.tokens_in_loss:
                     chosen.append(one)
-                    groups.append(f"window {number} {part}" if running else normalised(asked(samples.samples[number])))
+                    window = f"window {number} {part}" if samples.is_one_text else None
+                    groups.append(window or normalised(asked(samples.samples[number])))
         if encoded and not chosen:
             raise DataError(
                 f"no row has a token to train on within {self.task.max_length} tokens.",

@@ -52,7 +52,7 @@ def score_samples(
         scored_as: how answers are decoded, how many, and which score is compared by.
         report: called with progress.
     """
-    counts = _loss_counts(assembled, encoded, report)
+    counts = _loss_counts(assembled, encoded, samples.is_one_text, report)
     if not counts:
         return Scored(scored_as.metric, {}, {}, 0)
     nats, tokens = [row[0] for row in counts], [int(row[1]) for row in counts]
@@ -88,10 +88,11 @@ def score_samples(
     return Scored(name, scores, intervals, rows, measured_on, predictions, compared, extra, (other,))
 
 
-def _loss_counts(assembled: Assembled, encoded: Sequence[Sequence[Encoded]], report: Reporter) -> list[list[float]]:
-    """Of each row the sum of its losses in nats and the number of its tokens in the loss; rows without any are left
-    out."""
-    running = len(encoded) == 1
+def _loss_counts(
+    assembled: Assembled, encoded: Sequence[Sequence[Encoded]], by_window: bool, report: Reporter
+) -> list[list[float]]:
+    """Of each row, or each window, the sum of its losses in nats and the number of its tokens in the loss; those
+    without any are left out."""
     parts = [
         (row, at, one) for row, of_row in enumerate(encoded) for at, one in enumerate(of_row) if one.tokens_in_loss
     ]
@@ -101,7 +102,7 @@ def _loss_counts(assembled: Assembled, encoded: Sequence[Sequence[Encoded]], rep
     found = outputs(assembled, Examples(rows, [one.labels for *_, one in parts]), counter(report)).double().tolist()
     sums: dict[int, list[float]] = {}
     for (row, at, _), (nats, tokens) in zip(parts, found, strict=True):
-        total = sums.setdefault(at if running else row, [0.0, 0.0])
+        total = sums.setdefault(at if by_window else row, [0.0, 0.0])
         total[0] += nats
         total[1] += tokens
     return list(sums.values())
