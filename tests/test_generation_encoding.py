@@ -458,3 +458,57 @@ def test_room_is_what_the_base_and_a_prompt_leave(llama_writer: Path) -> None:
         make_task(llama_writer, 97)
     with pytest.raises(SettingError, match="`max_length=1`:"):
         make_task(llama_writer, 1)
+
+
+# ------------------------------------------------------------------------------------------ tokens beyond the embedding
+
+
+@pytest.fixture(scope="module")
+def longer(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose tokenizer has two tokens more than its embedding has rows, and pads with the first of them."""
+    from transformers import AutoTokenizer
+
+    folder = with_tokenizer(llama_writer, tmp_path_factory.mktemp("bases") / "longer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spare = make_task(folder).base.vocabulary_size - len(tokenizer)
+    tokenizer.add_tokens([f"<spare {at}>" for at in range(spare)])
+    tokenizer.add_special_tokens({"pad_token": "<beyond>", "additional_special_tokens": ["<extra>"]})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_row_with_a_token_beyond_the_embedding_is_refused_by_its_line(longer: Path) -> None:
+    task = make_task(longer, chat=True)
+    asked = Conversation((turn("user", "<extra>"), turn("assistant", "b")))
+    for broken in (Pair("a <extra>", "b"), Pair("a", "b<extra>"), Document("a <extra> b"), asked):
+        with pytest.raises(DataError, match=r"data\.jsonl:2: holds the token '<extra>', whose id 361 .* has 360 rows"):
+            task.encode(samples_of(Pair("a", "b"), broken))
+    with pytest.raises(DataError, match="holds the token '<extra>'"):
+        task.encode_prompt("a <extra>")
+    with pytest.raises(DataError, match="holds the token '<extra>'"):
+        task.encode_chat([turn("user", "a <extra>")])
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_padding_beyond_the_embedding_is_never_read(longer: Path, virtual: int) -> None:
+    """Neither is a soft prompt's vector, whose ids are the same: rows of unlike lengths, together and alone."""
+    from generation_helpers import on_base
+
+    from capotune.evaluation.generate import generate
+    from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+    from capotune.settings import DecodingSettings
+
+    prompt = PromptTuningSettings(init="vocabulary", num_virtual_tokens=virtual) if virtual else None
+    assembled = on_base(longer, prompt, attached=bool(virtual))
+    assert assembled.task.tokenizer.pad_token_id == 360
+    prompts, decoding = [[9, 10, 11, 12, 13], [14], [15, 16]], DecodingSettings(max_tokens=4)
+    alone = [generate(assembled, [prompt], decoding)[0] for prompt in prompts]
+    assert generate(assembled, prompts, decoding) == alone
+    assert 0 <= assembled.task.pad_id < 360
+
+
+def test_an_end_token_beyond_the_embedding_is_none(longer: Path) -> None:
+    task = make_task(longer)
+    assert "<beyond>" not in task.tokenizer.convert_ids_to_tokens(list(task.end_ids))
+    task.tokenizer.eos_token = "<extra>"
+    assert task.base.end_tokens == (0,), "the configuration's is left"

@@ -47,7 +47,7 @@ def reference(name: str) -> Any:
 
 def encoder(name: str, template: str | None = TEMPLATE, max_length: int = 4096, learn: Any = "all") -> TextEncoder:
     own = tokenizer(name)
-    base: Any = SimpleNamespace(tokenizer=own, vocabulary_size=None)
+    base: Any = SimpleNamespace(tokenizer=own, check_tokens=lambda *_: None)
     ends = [own.eos_token_id if own.eos_token_id is not None else own.sep_token_id]
     ends += [own.convert_tokens_to_ids("<|end|>")] if "<|end|>" in own.get_vocab() else []
     return TextEncoder(base, max_length, tuple(ends), template, "a test", learn)

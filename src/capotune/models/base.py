@@ -9,14 +9,14 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capotune.errors import MissingLibraryError, ModelError, needs_extra
+from capotune.errors import DataError, MissingLibraryError, ModelError, needs_extra
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
 from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
@@ -165,8 +165,22 @@ class Base:
     @property
     def vocabulary_size(self) -> int | None:
         """Rows of its embedding; its tokenizer may have more tokens. None where the configuration names no number."""
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        size = getattr(self.text_config, "vocab_size", None)
         return None if size is None else int(size)
+
+    def check_tokens(self, ids: Sequence[int], where: str | None = None) -> None:
+        """``DataError`` at ``where`` for a token that the embedding has no row for: nothing stands for it."""
+        rows = self.vocabulary_size
+        if rows is None or max(ids, default=0) < rows:
+            return
+        beyond = next(token for token in ids if token >= rows)
+        raise DataError(
+            f"holds the token {self.tokenizer.convert_ids_to_tokens(beyond)!r}, whose id {beyond:,} is beyond the "
+            f"base's embedding: that has {rows:,} rows, fewer than its tokenizer has tokens.",
+            where=where,
+            advice="Take it out of the text, or give the base a row for it with "
+            "model.resize_token_embeddings(len(tokenizer)) in Transformers.",
+        )
 
     @cached_property
     def max_length(self) -> int:

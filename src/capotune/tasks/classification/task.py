@@ -133,7 +133,7 @@ class Classification(LinearHeadTask):
         """Token ids of each text, cut at ``max_length``.
 
         ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
-        for a text of which no token comes.
+        for a text of which no token comes, and for one with a token that the base has no embedding for.
         """
         found = self._ids(texts, truncation=True, max_length=self.max_length)
         empty = next((at for at, ids in enumerate(found) if not ids), None)
@@ -143,6 +143,8 @@ class Classification(LinearHeadTask):
                 where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
                 advice="Remove it.",
             )
+        for at, ids in enumerate(found):
+            self.base.check_tokens(ids, where(at) if where else f"text {at + 1} of {len(texts)}")
         return found
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
-from capotune.errors import DataError, SettingError
+from capotune.errors import SettingError
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings
 from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE, ChatTemplate
@@ -69,7 +69,7 @@ class TextEncoder:
         found = [[next(tokens) for _ in of_sample] for of_sample in texts]
         for row, of_sample in enumerate(found):
             for one in of_sample:
-                self._readable(one.ids, samples.where(row))
+                self.base.check_tokens(one.ids, samples.where(row))
         return [
             [sequence for one in of_sample for sequence in self._encoded(sample, one)]
             for sample, of_sample in zip(samples.samples, found, strict=True)
@@ -77,7 +77,7 @@ class TextEncoder:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt to go on from: its own tokens, as those of a text that ends there."""
-        return self._readable([*self._added[0], *self._tokens(Rendered(self._parted(prompt))).ids])
+        return self._checked([*self._added[0], *self._tokens(Rendered(self._parted(prompt))).ids])
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """A conversation up to where the assistant begins to write.
@@ -172,25 +172,16 @@ class TextEncoder:
         return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels, tokens.straddles)]
 
     def _asked(self, text: str) -> list[int]:
-        return self._readable([*self._chat_front, *self._tokens(Rendered(text)).ids])
+        return self._checked([*self._chat_front, *self._tokens(Rendered(text)).ids])
 
     def _tokens(self, rendered: Rendered) -> Tokens:
         (tokens,) = tokenize(self.tokenizer, [rendered])
         return tokens
 
-    def _readable(self, ids: list[int], where: str | None = None) -> list[int]:
-        """``ids``. Raises ``DataError`` where one of them is beyond the base's embedding: no vector stands for it."""
-        rows = self.base.vocabulary_size
-        if rows is None or max(ids, default=0) < rows:
-            return ids
-        beyond = next(token for token in ids if token >= rows)
-        raise DataError(
-            f"holds the token {self.tokenizer.convert_ids_to_tokens(beyond)!r}, whose id {beyond:,} is beyond the "
-            f"base's embedding: that has {rows:,} rows, fewer than its tokenizer has tokens.",
-            where=where,
-            advice="Take it out of the text, or give the base a row for it with "
-            "model.resize_token_embeddings(len(tokenizer)) in Transformers.",
-        )
+    def _checked(self, ids: list[int]) -> list[int]:
+        """``ids``; ``DataError`` for a token that the base has no embedding for."""
+        self.base.check_tokens(ids)
+        return ids
 
     @property
     def _chat_front(self) -> list[int]:

@@ -179,7 +179,7 @@ class GenerationRun(TaskRun):
     # ---------------------------------------------------------------------------------------------- the data
 
     def _task_on(self, base: Base, settings: TrainSettings, method: TrainingSettings, samples: Samples) -> Generation:
-        self._tokenizer = base.tokenizer
+        self._base = base
         texts = self.candidates or [text for text in [method.start_text] if text is not None]
         longest = max((len(self._tokens_of(text)) for text in texts), default=0)
         return Generation.on(
@@ -191,9 +191,10 @@ class GenerationRun(TaskRun):
         )
 
     def _tokens_of(self, text: str) -> list[int]:
-        tokens = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = list(self._base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not tokens:
             raise SettingError(f"the prompt {quoted(text)}: the tokenizer makes no token of it.", advice="Give words.")
+        self._base.check_tokens(tokens, f"the prompt {quoted(text)}")
         return tokens
 
     def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:

@@ -25,8 +25,6 @@ class Rendered:
     text: str
     in_loss: tuple[Span, ...] = ()
     """Spans of characters, rising, apart from each other."""
-    ends_open: bool = False
-    """Whether the last span is all there is after it, and nothing in it ends the text."""
 
 
 @dataclass(frozen=True)

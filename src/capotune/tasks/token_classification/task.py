@@ -109,14 +109,16 @@ class TokenClassification(LinearHeadTask):
         return read_words(source, text_column) or super().read_texts(source, text_column)
 
     def align(self, sentences: Sequence[Sequence[str]], names: Sequence[str] | None = None) -> list[Aligned]:
-        """Tokens of each sentence and where its words begin. ``DataError`` for a sentence of which no token comes.
+        """Tokens of each sentence and where its words begin. ``DataError`` for a sentence of which no token comes, and
+        for one with a token that the base has no embedding for.
 
         ``names`` say where the sentences are from, ``file:line`` each, for the message.
         """
         found = align(self.tokenizer, sentences, self.max_length, self.base.name)
         for number, (words, one) in enumerate(zip(sentences, found, strict=True)):
+            where = names[number] if names else f"text {number + 1} of {len(sentences)}"
+            self.base.check_tokens(one.ids, where)
             if not one.ids:
-                where = names[number] if names else f"text {number + 1} of {len(sentences)}"
                 raise DataError(
                     f"the base's tokenizer makes no token of {quoted(words)}.", where=where, advice="Remove it."
                 )
