@@ -112,6 +112,17 @@ def test_rows_that_are_all_too_long_are_an_error_and_no_score(adapter: Path, tmp
     assert not refused.out
 
 
+def test_test_rows_that_are_all_too_long_are_refused_before_training(llama_writer: Path, tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", short_rows(12))
+    test = write_jsonl(tmp_path / "test.jsonl", rows_of(("x " * 120, "green"), ("y " * 120, "blue")))
+    given = ("--data", train, "--test", test, "--model", llama_writer, "--out", tmp_path / "run", "--no-cache")
+    for command in (("train", "lora"), ("compare", "--methods", "lora")):
+        refused = capo(*command, *given)
+        assert refused.code == 2
+        assert "test.jsonl: no test row has a token to score within 96 tokens" in refused.said
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["labels", "tags"])
 def test_predict_and_evaluate_count_texts_that_are_too_long(
     kind: str, bert: Path, tickets: Path, tmp_path: Path

@@ -137,22 +137,30 @@ def loss(adapter_or_model: Path, data: Path) -> float:
     return found
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen2", "bos-without-template"])
-def base(request: pytest.FixtureRequest, writers: dict[str, Path], untied_writer: Path, tmp_path: Path) -> Path:
-    """With and without a template, an end of turn of its own, a first token, and a tied output layer."""
-    if request.param == "bos-without-template":
-        return with_tokenizer(untied_writer, tmp_path / "base", bos=True, pad=None)
-    return writers[request.param]
+CASES = [
+    ("llama", "lora"), ("llama", "qlora"), ("llama", "last-block"), ("gpt2", "lora"), ("gpt2", "last-block"),
+    ("qwen2", "lora"), ("bos-without-template", "lora"),
+]  # fmt: skip
+"""Bases with and without a template, an end of turn of its own, a first token, and a tied output layer."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_merged_model_asks_and_answers_as_the_adapter(method: str, base: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def bases(writers: dict[str, Path], untied_writer: Path, tmp_path: Path) -> dict[str, Path]:
+    """By name."""
+    return {**writers, "bos-without-template": with_tokenizer(untied_writer, tmp_path / "bos", bos=True, pad=None)}
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_a_merged_model_asks_and_answers_as_the_adapter(
+    name: str, method: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
     """QLoRA's change goes into weights that it was not trained over: its tokens are equal, answers need not be."""
+    base = bases[name]
     adapter = adapter_on(base, METHODS[method], tmp_path / "adapter", chat=True)
     merged = tmp_path / "merged"
     capotune.merge(adapter, out=merged)
     on_base, alone = capotune.load(adapter), capotune.load_model(merged)
-    rows = (WITH_TOOLS if find(str(base)).tokenizer.chat_template else CHATS)[:-1]
+    rows = WITH_TOOLS if find(str(base)).tokenizer.chat_template else CHATS
     asked = [encode(on_base, row) for row in rows]
     assert rendered(merged, rows) == asked == [encode(alone, row) for row in rows]
     assert len({tuple(ids) for ids in asked}) == len(rows)
@@ -164,7 +172,11 @@ def test_a_merged_model_asks_and_answers_as_the_adapter(method: str, base: Path,
         assert_equal_losses(base, adapter, merged, CHAT_ROWS)
 
 
-def test_a_merged_model_of_plain_text_has_the_adapters_losses(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "bos-without-template"])
+def test_a_merged_model_of_plain_text_has_the_adapters_losses(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases[name]
     adapter = adapter_on(base, METHODS["lora"], tmp_path / "adapter", chat=False)
     capotune.merge(adapter, out=tmp_path / "merged")
     assert_equal_losses(base, adapter, tmp_path / "merged", PLAIN_ROWS)
@@ -188,12 +200,33 @@ def test_a_template_of_its_own_is_what_the_merged_model_has(llama_writer: Path, 
     path = base / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"chat_template": "{{ 'in the config' }}"}))
     (base / "chat_template.jinja").write_text("{{ 'in a file' }}")
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'for tools' }}")
+    add_tool_template(base, "{{ 'for tools' }}")
     capotune.merge(adapter, out=tmp_path / "merged")
     on_base = capotune.load(adapter)
-    assert rendered(tmp_path / "merged", WITH_TOOLS[:-1]) == [encode(on_base, row) for row in WITH_TOOLS[:-1]]
+    assert rendered(tmp_path / "merged", WITH_TOOLS) == [encode(on_base, row) for row in WITH_TOOLS]
     assert find(str(tmp_path / "merged")).tokenizer.chat_template == CHATML
+
+
+def test_the_template_for_tools_comes_along(llama_writer: Path, tmp_path: Path) -> None:
+    """As the base has it, and as the adapter has it where the base has come to hold another since."""
+    base = Path(shutil.copytree(llama_writer, tmp_path / "base"))
+    add_tool_template(base, CHATML.replace("Tools:", "Call:"))
+    adapter = adapter_on(base, METHODS["lora"], tmp_path / "adapter", chat=True)
+    for number, other in enumerate((None, "{{ 'another' }}")):
+        if other:
+            add_tool_template(base, other)
+        merged = tmp_path / f"merged-{number}"
+        capotune.merge(adapter, out=merged)
+        on_base, alone = capotune.load(adapter), capotune.load_model(merged)
+        for rows in (WITH_TOOLS, CHATS):
+            asked = [encode(on_base, row) for row in rows]
+            assert rendered(merged, rows) == asked == [encode(alone, row) for row in rows]
+    assert "Call:" in alone.tokenizer.decode(encode(alone, WITH_TOOLS[0]))
+
+
+def add_tool_template(base: Path, template: str) -> None:
+    (base / "additional_chat_templates").mkdir(exist_ok=True)
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text(template)
 
 
 def test_text_that_is_no_chat_gets_no_template(gpt2_writer: Path, tmp_path: Path) -> None:
@@ -272,8 +305,8 @@ def test_what_the_base_asks_of_decoding_is_left_out_and_said(llama_writer: Path,
     assert "do_sample=True, temperature=0.6, repetition_penalty=3.0, suppress_tokens=[9, 10]" in said
     assert "top_p" not in said
     on_base = capotune.load(adapter)
-    written = [answer(on_base, row) for row in CHATS[:-1]]
-    assert in_transformers(tmp_path / "merged", [encode(on_base, row) for row in CHATS[:-1]]) == written
+    written = [answer(on_base, row) for row in CHATS]
+    assert in_transformers(tmp_path / "merged", [encode(on_base, row) for row in CHATS]) == written
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text("utf-8"))["max_length"] == 90
     shown = capo("merge", adapter, "--out", tmp_path / "again")
     assert "generation_config.json: the base's asks for do_sample=True" in shown.said
@@ -313,8 +346,7 @@ def test_a_sum_that_the_dtype_cannot_hold_is_refused(llama_writer: Path, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "last-block"])
-@pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize(("base", "method"), [("bert", "lora"), ("bert", "last-block"), ("gpt2", "last-block")])
 def test_a_merged_classifier_is_the_adapter_wherever_it_is_moved(
     base: str, method: str, tickets: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -12,6 +12,7 @@ import pydantic
 
 from capotune.files import write_atomic
 from capotune.models.base import Base
+from capotune.settings import DecodingSettings
 from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.tokens import added_tokens
@@ -54,6 +55,11 @@ def write_merged_files(task: TextEncoder, record: AskedAs, folder: Path) -> list
             f"the adapter was trained with {record.separator!r} between prompt and completion. Here it is put after a "
             "prompt as before; in other programs let prompts end with it."
         )
+    for stop in task.chat_decoding(DecodingSettings()).stop if record.chat else ():
+        notices.append(
+            f"the chat template ends a turn with the text {stop!r} and no token of its own. Here an answer ends there; "
+            "tell other programs to stop at it."
+        )
     return notices
 
 
@@ -70,18 +76,23 @@ def asked_as(base: Base) -> AskedAs | None:
 
 
 def _write_template(task: TextEncoder, folder: Path) -> None:
-    """The template as Transformers reads it, alone, unless it is the one that the tokenizer's own files hold."""
+    """The template, and one for tools, as Transformers reads them, unless the tokenizer's own files hold them."""
     template = plain_template(task.tokenizer) if task.chat_template == PLAIN_TEMPLATE else task.chat_template
-    if template is None or template == task.tokenizer.chat_template:
+    own, others = task.tokenizer.chat_template, folder / "additional_chat_templates"
+    stored = (own.get("default"), own.get("tool_use")) if isinstance(own, dict) else (own, None)
+    if template is None or (template, task.tool_template) == stored:
         return
-    for other in (folder / "chat_template.json", *folder.glob("additional_chat_templates/*.jinja")):
-        other.unlink(missing_ok=True)
+    for path in (folder / "chat_template.json", *others.glob("*.jinja")):
+        path.unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("chat_template", None) is not None:
             write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     write_atomic(folder / "chat_template.jinja", template)
+    if task.tool_template is not None:
+        others.mkdir(exist_ok=True)
+        write_atomic(others / "tool_use.jinja", task.tool_template)
 
 
 def _write_generation_config(task: TextEncoder, folder: Path) -> list[str]:

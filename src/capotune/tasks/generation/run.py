@@ -85,6 +85,12 @@ class GenerationRun(TaskRun):
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(self.train.rows.sequences)
         tests = TokenRows([one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss], task.pad_id)
+        if data.test.samples and not tests.sequences:
+            raise DataError(
+                f"no test row has a token to score within {task.max_length:,} tokens.",
+                where=str(data.test.source),
+                advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
+            )
         self.data_sha256 = f"{self.train.rows.digest()[:32]}{tests.digest()[:32]}"
         self.task = replace(task, scored_as=self._scored_as(settings))
 
