@@ -30,16 +30,17 @@ __all__ = [
 # In order of preference: of two columns with a known name the one that stands first here is taken.
 TEXT_NAMES: Final = (
     *("text", "sentence", "message", "utterance", "query", "question", "content", "body", "review", "review_text"),
-    *("comment", "comment_text", "tweet", "sms", "email", "post", "description", "abstract", "document", "prompt"),
-    *("input", "headline", "title", "subject"),
+    *("review_body", "comment", "comment_text", "tweet", "sms", "email", "post", "description", "abstract", "document"),
+    *("question_content", "prompt", "input", "headline", "title", "question_title", "subject"),
 )
 LABEL_NAMES: Final = (
     *("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "tag", "label_text"),
-    *("emotion", "stars", "rating", "y"),
+    *("emotion", "stars", "star_rating", "rating", "y"),
 )
 COMPLETION_NAMES: Final = (
     *("completion", "answer", "answers", "output", "response", "target", "label", "labels", "reply", "summary"),
-    *("translation", "solution", "tgt", "highlights", "reference", "human_reference", "ref", "sql", "code"),
+    *("translation", "solution", "tgt", "target_text", "highlights", "reference", "human_reference", "ref", "sql"),
+    *("code", "best_answer"),
 )
 CONTEXT_NAMES: Final = ("context", "passage", "document", "paragraph")
 

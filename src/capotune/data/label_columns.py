@@ -18,7 +18,7 @@ _PAIRS: Final = (
     *(("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b")),
     *(("text1", "text2"), ("text_1", "text_2"), ("text_a", "text_b"), ("question1", "question2")),
     *(("premise", "hypothesis"), ("question", "sentence"), ("question", "context"), ("question", "passage")),
-    *(("query", "document"), ("query", "passage")),
+    *(("query", "document"), ("query", "passage"), ("query", "positive"), ("anchor", "positive")),
 )
 _YES_OR_NO: Final = ("0", "1", "true", "false", "")
 
@@ -46,6 +46,7 @@ def find_label_columns(
     if text is None:
         refuse_preferences(table)
         _refuse_pairs(table)
+        _refuse_lists_as_text(table)
     label = label or find_column([column for column in table.columns if column != text], LABEL_NAMES)
     text = text or find_column([column for column in table.columns if column != label], TEXT_NAMES)
     if text is None or label is None:
@@ -64,8 +65,9 @@ def find_label_columns(
 
 def refuse_preferences(table: Table) -> None:
     """Raise a ``DataError`` for rows of a chosen and a rejected answer."""
-    chosen, rejected = (find_column(table.columns, (name,)) for name in ("chosen", "rejected"))
+    chosen, rejected = _columns_of(table, ("chosen", "rejected"))
     if chosen is None or rejected is None:
+        _refuse_judged_answers(table)
         return
     prompt = find_column(table.columns, ("prompt", "question", "instruction", "input"))
     instead = f"rename {quoted(chosen)} to 'messages' and leave {quoted(rejected)} out"
@@ -80,17 +82,41 @@ def refuse_preferences(table: Table) -> None:
     )
 
 
+def _refuse_judged_answers(table: Table) -> None:
+    """The same for rows of an answer and whether it is a good one."""
+    prompt, answer, good = _columns_of(table, ("prompt", "completion", "label"))
+    if prompt and answer and good and isinstance(table.rows[0].get(good), bool):
+        raise DataError(
+            f"preferences, an answer and whether it is good ({quoted(answer)}, {quoted(good)}), are not supported.",
+            where=str(table.source),
+            advice=f"To train on the good ones, keep the rows whose {quoted(good)} is true, and leave the column out.",
+        )
+
+
 def _refuse_pairs(table: Table) -> None:
     found = next((both for names in _PAIRS if None not in (both := _columns_of(table, names))), None)
     if found is None:
         return
     one, other = map(str, found)
     raise DataError(
-        f"a label for two texts together ({quoted(one)}, {quoted(other)}) is not supported; a label for one text is.",
+        f"two texts that are read together ({quoted(one)}, {quoted(other)}) are not supported; labels for one text "
+        "are.",
         where=str(table.source),
         advice="Give the one to read with `text_column`, or make one column of both, say with a line break between "
         "them. To write one of them or the label, give a `prompt_template`.",
     )
+
+
+def _refuse_lists_as_text(table: Table) -> None:
+    """Raise a ``DataError`` for words and tags in a file that holds no lists, such as csv."""
+    words = find_column(table.columns, ("tokens", "words"))
+    value = table.rows[0].get(words) if words else None
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        raise DataError(
+            f"the column {quoted(words)} holds lists written as text, such as {quoted(value)}.",
+            where=str(table.source),
+            advice="Save words and tags as .jsonl or .parquet, which hold lists, or as CoNLL text.",
+        )
 
 
 def _columns_of(table: Table, names: Sequence[str]) -> tuple[str | None, ...]:

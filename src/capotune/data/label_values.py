@@ -67,11 +67,10 @@ def refuse_no_classes(labels: Sequence[str], text_column: str, label_column: str
             where=where,
             advice="Keep one label a row.",
         )
-    is_scale = len(names) <= _MOST_STEPS and len(names) <= len(labels) / 2
-    if not is_scale and _are_fractions(names):
+    if _are_amounts(names, len(labels)):
         raise DataError(
-            f"{column} holds numbers with fractions, {len(names):,} different ones: {shorten(names, 3)}. To predict a "
-            "number is not supported; labels are.",
+            f"{column} holds numbers, {len(names):,} different ones: {shorten(names, 3)}. To predict a number is not "
+            "supported; labels are.",
             where=where,
             advice="Make labels of them, such as 'low' and 'high', or choose another `label_column`.",
         )
@@ -101,12 +100,16 @@ def _several_in_one(names: Sequence[str]) -> str | None:
     return None
 
 
-def _are_fractions(names: Collection[str]) -> bool:
+def _are_amounts(names: Collection[str], rows: int) -> bool:
+    """Whether they are numbers with fractions that are no scale of a few steps, or many numbers in few rows."""
     try:
         numbers = [float(name) for name in names]
     except ValueError:
         return False
-    return any(math.isfinite(number) and number != round(number) for number in numbers)
+    if len(names) <= rows / 2:
+        has_fractions = any(math.isfinite(number) and number != round(number) for number in numbers)
+        return has_fractions and len(names) > _MOST_STEPS
+    return len(names) > _MOST_STEPS or any(math.isfinite(number) and number != round(number) for number in numbers)
 
 
 def _are_texts(names: Collection[str], rows: int) -> bool:

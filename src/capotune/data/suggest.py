@@ -12,15 +12,18 @@ from capotune.data.table import Table
 __all__ = ["suggested_template", "template_for"]
 
 _READ: Final = (
-    *("instruction", "question", "query", "input", "prompt", "source", "src", "article", "dialogue", "dialog"),
-    *("meaning_representation", "mr", "text", "sentence", "content", "body", "description", "title"),
+    *("instruction", "question", "query", "input", "prompt", "source", "source_text", "src", "article", "dialogue"),
+    *("dialog", "meaning_representation", "mr", "docstring", "question_title", "text", "sentence", "content", "body"),
+    *("description", "title"),
 )
 _WRITTEN: Final = tuple(name for name in COMPLETION_NAMES if name not in LABEL_NAMES or name == "target")
 _SUMMARIES: Final = ("summary", "highlights")
 _LANGUAGES: Final = (
     *("ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fa", "fi", "fr", "gl", "he", "hi", "hr"),
     *("hu", "id", "is", "it", "ja", "ko", "lt", "lv", "mk", "ms", "nb", "nl", "nn", "no", "pl", "pt", "ro", "ru", "sk"),
-    *("sl", "sq", "sr", "sv", "sw", "ta", "th", "tr", "uk", "ur", "vi", "zh"),
+    *("sl", "sq", "sr", "sv", "sw", "ta", "th", "tr", "uk", "ur", "vi", "zh", "arabic", "chinese", "dutch", "english"),
+    *("french", "german", "hindi", "italian", "japanese", "korean", "polish", "portuguese", "russian", "spanish"),
+    *("turkish", "ukrainian"),
 )
 
 

@@ -155,7 +155,7 @@ class Task(TaskModel):
                     f"does not apply to {cls.title}, which {source} is.",
                     setting=name,
                     given=given[name],
-                    advice="Leave it out.",
+                    advice="Leave it out, or name the `task` that has it.",
                 )
 
     # --------------------------------------------------------------------------------------------- to and from adapters

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from capotune.data.columns import CONTEXT_NAMES, find_column
+from capotune.data.columns import CONTEXT_NAMES, find_column, plain_name
 from capotune.data.formats.chat import (
     from_conversations,
     from_instruction,
@@ -126,6 +126,11 @@ def _refuse_to_leave_out(known: KnownFormat, columns: dict[str, str], table: Tab
         used, unused = (template_for(read, completion) for read in ([context, prompt], [prompt]))
         what = f"is the column {quoted(context)} part of the prompt?"
         advice = f"If so, give {used}; if the prompt is whole without it, give {unused}."
+    elif known.format == "question-answer" and (choices := _choices(others)):
+        what = f"are the columns {shorten(choices)} part of the question?"
+        used = template_for([columns["question"], *choices], columns["answer"])
+        unused = template_for([columns["question"]], columns["answer"])
+        advice = f"If so, give {used} (a list must be made text first); if not, give {unused}."
     elif known.format == "text" and (written := find_column(others, _WRITTEN_AFTER_TEXT)):
         what = f"is the column {quoted(written)} to be written after {quoted(columns['text'])}?"
         advice = (
@@ -135,6 +140,13 @@ def _refuse_to_leave_out(known: KnownFormat, columns: dict[str, str], table: Tab
     else:
         return
     raise DataError(what, where=str(table.source), advice=advice)
+
+
+def _choices(columns: Sequence[str]) -> list[str]:
+    """The columns that hold the answers to choose from."""
+    lettered = [column for column in columns if plain_name(column) in ("a", "b", "c", "d", "e")]
+    named = find_column(columns, ("choices", "options"))
+    return [named] if named else lettered if len(lettered) > 1 else []
 
 
 def _cannot_tell(table: Table) -> DataError:
