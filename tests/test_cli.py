@@ -245,7 +245,7 @@ def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], 
         "model": str, "task": str, "metric": str, "higher_is_better": bool, "train_rows": int, "test_rows": int,
         "base_score": float, "base_scores": dict, "rows": list, "recommended": str, "why": str, "details": dict,
         "best": str, "tolerance": float, "base_difference": float, "base_difference_interval": list, "base_label": str,
-        "columns": list,
+        "columns": list, "metric_why": str, "chance": float, "chance_words": str,
     }  # fmt: skip
     of_rows: dict[str, Any] = {
         "method": str, "score": float, "trainable_parameters": int, "total_parameters": int, "adapter_bytes": int,

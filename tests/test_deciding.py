@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,10 @@ from capotune.evaluation.forward import Examples
 from capotune.methods.lora.settings import LoraSettings
 from capotune.report import Comparison, recommend
 from capotune.runs.agree import agree
+from capotune.tasks.classification import Classification
+from capotune.tasks.generation import Generation
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
+from capotune.tasks.token_classification import TokenClassification
 
 
 def pairs_of(*answers: tuple[str, str]) -> Any:
@@ -201,6 +205,14 @@ def test_labels_at_chance_are_no_recommendation() -> None:
     assert (accuracy.recommended, accuracy.best) == ("", "")
     assert accuracy.why == f"No technique scored above 40.0 % ({words}), so there is nothing to recommend."
     assert recommend(replace(comparison((0.4, 0.41, 0.35, 0.1)), chance=0.4)).recommended
+
+
+def test_the_chance_of_each_task() -> None:
+    labelled = [{"label": label} for label in "aabac"]
+    assert Classification.chance("accuracy", labelled) == (0.6, "the share of the most frequent label")
+    assert TokenClassification.chance("f1", []) == (0.0, "")
+    assert Generation.chance("exact_match", []) == (0.0, "")
+    assert math.isnan(Generation.chance("perplexity", [])[0])
 
 
 def test_perplexity_has_no_chance() -> None:
