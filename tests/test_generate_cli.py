@@ -307,10 +307,11 @@ def test_evaluate_agrees_with_the_run_and_with_a_plain_computation(
     for line in colour_pairs.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["split"] == "test":
-            before = generator.tokenizer(row["prompt"] + "\n", add_special_tokens=False)["input_ids"]
-            answer = generator.tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [0]
+            found = generator.tokenizer(row["prompt"] + row["completion"], return_offsets_mapping=True)
+            first = next(at for at, (_, end) in enumerate(found["offset_mapping"]) if end > len(row["prompt"]))
+            answer = [*found["input_ids"][first:], 0]
             with torch.no_grad():
-                logits = generator.model(torch.tensor([before + answer])).logits[0, len(before) - 1 : -1]
+                logits = generator.model(torch.tensor([[*found["input_ids"], 0]])).logits[0, first - 1 : -1]
             nats -= float(logits.log_softmax(1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
             tokens += len(answer)
     assert scores["tokens"] == tokens
