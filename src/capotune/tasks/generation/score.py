@@ -52,7 +52,8 @@ def score_samples(
         scored_as: how answers are decoded, how many, and which score is compared by.
         report: called with progress.
     """
-    counts = _loss_counts(assembled, encoded, samples.is_one_text, report)
+    by_window = samples.is_one_text or not samples.samples  # none: the end of the one text that is trained on
+    counts = _loss_counts(assembled, encoded, by_window, report)
     if not counts:
         return Scored(scored_as.metric, {}, {}, 0)
     nats, tokens = [row[0] for row in counts], [int(row[1]) for row in counts]
