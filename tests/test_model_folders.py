@@ -242,7 +242,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         all_of(NO_WEIGHTS, write("pytorch_model.bin")), ("pytorch_model.bin, which can run code", "save_pretrained")
     ),
     "another library's alone": (all_of(NO_WEIGHTS, write("tf_model.h5")), ("It holds tf_model.h5",)),
-    "GGUF": (all_of(emptied, write("model-Q4.gguf")), ("model-Q4.gguf, which is not read", "it was made from")),
     "a pointer for the weights": (
         write("model.safetensors", POINTER), ("model.safetensors in", "pointer of Git LFS", "git lfs pull")
     ),

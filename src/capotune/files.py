@@ -16,11 +16,17 @@ from pathlib import Path
 
 from capotune.errors import OutputError
 
-__all__ = ["growing_folder", "human_bytes", "output_folder", "write_atomic"]
+__all__ = ["cache_folder", "growing_folder", "human_bytes", "output_folder", "write_atomic"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _LOST = _DISK_FULL | {errno.EIO}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def cache_folder() -> Path:
+    """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune")
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:

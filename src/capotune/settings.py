@@ -77,8 +77,8 @@ class RunSettings(DataSettings):
     """What every run needs, whatever the method."""
 
     model: str | None = None
-    """Base model: `minilm` or `capo-tiny` (embedded), a folder, or a model id on the hub. Left out: minilm for labels,
-    capo-tiny for text."""
+    """Base model: `minilm` or `smollm2` by name, a folder, a GGUF file, or a model id on the hub. Left out: minilm for
+    labels, smollm2 for text (capo-tiny where its package is not installed)."""
     seed: int = Field(default=0, ge=0)
     """Decides the split, the order of the rows, and every random number."""
     validation_fraction: Fraction = 0.1
@@ -191,7 +191,7 @@ class QuantizeSettings(Settings):
     """A model in 4 bits."""
 
     model: str
-    """Model to quantize: `minilm` (embedded), a folder, or a model id on the hub."""
+    """Model to quantize: `minilm` or `smollm2` by name, a folder, a GGUF file, or a model id on the hub."""
     out: Path
     """Folder for the quantized model. Must not exist."""
     quant_type: Literal["nf4", "fp4"] = "nf4"

@@ -77,7 +77,7 @@ class Regression(Task):
     title: ClassVar[str] = "texts with a number"
     gives: ClassVar[str] = "gives numbers"
     command: ClassVar[str] = "predict"
-    default_model: ClassVar[str] = "minilm"
+    default_models: ClassVar[tuple[str, ...]] = ("minilm",)
     base_label: ClassVar[str] = "the mean of the training rows"
     base_note: ClassVar[str] = "Every test row gets the mean number of the training rows."
     has_head: ClassVar[bool] = True

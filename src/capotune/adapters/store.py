@@ -26,7 +26,7 @@ from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.errors import AdapterError, CapotuneError, ModelError
-from capotune.events import nothing
+from capotune.events import Reporter, ignore, nothing
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, find
@@ -149,10 +149,12 @@ def check_record(folder: Path, record: dict[str, Any], kind: type[pydantic.BaseM
         ) from None
 
 
-def find_base(stored: StoredAdapter, model: str | None = None, *, trust_remote_code: bool = False) -> Base:
+def find_base(
+    stored: StoredAdapter, model: str | None = None, *, trust_remote_code: bool = False, report: Reporter = ignore
+) -> Base:
     """The adapter's base, or ``model``, not yet compared with it. ``AdapterError`` when it is not to be found."""
     try:
-        return find(model or stored.base, trust_remote_code=trust_remote_code)
+        return find(model or stored.base, trust_remote_code=trust_remote_code, report=report)
     except ModelError as error:
         if model is not None:
             raise

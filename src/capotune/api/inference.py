@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capotune.errors import AdapterError, ModelError, SettingError
-from capotune.events import CancelToken, Reporter, alive, ignore
+from capotune.events import CancelToken, Reporter, Stage, ignore
 from capotune.settings import DataSettings, build
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bo
 
 
 def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generator:
-    """A language model without an adapter: an embedded one by name, a folder, or a model id on the hub.
+    """A language model without an adapter: an embedded one by name, a folder, a GGUF file, or a model id on the hub.
 
     Raises ``ModelError`` when there is none or it writes no text.
     """
@@ -37,25 +37,26 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
     return generator
 
 
-def load_predictor(adapter: str | Path, *, model: str | None = None) -> Predictor:
+def load_predictor(adapter: str | Path, *, model: str | None = None, report: Reporter = ignore) -> Predictor:
     """``load`` for an adapter that is used with ``predict``; ``AdapterError`` for one that writes text."""
-    predictor: Predictor = _facade(_adapter_on_base(adapter, model, command="predict"))
+    predictor: Predictor = _facade(_adapter_on_base(adapter, model, command="predict", report=report))
     return predictor
 
 
-def load_generator(adapter_or_model: str | Path, *, model: str | None = None) -> Generator:
+def load_generator(adapter_or_model: str | Path, *, model: str | None = None, report: Reporter = ignore) -> Generator:
     """``load`` or ``load_model``, whichever fits; ``AdapterError`` for an adapter that writes no text.
 
-    ``model`` names another place of an adapter's base.
+    ``model`` names another place of an adapter's base. ``report`` is called while a GGUF file is converted.
     """
-    generator: Generator = _facade(_adapter_or_model(adapter_or_model, model, command="generate"))
+    generator: Generator = _facade(_adapter_or_model(adapter_or_model, model, command="generate", report=report))
     return generator
 
 
 def is_adapter(name: str | Path) -> bool:
     """Whether a name means an adapter folder and not a model: it is a folder, and no model's files are in it."""
     folder = Path(name).expanduser()
-    return (folder / "capotune.json").is_file() or (folder.is_dir() and not (folder / "config.json").is_file())
+    is_model = (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+    return (folder / "capotune.json").is_file() or (folder.is_dir() and not is_model)
 
 
 def _adapter_or_model(
@@ -70,20 +71,20 @@ def _adapter_or_model(
         )
     from capotune.models.base import EMBEDDED, find
 
-    if str(name) not in EMBEDDED and not Path(name).expanduser().is_dir():
+    if str(name) not in EMBEDDED and not Path(name).expanduser().exists():
         try:
             find(str(name))
         except ModelError as error:
             raise AdapterError(f"no such adapter folder, and no model either. {error}", where=str(name)) from None
-    return _model_alone(name, trust_remote_code=False)
+    return _model_alone(name, trust_remote_code=False, report=report)
 
 
-def _model_alone(model: str | Path, trust_remote_code: bool) -> Assembled:
+def _model_alone(model: str | Path, trust_remote_code: bool, report: Reporter = ignore) -> Assembled:
     from capotune.device import compute_dtype, pick_device
     from capotune.models.base import find
     from capotune.tasks.loading import load_plain
 
-    device, base = pick_device(), find(str(model), trust_remote_code=trust_remote_code)
+    device, base = pick_device(), find(str(model), trust_remote_code=trust_remote_code, report=report)
     return load_plain(base, device=device, dtype=compute_dtype(device))
 
 
@@ -108,9 +109,7 @@ def _adapter_on_base(
             where=str(stored.folder),
             advice=f'Use it with: capo {task.command} {stored.folder} "your text"',
         )
-    return load_adapter(
-        stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code, alive=alive(report)
-    )
+    return load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code, report=report)
 
 
 def _facade(assembled: Assembled) -> Any:
@@ -173,6 +172,7 @@ def evaluate(
     settings = build(DataSettings, {"data": as_source(data), **columns})
     report = (cancel or CancelToken()).watching(report)
     assembled = _adapter_or_model(adapter, model, report=report)
+    report(Stage(text="scoring"))
     task: Task = assembled.task
     task.check_settings(columns, f"'{adapter}'")
     return task.evaluate(assembled, settings, answers, report).values()

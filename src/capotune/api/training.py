@@ -86,7 +86,7 @@ def describe_data(task: str, report: Mapping[str, Any]) -> list[Block]:
     return tasks.get(task).describe_data(report)
 
 
-def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
+def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[str, Any]:
     """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
 
     ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
@@ -100,6 +100,7 @@ def inspect(*, data: Any, **settings: Any) -> dict[str, Any]:
     def listen(event: Event) -> None:
         if isinstance(event, DataInspected):
             found.update(task=event.task, report=event.report)
+        report(event)
 
     prepared = prepare(build(TrainSettings, sources(data, shared)), method, listen)
     return {"model": prepared.settings.model, "title": prepared.task_run.task.title, **found}

@@ -35,7 +35,7 @@ class Chat(DecodingSettings):
     """Talk with a model in its chat template; /help lists what can be said beside. Reads lines from a pipe as well."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, or a model alone: an embedded one by name, a folder, or a model id on the hub."""
+    """Adapter folder, or a model alone: an embedded one by name, a folder, a GGUF file, or a model id on the hub."""
     model: str | None = None
     """Where an adapter's base is, when not where it was trained."""
 
@@ -44,8 +44,10 @@ def chat(rest: list[str]) -> int:
     """Run the command; returns the exit code."""
     settings = parse_repeating(Chat, rest, "capo chat")
     from capotune import api
+    from capotune.cli.display import watch_bytes
 
-    generator = api.load_generator(settings.adapter, model=settings.model)
+    with watch_bytes() as report:
+        generator = api.load_generator(settings.adapter, model=settings.model, report=report)
     if not generator.has_chat_template:
         raise SettingError(
             f"{settings.adapter}: the model has no chat template; it continues text and was not made to chat. Let "

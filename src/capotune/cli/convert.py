@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
-from capotune.events import Event, Progress, Reporter, Stage, Warned
 from capotune.files import human_bytes
 from capotune.settings import MergeSettings, QuantizeSettings
 
@@ -26,7 +21,7 @@ class Quantize(QuantizeSettings):
     """Write a model with its linear weights in 4 bits, for Transformers with bitsandbytes and for qlora."""
 
     model: tyro.conf.Positional[str]
-    """Model to quantize: `minilm` (embedded), a folder, or a model id on the hub."""
+    """Model to quantize: `minilm` or `smollm2` by name, a folder, a GGUF file, or a model id on the hub."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -37,6 +32,8 @@ def quantize(rest: list[str]) -> int:
     from capotune import api
 
     values = {name: getattr(given, name) for name in QuantizeSettings.model_fields}
+    from capotune.cli.display import watch_bytes
+
     with watch_bytes() as report:
         result = api.quantize(progress=report, **values)
     if given.as_json:
@@ -61,6 +58,8 @@ def merge(rest: list[str]) -> int:
     from capotune import api
 
     values = {name: getattr(given, name) for name in MergeSettings.model_fields}
+    from capotune.cli.display import watch_bytes
+
     with watch_bytes() as report:
         result = api.merge(progress=report, **values)
     if given.as_json:
@@ -68,32 +67,6 @@ def merge(rest: list[str]) -> int:
     else:
         _show_merged(result)
     return 0
-
-
-@contextmanager
-def watch_bytes() -> Iterator[Reporter]:
-    """A bar of bytes on standard error; where that is no terminal, a line per stage."""
-    console = Console(stderr=True)
-
-    def say(event: Stage | Warned) -> None:
-        console.print(event.text, markup=False, highlight=False, soft_wrap=True)
-
-    if not console.is_terminal:
-        yield lambda event: say(event) if isinstance(event, Stage | Warned) else None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
-    with ProgressBars(*columns, console=console) as bars:
-        bar = bars.add_task("", total=None)
-
-        def report(event: Event) -> None:
-            if isinstance(event, Stage):
-                bars.update(bar, description=event.text, total=None, completed=0)
-            elif isinstance(event, Progress):
-                bars.update(bar, completed=event.done, total=event.total)
-            elif isinstance(event, Warned):
-                say(event)
-
-        yield report
 
 
 def _show_quantized(result: dict[str, Any], with_report: bool) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
@@ -152,6 +160,32 @@ def counting(what: str) -> Iterator[Reporter]:
                 bars.update(bar, completed=event.done, total=event.total, visible=True)
             elif isinstance(event, Warned):
                 console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+        yield report
+
+
+@contextmanager
+def watch_bytes() -> Iterator[Reporter]:
+    """A bar of bytes on standard error from the first stage on; where that is no terminal, a line per stage."""
+    console = Console(stderr=True)
+
+    def say(event: Stage | Warned) -> None:
+        console.print(event.text, markup=False, highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield lambda event: say(event) if isinstance(event, Stage | Warned) else None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
+    with ProgressBars(*columns, console=console) as bars:
+        bar = bars.add_task("", total=None, visible=False)
+
+        def report(event: Event) -> None:
+            if isinstance(event, Stage):
+                bars.update(bar, description=event.text, total=None, completed=0, visible=True)
+            elif isinstance(event, Progress):
+                bars.update(bar, completed=event.done, total=event.total)
+            elif isinstance(event, Warned):
+                say(event)
 
         yield report
 

@@ -20,7 +20,7 @@ class Generate(DecodingSettings):
     """Let a model write: after prompts given as arguments, in a file, or on standard input (one prompt in whole)."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, or a model alone: an embedded one by name, a folder, or a model id on the hub."""
+    """Adapter folder, or a model alone: an embedded one by name, a folder, a GGUF file, or a model id on the hub."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts, each answered on its own."""
     file: str | None = None
@@ -45,9 +45,10 @@ def generate(rest: list[str]) -> int:
         raise SettingError("--chat and --raw exclude each other. Leave one of them out.")
     prompts = _prompts(settings)
     from capotune import api
-    from capotune.cli.display import counting
+    from capotune.cli.display import counting, watch_bytes
 
-    generator = api.load_generator(settings.adapter, model=settings.model)
+    with watch_bytes() as report:
+        generator = api.load_generator(settings.adapter, model=settings.model, report=report)
     chat = settings.chat or (generator.chats and not settings.raw)
     decoding = decoding_of(settings)
     if len(prompts) == 1 and not settings.as_json:

@@ -100,7 +100,7 @@ class Data(DataSettings):
     data: tyro.conf.Positional[str]
     """Labelled text, tagged words, or text to write: a file, or a dataset id on the hub."""
     model: str | None = None
-    """The model whose tokens are counted. Left out: minilm for labels, capo-tiny for text."""
+    """The model whose tokens are counted. Left out: minilm for labels, smollm2 for text."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides which rows are held out for the test."""
     as_json: Json = False
@@ -232,10 +232,12 @@ def _evaluate(rest: list[str]) -> int:
 def _predict(rest: list[str]) -> int:
     settings = parse(Predict, rest, "capo predict")
     from capotune import api
+    from capotune.cli.display import watch_bytes
 
     if settings.texts and settings.file:
         raise SettingError("give texts or --file, not both.")
-    predictor = api.load_predictor(settings.adapter, model=settings.model)
+    with watch_bytes() as report:
+        predictor = api.load_predictor(settings.adapter, model=settings.model, report=report)
     if settings.texts or settings.file:
         texts = list(settings.texts) or api.read_texts(str(settings.file), settings.text_column, predictor)
         _print_predictions(predictor.answer(texts), settings.as_json)
@@ -282,9 +284,11 @@ def _info(rest: list[str]) -> int:
 def _data(rest: list[str]) -> int:
     settings = parse(Data, rest, "capo data")
     from capotune import api
-    from capotune.cli.display import show_data
+    from capotune.cli.display import show_data, watch_bytes
 
-    found = api.inspect(**{name: value for name, value in settings.model_dump().items() if name != "as_json"})
+    given = {name: value for name, value in settings.model_dump().items() if name != "as_json"}
+    with watch_bytes() as report:
+        found = api.inspect(report=report, **given)
     if settings.as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:

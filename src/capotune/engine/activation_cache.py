@@ -37,12 +37,6 @@ _FORMAT = 5
 _ABANDONED_SECONDS = 2 * 24 * 3600
 
 
-def default_folder() -> Path:
-    """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune")
-
-
 @dataclass
 class ActivationCache:
     """Entries in ``folder`` (None: nothing is stored), for one frozen model ``identity``."""

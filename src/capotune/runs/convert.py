@@ -49,7 +49,7 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
             "it is what `report` measures the model's answers on.", setting="text", advice="Give `report=True` as well."
         )
     text = read_text(settings.text) if settings.text is not None else None
-    base = find(settings.model, trust_remote_code=settings.trust_remote_code)
+    base = find(settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     if base.is_quantized:
         raise SettingError(
             f"its weights are in 4 bits already ({base.quantization}).",
@@ -90,7 +90,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     """
     text = read_text(settings.text)
     stored = read_adapter(settings.adapter)
-    base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code)
+    base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     check_mergeable(stored, base, settings.requantize, alive(report))
     has_head = task_class(stored).has_head
     with output_folder(settings.out) as new:

@@ -22,18 +22,18 @@ from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
-from capotune.engine.activation_cache import ActivationCache, default_folder
+from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
 from capotune.errors import SHOWN, OutputError, SettingError, cut
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
-from capotune.files import growing_folder, write_atomic
+from capotune.files import cache_folder, growing_folder, write_atomic
 from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
-from capotune.models.base import Base, find
+from capotune.models.base import EMBEDDED, Base, embedded_file, find
 from capotune.settings import Context, TrainingSettings, TrainSettings
-from capotune.tasks.base import Fitted, Scored, TaskRun
+from capotune.tasks.base import Fitted, Scored, Task, TaskRun
 
 _NOT_RECORDED = {"out"}  # a folder does not know where it is
 
@@ -82,11 +82,21 @@ def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter)
     """Resolve what was left out of the settings, find the base, and read the data for it."""
     task = tasks.recognise(settings)
     task.check_settings(settings.model_dump(), str(settings.data))
-    settings = settings.model_copy(update={"task": task.name, "model": settings.model or task.default_model})
+    settings = settings.model_copy(update={"task": task.name, "model": settings.model or _default(task, report)})
     assert settings.model is not None
-    base = find(settings.model, trust_remote_code=settings.trust_remote_code)
+    base = find(settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     method = method.completed(Context(base.hidden_size, task.has_head))
     return Prepared(settings, method, base, task.prepare(settings, method, base, report))
+
+
+def _default(task: type[Task], report: Reporter) -> str:
+    """The base where none is named; says so when a better one is not installed."""
+    best, last = task.default_models[0], task.default_models[-1]
+    chosen = next((name for name in task.default_models if embedded_file(name) is not None), last)
+    if chosen != best:
+        command = EMBEDDED[best].command
+        report(Warned(text=f"the model is {chosen}; {best} writes better, and is not installed. Run: {command}"))
+    return chosen
 
 
 class _Run:
@@ -129,7 +139,7 @@ class _Run:
         return assemble(task, self.method, device=device, dtype=dtype, progress=progress), dtype
 
     def _cache_folder(self) -> Path | None:
-        return default_folder() / "activations" if self.settings.cache else None
+        return cache_folder() / "activations" if self.settings.cache else None
 
     def _identity(self, assembled: Assembled, dtype: torch.dtype) -> dict[str, Any]:
         """All that cached activations depend on, besides the tokens."""

@@ -109,8 +109,8 @@ class Task(TaskModel):
     """What it gives and what not, as a verb with its object: ``gives labels and writes no text``."""
     command: ClassVar[str]
     """The command that uses its adapters: ``predict`` or ``generate``."""
-    default_model: ClassVar[str]
-    """The embedded base where none is named."""
+    default_models: ClassVar[tuple[str, ...]]
+    """The embedded bases where none is named: the first whose package is there, else the last."""
     base_label: ClassVar[str]
     """What the score of the base alone is called."""
     base_note: ClassVar[str]

@@ -73,7 +73,7 @@ class LinearHeadTask(Task):
     labels: tuple[str, ...]
 
     command: ClassVar[str] = "predict"
-    default_model: ClassVar[str] = "minilm"
+    default_models: ClassVar[tuple[str, ...]] = ("minilm",)
     base_label: ClassVar[str] = "base (frozen, nearest class mean)"
     has_head: ClassVar[bool] = True
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
-from capotune.events import nothing
+from capotune.events import Reporter, alive, ignore
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import make
 from capotune.methods.base import Untouched
@@ -43,13 +42,13 @@ def load_adapter(
     model: str | None,
     device: torch.device,
     trust_remote_code: bool = False,
-    alive: Callable[[], object] = nothing,
+    report: Reporter = ignore,
 ) -> Assembled:
-    """Put the adapter on its base (``model`` names another place of the same base). ``alive`` as in ``check_base``.
+    """Put the adapter on its base (``model`` names another place of the same base).
 
     Raises ``AdapterError`` when the base is another one by content, or the weights do not fit.
     """
-    assembled = _on_base(stored, model, device, trust_remote_code, alive)
+    assembled = _on_base(stored, model, device, trust_remote_code, report)
     put_on(stored, assembled)
     return assembled
 
@@ -110,9 +109,9 @@ def _on_base(
     model: str | None,
     device: torch.device,
     trust_remote_code: bool,
-    alive: Callable[[], object] = nothing,
+    report: Reporter = ignore,
 ) -> Assembled:
-    base = find_base(stored, model, trust_remote_code=trust_remote_code)
-    check_base(stored, base, alive)
+    base = find_base(stored, model, trust_remote_code=trust_remote_code, report=report)
+    check_base(stored, base, alive(report))
     task = task_class(stored).restore(base, stored.record)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)

@@ -66,7 +66,7 @@ class Generation(TextEncoder, Task):
     title: ClassVar[str] = "text to write"
     gives: ClassVar[str] = "writes text and knows no labels"
     command: ClassVar[str] = "generate"
-    default_model: ClassVar[str] = "capo-tiny"
+    default_models: ClassVar[tuple[str, ...]] = ("smollm2", "capo-tiny")
     base_label: ClassVar[str] = "base (not fine-tuned)"
     base_note: ClassVar[str] = "The base as it is, without fine-tuning."
     sample: ClassVar[str] = "your prompt"

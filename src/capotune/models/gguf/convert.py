@@ -1,0 +1,87 @@
+"""A GGUF file as a Transformers folder: config.json, generation_config.json, tokenizer and safetensors.
+
+Tensors in F32, F16 or BF16 stay so; quantised ones become fp32, the smallest dtype that holds their values exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from capotune.errors import OutputError
+from capotune.events import Reporter, Stage, Warned, bytes_as_progress
+from capotune.files import human_bytes, write_atomic
+from capotune.models.gguf.architectures import Architecture, architecture_of
+from capotune.models.gguf.file import GgufFile
+from capotune.models.gguf.tokenizer import build_tokenizer, end_tokens
+from capotune.models.gguf.weights import nbytes, place, write_weights
+
+
+def convert(file: GgufFile, folder: Path, report: Reporter) -> None:
+    """Write ``file`` into the existing ``folder``.
+
+    Raises ``ModelError`` for a file that is damaged or not read, and ``OutputError`` when there is no room.
+    """
+    architecture = architecture_of(file)
+    config = _config(file, architecture)
+    placed = place(file, architecture, config)
+    tokenizer = build_tokenizer(file, getattr(config, "max_position_embeddings", None))
+    size = nbytes(file, placed)
+    _check_room(folder, size)
+    report(Stage(text=f"converting {file.path.name}, once: {human_bytes(size)} in {folder.parent}"))
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in file.metadata:
+        report(Warned(text=f"{file.path.name} does not say how its tokenizer splits texts; GPT-2's rule is used."))
+    tokenizer.save_pretrained(folder)
+    _write_config(file, config, folder)
+    write_weights(file, placed, folder, bytes_as_progress(report))
+
+
+def _config(file: GgufFile, architecture: Architecture) -> Any:
+    """The model's configuration. ``ModelError`` for metadata that are no model's."""
+    from transformers import AutoConfig
+
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if file.get("block_count") != len(blocks):
+        raise file.error(
+            f"its metadata say {file.get('block_count')} blocks, and it holds {len(blocks)}.",
+            advice="Download it again.",
+        )
+    values = architecture.config(file)
+    try:
+        return AutoConfig.for_model(architecture.model_type, dtype=_dtype(file), **values)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise file.error(f"its metadata make no {architecture.model_type} model: {error}") from None
+
+
+def _dtype(file: GgufFile) -> str:
+    """The dtype of most of the converted weights, in PyTorch's words."""
+    counted: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        counted[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return counted.most_common(1)[0][0]
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OutputError(
+            f"the converted model takes {human_bytes(size)}, and {human_bytes(free)} are free in {folder.parent}.",
+            advice="Free some space, or set CAPOTUNE_CACHE to a folder on another disk.",
+        )
+
+
+def _write_config(file: GgufFile, config: Any, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(folder)
+    generation = {
+        "eos_token_id": end_tokens(file),
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    stated = {name: value for name, value in generation.items() if value not in (None, [])}
+    write_atomic(folder / "generation_config.json", json.dumps(stated, indent=2) + "\n")
