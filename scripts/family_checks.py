@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import capotune
 from capotune import methods
@@ -31,6 +31,7 @@ from capotune.tasks.classification.model import pool, pooled_positions
 from capotune.tasks.generation import Generation
 
 TOLERANCE = 1e-4
+_MOST_WORDS = 600
 CPU = torch.device("cpu")
 SHORT = {"epochs": 1, "batch_size": 4, "cache": False}
 BLOCKS = {"trainable_layers": 1, "learning_rate": 1e-3}
@@ -44,10 +45,10 @@ _BODIES = (
     "Please send the money back.",
     "Ships passed.",
 )
-PAIRS = [{"prompt": f"{body} Then", "completion": f" {_BODIES[(at + 1) % 6]}"} for at, body in enumerate(_BODIES * 2)]
+PAIRS = [{"prompt": f"{body} Then", "completion": f" {_BODIES[(at + 1) % 6]}"} for at, body in enumerate(_BODIES)]
 LONG = " ".join(_BODIES * 3)
 """More tokens than a tiny model with learned positions takes."""
-LABELLED = [{"text": body, "label": "ab"[at % 2]} for at, body in enumerate((*_BODIES * 3, LONG, LONG + " Then"))]
+LABELLED = [{"text": body, "label": "ab"[at % 2]} for at, body in enumerate((*_BODIES, LONG, LONG + " Then"))]
 _OTHER = [row["text"].replace("the", "a") + " Yes" for row in LABELLED]
 TRAINED_ON = {
     "text": [{"prompt": row["prompt"] + " so", "completion": row["completion"]} for row in PAIRS],
@@ -86,7 +87,8 @@ def run(check: Check, folder: Path) -> Cell:
 
 
 def _without_paths(words: str, folder: Path) -> str:
-    return " ".join(words.replace(str(folder), "MODEL").split())
+    short = " ".join(words.replace(str(folder), "MODEL").split())
+    return short if len(short) < _MOST_WORDS else f"{short[:_MOST_WORDS]} … {short[-80:]}"
 
 
 class Checks:
@@ -264,7 +266,9 @@ class Checks:
 
 def _causal(folder: Path) -> Any:
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        wraps = type(AutoConfig.from_pretrained(folder)) not in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+        return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _row_loss(model: Any, row: Encoded, prompt: torch.Tensor | None) -> float:

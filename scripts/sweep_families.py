@@ -22,10 +22,14 @@ from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import sklearn.linear_model  # noqa: F401 - loaded once here, not in every family's process
 import torch
 import transformers
 from family_checks import Cell, Checks, run
 from tiny_families import families, make
+
+import capotune.runs.convert
+import capotune.runs.run  # noqa: F401
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 SECONDS = 240
@@ -38,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="all when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="families at a time")
-    parser.add_argument("--only", help="columns whose names begin so, such as 'text' or 'labels: lora'")
+    parser.add_argument("--only", nargs="*", default=[], help="columns, such as evaluate 'labels: lora'")
     parser.add_argument("--keep", type=Path, help="folder for the models and adapters; else they are removed")
     parser.add_argument("--out", type=Path, help="where the table is written; docs/families.md for a whole run")
     parser.add_argument("--list", action="store_true", help="the families, and nothing else")
@@ -55,7 +59,7 @@ def main() -> None:
     print(summary(results))
 
 
-def sweep(names: list[str], folder: Path, jobs: int, only: str | None) -> dict[str, Result]:
+def sweep(names: list[str], folder: Path, jobs: int, only: list[str]) -> dict[str, Result]:
     """Each family's cells, in the order of ``names``; ``jobs`` families at a time."""
     waiting, running = list(names), dict[str, tuple[BaseProcess, float]]()
     found: dict[str, Result] = {}
@@ -79,7 +83,7 @@ def sweep(names: list[str], folder: Path, jobs: int, only: str | None) -> dict[s
     return {name: found[name] for name in names}
 
 
-def _family(name: str, folder: Path, only: str | None) -> None:
+def _family(name: str, folder: Path, only: list[str]) -> None:
     """In a process of its own: make the model, run the checks, write each cell as it is known."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -100,7 +104,7 @@ def _family(name: str, folder: Path, only: str | None) -> None:
     writes = checks.base.writes_text
     for column, check in checks.all().items():
         of_text = column.partition(":")[0] in ("evaluate", "generate", "text", "merge")
-        if (only is None or column.startswith(only)) and (writes or not of_text):
+        if (not only or column in only) and (writes or not of_text):
             record(column, run(check, folder / "model"))
 
 

@@ -62,7 +62,10 @@ RULES: list[tuple[str, int]] = [
         128,
     ),
     (r"(hidden|d|embed|embd|emb|model|width|text|decoder|encoder|lru|bottleneck)_?(size|model|dim|width)", 64),
-    (r"n_embd|dim|d_model|projection_dim|output_dim|hidden_size_per_layer_input|lru_width|mamba_d_ssm", 64),
+    (
+        r"attention_hidden_size|n_embd|dim|d_model|projection_dim|output_dim|hidden_size_per_layer_input|lru_width|mamba_d_ssm",
+        64,
+    ),
     (r"image_size|num_channels_out|max_2d_position_embeddings|num_mel_bins", 28),
 ]
 IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3, "mask": 4, "cls": 1, "sep": 2, "decoder_start": 1}
@@ -94,6 +97,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1},
 }
+WRAPPERS = (
+    "gemma3",
+    "gemma4",
+    "idefics3",
+    "internvl",
+    "llama4",
+    "llava",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "smolvlm",
+)
+"""Families whose text part is described under ``text_config``."""
 _SHORT_ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 24}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -130,7 +150,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def families() -> dict[str, str]:
-    """Each family's model type, and what it is listed as: ``causal``, ``encoder``, or ``encoder-decoder``."""
+    """Each family's model type, and what it is listed as: ``causal``, ``encoder``, ``encoder-decoder``, ``wrapper``."""
     found: dict[str, str] = {}
     for name in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         found[name] = "encoder-decoder"
@@ -138,6 +158,7 @@ def families() -> dict[str, str]:
         found.setdefault(name, "encoder")
     for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         found.setdefault(name, "causal")
+    found |= dict.fromkeys(WRAPPERS, "wrapper")
     return {name: found[name] for name in sorted(found)} | dict.fromkeys(VARIANTS, "variant")
 
 
@@ -221,6 +242,7 @@ def _model_class(config: Any) -> Any:
     for auto, mapping in (
         (transformers.AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
         (transformers.AutoModel, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
+        (transformers.AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
         (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
     ):
         if type(config) in mapping:

@@ -12,7 +12,8 @@ from capotune.data.batches import TokenRows
 from capotune.evaluation.forward import Examples, batch_of, batches
 from capotune.evaluation.resume import BoundaryReachedError, BoundaryStates, resume_from, stop_at
 from capotune.events import OnProgress
-from capotune.models.sequence_packing import FAILURES, TOLERANCE, probe_sequences, relative_error
+from capotune.models.architecture import FAILURES
+from capotune.models.sequence_packing import TOLERANCE, probe_sequences, relative_error
 
 _OUTPUTS = (0, 1, 2)
 """Forms of a block's output that are tried (``BoundaryStates.outputs``)."""

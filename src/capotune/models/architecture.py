@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +20,8 @@ from capotune.errors import ModelError
 from capotune.kernels.nf4 import Linear4bit
 
 _LONGEST_WINDOW = 8
+FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a model's code may raise when it is tried on what it was not written for."""
 LINEAR_TYPES = (nn.Linear, Conv1D, Linear4bit)
 
 
@@ -58,8 +62,10 @@ def text_part(model: Any) -> str:
     It is the whole base model, or where ``text_config`` describes that part of it apart, the part made of it.
     """
     text = model.config.get_text_config()
-    if text is model.config:
-        return "" if model.base_model is model else str(model.base_model_prefix)
+    if text is model.config and model.base_model is not model:
+        return str(model.base_model_prefix)
+    if text is model.config and model.get_output_embeddings() is None:
+        return ""
     parts = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name)
     return next(str(name) for name, part in parts if type(part.config) is type(text) and part.base_model is part)
 
@@ -79,7 +85,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
     blocks = _block_list(module, config.num_hidden_layers)
     bypassed = bypassed_linears(module)
-    linears = [name for name, part in module.named_modules() if isinstance(part, LINEAR_TYPES)]
+    linears = [name for name, part in module.named_modules() if is_linear(part)]
     return Architecture(
         backbone=backbone,
         embedding=joined(backbone, embedding),
@@ -138,21 +144,53 @@ def parameter_count(module: nn.Module) -> int:
     return quantized + sum(parameter.numel() for parameter in module.parameters())
 
 
+def is_linear(part: nn.Module) -> bool:
+    """Whether a module is a linear layer and no more: a family's own class may compute something else (a router's)."""
+    if type(part) in LINEAR_TYPES:
+        return True
+    return isinstance(part, LINEAR_TYPES) and _computes_a_product(type(part), part)
+
+
+_known_to_compute: dict[type, bool] = {}
+
+
+def _computes_a_product(kind: type, part: nn.Module) -> bool:
+    """Of a layer's class, tried on a copy with a small weight."""
+    if kind not in _known_to_compute:
+        small, x = copy.copy(part), torch.rand(1, 3)
+        small._parameters = {"weight": nn.Parameter(torch.rand(2, 3)), "bias": nn.Parameter(torch.rand(2))}
+        try:
+            found = small(x)
+        except FAILURES:
+            found = None
+        expected = nn.functional.linear(x, small.weight, small.bias)  # type: ignore[arg-type]
+        _known_to_compute[kind] = isinstance(found, Tensor) and bool(torch.allclose(found, expected))
+    return _known_to_compute[kind]
+
+
 def bypassed_linears(module: nn.Module) -> set[str]:
-    """Paths of the linear layers whose weight the code of the module around them names, as Mamba's does for kernels
-    that take weights: what is put in their place would not be called, or would lack what is read."""
-    named = ((path, path.rpartition(".")) for path, part in module.named_modules() if isinstance(part, LINEAR_TYPES))
-    owners: dict[str, Any] = {path: type(part) for path, part in module.named_modules()}
-    return {path for path, (parent, _, name) in named if _reads_weight(owners[parent], name)}
+    """Paths of the linear layers whose weight the code of a module around them names, as Mamba's does for kernels that
+    take weights: what is put in their place would not be called, or would lack what is read."""
+    kinds: dict[str, Any] = {path: type(part) for path, part in module.named_modules()}
+    return {path for path, part in module.named_modules() if is_linear(part) and _is_bypassed(path, kinds)}
+
+
+def _is_bypassed(path: str, kinds: Mapping[str, Any]) -> bool:
+    parent, _, name = path.rpartition(".")
+    if _names_weight(kinds[parent], "self", name):
+        return True
+    names = parent.split(".") if parent else []
+    around = (".".join(names[:depth]) for depth in range(len(names)))
+    return any(_names_weight(kinds[one], names[-1], name) for one in around)
 
 
 @cache
-def _reads_weight(owner: Any, name: str) -> bool:
+def _names_weight(kind: Any, owner: str, name: str) -> bool:
     try:
-        source = inspect.getsource(owner.forward) if owner.__module__.startswith("torch.") else inspect.getsource(owner)
-    except (OSError, TypeError):  # made at run time
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time, or of PyTorch itself
         return False
-    return re.search(rf"self\.{re.escape(name)}\.weight\b", source) is not None
+    return re.search(rf"\b{re.escape(owner)}\.{re.escape(name)}\.weight\b", source) is not None
 
 
 def _is_stack(weight: Tensor) -> bool:

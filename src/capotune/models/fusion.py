@@ -36,9 +36,8 @@ from capotune.kernels.memory import Memory
 from capotune.kernels.native_block import NativeBlock
 from capotune.kernels.nf4 import Linear4bit
 from capotune.kernels.prepacked import may_prepack
-from capotune.models.architecture import with_forward
+from capotune.models.architecture import FAILURES, with_forward
 from capotune.models.sequence_packing import (
-    FAILURES,
     TOLERANCE,
     Packing,
     forward_packed,

@@ -27,7 +27,7 @@ from capotune.kernels.nf4 import (
     QuantizedTensor,
     to_checkpoint,
 )
-from capotune.models.architecture import LINEAR_TYPES, bypassed_linears
+from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, is_linear
 from capotune.models.base import Base, Quantization
 from capotune.models.folder import ADAPTER, is_weights
 from capotune.models.shard_writer import Plan, ShardWriter
@@ -100,7 +100,7 @@ def stored_linears(base: Base) -> dict[str, StoredLinear]:
     layers = {
         f"{path}.weight": StoredLinear(path, isinstance(part, Conv1D), why_whole(path, part))
         for path, part in model.named_modules()
-        if isinstance(part, LINEAR_TYPES)
+        if is_linear(part)
     }
     names = StoredNames(model, [stored.name for stored in Shards(base.weight_files)])
     found = {key: layers[name] for key, name in names.whole.items() if name in layers}

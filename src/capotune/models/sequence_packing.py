@@ -18,13 +18,12 @@ from torch import nn
 from transformers import AttentionInterface
 
 from capotune.kernels.attention import Sequences, packed_attention
+from capotune.models.architecture import FAILURES
 
 _NAME = "capotune_packed"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _LONGEST_TRIED = 512
-FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a model's code may raise when it is tried on what it was not written for."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _try_packing(backbone: Any) -> Packing:
     expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in probes])
     reason = ""
     # RoBERTa and its relatives count positions from the id of the padding token on
-    for first in (0, (config.pad_token_id or 0) + 1):
+    for first in (0, (getattr(config, "pad_token_id", None) or 0) + 1):
         packing = Packing(first)
         try:
             with packed(backbone, packing):
@@ -160,7 +159,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _probe_sequences(config: Any, window: int) -> list[torch.Tensor]:
     """Ids of two short sequences that begin differently, and of one beyond the attention window where that is short."""
-    words = [token for token in range(config.vocab_size) if token != config.pad_token_id][:7]
+    words = [token for token in range(config.vocab_size) if token != getattr(config, "pad_token_id", None)][:7]
     lengths = [5, 3, window + 5] if 0 < window <= _LONGEST_TRIED else [5, 3]
     return [
         torch.tensor((words[at:] + words * (length // len(words) + 1))[:length]) for at, length in enumerate(lengths)

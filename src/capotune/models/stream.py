@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from capotune.errors import ModelError
 from capotune.events import OnProgress
 from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
-from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, linear_shape, swap
+from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, is_linear, linear_shape, swap
 from capotune.models.base import first_line
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shards import Shards
@@ -70,7 +70,7 @@ def quantizable(model: Any) -> dict[str, str]:
     return {
         f"{path}.weight": path
         for path, part in model.named_modules()
-        if isinstance(part, LINEAR_TYPES) and part is not head and path not in bypassed
+        if is_linear(part) and part is not head and path not in bypassed
     }
 
 

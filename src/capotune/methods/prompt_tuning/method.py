@@ -27,6 +27,12 @@ class PromptEmbedding(nn.Module):
         self.vocab_size: int = base_layer.num_embeddings  # type: ignore[assignment]
         self.prompt = nn.Parameter(prompt)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen one: some families ask their embedding for its device or dtype."""
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, tokens) → vectors (batch, tokens, hidden).
 

@@ -1,0 +1,142 @@
+"""Shapes of models, a handful that tell: what the sweep over all families does (scripts/sweep_families.py), done here.
+
+Every check compares with what Transformers computes of one row at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_checks import PAIRS, SHORT, TOLERANCE, TRAINED_ON, Checks
+from tiny_families import make, tokenizer
+from transformers import AutoModelForCausalLM, T5Config, T5Model
+
+import capotune
+from capotune.adapters.assemble import assemble, attach
+from capotune.data.batches import parts_of
+from capotune.errors import CapotuneError, ModelError
+from capotune.evaluation.boundary import resumes_with
+from capotune.events import Event, Warned
+from capotune.methods.base import Start
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.models.architecture import describe, text_part
+from capotune.models.base import find
+from capotune.models.stored_names import StoredNames
+from capotune.models.stream import empty_model
+from capotune.settings import Context
+from capotune.tasks.generation import Generation
+
+TOLD = {
+    # in-place additions after linear layers, which are of a class of the family's own; blocks that return tuples
+    "falcon": ("evaluate", "text: last block", "text: lora", "text: qlora", "merge"),
+    # embeddings and last states narrower than the hidden states
+    "opt-narrow-embedding": ("text: prompt", "labels: head", "labels: last block"),
+    # a mixture whose experts are stored one by one, and computed with from one tensor
+    "mixtral": ("text: qlora", "merge", "quantize"),
+    # a text part under ``text_config``, stored under another name than it has
+    "gemma3": ("evaluate", "text: lora", "merge", "labels: lora", "labels: merge"),
+}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a family's name to its folder, made once."""
+    folder, known = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def of(family: str) -> Path:
+        if family not in known:
+            known[family] = folder / family
+            make(family, known[family])
+        return known[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_family_computes_what_transformers_computes(family: str, made: Any, tmp_path: Path) -> None:
+    checks = Checks(made(family), tmp_path).all()
+    needed = [name for name in checks if name in TOLD[family] or _makes_for(name, TOLD[family])]
+    apart = {name: checks[name]() for name in needed}
+    assert {name: value for name, value in apart.items() if not value <= TOLERANCE} == {}
+
+
+def _makes_for(name: str, told: tuple[str, ...]) -> bool:
+    """Whether another check uses the adapter that this one trains."""
+    return (name == "text: lora" and "merge" in told) or (name == "labels: lora" and "labels: merge" in told)
+
+
+def test_lora_says_which_experts_stay_frozen(made: Any, tmp_path: Path) -> None:
+    folder = made("mixtral")
+    experts = [weight for weight in AutoModelForCausalLM.from_pretrained(folder).parameters() if weight.dim() == 3]
+    said: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Warned):
+            said.append(event.text)
+
+    given: dict[str, Any] = {**SHORT, "model": str(folder), "test": PAIRS, "answers": 0, "report": listen}
+    capotune.train("lora", data=TRAINED_ON["text"], out=tmp_path / "run", **given)
+    assert any(f"{sum(weight.numel() for weight in experts):,} weights frozen" in text for text in said), said
+
+
+def test_a_weight_in_parts_is_made_of_all_of_them(made: Any) -> None:
+    base = find(str(made("mixtral")))
+    model = empty_model(AutoModelForCausalLM, base.config)
+    from capotune.models.shards import Shards
+
+    shards = Shards(base.weight_files)
+    names = StoredNames(model, [stored.name for stored in shards])
+    theirs = AutoModelForCausalLM.from_pretrained(base.folder).state_dict()
+    groups = {parts.target: parts for parts in names.parts.values()}
+    assert groups
+    for parts in groups.values():
+        for name, weight in parts.converted(model, shards.read).items():
+            torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0)
+
+
+def test_lora_leaves_weights_that_the_models_own_code_reads(made: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(made("mamba"))
+    found = describe(model, text_part(model))
+    assert {path.rpartition(".")[2] for path in found.bypassed} >= {"dt_proj"}
+    assert not set(found.bypassed) & set(found.linears)
+
+
+def test_rows_beyond_the_short_range_stand_apart_where_they_change_the_others(made: Any, tmp_path: Path) -> None:
+    checks = Checks(made("phi3-longrope"), tmp_path)
+    assert checks.all()["labels: head"]() <= TOLERANCE
+    packing = assemble(Generation.on(checks.base, None, 0), None, device=torch.device("cpu")).packing
+    lengths = [3, 24, 25, 60]
+    assert [part.tolist() for part in parts_of(torch.arange(4).numpy(), lengths, 1000, packing.group)] == [
+        [0, 1],
+        [2, 3],
+    ]
+
+
+def test_prompts_of_two_lengths_are_written_as_each_alone_where_padding_is_read(made: Any, tmp_path: Path) -> None:
+    assert Checks(made("rwkv"), tmp_path).generates() == 0
+
+
+def test_a_frozen_prefix_is_passed_only_where_the_model_goes_on_from_it(made: Any) -> None:
+    for family, outputs in (("falcon", 2), ("gemma3", 0)):
+        base = find(str(made(family)))
+        settings = FeatureExtractionSettings(trainable_layers=1).completed(Context(base.hidden_size, False))
+        assembled = assemble(Generation.on(base, None, 0), settings, device=torch.device("cpu"))
+        attach(assembled, Start(torch.Generator()))
+        assert resumes_with(assembled, assembled.method.first_trainable_block()) == outputs
+
+
+def test_an_encoder_decoder_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    T5Model(T5Config(vocab_size=400, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)).save_pretrained(tmp_path)
+    tokenizer(False, marks=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"t5 model is an encoder-decoder.*Give an encoder"):
+        capotune.train("lora", data=TRAINED_ON["labels"], model=str(tmp_path), out=tmp_path / "run")
+    with pytest.raises(CapotuneError, match="encoder-decoder"):
+        capotune.load_model(tmp_path)
+
+
+def test_a_model_that_looks_ahead_writes_no_text(made: Any) -> None:
+    with pytest.raises(ModelError, match="predicts a token from those after it too"):
+        capotune.load_model(made("xlnet"))
