@@ -63,7 +63,8 @@ RULES: list[tuple[str, int]] = [
     ),
     (r"(hidden|d|embed|embd|emb|model|width|text|decoder|encoder|lru|bottleneck)_?(size|model|dim|width)", 64),
     (
-        r"attention_hidden_size|n_embd|dim|d_model|projection_dim|output_dim|hidden_size_per_layer_input|lru_width|mamba_d_ssm",
+        r"attention_hidden_size|n_embd|dim|d_model|(vision_|projector_)?(projection|output|input)_dim|"
+        r"hidden_size_per_layer_input|lru_width|mamba_d_ssm",
         64,
     ),
     (r"image_size|num_channels_out|max_2d_position_embeddings|num_mel_bins", 28),
@@ -178,6 +179,8 @@ def shrunk(cls: type, fixed: dict[str, Any]) -> Any:
             values[name] = None if value is None else shrunk(type(value), fixed.get(name, {}))
         elif isinstance(value, int) and not isinstance(value, bool):
             values[name] = _small(name, value)
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:  # latent attention shares no heads
+        values["num_key_value_heads"] = values["num_attention_heads"]
     count = fixed.get(_layers_field(values), LAYERS)
     for name in _fields(cls):
         value = vars(default).get(name)

@@ -84,8 +84,8 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
     config = module.config
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
     blocks = _block_list(module, config.num_hidden_layers)
-    bypassed = bypassed_linears(module)
-    linears = [name for name, part in module.named_modules() if is_linear(part)]
+    bypassed, apart = bypassed_linears(module), _of_other_kinds(module)
+    linears = [name for name, part in module.named_modules() if is_linear(part) and not name.startswith(apart)]
     return Architecture(
         backbone=backbone,
         embedding=joined(backbone, embedding),
@@ -93,7 +93,11 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
         norm=_norm_above(module, backbone, blocks),
         linears=tuple(joined(backbone, name) for name in linears if name not in bypassed),
         bypassed=tuple(joined(backbone, name) for name in linears if name in bypassed),
-        stacked=tuple(joined(backbone, name) for name, weight in module.named_parameters() if _is_stack(weight)),
+        stacked=tuple(
+            joined(backbone, name)
+            for name, weight in module.named_parameters()
+            if _is_stack(weight) and not name.startswith(apart)
+        ),
         hidden_size=config.hidden_size,
         embedding_size=module.get_input_embeddings().embedding_dim,
         vocab_size=module.get_input_embeddings().num_embeddings,
@@ -198,6 +202,12 @@ def _is_stack(weight: Tensor) -> bool:
     return weight.dim() == 3 and min(weight.shape[1:]) > _LONGEST_WINDOW
 
 
+def _of_other_kinds(module: Any) -> tuple[str, ...]:
+    """Beginnings of the paths inside models of another configuration, such as one that reads images beside the text."""
+    parts = ((name, part) for name, part in module.named_modules() if name and isinstance(part, PreTrainedModel))
+    return tuple(f"{name}." for name, part in parts if type(part.config) is not type(module.config))
+
+
 def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
     """Path of the first module defined after the blocks, beside them, whose weights are vectors of the hidden size."""
     parent, _, name = blocks.rpartition(".")
@@ -212,12 +222,18 @@ def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
 
 def _block_list(module: Any, count: int) -> str:
     """Path of the ``ModuleList`` that holds the ``count`` transformer blocks."""
-    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    apart = _of_other_kinds(module)
+    lists = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == count and not name.startswith(apart)
+    ]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"
         raise ModelError(
             f"cannot tell the transformer blocks of {type(module).__name__}: "
-            f"lists of {count} modules found: {found}; exactly one is needed."
+            f"lists of {count} modules found: {found}; exactly one is needed.",
+            advice="Give a model of another family.",
         )
     return str(outermost[0])

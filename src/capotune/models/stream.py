@@ -183,7 +183,7 @@ def wrapper(base: Base, lacking: list[str]) -> tuple[str, str | None]:
     endings = (f".{key}" for key in lacking)
     found = Counter(name[: 1 - len(end)] for end in endings for name in stored if name.endswith(end))
     prefix, count = found.most_common(1)[0] if found else ("", 0)
-    if count <= len(lacking) // 2:
+    if count <= len(lacking) // 2 or sum(name.startswith(prefix) for name in stored) <= len(stored) // 2:
         return "", None
     return (
         f"; it holds them as {prefix}…",

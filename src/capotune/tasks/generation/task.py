@@ -147,8 +147,8 @@ class Generation(TextEncoder, Task):
         backbone = text_part(model)
         if looks_ahead(model):
             raise self.base.error(
-                f"a {self.base.config.model_type} model predicts a token from those after it too, so it cannot write "
-                "text token by token.",
+                f"this {self.base.config.model_type} model predicts a token from those after it too, so it cannot "
+                "write text token by token.",
                 advice="Give a causal language model (Llama, Qwen, Mistral, Gemma, GPT-2, Phi …; embedded: capo-tiny).",
             )
         return replace(self, objective=TokenCrossEntropy(backbone, head_is_plain(model, backbone)))
