@@ -46,6 +46,7 @@ from capotune.tasks.classification.model import pooled_positions
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOMETHING_ELSE = "the model's blocks compute something else (by "
+NOT_TAKEN = "the model's code does not take the kernels ("  # so Transformers 5.3 writes that block
 
 FUSES: dict[str, tuple[str, dict[str, Any], tuple[int | None, int | None]]] = {
     "llama": ("LlamaConfig", GROUPED, (None, None)),
@@ -62,13 +63,13 @@ FUSES: dict[str, tuple[str, dict[str, Any], tuple[int | None, int | None]]] = {
     "electra": ("ElectraConfig", {**SMALL, "embedding_size": 24}, (None, None)),
 }
 """Configuration, its values, and the windows of its blocks."""
-PLAIN: dict[str, tuple[str, dict[str, Any], str]] = {
+PLAIN: dict[str, tuple[str, dict[str, Any], str | tuple[str, ...]]] = {
     "gpt2": ("GPT2Config", GPT2, "its blocks are of another form"),
     "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 8}, "its activation is GELUTanh"),
     "gemma-silu": ("GemmaConfig", {**GROUPED, "head_dim": 8, "hidden_act": "silu"}, "its norm is GemmaRMSNorm"),
     "phi": ("PhiConfig", SMALL, "its blocks are of another form"),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, "a Qwen3Attention is of another form"),
-    "granite": ("GraniteConfig", {**GROUPED, "residual_multiplier": 0.5}, SOMETHING_ELSE),
+    "granite": ("GraniteConfig", {**GROUPED, "residual_multiplier": 0.5}, (SOMETHING_ELSE, NOT_TAKEN)),
     "helium": ("HeliumConfig", {**GROUPED, "head_dim": 8}, SOMETHING_ELSE),  # turns neighbours, not halves
     "smollm3": ("SmolLM3Config", {**GROUPED, "no_rope_layers": [1, 0]}, SOMETHING_ELSE),  # the second block turns none
     "llama-gelu": ("LlamaConfig", {**GROUPED, "hidden_act": "gelu"}, "its activation is GELUActivation"),

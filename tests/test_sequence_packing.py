@@ -87,7 +87,7 @@ PACKS: dict[str, tuple[str, dict[str, Any], int]] = {
 WRITE = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt-neox", "opt", "olmo2", "granite", "gpt2"]
 IS_EAGER = "the model's attention is eager"
 PADS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mamba": ("MambaConfig", SMALL, r"the model has layers of other kinds \(linear_attention\)"),
+    "mamba": ("MambaConfig", SMALL, rf"the model has layers of other kinds \(linear_attention\)|{IS_EAGER}"),
     "bloom": ("BloomConfig", {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4}, IS_EAGER),
     "falcon": (
         "FalconConfig",
@@ -96,14 +96,18 @@ PADS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "deberta-v2": ("DebertaV2Config", {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, IS_EAGER),
     "mpnet": ("MPNetConfig", SMALL, IS_EAGER),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 6}, IS_EAGER),
+    "gemma2": (
+        "Gemma2Config",
+        {**GROUPED, "head_dim": 8, "sliding_window": 6},
+        rf"{IS_EAGER}|the model's code does not take packed sequences \(its attention asks for softcap\)",
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
         IS_EAGER,
     ),
 }
-"""Configuration, its values, and why it is padded."""
+"""Configuration, its values, and why it is padded; the second reason is that of Transformers 5.3."""
 LENGTHS = [1, 1, 5, 5, 5, 17, 30, 2, 60, 60, 11]
 """Of the sequences that are read: together many more than positions, some longer than an attention window."""
 
