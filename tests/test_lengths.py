@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 import capotune
 from capotune import api
+from capotune.errors import SettingError
 from capotune.events import Event, Warned
+from capotune.tasks.generation import score
 
 QUICK: dict[str, Any] = {"epochs": 1, "answers": 2, "cache": False}
 POSITIONS = 1_000_000
@@ -102,6 +104,24 @@ def test_evaluate_counts_what_is_too_long(adapter: Path, tmp_path: Path) -> None
     assert "1 of 4 rows are longer than 30 tokens" in " ".join(shown.err.split())
     whole = capotune.evaluate(adapter, data=str(write_jsonl(tmp_path / "short.jsonl", rows[::3])), answers=0)
     assert whole["rows"] == 2
+
+
+def test_prompts_that_are_too_long_are_counted(llama_writer: Path) -> None:
+    writer = capotune.load_model(llama_writer)
+    with pytest.raises(SettingError, match=r"prompt 2 is too long.*Shorten it, and 1 more of the 4 prompts\."):
+        writer.generate(["a", "x " * 96, "b", "y " * 96])
+    with pytest.raises(SettingError, match=r"prompt 1 is too long.*Shorten it\.$"):
+        writer.generate(["x " * 96, "b"])
+
+
+def test_an_interval_of_a_loss_does_not_reach_below_zero(
+    llama_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "_loss_counts", lambda *_: [[0.1, 100], [30.0, 3]])
+    data = write_jsonl(tmp_path / "rows.jsonl", short_rows(2))
+    intervals = capotune.evaluate(llama_writer, data=str(data), answers=0)["intervals"]
+    assert intervals["loss"][0] == 0
+    assert intervals["perplexity"][0] == 1
 
 
 def test_rows_that_are_all_too_long_are_an_error_and_no_score(adapter: Path, tmp_path: Path) -> None:

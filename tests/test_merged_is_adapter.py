@@ -15,7 +15,7 @@ import helpers
 import pytest
 import torch
 from commands import capo
-from generation_helpers import CHATML, COLOURS, END, TURN_END, turn, with_tokenizer, write_jsonl
+from generation_helpers import BOS, CHATML, COLOURS, END, TURN_END, turn, with_tokenizer, write_jsonl
 from safetensors.torch import load_file, save_file
 from test_relative_records import assert_knows_no_place, moved
 
@@ -31,6 +31,7 @@ from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
 from capotune.settings import TrainingSettings
 from capotune.tasks.generation import Generation
+from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8}
 METHODS: dict[str, TrainingSettings] = {
@@ -229,6 +230,19 @@ def add_tool_template(base: Path, template: str) -> None:
     (base / "additional_chat_templates" / "tool_use.jinja").write_text(template)
 
 
+def test_the_plain_form_of_adapters_written_before_gets_its_first_token(untied_writer: Path, tmp_path: Path) -> None:
+    """They hold the form without it; the tokenizer's own was put before."""
+    base = with_tokenizer(untied_writer, tmp_path / "base", bos=True, pad=None)
+    adapter = adapter_on(base, METHODS["lora"], tmp_path / "adapter", chat=True)
+    record = json.loads((adapter / "capotune.json").read_text("utf-8"))
+    assert record["chat_template"] == f"{BOS}{PLAIN_TEMPLATE}"
+    (adapter / "capotune.json").write_text(json.dumps(record | {"chat_template": PLAIN_TEMPLATE}))
+    capotune.merge(adapter, out=tmp_path / "merged")
+    on_base = capotune.load(adapter)
+    assert rendered(tmp_path / "merged", CHATS) == [encode(on_base, row) for row in CHATS]
+    assert encode(on_base, CHATS[0])[0] == generation_helpers.SPECIAL.index(BOS)
+
+
 def test_text_that_is_no_chat_gets_no_template(gpt2_writer: Path, tmp_path: Path) -> None:
     adapter = adapter_on(gpt2_writer, METHODS["lora"], tmp_path / "adapter", chat=False)
     capotune.merge(adapter, out=tmp_path / "merged")
@@ -363,6 +377,21 @@ def test_a_merged_classifier_is_the_adapter_wherever_it_is_moved(
     scores = [capotune.evaluate(one, data=str(tickets)) for one in (adapter, here / "adapter")]
     assert scores[0]["accuracy"] == scores[1]["accuracy"]
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
+
+
+def test_a_base_with_a_head_of_its_own_is_not_taken_for_what_was_trained(bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base = Path(shutil.copytree(bert, tmp_path / "base"))
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(base)
+    adapter = save(helpers.on_base(base, METHODS["lora"]), tmp_path / "adapter")
+    seen: list[Event] = []
+    capotune.merge(adapter, out=tmp_path / "merged", progress=seen.append)
+    (said,) = warned(seen)
+    assert "own head (BertForSequenceClassification) comes along as it was" in said
+    texts = ["my parcel is late", "the lamp is broken"]
+    expected, found = (capotune.load(one).predict_proba(texts) for one in (adapter, tmp_path / "merged" / "adapter"))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_quantized_model_and_its_report_know_no_place(bert: Path, tmp_path: Path) -> None:

@@ -236,8 +236,10 @@ def _check(decoding: DecodingSettings) -> None:
         )
 
 
-def _allowed(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, name: str) -> int:
-    """Most tokens to write after a prompt, which a message calls ``name``."""
+def _allowed(
+    assembled: Assembled, prompt: list[int], decoding: DecodingSettings, name: str, advice: str = "Shorten it."
+) -> int:
+    """Most tokens to write after a prompt, which a message calls ``name``; ``advice`` is for one that is too long."""
     if not prompt and not assembled.method.virtual_token_ids:
         raise SettingError(
             f"{name} is empty, and this model has no token that starts a text.", advice="Give at least one word."
@@ -249,7 +251,7 @@ def _allowed(assembled: Assembled, prompt: list[int], decoding: DecodingSettings
         raise SettingError(
             f"{name} is too long: it has {len(prompt):,} tokens{soft}, and the model holds "
             f"{context_length(assembled):,}. At most {len(prompt) + left - 1:,} leave tokens for an answer.",
-            advice="Shorten it.",
+            advice=advice,
         )
     return min(left, decoding.max_tokens)
 
@@ -259,7 +261,9 @@ def _batches(
 ) -> Iterator[tuple[list[int], int]]:
     """(positions of the prompts, most tokens to write), longest first; a batch's prompts have as many tokens left."""
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
-    tokens = [_allowed(assembled, prompt, decoding, name) for prompt, name in zip(prompts, names, strict=True)]
+    others = sum(tokens_left(assembled, prompt) < 1 for prompt in prompts) - 1
+    advice = f"Shorten it, and {others:,} more of the {len(prompts):,} prompts." if others > 0 else "Shorten it."
+    tokens = [_allowed(assembled, prompt, decoding, name, advice) for prompt, name in zip(prompts, names, strict=True)]
     equal_lengths = len(set(map(len, prompts))) > 1 and _reads_padding(assembled)
     virtual, batch = len(assembled.method.virtual_token_ids), list[int]()
     for row in sorted(range(len(prompts)), key=lambda row: (tokens[row], -len(prompts[row]))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,16 @@ class LinearHeadTask(Task):
     base_label: ClassVar[str] = "base (frozen, nearest class mean)"
     has_head: ClassVar[bool] = True
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
+
+    def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - the head is written as an adapter
+        """Nothing beside the weights; says so where the base has a head of its own."""
+        own = str((self.base.config_values.get("architectures") or [""])[0])
+        if not own.endswith("Classification"):
+            return []
+        return [
+            f"the base's own head ({own}) comes along as it was, for its own labels: programs that load the folder "
+            "with it do not use what was trained. The trained head is the adapter inside."
+        ]
 
     def expected_head(self, model: Any) -> int:
         """(features + 1)·labels."""

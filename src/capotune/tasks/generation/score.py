@@ -60,7 +60,8 @@ def score_samples(
     loss = sum(nats) / max(sum(tokens), 1)
     scores, intervals = {"perplexity": perplexity(loss), "loss": loss}, {}
     if spread := mean_interval(nats, tokens):
-        intervals = {"perplexity": (perplexity(spread[0]), perplexity(spread[1])), "loss": spread}
+        low, high = max(0.0, spread[0]), spread[1]  # of a few rows that differ it would reach below what a loss can be
+        intervals = {"perplexity": (perplexity(low), perplexity(high)), "loss": (low, high)}
     measured_on = dict.fromkeys(scores, f"{sum(tokens):,} tokens of {len(counts):,} rows")
     by_loss = RowCounts.of(metric("perplexity"), counts)
     if not scored_as.answers or not any(answer_of(sample) is not None for sample in samples.samples):
