@@ -127,6 +127,12 @@ def test_any_end_token_ends_and_none_is_shown() -> None:
     assert any(len(text) < 20 for text in texts)
 
 
+def test_every_stream_can_be_closed() -> None:
+    for values in ({}, {"num_beams": 2}):
+        with closing(stream(make("llama"), [5, 6], settings(**values))) as pieces:  # type: ignore[type-var]
+            assert next(pieces)
+
+
 def test_a_stop_string_that_names_a_special_token_ends_as_an_end_token_does() -> None:
     rows = prompts(9)
     expected = [argmax_loop(make("llama", ends=(END, SPECIAL["<special>"])), row, 20) for row in rows]

@@ -270,6 +270,31 @@ def test_long_spans_and_long_conversations_lose_their_middle() -> None:
     assert texts == [*(f"turn {at}{END}" for at in range(4)), " … ", *(f"turn {at}{END}" for at in range(36, 40))]
 
 
+def test_pairs_without_white_space_between_and_tokens_across_the_border_are_counted() -> None:
+    pairs = [
+        ("a:", "red"),
+        ("a: ", "red"),
+        ("a:", " red"),
+        ("2+2=", "4"),
+        ("問い：", "赤"),
+        ("a:\n", "red"),
+        ("a", "B"),
+    ]
+    train = rows(*(Pair(*both) for both in pairs), format="template")
+    encoded = [[Encoded([1, 2], [IGNORE_INDEX, 2], 2, straddles=at in (1, 4))] for at in range(len(pairs))]
+    report = inspect_samples(
+        GenerationData(train, train), encoded, encoded, max_length=8, text_of=str, template_from="a test", learn="all"
+    )
+    assert report.joined == Lines(2, [1, 7])
+    assert report.straddling == Lines(2, [2, 5])
+    text = in_one_line(report)
+    assert (
+        "Joined 2 in train: no white space between prompt and completion, which are joined as given (lines 1, 7)"
+        in text
+    )
+    assert "Across 2 in train: one token holds the end of what is asked and the start of the answer" in text
+
+
 def test_what_a_token_reads_like_may_hang_on_those_before_it() -> None:
     """A decoder that gives one text, drops the space at the front of what it is given, and knows no half characters."""
     pieces = [b" hi", b" \xc3", b"\xa9", b" no"]

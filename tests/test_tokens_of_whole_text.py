@@ -6,7 +6,8 @@ are those of the same tokenizer that leaves none out.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,17 @@ from generation_helpers import encode, samples_of, turn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from shared import SHARED
-from tokenizer_cases import CASES, CHATS, TEMPLATE
+from tokenizer_cases import CASES, CHATS, INST, TEMPLATE
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from capotune.data.batches import IGNORE_INDEX
+from capotune.data.inspect.samples import _spans
 from capotune.data.samples import Conversation, Document, Pair
 from capotune.evaluation.generate import _Cut
 from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 from capotune.tasks.generation.encoding import TextEncoder
+from capotune.tasks.generation.facade import _without_start
 
 CHECKS = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 every_tokenizer = pytest.mark.parametrize("name", CASES)
@@ -195,6 +198,28 @@ def test_streamed_text_is_the_decoded_text_of_all_ids(name: str, prompt: str, wr
 
 
 @every_tokenizer
+@given(prompt=TEXT, completion=TEXT, start=st.integers(0, 20), size=st.integers(1, 6))
+@example(prompt="Say red:", completion=" red it is", start=1, size=4)
+@CHECKS
+def test_answer_ends_right_before_a_stop_text_wherever_its_tokens_are_cut(
+    name: str, prompt: str, completion: str, start: int, size: int
+) -> None:
+    task = encoder(name)
+    question, ids = task.encode_prompt(prompt), own_ids(name, prompt + completion)
+    answer = ids[len(question) :]
+    text = _Cut(task, question, ()).text(answer)
+    stop = text[start % max(len(text), 1) :][:size]
+    if not stop:
+        return
+    cut, shown = _Cut(task, question, (stop,)), ""
+    assert cut.text(answer) == text[: text.index(stop)]
+    assert cut.stopped(answer)
+    for at in range(len(answer) + 1):
+        shown = cut.ready(answer[:at]) or shown
+        assert text[: text.index(stop)].startswith(shown)
+
+
+@every_tokenizer
 @given(prompt=TEXT, completion=TEXT)
 @example(prompt="Say red:", completion=" red it is")
 @example(prompt="Say red:", completion="red it is")
@@ -209,6 +234,36 @@ def test_a_completion_that_is_written_reads_as_it_stands(name: str, prompt: str,
     if one.straddles or one.ids[: len(question)] != question or whole != prompt + completion or len(question) == front:
         return
     assert _Cut(task, question, ()).text(one.ids[len(question) :]) == completion
+
+
+@pytest.mark.parametrize(("template", "lead"), [(TEMPLATE, ""), (INST, " "), (PLAIN_TEMPLATE, "")])
+def test_white_space_that_a_template_puts_before_answers_is_found(template: str, lead: str) -> None:
+    assert encoder("byte-level", template).chat_lead == lead
+    assert encoder("byte-level", None).chat_lead == ""
+
+
+@given(pieces=st.lists(st.sampled_from([" ", "a", "\n", " a"]), max_size=5), start=st.sampled_from(["", " ", " \n"]))
+@CHECKS
+def test_white_space_before_an_answer_is_left_out_of_its_stream(pieces: list[str], start: str) -> None:
+    shown = list(_without_start((piece for piece in pieces), start))
+    assert "".join(shown) == "".join(pieces).removeprefix(start)
+    assert all(shown)
+
+
+# What is shown of the data
+
+
+@every_tokenizer
+@given(prompt=TEXT, completion=TEXT, length=st.integers(2, 30))
+@example(prompt="Say 😀", completion="日本", length=30)
+@CHECKS
+def test_picture_of_the_loss_shows_the_decoded_text(name: str, prompt: str, completion: str, length: int) -> None:
+    task = encoder(name, max_length=length)
+    (one,) = encode(task, Pair(prompt, completion))
+    text_of = partial(task.decode, special_tokens=True)
+    spans = _spans(one, text_of)
+    assert "".join(span.text for span in spans) == text_of(one.ids)
+    assert [span.in_loss for span in spans] == [in_loss for in_loss, _ in groupby(map(int.__eq__, one.ids, one.labels))]
 
 
 # The table in the docs

@@ -79,7 +79,7 @@ def stream(assembled: Assembled, prompt: list[int], decoding: DecodingSettings) 
     _check(decoding)
     tokens = _allowed(assembled, prompt, decoding, "the prompt")
     if decoding.num_beams > 1:
-        return iter(generate(assembled, [prompt], decoding))
+        return (text for text in generate(assembled, [prompt], decoding))  # which can be closed, as other iterators
     return _pieces(assembled, prompt, decoding, tokens)
 
 

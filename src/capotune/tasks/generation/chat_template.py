@@ -161,6 +161,13 @@ class ChatTemplate:
             fitted = _with_json(fitted)
         return _in_parts(fitted) if self._takes_parts else fitted
 
+    @cached_property
+    def lead(self) -> str:
+        """White space that it writes between the words that ask for an answer and the answer; no part of the answer."""
+        asking, answered = self._after(ASKED, [_USER], ask=True), self._after(ASKED, [_USER, _ANSWER])
+        lead = answered[len(asking) :].partition(ANSWERED)[0]
+        return lead if answered.startswith(asking) and lead.isspace() else ""
+
     # ---------------------------------------------------------------------------------------------- how a turn ends
 
     @cached_property

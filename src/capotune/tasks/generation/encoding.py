@@ -107,6 +107,11 @@ class TextEncoder:
             return decoding
         return decoding.model_copy(update={"stop": (*decoding.stop, stop)})
 
+    @property
+    def chat_lead(self) -> str:
+        """White space that the chat template puts before an answer, which is no part of it."""
+        return "" if self.chat_template is None else self._renderer.template.lead
+
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """The text of tokens as they stand, without special ones unless they are asked for."""
         text = self.tokenizer.decode(
@@ -136,7 +141,7 @@ class TextEncoder:
 
     def special_ids(self, texts: Sequence[str]) -> list[int]:
         """Ids of those texts that are a special token."""
-        named = set(self.tokenizer.all_special_tokens) & set(texts)
+        named = set(self.tokenizer.all_special_tokens) & set(texts) if texts else set()
         return [int(self.tokenizer.convert_tokens_to_ids(one)) for one in sorted(named)]
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,12 @@ class Generator(Facade):
         no chat template.
         """
         prompt = self._encode_chat(messages, tools)
-        return generate(self._assembled, [prompt], self._chat_settings(decoding))[0]
+        return self._answers([prompt], decoding)[0]
 
     def stream_chat(self, messages: Messages, tools: Messages = (), **decoding: Any) -> Iterator[str]:
         """As ``chat``, in pieces as they are written. Close the iterator to stop the model."""
-        return stream(self._assembled, self._encode_chat(messages, tools), self._chat_settings(decoding))
+        pieces = stream(self._assembled, self._encode_chat(messages, tools), self._chat_settings(decoding))
+        return _without_start(pieces, self._assembled.task.chat_lead)
 
     def chat_each(
         self, prompts: Sequence[str], *, progress: Callable[[int, int], None] | None = None, **decoding: Any
@@ -79,7 +81,7 @@ class Generator(Facade):
         """The answer to each text as a conversation of its own, in batches."""
         check_texts(prompts)
         questions = [self._encode_chat([user_turn(text)], ()) for text in prompts]
-        return generate(self._assembled, questions, self._chat_settings(decoding), progress)
+        return self._answers(questions, decoding, progress)
 
     def tokens_left(self, messages: Messages, tools: Messages = ()) -> int:
         """Tokens that the context leaves for the next turn of a conversation; none or fewer when it is too long."""
@@ -116,6 +118,28 @@ class Generator(Facade):
         ids: list[int] = self._assembled.task.encode_chat(turns, tools)
         return ids
 
+    def _answers(
+        self, prompts: list[list[int]], decoding: dict[str, Any], progress: Callable[[int, int], None] | None = None
+    ) -> list[str]:
+        texts = generate(self._assembled, prompts, self._chat_settings(decoding), progress)
+        return [text.removeprefix(self._assembled.task.chat_lead) for text in texts]
+
     def _chat_settings(self, decoding: dict[str, Any]) -> DecodingSettings:
         settings: DecodingSettings = self._assembled.task.chat_decoding(build(DecodingSettings, decoding))
         return settings
+
+
+def _without_start(pieces: Iterator[str], start: str) -> Iterator[str]:
+    """``pieces`` of a text without ``start``, where it begins so. Closing the iterator closes ``pieces``."""
+    text = ""
+    with closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            text += piece
+            if len(text) < len(start) and start.startswith(text):
+                continue
+            if rest := text.removeprefix(start):
+                yield rest
+            yield from pieces
+            return
+    if text:
+        yield text
