@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import capotune
 from capotune.api import inspect
+from capotune.cli import main
 from capotune.data.samples import Conversation
 from capotune.errors import DataError, SettingError
 from capotune.events import Warned
@@ -373,3 +374,13 @@ def test_any_conversation_is_trained_on_or_refused_by_line(
     assert texts or said.startswith("data.jsonl:1: the chat template")
     assert all(one.tokens_in_loss for one in texts)
     assert len(texts) <= len(sample.answers)
+
+
+def test_data_of_two_rows_is_shown_before_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": [turn("assistant", "Welcome!"), turn("user", text), HI[1]]} for text in ("grass?", "snow?")]
+    data = str(write_jsonl(tmp_path / "two.jsonl", rows))
+    assert main(["data", data]) == 2
+    shown = capsys.readouterr()
+    assert "every answer" in shown.out
+    assert "Welcome!" in shown.out
+    assert "one row is not enough" in shown.err

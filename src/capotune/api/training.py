@@ -8,7 +8,7 @@ from typing import Any
 
 from capotune.data_blocks import Block
 from capotune.device import collector_at_rest
-from capotune.errors import SettingError
+from capotune.errors import DataError, SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
 from capotune.settings import RunSettings, TrainingSettings, TrainSettings, build, nearest
 
@@ -89,10 +89,12 @@ def describe_data(task: str, report: Mapping[str, Any]) -> list[Block]:
 def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[str, Any]:
     """What data holds and how it would be read: ``task``, ``model`` whose tokens were counted, and ``report``.
 
-    ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``.
+    ``settings`` are those of ``capo data --help`` by name. Nothing is trained or written. Raises as ``train``, but for
+    data that can be read and not trained on, as there is too little of it: that is said under ``refused``.
     """
     with collector_at_rest():
-        from capotune.runs.run import prepare
+        from capotune import tasks
+        from capotune.runs.run import prepare, resolve
 
     shared, method = _separate("lora", settings)
     found: dict[str, Any] = {}
@@ -102,8 +104,14 @@ def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[st
             found.update(task=event.task, report=event.report)
         report(event)
 
-    prepared = prepare(build(TrainSettings, sources(data, shared)), method, listen)
-    return {"model": prepared.settings.model, "title": prepared.task_run.task.title, **found}
+    run = resolve(build(TrainSettings, sources(data, shared)), listen)
+    try:
+        prepare(run, method, listen)
+    except DataError as error:
+        if not found:
+            raise
+        found["refused"] = str(error)
+    return {"model": run.model, "title": tasks.get(found["task"]).title, **found}
 
 
 def sources(data: object, settings: dict[str, Any]) -> dict[str, Any]:

@@ -293,6 +293,9 @@ def _data(rest: list[str]) -> int:
         print(json.dumps(found, ensure_ascii=False))
     else:
         show_data(found)
+    if "refused" in found:
+        print(f"capo: {in_flags(DataError(found['refused']))}", file=sys.stderr)
+        return 2
     return 0
 
 

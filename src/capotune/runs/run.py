@@ -80,13 +80,19 @@ def run(
 
 def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> Prepared:
     """Resolve what was left out of the settings, find the base, and read the data for it."""
+    settings = resolve(settings, report)
     task = tasks.recognise(settings)
-    task.check_settings(settings.model_dump(), str(settings.data))
-    settings = settings.model_copy(update={"task": task.name, "model": settings.model or _default(task, report)})
     assert settings.model is not None
     base = find(settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     method = method.completed(Context(base.hidden_size, task.has_head))
     return Prepared(settings, method, base, task.prepare(settings, method, base, report))
+
+
+def resolve(settings: TrainSettings, report: Reporter) -> TrainSettings:
+    """The settings with the task that the data is for and a base. ``SettingError`` for one that the task lacks."""
+    task = tasks.recognise(settings)
+    task.check_settings(settings.model_dump(), str(settings.data))
+    return settings.model_copy(update={"task": task.name, "model": settings.model or _default(task, report)})
 
 
 def _default(task: type[Task], report: Reporter) -> str:
