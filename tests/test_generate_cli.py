@@ -332,7 +332,7 @@ def test_evaluate_takes_a_model_alone_and_says_how_many_rows_it_answered(
     perplexity = api.metric("perplexity").text(alone["perplexity"], 2)
     assert f"perplexity {perplexity} on {alone['tokens']} tokens of 8 rows (95 % interval" in said
     chats = json.loads(capo("evaluate", adapters["chats"], "--data", colour_chats, "--json", "--answers", 4).out)
-    assert (chats["rows"], chats["answered"]) == (4, 4)  # exact match is compared by
+    assert (chats["metric"], chats["rows"], chats["answered"]) == ("perplexity", 40, 4)
     assert chats["measured_on"]["loss"].endswith(" tokens of 40 rows")
 
 

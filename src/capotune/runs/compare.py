@@ -20,7 +20,6 @@ from capotune import errors
 from capotune.errors import CapotuneError
 from capotune.events import CancelToken, Event, Failed, Reporter, from_json
 from capotune.memory_table import MemoryTable
-from capotune.runs.agree import agree
 from capotune.settings import CompareSettings, RunSettings
 
 
@@ -33,6 +32,8 @@ def run_techniques(
     A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
     memory) is reported as failed and the others go on. Raises ``CapotuneError`` when none finished.
     """
+    from capotune.runs.agree import agree
+
     results: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(settings.methods):
 

@@ -236,7 +236,7 @@ class Generation(TextEncoder, Task):
         named = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
         score = f"No test rows; perplexity on the held-out part {trained['held_out_score']:.4g}"
         if trained["test_rows"]:
-            score = f"On {trained['test_rows']:,} test rows: {named}"
+            score = f"On test rows: {named}"  # not all scores are of as many
         what = "answers in a conversation" if self.chat else "text"
         return CardWords(
             f"Writes {what}. Chat template: {self.template_from}.",
