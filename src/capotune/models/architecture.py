@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from capotune.errors import ModelError
 from capotune.kernels.nf4 import Linear4bit
 
 _LONGEST_WINDOW = 8
@@ -34,7 +33,7 @@ class Architecture:
     embedding: str
     """Its token embedding."""
     blocks: tuple[str, ...]
-    """Its transformer blocks, in order."""
+    """Its transformer blocks, in order; none where they cannot be told apart (``why_no_blocks``)."""
     norm: str | None
     """The norm above the last block, where the family has one (decoders do, BERT does not)."""
     linears: tuple[str, ...]
@@ -47,6 +46,8 @@ class Architecture:
     embedding_size: int
     """Width of the token embedding; in a few families less than ``hidden_size``."""
     vocab_size: int
+    why_no_blocks: str | None = None
+    """In words, where there are none."""
 
     def block_of(self, path: str) -> int | None:
         """Number of the block that holds the module at ``path``; None outside the blocks."""
@@ -76,21 +77,21 @@ def joined(*names: str) -> str:
 
 
 def describe(model: nn.Module, backbone: str) -> Architecture:
-    """Find the parts of ``model``'s submodule ``backbone`` (a ``PreTrainedModel`` without head).
-
-    Raises ``ModelError`` when the blocks cannot be told apart.
-    """
+    """Find the parts of ``model``'s submodule ``backbone`` (a ``PreTrainedModel`` without head)."""
     module: Any = model.get_submodule(backbone)
     config = module.config
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
-    blocks = _block_list(module, config.num_hidden_layers)
+    lists = _block_lists(module, config.num_hidden_layers)
+    blocks = lists[0] if len(lists) == 1 else None
     bypassed, apart = bypassed_linears(module), _of_other_kinds(module)
     linears = [name for name, part in module.named_modules() if is_linear(part) and not name.startswith(apart)]
     return Architecture(
         backbone=backbone,
         embedding=joined(backbone, embedding),
-        blocks=tuple(joined(backbone, blocks, str(number)) for number in range(config.num_hidden_layers)),
-        norm=_norm_above(module, backbone, blocks),
+        blocks=()
+        if blocks is None
+        else tuple(joined(backbone, blocks, str(number)) for number in range(config.num_hidden_layers)),
+        norm=None if blocks is None else _norm_above(module, backbone, blocks),
         linears=tuple(joined(backbone, name) for name in linears if name not in bypassed),
         bypassed=tuple(joined(backbone, name) for name in linears if name in bypassed),
         stacked=tuple(
@@ -101,6 +102,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
         hidden_size=config.hidden_size,
         embedding_size=module.get_input_embeddings().embedding_dim,
         vocab_size=module.get_input_embeddings().num_embeddings,
+        why_no_blocks=None if blocks is not None else _why_no_blocks(type(module).__name__, lists),
     )
 
 
@@ -220,20 +222,18 @@ def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
     return None
 
 
-def _block_list(module: Any, count: int) -> str:
-    """Path of the ``ModuleList`` that holds the ``count`` transformer blocks."""
+def _block_lists(module: Any, count: int) -> list[str]:
+    """Paths of the outermost ``ModuleList``s of ``count`` modules; a single one holds the transformer blocks."""
     apart = _of_other_kinds(module)
     lists = [
-        name
+        str(name)
         for name, part in module.named_modules()
         if isinstance(part, nn.ModuleList) and len(part) == count and not name.startswith(apart)
     ]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    if len(outermost) != 1:
-        found = ", ".join(outermost) or "none"
-        raise ModelError(
-            f"cannot tell the transformer blocks of {type(module).__name__}: "
-            f"lists of {count} modules found: {found}; exactly one is needed.",
-            advice="Give a model of another family.",
-        )
-    return str(outermost[0])
+    return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+
+
+def _why_no_blocks(name: str, lists: list[str]) -> str:
+    if not lists:
+        return f"the blocks of {name} are not modules of their own (some families share one among all)."
+    return f"the blocks of {name} lie in parts, in {', '.join(lists)}."

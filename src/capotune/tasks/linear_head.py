@@ -48,6 +48,11 @@ class HeadedBackbone(nn.Module):
         return sum(self._widths[layer] for layer in layers)
 
     @property
+    def depth(self) -> int:
+        """Hidden states beside the embeddings' output."""
+        return len(self._widths) - 1
+
+    @property
     def device(self) -> torch.device:
         """Where the head is; PEFT asks for it."""
         return self.classifier.weight.device

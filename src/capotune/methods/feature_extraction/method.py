@@ -37,6 +37,14 @@ class FeatureExtraction(Method):
         """Copy the last k blocks and the norm. ``SettingError`` when the model has fewer blocks."""
         count, trainable = len(architecture.blocks), self.settings.trainable_layers
         assert trainable is not None
+        if trainable and architecture.why_no_blocks:
+            raise SettingError(
+                architecture.why_no_blocks,
+                setting="trainable_layers",
+                given=trainable,
+                allowed="0",
+                advice="lora and qlora train in all of them.",
+            )
         if trainable > count:
             raise SettingError(
                 f"this model has {count} blocks.",

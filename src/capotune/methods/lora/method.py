@@ -347,6 +347,8 @@ def find_targets(
         chosen.update(found)
     if layers is not None:
         count = len(architecture.blocks)
+        if architecture.why_no_blocks:
+            raise _layers_error(layers, f"{architecture.why_no_blocks} Leave it out to train in all of them.")
         wrong = [number for number in layers if not 0 <= number < count]
         if wrong or not layers:
             raise _layers_error(layers, f"this model has blocks 0 to {count - 1}.")

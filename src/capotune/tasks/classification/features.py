@@ -28,7 +28,7 @@ def all_features(
     Every readable layer is computed and stored, so that all methods share one entry.
     """
     hidden = assembled.model.width_of((-1,))
-    layers = readable_layers(len(assembled.architecture.blocks), hidden)
+    layers = readable_layers(assembled.model.depth, hidden)
 
     def compute() -> torch.Tensor:
         return compute_features(assembled, layers, rows, progress, reduced=reduced)

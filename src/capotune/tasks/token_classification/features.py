@@ -44,7 +44,7 @@ def all_features(
     """
     own = assembled.model.feature_layers
     most = assembled.task.layers if assembled.method.identity_at_start else len(own)
-    layers = spread_layers(len(assembled.architecture.blocks), most)
+    layers = spread_layers(assembled.model.depth, most)
 
     def compute() -> torch.Tensor:
         return compute_features(assembled, layers, examples, progress, reduced=reduced)
