@@ -100,8 +100,8 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
             if _is_stack(weight) and not name.startswith(apart)
         ),
         hidden_size=config.hidden_size,
-        embedding_size=module.get_input_embeddings().embedding_dim,
-        vocab_size=module.get_input_embeddings().num_embeddings,
+        embedding_size=module.get_input_embeddings().weight.shape[1],
+        vocab_size=module.get_input_embeddings().weight.shape[0],
         why_no_blocks=None if blocks is not None else _why_no_blocks(type(module).__name__, lists),
     )
 

@@ -155,19 +155,28 @@ class Base:
             )
         return tokenizer
 
+    @property
+    def backbone_class(self) -> Any:
+        """Transformers' class for the transformer without head: of a family like T5 the encoder alone."""
+        from transformers import AutoModel, AutoModelForTextEncoding
+        from transformers.models.auto import modeling_auto
+
+        family = type(self.config)
+        writes_too = family in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        has_encoder = writes_too and family in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+        return AutoModelForTextEncoding if has_encoder else AutoModel
+
     @cached_property
     def text_config(self) -> Any:
         """What ``config`` says of the transformer that reads text: all of it, or its ``text_config``.
 
-        Raises ``ModelError`` for models that read one text and write another, and for those with several parts.
+        Raises ``ModelError`` for models that read one text and write another, unless Transformers has their encoder
+        alone (T5), and for those with several parts.
         """
-        if getattr(self.config, "is_encoder_decoder", False):
-            raise self.error(
-                f"a {self.config.model_type} model is an encoder-decoder: it reads one text and writes another, which "
-                "is not supported.",
-                advice="Give an encoder (BERT, RoBERTa, DeBERTa, ModernBERT …) for labels, or a causal language model "
-                "(Llama, Qwen, Mistral, Gemma, GPT-2, Phi …).",
-            )
+        from transformers import AutoModel
+
+        if self.config.is_encoder_decoder and self.backbone_class is AutoModel:
+            raise self._reads_and_writes()
         try:
             return self.config.get_text_config()
         except ValueError:
@@ -178,8 +187,14 @@ class Base:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states of the transformer that reads text."""
-        return int(self.text_config.hidden_size)
+        """Width of the hidden states of the transformer that reads text. ``ModelError`` where none is stated."""
+        stated = getattr(self.text_config, "hidden_size", None)
+        if stated is None:
+            raise self.error(
+                f"a {self.config.model_type} model states no hidden_size, so it is no transformer of a known form.",
+                advice="Give an encoder (BERT, RoBERTa, DeBERTa, ModernBERT …) or a causal language model.",
+            )
+        return int(stated)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -271,11 +286,21 @@ class Base:
     def check_writes_text(self) -> None:
         """``ModelError`` unless it is a causal language model."""
         _ = self.text_config  # which not every model has
+        if self.config.is_encoder_decoder:
+            raise self._reads_and_writes()
         if not self.writes_text:
             raise self.error(
                 f"a {self.config.model_type} model reads text and does not write it.",
                 advice="Give a causal language model (Llama, Qwen, Mistral, Gemma …; by name: smollm2, capo-tiny).",
             )
+
+    def _reads_and_writes(self) -> ModelError:
+        return self.error(
+            f"a {self.config.model_type} model is an encoder-decoder: it reads one text and writes another, which "
+            "is not supported.",
+            advice="Give an encoder (BERT, RoBERTa, DeBERTa, ModernBERT …) for labels, or a causal language model "
+            "(Llama, Qwen, Mistral, Gemma, GPT-2, Phi …).",
+        )
 
     def unusable(self, problem: str, error: Exception) -> ModelError:
         """A ``ModelError`` for what a library says of its files."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from capotune.errors import ModelError
 from capotune.events import OnProgress
@@ -28,11 +30,16 @@ def load_backbone(
 
     Raises ``ModelError`` when weights are missing, damaged, or do not fit the configuration.
     """
-    from transformers import AutoModel
-
-    backbone = _load(AutoModel, base, dtype, quantization, progress)
+    backbone = _load(base.backbone_class, base, dtype, quantization, progress)
+    table = backbone.get_input_embeddings()
+    if not hasattr(table, "embedding_dim"):
+        raise base.error(
+            f"the token embedding of a {type(backbone).__name__} is a {type(table).__name__}, which is not supported."
+        )
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # a head of the pretraining task; the text's vector is pooled from the tokens instead
+        # a head of the pretraining task; the text's vector is pooled from the tokens instead
+        can_lack_it = "add_pooling_layer" in inspect.signature(type(backbone)).parameters
+        backbone.pooler = None if can_lack_it else nn.Identity()
     return backbone
 
 

@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from capotune.errors import ModelError
 from capotune.models.architecture import joined, text_part
+from capotune.models.base import first_line
+from capotune.models.sequence_packing import FAILURES
 from capotune.tasks.base import Task
 
 
@@ -60,9 +63,22 @@ class HeadedBackbone(nn.Module):
 
 @torch.no_grad()
 def _widths(backbone: Any) -> list[int]:
-    """Of each hidden state; a few families project the embeddings or the last states (OPT-350m)."""
+    """Of each hidden state; a few families project the embeddings or the last states (OPT-350m).
+
+    Raises ``ModelError`` for a model that asks for more than a text's tokens, or gives states of other positions.
+    """
+    name = type(backbone).__name__
+    advice = "Give an encoder such as BERT, RoBERTa, DeBERTa or ModernBERT, or a causal language model."
     token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    return [state.shape[-1] for state in backbone(input_ids=token, output_hidden_states=True).hidden_states]
+    try:
+        output = backbone(input_ids=token, output_hidden_states=True)
+    except FAILURES as error:  # it was a try
+        problem = f"a {name} cannot read a single token by itself: {first_line(error).rstrip('.')}."
+        raise ModelError(problem, advice=advice) from None
+    states = getattr(output, "hidden_states", None) or ()
+    if not states or any(state.shape[:2] != token.shape for state in states):
+        raise ModelError(f"a {name} gives no hidden state for each token.", advice=advice)
+    return [state.shape[-1] for state in states]
 
 
 def spread_layers(num_blocks: int, most: int) -> tuple[int, ...]:

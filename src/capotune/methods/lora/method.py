@@ -302,7 +302,8 @@ class Lora(Method):
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in self.targets):
             for names in _SHARED:
                 layers = tuple(self.layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in self.layers)
-                if len(layers) == len(names) and not self.settings.dora:
+                widths = {linear_shape(layer.base_layer)[1] for layer in layers}
+                if len(layers) == len(names) and len(widths) == 1 and not self.settings.dora:
                     for layer in layers:
                         layer.shared = SharedInput(layers) if layer is layers[0] else layers[0].shared
 
@@ -334,6 +335,12 @@ def find_targets(
     """
     if not target_modules:
         raise SettingError("name at least one layer, or give all-linear.", setting="target_modules")
+    if not architecture.linears:
+        raise SettingError(
+            "this model has no linear layers that could be changed.",
+            setting="target_modules",
+            advice="Train feature-extraction or prompt-tuning on it.",
+        )
     chosen: set[str] = set()
     for entry in target_modules:
         found = [path for path in architecture.linears if _matches(entry, path)]

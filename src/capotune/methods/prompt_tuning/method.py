@@ -75,11 +75,15 @@ class PromptTuning(Method):
                 allowed=f"1 to {limit // 2}",
             )
         self.embedding = PromptEmbedding(base, self._initial_prompt(base, start))
-        swap(model, architecture.embedding, self.embedding)
+        self.paths = [path for path, part in model.named_modules(remove_duplicate=False) if _same_table(part, base)]
+        for path in self.paths:
+            swap(model, path, self.embedding)
+        self._check_further_tables(backbone)
 
     def detach(self) -> None:
         """Put the token embedding back."""
-        swap(self.model, self.architecture.embedding, self.embedding.base_layer)
+        for path in self.paths:
+            swap(self.model, path, self.embedding.base_layer)
 
     @property
     def virtual_token_ids(self) -> range:
@@ -134,6 +138,26 @@ class PromptTuning(Method):
         named = [[(tokenizer.convert_ids_to_tokens(token), round(cosine, 3)) for token, cosine in one] for one in near]
         return {"nearest_tokens": named}
 
+    @torch.no_grad()
+    def _check_further_tables(self, backbone: Any) -> None:
+        """``SettingError`` where the model looks tokens up once more, in a table that has nothing for a prompt."""
+        tables = ((path, part) for path, part in backbone.named_modules() if isinstance(part, nn.Embedding))
+        same_size = [path for path, part in tables if len(part.weight) == self.embedding.vocab_size]
+        further = [path for path in same_size if path not in self.paths and not path.endswith("base_layer")]
+        if not further:
+            return
+        ids = torch.tensor([[*self.virtual_token_ids]], device=backbone.device)
+        try:
+            backbone(input_ids=ids)
+        except IndexError:
+            self.detach()
+            raise SettingError(
+                f"{type(backbone).__name__} looks tokens up in {further[0]} too, which has no vectors for a prompt.",
+                setting="num_virtual_tokens",
+                given=self.settings.num_virtual_tokens,
+                advice="Train lora or qlora on this base.",
+            ) from None
+
     def _initial_prompt(self, base: Any, start: Start) -> torch.Tensor:
         """(virtual tokens, hidden): sampled words, or a text's tokens shared out evenly over the vectors."""
         count = self.settings.virtual_tokens
@@ -146,3 +170,8 @@ class PromptTuning(Method):
         # through the layer, not from its weight: some families scale what they look up
         vectors: torch.Tensor = base(ids.to(base.weight.device)).detach().float()
         return torch.stack([share.mean(0) for share in vectors.tensor_split(count)])
+
+
+def _same_table(part: nn.Module, base: Any) -> bool:
+    """Whether ``part`` is the embedding ``base`` or another one with the very same weight (T5 has it twice)."""
+    return part is base or (isinstance(part, nn.Embedding) and part.weight is base.weight)
