@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import capotune
 from capotune import methods
@@ -176,7 +176,7 @@ class Checks:
         assembled: Assembled = loaded._assembled
         rows = assembled.task.encode([row["text"] for row in LABELLED])
         with quiet():
-            backbone = AutoModel.from_pretrained(self.folder).eval()
+            backbone = self.base.backbone_class.from_pretrained(self.folder).eval()
         skipped, layers = assembled.model.virtual_tokens, assembled.model.feature_layers
         theirs = torch.cat([_pooled(backbone, ids, assembled.task.pooling, layers) for ids in rows])
         assert not skipped

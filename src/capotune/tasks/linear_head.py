@@ -75,9 +75,10 @@ def _widths(backbone: Any) -> list[int]:
     except FAILURES as error:  # it was a try
         problem = f"a {name} cannot read a single token by itself: {first_line(error).rstrip('.')}."
         raise ModelError(problem, advice=advice) from None
-    states = getattr(output, "hidden_states", None) or ()
-    if not states or any(state.shape[:2] != token.shape for state in states):
-        raise ModelError(f"a {name} gives no hidden state for each token.", advice=advice)
+    states: Any = getattr(output, "hidden_states", None) or ()
+    alike = bool(states) and output.last_hidden_state.shape == states[-1].shape
+    if not alike or any(state.shape[:2] != token.shape for state in states):
+        raise ModelError(f"a {name} gives no hidden state of each token after each block.", advice=advice)
     return [state.shape[-1] for state in states]
 
 
