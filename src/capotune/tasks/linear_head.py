@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from capotune.errors import ModelError
-from capotune.models.architecture import joined, text_part
+from capotune.models.architecture import FAILURES, joined, text_part
 from capotune.models.base import first_line
-from capotune.models.sequence_packing import FAILURES
 from capotune.tasks.base import Task
 
 
