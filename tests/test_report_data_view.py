@@ -28,6 +28,7 @@ def data_report(**changes: Any) -> dict[str, Any]:
         train_tokens=Lengths(8, 31, 90, 600), test_tokens=None, sequence_tokens=40_000, loss_tokens=12_400,
         loss_share=0.31, train_without_loss=Lines(2, [4, 12]), test_without_loss=nothing, train_answers_cut=nothing,
         test_answers_cut=nothing, train_ends_cut=nothing, unanswered=nothing, duplicates=nothing, leaked=nothing,
+        joined=nothing, straddling=nothing,
         bins=[LengthBin(0, 49, 1000), LengthBin(50, 99, 0), LengthBin(100, 600, 200)],
         samples=[SampleRow(7, 1300, 3, [Span("what is\n\ta tuple? ", False), Span("(1, 2)", True)])],
     )  # fmt: skip
