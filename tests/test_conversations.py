@@ -224,6 +224,27 @@ def test_a_turn_or_call_that_would_be_lost_is_refused_by_line(make: Make, messag
     assert what in str(caught.value)
 
 
+def test_a_call_without_a_text_is_not_taken_for_a_turn_that_is_left_out(make: Make) -> None:
+    """As Llama 3.1 writes them: a call alone, and what a tool answers as JSON, where it is not found as it stands."""
+    calls = "{% set said = message.tool_calls or message.content %}{{ said | tojson }}"
+    task = make(
+        template(
+            "{{ '<|im_start|>' + message.role + '\n' }}" + calls + "{{ '<|im_end|>\n' }}", "<|im_start|>assistant\n"
+        )
+    )
+    asked = (
+        HI[0],
+        turn("assistant", "", tool_calls=[CALL]),
+        turn("tool", 'the "white"\none'),
+        turn("assistant", "white"),
+    )
+    ((call, answer),) = learned(task, *asked)
+    assert "colour_of" in call
+    assert answer == '"white"' + TURN_END
+    with pytest.raises(DataError, match=r"leaves out message 2 \(assistant\)"):
+        learned(task, HI[0], {**asked[1], "content": "I look it up."}, *asked[2:])
+
+
 def test_thinking_and_tools_that_are_left_out_are_said(make: Make) -> None:
     notices = Notices()
     thought = Conversation((HI[0], turn("assistant", "green", reasoning_content="leaves")))

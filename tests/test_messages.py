@@ -173,6 +173,13 @@ def test_flags_that_cannot_be_followed_are_refused_by_line(tmp_path: Path, flags
     assert f"rows.jsonl:2: {why}" in refusal(tmp_path, [ASKED, turn("assistant", "one", **flags)])
 
 
+def test_a_column_system_stands_before_the_messages(tmp_path: Path) -> None:
+    for key in ("messages", "conversations"):
+        (sample,) = read(tmp_path, {"system": "be kind", key: [ASKED, turn("assistant", "hello")]}).samples
+        assert isinstance(sample, Conversation)
+        assert sample.messages[0] == turn("system", "be kind")
+
+
 def test_only_the_completion_of_a_prompt_of_messages_is_trained_on(tmp_path: Path) -> None:
     row = {"prompt": [ASKED, turn("assistant", "one"), ASKED], "completion": [turn("assistant", "two")]}
     (sample,) = read(tmp_path, row).samples

@@ -51,7 +51,7 @@ _WRITTEN_AFTER_TEXT: Final = (
 
 # The first one that fits is taken: a dataset of messages may have a column "prompt" as well.
 KNOWN: Final = (
-    KnownFormat("messages", (("messages",), ("tools",)), frozenset({"tools"}), from_messages),
+    KnownFormat("messages", (("messages",), _SYSTEM, ("tools",)), frozenset({"system", "tools"}), from_messages),
     KnownFormat(
         "conversations",
         (("conversations", "conversation"), _SYSTEM, ("tools",)),

@@ -28,7 +28,8 @@ def refuse_left_out(
     """
     found = _found_in_order(template, messages, text)
     for at, message in enumerate(messages):
-        if not found and not _matters(template, messages, tools, text, at, {"content": TOLD}):
+        has_text = bool(_visible(message).strip())
+        if has_text and not found and not _matters(template, messages, tools, text, at, {"content": TOLD}):
             raise DataError(
                 f"the chat template leaves out message {at + 1} ({message['role']}).",
                 where=where,
