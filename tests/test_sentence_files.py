@@ -125,3 +125,16 @@ def test_what_sentence_transformers_does_beside_is_said(bert: Path, tickets: Pat
 def test_nothing_is_said_of_plain_models(bert: Path) -> None:
     assert not find(str(bert)).sentence_files.notices
     assert not find("minilm").sentence_files.notices
+
+
+def test_what_concerns_the_base_is_printed_once_for_all_techniques(capsys: pytest.CaptureFixture[str]) -> None:
+    from capotune.cli.display import watch
+
+    with watch(["lora", "qlora"]) as report:
+        for method in ("lora", "qlora"):
+            report(Warned(method=method, text="the head reads the pooled states."))
+            report(Warned(method=method, text=f"{method} leaves something out."))
+    said = capsys.readouterr().err
+    assert said.count("the head reads the pooled states.") == 1
+    assert "lora: lora leaves something out." in said
+    assert "qlora: qlora leaves something out." in said

@@ -74,9 +74,16 @@ class _Watcher:
 
     def __init__(self, console: Console, first: str) -> None:
         self.console, self.first, self.shown_data = console, first, False
+        self.said: set[str] = set()
 
     def method(self, event: Event) -> str:
         return event.method or self.first
+
+    def is_new(self, event: Warned) -> bool:
+        """Whether no technique has said it yet: what concerns the base concerns them all."""
+        new = event.text not in self.said
+        self.said.add(event.text)
+        return new
 
     def show_data(self, event: DataInspected) -> None:
         if not self.shown_data:
@@ -114,7 +121,7 @@ class _Bars(_Watcher):
         elif isinstance(event, Failed):
             self.bars.update(bar, note="failed")
             self.console.print(f"{method}: {event.text}", style="red", markup=False, highlight=False)
-        elif isinstance(event, Warned):
+        elif isinstance(event, Warned) and self.is_new(event):
             self.console.print(f"{method}: {event.text}", style="yellow", markup=False, highlight=False)
 
 
@@ -126,7 +133,7 @@ class _Lines(_Watcher):
             self.show_data(event)
         elif isinstance(event, TrainingStarted):
             self.console.print(_trainable(self.method(event), event))
-        elif isinstance(event, Stage | Failed | Warned):
+        elif isinstance(event, Stage | Failed) or (isinstance(event, Warned) and self.is_new(event)):
             self._line(event, event.text)
         elif isinstance(event, EpochEnded):
             held_out = f"held-out {_score(event.metric, event.score)}"
