@@ -394,6 +394,15 @@ def test_a_base_with_a_head_of_its_own_is_not_taken_for_what_was_trained(bert: P
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_quantize_says_that_a_merged_classifiers_head_stays_behind(bert: Path, tmp_path: Path) -> None:
+    adapter = save(helpers.on_base(bert, METHODS["lora"]), tmp_path / "adapter")
+    capotune.merge(adapter, out=tmp_path / "merged")
+    seen: list[Event] = []
+    capotune.quantize(str(tmp_path / "merged"), out=tmp_path / "packed", progress=seen.append)
+    assert warned(seen) == ["the head in adapter/ was trained on these weights as they are, and stays behind."]
+    assert not (tmp_path / "packed" / "adapter").exists()
+
+
 def test_a_quantized_model_and_its_report_know_no_place(bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "first" / "packed"
     assert capotune.quantize(str(bert), out=out, report=True)["out"] == str(out)

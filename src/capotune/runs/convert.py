@@ -13,7 +13,7 @@ import torch
 from capotune import methods
 from capotune.adapters.assemble import assemble, attach
 from capotune.adapters.merge import check_mergeable, write_merged
-from capotune.adapters.store import StoredAdapter, find_base, read_adapter, save_adapter
+from capotune.adapters.store import RECORD, StoredAdapter, find_base, read_adapter, save_adapter
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.divergence import (
@@ -60,6 +60,8 @@ def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
     quantization = Quantization(settings.quant_type, settings.block_size, settings.double_quant)
     with output_folder(settings.out) as new:
         report(Stage(text=f"quantizing: {quantization}"))
+        if (base.folder / HEAD / RECORD).is_file():
+            report(Warned(text=f"the head in {HEAD}/ was trained on these weights as they are, and stays behind."))
         written = write_quantized(base, new, quantization, progress=bytes_as_progress(report))
         changed = Base(str(settings.out), new, settings.trust_remote_code)
         result = {
