@@ -90,6 +90,13 @@ def test_columns_of_text_to_write_are_found(row: dict[str, Any], sample: Sample)
     assert read([row, row]) == [sample, sample]
 
 
+def test_messages_beside_a_context_are_read_and_the_context_is_named() -> None:
+    turns = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    found = load_samples([{**turns, "context": "c"}] * 3, test_fraction=0).train
+    assert found.unused == ("context",)
+    assert isinstance(found.samples[0], Conversation)
+
+
 def test_input_beside_labels_stays_text_to_classify() -> None:
     data = rows(input=said("what a day"), output=one_of("good", "bad"))
     assert not looks_like_generation(data)

@@ -121,7 +121,8 @@ def _refuse_to_leave_out(known: KnownFormat, columns: dict[str, str], table: Tab
     """Raise a ``DataError`` where a column stands beside those of the format that plainly belongs to what is asked or
     answered, and the format has no place for it."""
     others = [column for column in table.columns if column not in columns.values()]
-    if known.format == "prompt-completion" and (context := find_column(others, CONTEXT_NAMES)):
+    context = find_column(others, CONTEXT_NAMES)
+    if known.format == "prompt-completion" and context and isinstance(table.rows[0][columns["prompt"]], str):
         prompt, completion = columns["prompt"], columns["completion"]
         used, unused = (template_for(read, completion) for read in ([context, prompt], [prompt]))
         what = f"is the column {quoted(context)} part of the prompt?"
