@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import time
 from pathlib import Path
 
 from capotune.errors import ModelError, OutputError
@@ -13,6 +15,7 @@ from capotune.models.gguf.file import is_gguf, open_gguf, refused, split_number
 
 _FORMAT = 1
 """Goes up when the same file is converted to something else than before."""
+_ABANDONED_SECONDS = 2 * 24 * 3600
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -46,6 +49,7 @@ def converted(path: Path, sha256: str, report: Reporter) -> Path:
     from capotune.models.gguf.convert import convert
 
     file = open_gguf(path)
+    _remove_abandoned(folder.parent)
     try:
         with output_folder(folder) as new:
             convert(file, new, report)
@@ -53,6 +57,13 @@ def converted(path: Path, sha256: str, report: Reporter) -> Path:
         if not folder.is_dir():  # else another process was faster
             raise
     return folder
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What a killed process left half-written, days ago."""
+    for left in folder.glob(".*.partial"):
+        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

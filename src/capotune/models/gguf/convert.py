@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capotune.errors import OutputError
+from capotune.errors import CapotuneError, OutputError
 from capotune.events import Reporter, Stage, Warned, bytes_as_progress
 from capotune.files import human_bytes, write_atomic
 from capotune.models.gguf.architectures import Architecture, architecture_of
@@ -25,10 +27,11 @@ def convert(file: GgufFile, folder: Path, report: Reporter) -> None:
 
     Raises ``ModelError`` for a file that is damaged or not read, and ``OutputError`` when there is no room.
     """
-    architecture = architecture_of(file)
-    config = _config(file, architecture)
-    placed = place(file, architecture, config)
-    tokenizer = build_tokenizer(file, getattr(config, "max_position_embeddings", None))
+    with _refusing(file):
+        architecture = architecture_of(file)
+        config = _config(file, architecture)
+        placed = place(file, architecture, config)
+        tokenizer = build_tokenizer(file, getattr(config, "max_position_embeddings", None))
     size = nbytes(file, placed)
     _check_room(folder, size)
     report(Stage(text=f"converting {file.path.name}, once: {human_bytes(size)} in {folder.parent}"))
@@ -39,8 +42,31 @@ def convert(file: GgufFile, folder: Path, report: Reporter) -> None:
     write_weights(file, placed, folder, bytes_as_progress(report))
 
 
+@contextmanager
+def _refusing(file: GgufFile) -> Iterator[None]:
+    """Metadata may hold anything under any key: what libraries raise on it becomes a ``ModelError``."""
+    from huggingface_hub.errors import StrictDataclassError  # comes with Transformers
+
+    try:
+        yield
+    except CapotuneError:
+        raise
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise file.error(f"its metadata make no model: {first_line}", advice="Download it again.") from None
+
+
 def _config(file: GgufFile, architecture: Architecture) -> Any:
-    """The model's configuration. ``ModelError`` for metadata that are no model's."""
+    """The model's configuration."""
     from transformers import AutoConfig
 
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
@@ -49,11 +75,7 @@ def _config(file: GgufFile, architecture: Architecture) -> Any:
             f"its metadata say {file.get('block_count')} blocks, and it holds {len(blocks)}.",
             advice="Download it again.",
         )
-    values = architecture.config(file)
-    try:
-        return AutoConfig.for_model(architecture.model_type, dtype=_dtype(file), **values)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
-        raise file.error(f"its metadata make no {architecture.model_type} model: {error}") from None
+    return AutoConfig.for_model(architecture.model_type, dtype=_dtype(file), **architecture.config(file))
 
 
 def _dtype(file: GgufFile) -> str:

@@ -221,8 +221,11 @@ def _entry(cursor: _Cursor) -> tuple[str, Any]:
 
 def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
     """Refuse what is no whole language model."""
-    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
-    parts = metadata.get("split.count") or split_number(path)
+    kind, architecture = str(metadata.get("general.type", "model")), metadata.get("general.architecture")
+    stated = metadata.get("split.count")
+    parts = (stated if isinstance(stated, int) else None) or split_number(path) or 1
+    if not isinstance(architecture, str):
+        architecture = ""
     if kind == "adapter":
         raise refused(
             path,
@@ -237,13 +240,13 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
         )
     if kind != "model":
         raise refused(path, f"it holds a {kind}, and no model.")
-    if parts and parts > 1:
+    if parts > 1:
         raise refused(
             path,
             f"one of {parts} parts of a model, and one whole file is needed.",
             advice="Join them with llama.cpp: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
         )
-    if not isinstance(architecture, str) or not architecture:
+    if not architecture:
         raise damaged(path, "it names no general.architecture")
 
 
