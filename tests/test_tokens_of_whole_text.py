@@ -262,7 +262,8 @@ def test_picture_of_the_loss_shows_the_decoded_text(name: str, prompt: str, comp
     (one,) = encode(task, Pair(prompt, completion))
     text_of = partial(task.decode, special_tokens=True)
     spans = _spans(one, text_of)
-    assert "".join(span.text for span in spans) == text_of(one.ids)
+    if "\ufffd" not in text_of(one.ids):  # cut inside a character, which spoils those before it
+        assert "".join(span.text for span in spans) == text_of(one.ids)
     assert [span.in_loss for span in spans] == [in_loss for in_loss, _ in groupby(map(int.__eq__, one.ids, one.labels))]
 
 
