@@ -130,7 +130,7 @@ def tokenizer_for(name: str, folder: Path) -> PreTrainedTokenizerFast:
 def encoder_for(tokenizer: Any, **options: Any) -> TextEncoder:
     """The encoder of conversations alone."""
     end = tokenizer.convert_tokens_to_ids(END)
-    base: Any = SimpleNamespace(tokenizer=tokenizer)
+    base: Any = SimpleNamespace(tokenizer=tokenizer, check_tokens=lambda *_: None)
     return TextEncoder(base, 100_000, (end,), tokenizer.chat_template, "the model's own", **options)
 
 
