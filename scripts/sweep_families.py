@@ -52,17 +52,20 @@ def main() -> None:
         return
     names = options.families or list(families())
     with tempfile.TemporaryDirectory(prefix="capotune-families-") as temporary:
-        results = sweep(names, options.keep or Path(temporary), options.jobs, options.only)
+        results = dict[str, Result]()
+        try:
+            sweep(names, options.keep or Path(temporary), options.jobs, options.only, results)
+        except KeyboardInterrupt:
+            print("stopped: the table holds the families that were done")
     out = options.out or (None if options.families or options.only else TABLE)
     if out is not None:
         out.write_text(table(results), encoding="utf-8")
     print(summary(results))
 
 
-def sweep(names: list[str], folder: Path, jobs: int, only: list[str]) -> dict[str, Result]:
-    """Each family's cells, in the order of ``names``; ``jobs`` families at a time."""
+def sweep(names: list[str], folder: Path, jobs: int, only: list[str], found: dict[str, Result]) -> None:
+    """Put each family's cells into ``found`` as it is done; ``jobs`` families at a time."""
     waiting, running = list(names), dict[str, tuple[BaseProcess, float]]()
-    found: dict[str, Result] = {}
     context = multiprocessing.get_context("fork")
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -80,7 +83,6 @@ def sweep(names: list[str], folder: Path, jobs: int, only: list[str]) -> dict[st
                 print(shown(name, found[name], time.monotonic() - started), flush=True)
                 del running[name]
         time.sleep(0.05)
-    return {name: found[name] for name in names}
 
 
 def _family(name: str, folder: Path, only: list[str]) -> None:
@@ -137,7 +139,7 @@ def table(results: dict[str, Result]) -> str:
     columns = list(dict.fromkeys(column for cells in results.values() for column in cells))
     notes: dict[str, int] = {}
     lines = []
-    for name, cells in results.items():
+    for name, cells in sorted(results.items()):
         row = [_mark(cells.get(column), notes) for column in columns]
         lines.append(f"| {name} | {' | '.join(row)} |")
     head = f"| family | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"

@@ -44,7 +44,7 @@ RULES: list[tuple[str, int]] = [
         POSITIONS,
     ),
     (r"context_length|max_position|seq_len|max_seqlen|model_max_length|max_target_positions", POSITIONS),
-    (r"(num|n)_(local|routed|total)?_?experts|moe_num_experts|num_local_experts|ffn_num_experts", 4),
+    (r"(num|n)_(local|routed|total)?_?experts|.*num_experts|moe_num_experts|num_local_experts|ffn_num_experts", 4),
     (r"(num_)?experts_per_tok(en)?|moe_(k|topk|top_k)|top_k_experts|num_selected_experts|num_experts_per_token", 2),
     (r"n_group|topk_group|first_k_dense_replace|moe_layer_start_index", 1),
     (r"(embedding_size|embed_size|word_embed_proj_dim|emb_size|embed_proj_dim)", 32),
@@ -76,13 +76,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
-    "granitemoehybrid": _MAMBA2,
+    "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention", "mamba"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "n_mamba_heads": 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"], "use_mamba_kernels": False},
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 12], "attn_layers": ["local", "lsh", "local"]},
     "squeezebert": {"embedding_size": 64},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "longcat_flash": {"head_dim": 8},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
@@ -186,7 +189,7 @@ def shrunk(cls: type, fixed: dict[str, Any]) -> Any:
         value = vars(default).get(name)
         per_layer = isinstance(value, list | tuple) and len(value) == _layers(default) and name not in fixed
         if per_layer and not name.endswith("_config"):
-            kinds = list(dict.fromkeys(value))
+            kinds = list(dict.fromkeys(_small(name, one) if type(one) is int else one for one in value))
             count = max(count, len(kinds)) if len(kinds) <= 4 else count
             values[name] = (kinds * count)[:count]
     values |= {name: count for name in values if name == _layers_field(values)}

@@ -63,12 +63,15 @@ def text_part(model: Any) -> str:
     It is the whole base model, or where ``text_config`` describes that part of it apart, the part made of it.
     """
     text = model.config.get_text_config()
-    if text is model.config and model.base_model is not model:
-        return str(model.base_model_prefix)
-    if text is model.config and model.get_output_embeddings() is None:
-        return ""
+    if text is model.config and (model.base_model is not model or model.get_output_embeddings() is None):
+        return base_path(model)
     parts = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name)
     return next(str(name) for name, part in parts if type(part.config) is type(text) and part.base_model is part)
+
+
+def base_path(model: Any) -> str:
+    """Path of the whole base model, without head, in a ``PreTrainedModel``; empty where it is that itself."""
+    return "" if model.base_model is model else str(model.base_model_prefix)
 
 
 def joined(*names: str) -> str:
@@ -81,7 +84,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
     module: Any = model.get_submodule(backbone)
     config = module.config
     embedding = next(name for name, part in module.named_modules() if part is module.get_input_embeddings())
-    lists = _block_lists(module, config.num_hidden_layers)
+    lists = _block_lists(module, getattr(config, "num_hidden_layers", None))
     blocks = lists[0] if len(lists) == 1 else None
     bypassed, apart = bypassed_linears(module), _of_other_kinds(module)
     linears = [name for name, part in module.named_modules() if is_linear(part) and not name.startswith(apart)]
@@ -90,7 +93,7 @@ def describe(model: nn.Module, backbone: str) -> Architecture:
         embedding=joined(backbone, embedding),
         blocks=()
         if blocks is None
-        else tuple(joined(backbone, blocks, str(number)) for number in range(config.num_hidden_layers)),
+        else tuple(joined(backbone, blocks, name) for name, _ in module.get_submodule(blocks).named_children()),
         norm=None if blocks is None else _norm_above(module, backbone, blocks),
         linears=tuple(joined(backbone, name) for name in linears if name not in bypassed),
         bypassed=tuple(joined(backbone, name) for name in linears if name in bypassed),
@@ -222,7 +225,7 @@ def _norm_above(module: Any, backbone: str, blocks: str) -> str | None:
     return None
 
 
-def _block_lists(module: Any, count: int) -> list[str]:
+def _block_lists(module: Any, count: int | None) -> list[str]:
     """Paths of the outermost ``ModuleList``s of ``count`` modules; a single one holds the transformer blocks."""
     apart = _of_other_kinds(module)
     lists = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,16 @@ def stored_linears(base: Base) -> dict[str, StoredLinear]:
         if is_linear(part)
     }
     names = StoredNames(model, [stored.name for stored in Shards(base.weight_files)])
-    found = {key: layers[name] for key, name in names.whole.items() if name in layers}
+    found = {key: _kept_if_renamed(key, layers[name]) for key, name in names.whole.items() if name in layers}
     if not found:
         held_as, advice = wrapper(base, sorted(layers))
         raise base.error(f"no linear layer's weight is stored in {base.folder}{held_as}.", advice)
     return found
+
+
+def _kept_if_renamed(key: str, layer: StoredLinear) -> StoredLinear:
+    """A quantized weight's parts are named after it, as the weight of a layer."""
+    return layer if key.endswith(".weight") else replace(layer, why_whole="stored under names of the family's own")
 
 
 def quantizable_weights(base: Base) -> dict[str, StoredLinear]:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from capotune.errors import ModelError
 from capotune.events import OnProgress
 from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, quantize_4bit
-from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, is_linear, linear_shape, swap
+from capotune.models.architecture import LINEAR_TYPES, base_path, bypassed_linears, is_linear, linear_shape, swap
 from capotune.models.base import first_line
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
 from capotune.models.shards import Shards
@@ -64,13 +64,13 @@ def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32
 
 
 def quantizable(model: Any) -> dict[str, str]:
-    """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's but the output layer's, and
+    """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's below the output head, but
     those that the model's own code reads."""
-    head, bypassed = model.get_output_embeddings(), bypassed_linears(model)
+    base, bypassed = base_path(model), bypassed_linears(model)
     return {
         f"{path}.weight": path
         for path, part in model.named_modules()
-        if is_linear(part) and part is not head and path not in bypassed
+        if is_linear(part) and path.startswith(base) and path not in bypassed
     }
 
 

@@ -60,6 +60,14 @@ class HeadedBackbone(nn.Module):
         return self.classifier.weight.device
 
 
+_TOKEN_STATES = 3  # dimensions: (batch, tokens, hidden)
+
+
+def inner_states(backbone: Any) -> int:
+    """Hidden states beside the embeddings' output that a head on ``backbone`` can read."""
+    return len(_widths(backbone.get_submodule(text_part(backbone)))) - 1
+
+
 @torch.no_grad()
 def _widths(backbone: Any) -> list[int]:
     """Of each hidden state; a few families project the embeddings or the last states (OPT-350m).
@@ -78,7 +86,8 @@ def _widths(backbone: Any) -> list[int]:
     alike = bool(states) and output.last_hidden_state.shape == states[-1].shape
     if not alike or any(state.shape[:2] != token.shape for state in states):
         raise ModelError(f"a {name} gives no hidden state of each token after each block.", advice=advice)
-    return [state.shape[-1] for state in states]
+    streams = any(state.dim() > _TOKEN_STATES for state in states)  # several for each token, the last but one (HC)
+    return [state.shape[-1] for state in (states[-1:] if streams else states)]
 
 
 def spread_layers(num_blocks: int, most: int) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ class PromptTuning(Method):
             "token_dim": self.architecture.embedding_size,
             "num_transformer_submodules": 1,
             "num_attention_heads": getattr(config, "num_attention_heads", None),  # a state-space model has none
-            "num_layers": config.num_hidden_layers,
+            "num_layers": len(self.architecture.blocks),
             "prompt_tuning_init": "RANDOM",  # the stored vectors replace the start, which needs no tokenizer then
         }
 

@@ -32,7 +32,7 @@ from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
 from capotune.tasks.classification.model import SequenceClassifier, readable_layers
 from capotune.tasks.classification.score import score_texts
-from capotune.tasks.linear_head import LinearHeadTask
+from capotune.tasks.linear_head import LinearHeadTask, inner_states
 from capotune.tasks.room import text_length
 
 _SHOWN_LABELS = 20
@@ -162,9 +162,7 @@ class Classification(LinearHeadTask):
     def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``SequenceClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or readable_layers(
-            self.base.text_config.num_hidden_layers, self.base.hidden_size
-        )
+        layers = method.feature_layers or readable_layers(inner_states(backbone), self.base.hidden_size)
         model = SequenceClassifier(backbone, self.pooling, len(self.labels), layers)
         return model, model.text_part
 

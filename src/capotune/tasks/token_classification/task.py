@@ -23,7 +23,7 @@ from capotune.models.load import load_backbone
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, TaskRun
-from capotune.tasks.linear_head import LinearHeadTask, spread_layers
+from capotune.tasks.linear_head import LinearHeadTask, inner_states, spread_layers
 from capotune.tasks.room import text_length
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned, align
 from capotune.tasks.token_classification.data import TaggedRows, check_types, is_tagged, read_to_score, read_words
@@ -147,7 +147,7 @@ class TokenClassification(LinearHeadTask):
     def load_model(self, method: Method, dtype: Any, progress: OnProgress | None) -> tuple[Any, str]:
         """A ``TokenClassifier`` with a fresh head."""
         backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or spread_layers(self.base.text_config.num_hidden_layers, self.layers)
+        layers = method.feature_layers or spread_layers(inner_states(backbone), self.layers)
         model = TokenClassifier(backbone, len(self.labels), layers)
         return model, model.text_part
 
