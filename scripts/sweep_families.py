@@ -38,9 +38,12 @@ SECONDS = 120
 LONGEST = 1800
 """Seconds by the clock, on a busy machine."""
 Result = dict[str, Cell]
+_SPARSE = (
+    "its attention takes the best keys by score, and equal scores, which random weights have, fall otherwise in a "
+    "batch; with all keys taken there is no difference"
+)
 REASONS = {
-    "hy_v4": "its attention takes the best keys by score, and equal scores, which random weights have, fall otherwise "
-    "in a batch; with all keys taken there is no difference",
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _SPARSE),
     "inkling2_text": "a few weights are stored under names that 4 bits have no place beside, so the written model "
     "leaves them whole",
 }
@@ -191,7 +194,7 @@ What Capotune does with each family of Transformers {transformers.__version__}, 
   Transformers' hidden states.
 - *merge*: the merged model in Transformers scores as the adapter did. *quantize*: the written 4 bits are read as the
   base that is quantized on load.
-- *refused*: one message says why and what to do. *differs*: by how much, and why.
+- *refused*: one message says why and what to do. *differs*: by how much, and why. An empty cell was not tried.
 """
 
 

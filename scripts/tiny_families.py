@@ -71,6 +71,9 @@ RULES: list[tuple[str, int]] = [
 ]
 IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3, "mask": 4, "cls": 1, "sep": 2, "decoder_start": 1}
 
+_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": "auto", "mamba_n_groups": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
@@ -84,6 +87,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 64},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "qwen2_vl": _SECTIONS,
+    "qwen2_5_vl": _SECTIONS,
     "longcat_flash": {"head_dim": 8},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0},

@@ -66,7 +66,8 @@ def text_part(model: Any) -> str:
     if text is model.config and (model.base_model is not model or model.get_output_embeddings() is None):
         return base_path(model)
     parts = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name)
-    return next(str(name) for name, part in parts if type(part.config) is type(text) and part.base_model is part)
+    fits = (name for name, part in parts if type(part.config) is type(text) and part.get_output_embeddings() is None)
+    return str(next(fits))
 
 
 def base_path(model: Any) -> str:
