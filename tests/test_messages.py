@@ -213,11 +213,16 @@ KEYS = [
     "mask",
     "name",
 ]
-ROLES = st.sampled_from(["user", "assistant", "gpt", "human", "tool", "system", "function_call", "Model", "x"]) | VALUES
-MESSAGE = st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUES)) | st.fixed_dictionaries(
-    {"role": ROLES, "content": TEXTS | VALUES}, optional=dict.fromkeys(KEYS[4:], VALUES)
+ROLES = st.sampled_from(["user", "assistant", "gpt", "human", "tool", "system", "function_call", "Model", "x"])
+NAMED = st.fixed_dictionaries({"role": ROLES, "content": VALUES})
+MESSAGE = st.one_of(
+    NAMED,
+    st.fixed_dictionaries({"from": ROLES, "value": TEXTS}, optional={"weight": VALUES}),
+    st.fixed_dictionaries({"role": ROLES, "content": TEXTS}, optional=dict.fromkeys(KEYS[4:], VALUES)),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUES)),
 )
 ROW = st.one_of(
+    st.fixed_dictionaries({"messages": st.lists(NAMED, min_size=1, max_size=3)}),
     st.fixed_dictionaries({"messages": st.lists(MESSAGE | VALUES, max_size=4) | VALUES}, optional={"tools": VALUES}),
     st.fixed_dictionaries(
         {"conversations": st.lists(MESSAGE, max_size=4) | VALUES}, optional={"tools": VALUES, "system": VALUES}
@@ -230,7 +235,7 @@ ROW = st.one_of(
 )
 
 
-@given(rows=st.lists(ROW, min_size=1, max_size=3))
+@given(rows=st.lists(ROW, min_size=1, max_size=2))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_row_is_a_sample_or_one_message_with_its_line(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
