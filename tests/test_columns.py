@@ -55,7 +55,11 @@ def error_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
 def refusal(data: Any) -> str:
     """What is said of data, by whichever task takes it."""
-    return error_of(load_samples if looks_like_generation(data) else load_labelled, data)
+
+    def read(data: Any) -> object:
+        return (load_samples if looks_like_generation(data) else load_labelled)(data)
+
+    return error_of(read, data)
 
 
 def asked(question: str, answer: str, system: str | None = None) -> Conversation:
@@ -174,6 +178,9 @@ def test_a_template_may_ask_for_what_stands_in_objects() -> None:
             "'toxic', 'rude' hold 0 or 1 each: rows may have several labels or none",
         ),
         (rows(stuff=said("a b"), yes=one_of(True, False), no=one_of(False, True)), "['yes', 'no']].idxmax(axis=1)"),
+        (rows(text=said("a b"), yes=one_of(1, 0), no=one_of(0, 1)), "['yes', 'no']].idxmax(axis=1)"),
+        (rows(dialog=one_of([{"role": "user"}])), "the column 'dialog' holds conversations. Rename it to 'messages'"),
+        ([{}, {}], "its first row is empty"),
         (rows(text=said("a b"), labels=one_of(["a", "b"], ["a"])), "label (labels) is a list, and several labels"),
         (rows(text=said("a b"), label=one_of({"a": 1})), "label (label) is an object, neither text nor a number"),
         (rows(text=said("a b"), label=one_of("a;b", "a", "b")), "several labels for one text, such as 'a;b'"),

@@ -12,7 +12,7 @@ from capotune.data.columns import find_column, part_of_each_row, unused_columns
 from capotune.data.formats import find_format, known_layout
 from capotune.data.formats.layout import convert
 from capotune.data.formats.template import template_layout, with_inner_columns
-from capotune.data.label_columns import has_label_column
+from capotune.data.label_columns import has_label_column, refuse_one_column_a_label
 from capotune.data.readers import as_source, is_plain_text, read_table, read_text
 from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
 from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
@@ -32,7 +32,7 @@ def looks_like_generation(source: object, prompt_template: str | None = None) ->
     other columns of unknown meaning.
 
     Raises:
-        DataError: the source cannot be read.
+        DataError: the source cannot be read, or holds one column a label beside its ``text``.
     """
     if prompt_template is not None or is_plain_text(source):
         return True
@@ -45,9 +45,10 @@ def looks_like_generation(source: object, prompt_template: str | None = None) ->
         return not has_label_column(read_table(source))  # the output beside an input may be a label
     if known.format != "text":
         return find_column(columns, ("label", "labels")) is None
-    if has_label_column(table):
+    if has_label_column(table) or (len(columns) > 1 and has_label_column(table := read_table(source))):
         return False
-    return len(columns) == 1 or not has_label_column(read_table(source))
+    refuse_one_column_a_label(table)
+    return True
 
 
 def load_samples(

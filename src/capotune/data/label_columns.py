@@ -12,7 +12,7 @@ from capotune.data.table import Table
 from capotune.data.wording import did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
-__all__ = ["find_label_columns", "has_label_column", "refuse_preferences"]
+__all__ = ["find_label_columns", "has_label_column", "refuse_one_column_a_label", "refuse_preferences"]
 
 _PAIRS: Final = (
     *(("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b")),
@@ -126,14 +126,19 @@ def _columns_of(table: Table, names: Sequence[str]) -> tuple[str | None, ...]:
 # By content
 
 
-def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str, str]:
+def _sample(table: Table) -> dict[str, list[Any]]:
+    """Of each column the values of some thousand rows."""
     step = max(1, len(table.rows) // 1000)
-    sample = {column: [row.get(column) for row in table.rows[::step]] for column in table.columns}
+    return {column: [row.get(column) for row in table.rows[::step]] for column in table.columns}
+
+
+def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str, str]:
+    sample = _sample(table)
     free = [column for column in table.columns if column not in (text, label) and plain_name(column) != "split"]
     texts = [text] if text else [column for column in free if _looks_like_text(sample[column])]
     labels = [label] if label else [column for column in free if _looks_like_labels(sample[column])]
     if len(labels) != 1:
-        _refuse_one_column_a_label(table, [column for column in free if _is_yes_or_no(sample[column])])
+        refuse_one_column_a_label(table)
     if len(texts) != 1 or len(labels) != 1:
         raise _cannot_tell(table, texts, labels)
     if _looks_like_a_row(texts[0]) or labels[0] in map(value_as_text, sample[labels[0]]):
@@ -151,19 +156,22 @@ def _is_yes_or_no(values: list[Any]) -> bool:
     return found <= set(_YES_OR_NO) and found != {""}
 
 
-def _refuse_one_column_a_label(table: Table, columns: Sequence[str]) -> None:
+def refuse_one_column_a_label(table: Table) -> None:
     """Raise a ``DataError`` where two or more columns hold 0 and 1 alone: one a label (one-hot, or several labels)."""
+    columns = [column for column, values in _sample(table).items() if _is_yes_or_no(values)]
     if len(columns) < 2:
         return
     of_rows = [sum(value_as_text(row.get(name)) in ("1", "true") for name in columns) for row in table.rows]
     if set(of_rows) == {1}:
         problem = "each row has a 1 in one of them (one-hot). One column that names the label is read"
-        advice = f"Make one, in pandas: frame['label'] = frame[[{shorten(columns)}]].idxmax(axis=1)"
+        advice = f"Make one, in pandas: frame['label'] = frame[[{shorten(columns)}]].idxmax(axis=1)."
     else:
         problem = "rows may have several labels or none. Several labels for a text are not supported"
         advice = f"Train on one of them with `label_column`, such as {quoted(columns[0])}."
     raise DataError(
-        f"the columns {shorten(columns)} hold 0 or 1 each: {problem}.", where=str(table.source), advice=advice
+        f"the columns {shorten(columns)} hold 0 or 1 each: {problem}.",
+        where=str(table.source),
+        advice=f"{advice} To learn to write the text, give `task=generation`.",
     )
 
 
@@ -187,6 +195,14 @@ def _looks_like_a_row(column: str) -> bool:
 
 
 def _cannot_tell(table: Table, texts: Sequence[str], labels: Sequence[str]) -> DataError:
+    if (turns := _conversations(table)) is not None:
+        return DataError(
+            f"the column {quoted(turns)} holds conversations.",
+            where=str(table.source),
+            advice="Rename it to 'messages'.",
+        )
+    if not table.columns:
+        return DataError("its first row is empty.", where=str(table.source), advice="Give rows with a text.")
     asked = [("text", "`text_column`", texts, TEXT_NAMES), ("label", "`label_column`", labels, LABEL_NAMES)]
     unknown = [(what, name, found or _near(table, names)) for what, name, found, names in asked if len(found) != 1]
     which = " and ".join(f"the {what}{f' ({_either(found)}?)' if found else ''}" for what, _, found in unknown)
@@ -199,6 +215,13 @@ def _cannot_tell(table: Table, texts: Sequence[str], labels: Sequence[str]) -> D
         if to_write
         else f"Give {settings}. A file without column names needs the line text,label at its top.",
     )
+
+
+def _conversations(table: Table) -> str | None:
+    """The column whose first value is a list of turns."""
+    turns = {name: value[0] for name, value in table.rows[0].items() if isinstance(value, list) and value}
+    found = (name for name, turn in turns.items() if isinstance(turn, dict) and turn.keys() & {"role", "from"})
+    return next(found, None)
 
 
 def _near(table: Table, names: Sequence[str]) -> list[str]:

@@ -194,7 +194,9 @@ def _findings(report: LabelReport) -> Iterable[Finding]:
     yield Finding("Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})")
     yield token_lengths(report.train_tokens, report.max_length, report.base_length)
     rarest = min(label.train for label in report.labels if label.train)
-    balance = f"{len(report.labels):,}, with {rarest:,} to {report.labels[0].train:,} training rows each"
+    most = report.labels[0].train
+    each = f"{most:,}" if rarest == most else f"{rarest:,} to {most:,}"
+    balance = f"{len(report.labels):,}, with {each} training rows each"
     yield Finding("Labels", balance, report.imbalance >= _IMBALANCE_WORTH_A_WORD)
     if report.respelled:
         same = ", ".join(f"{quoted(label)} as {quoted(name)}" for label, name in list(report.respelled.items())[:8])
