@@ -6,6 +6,7 @@ else is a fault.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,10 +143,13 @@ class Checks:
         return abs(self._loss(loaded.model) - trained["loss"])
 
     def text_prompt(self) -> float:
-        """The same for a soft prompt, against Transformers' model with the vectors as ``inputs_embeds``."""
+        """The same for a soft prompt, against Transformers' model with the vectors as ``inputs_embeds``, which nearly
+        every family takes."""
         loaded, trained = self._trained("prompt-tuning", PAIRS, "text", num_virtual_tokens=3, learning_rate=0.1)
-        prompt = loaded.method.parameters()["prompt_embeddings"].detach()
-        return abs(self._loss(_causal(self.folder), prompt) - trained["loss"])
+        model, prompt = _causal(self.folder), loaded.method.parameters()["prompt_embeddings"].detach()
+        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+            return abs(self._loss(loaded.model) - trained["loss"])
+        return abs(self._loss(model, prompt) - trained["loss"])
 
     def merges(self) -> float:
         """A merged lora adapter in Transformers against the run's own score."""

@@ -90,6 +90,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _SECTIONS,
     "qwen2_5_vl": _SECTIONS,
     "longcat_flash": {"head_dim": 8},
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1, "num_hidden_layers": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": 4},

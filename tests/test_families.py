@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, BartConfig, BartModel
 import capotune
 from capotune.adapters.assemble import assemble, attach
 from capotune.data.batches import parts_of
-from capotune.errors import CapotuneError, ModelError
+from capotune.errors import CapotuneError, ModelError, SettingError
 from capotune.evaluation.boundary import resumes_with
 from capotune.events import Event, Warned
 from capotune.methods.base import Start
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.architecture import describe, text_part
 from capotune.models.base import find
 from capotune.models.stored_names import StoredNames
@@ -130,6 +131,22 @@ def test_a_frozen_prefix_is_left_out_only_where_the_model_goes_on_from_it(made: 
     first.register_forward_hook(lambda _module, _given, output: seen.append(output[0]))
     last.register_forward_hook(lambda _module, _given, output: (output[0] + seen.pop(), *output[1:]))
     assert resumes_with(assembled, block) is None
+
+
+def test_a_prompt_is_refused_where_ids_are_looked_up_in_another_table(made: Any) -> None:
+    """As DeepSeek-V4 routes tokens to experts by their ids."""
+    base = find(str(made("mixtral")))
+    settings = PromptTuningSettings(num_virtual_tokens=2).completed(Context(base.hidden_size, False))
+    assembled = assemble(Generation.on(base, None, 2), settings, device=torch.device("cpu"))
+    backbone = assembled.backbone
+
+    def look_up(module: Any, _: Any, given: dict[str, Any]) -> None:
+        _ = module.routes[given["input_ids"]]
+
+    backbone.register_buffer("routes", torch.zeros(assembled.architecture.vocab_size, 2))
+    backbone.register_forward_pre_hook(look_up, with_kwargs=True)
+    with pytest.raises(SettingError, match="looks tokens up in routes too"):
+        attach(assembled, Start(torch.Generator(), [5, 6]))
 
 
 def test_an_encoder_decoder_is_refused_with_what_to_give(tmp_path: Path) -> None:

@@ -959,6 +959,7 @@ def test_a_text_without_tokens_is_refused() -> None:
     words = Tokenizer(WordLevel({"late": 0, "[UNK]": 1}, "[UNK]"))
     base = Base("words", Path("words"))
     vars(base)["tokenizer"] = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    vars(base)["config"] = transformers.LlamaConfig(vocab_size=2)
     task = Classification(base, ("a", "b"), 8, "last")
     assert task.encode(["late", "other"]) == [[0], [1]]
     with pytest.raises(DataError, match=r"text 2 of 2: .* makes no token of the text ''\. Remove it\."):

@@ -80,13 +80,14 @@ class Quantized:
 def stored_linears(base: Base) -> dict[str, StoredLinear]:
     """Weights of all linear layers of the transformer, by their names in the checkpoint.
 
-    ``ModelError`` where there are none.
+    ``ModelError`` where there are none, and for models that read one text and write another.
 
     4 bits are not for the pooler, which is a head, nor for what Transformers leaves out: what the family keeps in fp32,
     and layers of a class of the family's own; nor for weights that the model's own code reads.
     """
     from transformers import AutoModel
 
+    _ = base.text_config  # which not every model has
     model = empty_model(AutoModel, base.config)
     in_fp32, bypassed = {"pooler", *(getattr(model, "_keep_in_fp32_modules", None) or ())}, bypassed_linears(model)
 

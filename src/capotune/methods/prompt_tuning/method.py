@@ -141,9 +141,10 @@ class PromptTuning(Method):
     @torch.no_grad()
     def _check_further_tables(self, backbone: Any) -> None:
         """``SettingError`` where the model looks tokens up once more, in a table that has nothing for a prompt."""
-        tables = ((path, part) for path, part in backbone.named_modules() if isinstance(part, nn.Embedding))
-        same_size = [path for path, part in tables if len(part.weight) == self.embedding.vocab_size]
-        further = [path for path in same_size if path not in self.paths and not path.endswith("base_layer")]
+        tables = (*backbone.named_parameters(), *backbone.named_buffers())
+        same_size = [path for path, table in tables if table.dim() and len(table) == self.embedding.vocab_size]
+        own = tuple(f"{path.removeprefix(self.architecture.backbone).lstrip('.')}." for path in self.paths)
+        further = [path for path in same_size if not path.startswith(own)]
         if not further:
             return
         ids = torch.tensor([[*self.virtual_token_ids]], device=backbone.device)
