@@ -42,8 +42,13 @@ _SPARSE = (
     "its attention takes the best keys by score, and equal scores, which random weights have, fall otherwise in a "
     "batch; with all keys taken there is no difference"
 )
+_FUSED = (
+    "linear weights that are stored fused, such as query, key and value in one tensor, are quantized apart as they are "
+    "loaded, and the written model leaves them whole"
+)
 REASONS = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _SPARSE),
+    **dict.fromkeys(("gte", "jina_embeddings_v3", "nomic_bert"), _FUSED),
     "inkling2_text": "a few weights are stored under names that 4 bits have no place beside, so the written model "
     "leaves them whole",
 }

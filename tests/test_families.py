@@ -37,6 +37,8 @@ TOLD = {
     "opt-narrow-embedding": ("text: prompt", "labels: head", "labels: last block"),
     # a mixture whose experts are stored one by one, and computed with from one tensor
     "mixtral": ("text: qlora", "merge", "quantize"),
+    # a causal model whose name of its base is no part of it
+    "llama4_text": ("quantize",),
     # a text part under ``text_config``, stored under another name than it has
     "gemma3": ("evaluate", "text: lora", "merge", "labels: lora", "labels: merge"),
 }

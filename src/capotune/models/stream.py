@@ -65,12 +65,15 @@ def empty_model(auto_class: Any, config: Any, dtype: torch.dtype = torch.float32
 
 def quantizable(model: Any) -> dict[str, str]:
     """Weights that 4 bits are for, by name, with their layers' paths: every linear layer's below the output head, but
-    those that the model's own code reads."""
-    base, bypassed = base_path(model), bypassed_linears(model)
+    those that the model's own code reads.
+
+    Some causal models give no path of a base model, and hold their output layer beside its parts.
+    """
+    base, bypassed, head = base_path(model), bypassed_linears(model), model.get_output_embeddings()
     return {
         f"{path}.weight": path
         for path, part in model.named_modules()
-        if is_linear(part) and path.startswith(base) and path not in bypassed
+        if is_linear(part) and part is not head and path.startswith(base) and path not in bypassed
     }
 
 
