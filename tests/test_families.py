@@ -12,7 +12,7 @@ import pytest
 import torch
 from family_checks import PAIRS, SHORT, TOLERANCE, TRAINED_ON, Checks
 from tiny_families import make, tokenizer
-from transformers import AutoModelForCausalLM, BartConfig, BartModel
+from transformers import AutoModelForCausalLM, BartConfig, BartModel, TrOCRConfig, WhisperConfig
 
 import capotune
 from capotune.adapters.assemble import assemble, attach
@@ -24,7 +24,8 @@ from capotune.methods.base import Start
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.architecture import describe, text_part
-from capotune.models.base import find
+from capotune.models.base import Base, find
+from capotune.models.positions import positions
 from capotune.models.stored_names import StoredNames
 from capotune.models.stream import empty_model
 from capotune.settings import Context
@@ -159,6 +160,16 @@ def test_an_encoder_decoder_is_refused_with_what_to_give(tmp_path: Path) -> None
         capotune.train("lora", data=TRAINED_ON["labels"], model=str(tmp_path), out=tmp_path / "run")
     with pytest.raises(CapotuneError, match=r"encoder-decoder|reads text and does not write it"):
         capotune.load_model(tmp_path)
+
+
+def test_a_part_of_other_models_is_refused(tmp_path: Path) -> None:
+    TrOCRConfig(decoder_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a trocr model is a part of others"):
+        _ = Base("reader", tmp_path).text_config
+
+
+def test_a_decoder_that_listens_has_its_target_positions() -> None:
+    assert positions(WhisperConfig(max_target_positions=96)) == 96
 
 
 def test_a_model_that_looks_ahead_writes_no_text(made: Any) -> None:

@@ -40,7 +40,7 @@ from capotune.kernels.attention import Sequences
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.models import sequence_packing as packing_module
 from capotune.models.base import Base, Pooling
-from capotune.models.sequence_packing import Packing, packed, relative_error, try_packing
+from capotune.models.sequence_packing import Packing, packed, probe_sequences, relative_error, try_packing
 from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
 from capotune.tasks.classification.features import compute_features
@@ -370,7 +370,8 @@ def test_long_window_is_kept(config: str, values: dict[str, Any], window: int) -
 
 def test_layers_with_windows_of_their_own() -> None:
     model = made("MistralConfig", {**GROUPED, "per_layer_config": {1: {"sliding_window": 5}}})
-    assert try_packing(model).described
+    assert "differ in the window" in try_packing(model).described
+    assert [len(ids) for ids in probe_sequences(model.config)] == [5, 3]
 
 
 def test_a_window_is_tried() -> None:

@@ -168,12 +168,18 @@ class Base:
         """What ``config`` says of the transformer that reads text: all of it, or its ``text_config``.
 
         Raises ``ModelError`` for models that read one text and write another, unless Transformers has their encoder
-        alone (T5), and for those with several parts.
+        alone (T5), for those with several parts, and for parts of other models.
         """
         from transformers import AutoModel
 
         if self.config.is_encoder_decoder and self.backbone_class is AutoModel:
             raise self._reads_and_writes()
+        own_code = hasattr(self.config, "auto_map")
+        if not own_code and type(self.config) not in self.backbone_class._model_mapping:
+            raise self.error(
+                f"a {self.config.model_type} model is a part of others: Transformers loads no transformer of it alone.",
+                advice="Give an encoder, or a causal language model.",
+            )
         try:
             return self.config.get_text_config()
         except ValueError:

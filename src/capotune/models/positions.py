@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "context_length")
+_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "context_length"),
+    "max_target_positions",  # of a decoder that listens (Whisper)
+)
 """What configurations call it."""
 
 

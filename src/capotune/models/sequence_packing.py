@@ -99,6 +99,14 @@ def changes_beyond(config: Any) -> int | None:
     return None
 
 
+def _window(config: Any) -> int | None:
+    """Tokens that attention sees, 0 for all; None where layers have settings of their own."""
+    try:
+        return getattr(config, "sliding_window", None) or 0
+    except RuntimeError:  # Transformers', for such a configuration
+        return None
+
+
 def _try_packing(backbone: Any) -> Packing:
     config = backbone.config
     layers = set(getattr(config, "layer_types", None) or _PLAIN_LAYERS) - _PLAIN_LAYERS
@@ -106,9 +114,8 @@ def _try_packing(backbone: Any) -> Packing:
         return Packing(None, f"the model has layers of other kinds ({', '.join(sorted(layers))})")
     if config._attn_implementation != "sdpa":
         return Packing(None, f"the model's attention is {config._attn_implementation}")
-    try:
-        window = getattr(config, "sliding_window", None) or 0
-    except RuntimeError:  # Transformers', where layers have settings of their own
+    window = _window(config)
+    if window is None:
         return Packing(None, "the model's layers differ in the window of their attention")
     probes = _probe_sequences(config, window)
     expected = torch.cat([_states(backbone(input_ids=ids[None].to(backbone.device)))[0] for ids in probes])
@@ -171,7 +178,7 @@ def _probe_sequences(config: Any, window: int) -> list[torch.Tensor]:
 
 def probe_sequences(config: Any) -> list[torch.Tensor]:
     """Ids of the sequences that packing was tried on."""
-    return _probe_sequences(config, getattr(config, "sliding_window", None) or 0)
+    return _probe_sequences(config, _window(config) or 0)
 
 
 def forward_packed(
