@@ -144,11 +144,12 @@ class Checks:
 
     def text_prompt(self) -> float:
         """The same for a soft prompt, against Transformers' model with the vectors as ``inputs_embeds``, which nearly
-        every family takes."""
+        every family takes; else against the stored adapter with the virtual tokens before each row."""
         loaded, trained = self._trained("prompt-tuning", PAIRS, "text", num_virtual_tokens=3, learning_rate=0.1)
         model, prompt = _causal(self.folder), loaded.method.parameters()["prompt_embeddings"].detach()
         if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-            return abs(self._loss(loaded.model) - trained["loss"])
+            virtual = torch.tensor(loaded._assembled.method.virtual_token_ids)
+            return abs(self._loss(loaded.model, virtual) - trained["loss"])
         return abs(self._loss(model, prompt) - trained["loss"])
 
     def merges(self) -> float:
@@ -251,7 +252,7 @@ class Checks:
 
     @torch.no_grad()
     def _loss(self, model: Any, prompt: torch.Tensor | None = None) -> float:
-        """Mean cross-entropy per token in the loss, each row by itself; ``prompt`` are vectors before each."""
+        """Mean cross-entropy per token in the loss, each row by itself; ``prompt``: ids or vectors before each."""
         task = Generation.on(self.base, None, 0 if prompt is None else len(prompt))
         encoded = [one for of_row in task.encode(read_samples_to_score(as_source(PAIRS))) for one in of_row]
         sums = [_row_loss(model, one, prompt) for one in encoded]
@@ -279,11 +280,17 @@ def _causal(folder: Path) -> Any:
 def _row_loss(model: Any, row: Encoded, prompt: torch.Tensor | None) -> float:
     """Sum of the cross-entropies of one sequence."""
     ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels)
+    before = 0 if prompt is None else len(prompt)
     if prompt is None:
-        logits = model(input_ids=ids).logits[0]
+        inputs = {"input_ids": ids}
+    elif prompt.dim() == 1:
+        inputs = {"input_ids": torch.cat([prompt[None], ids], 1)}
     else:
         vectors = model.get_input_embeddings()(ids)
-        logits = model(inputs_embeds=torch.cat([prompt[None].to(vectors.dtype), vectors], 1)).logits[0, len(prompt) :]
+        inputs = {"inputs_embeds": torch.cat([prompt[None].to(vectors.dtype), vectors], 1)}
+        if hasattr(model.base_model, "get_per_layer_inputs"):  # which also looks ids up; vectors count as id 0
+            inputs["per_layer_inputs"] = model.base_model.get_per_layer_inputs(functional.pad(ids, (before, 0)))
+    logits = model(**inputs).logits[0, before:]
     return float(functional.cross_entropy(logits[:-1].float(), labels[1:], reduction="sum", ignore_index=IGNORE_INDEX))
 
 

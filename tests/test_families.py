@@ -119,8 +119,13 @@ def test_rows_beyond_the_short_range_stand_apart_where_they_change_the_others(ma
     ]
 
 
-def test_prompts_of_two_lengths_are_written_as_each_alone_where_padding_is_read(made: Any, tmp_path: Path) -> None:
-    assert Checks(made("rwkv"), tmp_path).generates() == 0
+@pytest.mark.parametrize("family", ["rwkv", "git", "deepseek_v4"])
+def test_prompts_of_two_lengths_are_written_as_each_alone_where_padding_is_read(
+    family: str, made: Any, tmp_path: Path
+) -> None:
+    """By a state, by a mask that lies elsewhere once there is a cache, by blocks of tokens that are compressed."""
+    pytest.importorskip(f"transformers.models.{family}")  # the oldest Transformers lacks some
+    assert Checks(made(family), tmp_path).generates() == 0
 
 
 def test_a_frozen_prefix_is_left_out_only_where_the_model_goes_on_from_it(made: Any) -> None:

@@ -282,18 +282,26 @@ def _batches(
 @torch.no_grad()
 def _reads_padding(assembled: Assembled) -> bool:
     """Whether padding before a prompt changes what the model writes: where masks are not for all of its parts (RWKV),
-    and where the longest row of a batch decides how all are placed (longrope)."""
+    or are laid elsewhere once there is a cache (GIT), where blocks of tokens are compressed (DeepSeek-V4), and where
+    the longest row of a batch decides how all are placed (longrope)."""
     model, pad = assembled.model, assembled.task.pad_id
     if changes_beyond(model.config.get_text_config()) is not None:
         return True
-    once = GenerationConfig(max_new_tokens=1, pad_token_id=pad, output_logits=True, return_dict_in_generate=True)
-    found = []
+    twice = GenerationConfig(max_new_tokens=2, pad_token_id=pad, output_logits=True, return_dict_in_generate=True)
+    words, found = [token for token in range(1, 11) if token != pad], list[torch.Tensor]()
     with _own_configuration(model):
-        for ids, mask in (([1, 2, 3], [1, 1, 1]), ([pad, pad, 1, 2, 3], [0, 0, 1, 1, 1])):
-            given, seen = (torch.tensor([one], device=model.device) for one in (ids, mask))
-            found.append(model.generate(given, attention_mask=seen, generation_config=once).logits[0][0].float())
+        for padding in (0, 2):
+            ids = torch.tensor([[pad] * padding + words], device=model.device)
+            mask = torch.tensor([[0] * padding + [1] * len(words)], device=model.device)
+            written = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=twice,
+                prefix_allowed_tokens_fn=lambda *_: words[:1],  # the same first token, so that the second compares
+            )
+            found.append(torch.cat(written.logits).float())
     alone, padded = found
-    return bool((alone - padded).abs().max() > TOLERANCE.get(model.dtype, 1e-4) * alone.std())
+    return bool(((alone - padded).abs().amax(1) > TOLERANCE.get(model.dtype, 1e-4) * alone.std(1)).any())
 
 
 def _write(
