@@ -197,9 +197,9 @@ def _looks_like_a_row(column: str) -> bool:
 def _cannot_tell(table: Table, texts: Sequence[str], labels: Sequence[str]) -> DataError:
     if (turns := _conversations(table)) is not None:
         return DataError(
-            f"the column {quoted(turns)} holds conversations.",
+            f"the column {quoted(turns)} holds conversations, and no column a label.",
             where=str(table.source),
-            advice="Rename it to 'messages'.",
+            advice="To learn to write the answers, name it 'messages' and give no other task.",
         )
     if not table.columns:
         return DataError("its first row is empty.", where=str(table.source), advice="Give rows with a text.")
