@@ -158,7 +158,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "opt-narrow-embedding": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4}),
     "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "mistral-window": ("mistral", {"sliding_window": 16}),

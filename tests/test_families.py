@@ -40,6 +40,8 @@ TOLD = {
     "mixtral": ("text: qlora", "merge", "quantize"),
     # a causal model whose name of its base is no part of it
     "llama4_text": ("quantize",),
+    # and one whose transformer without head is none: its output layer is among its parts
+    "llama4": ("quantize",),
     # a text part under ``text_config``, stored under another name than it has
     "gemma3": ("evaluate", "text: lora", "merge", "labels: lora", "labels: merge"),
 }

@@ -101,7 +101,7 @@ def stored_linears(base: Base) -> dict[str, StoredLinear]:
     layers = {
         f"{path}.weight": StoredLinear(path, isinstance(part, Conv1D), why_whole(path, part))
         for path, part in model.named_modules()
-        if is_linear(part)
+        if is_linear(part) and part is not model.get_output_embeddings()  # which Llama 4 has here
     }
     names = StoredNames(model, [stored.name for stored in Shards(base.weight_files)])
     found = {key: _kept_if_renamed(key, layers[name]) for key, name in names.whole.items() if name in layers}
