@@ -19,6 +19,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import save_adapter
 from capotune.data.batches import collate
 from capotune.engine.loop import train
+from capotune.errors import AdapterError
 from capotune.evaluation.forward import held_out_score
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.lora.settings import LoraSettings
@@ -49,10 +50,15 @@ def stored(folder: Path, assembled: Assembled) -> Path:
     return folder
 
 
-def made_by_peft(folder: Path) -> Any:
-    """A trainable model that PEFT makes on the same base from the adapter's configuration, with its own weights."""
+def made_by_peft(folder: Path, settings: TrainingSettings) -> Any:
+    """A trainable model that PEFT makes on the same base from the adapter's configuration, with its own weights.
+
+    The stored configuration has rsLoRA's scale folded into B; to train as we do, PEFT is told of it.
+    """
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode, config.base_model_name_or_path = False, None
+    if isinstance(settings, LoraSettings):
+        config.use_rslora, config.lora_alpha = settings.rslora, settings.alpha
     return peft.get_peft_model(capotune.load_base(folder), config)
 
 
@@ -100,7 +106,7 @@ def test_keys_are_pefts_own(variant: str, base: str, models: dict[str, Path], tm
     config = peft.PeftConfig.from_pretrained(str(folder))
     assert config.to_dict().keys() >= json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).keys()
     assert config.task_type == "SEQ_CLS"
-    made = made_by_peft(folder)
+    made = made_by_peft(folder, VARIANTS[variant])
     theirs = peft.get_peft_model_state_dict(made)
     ours = load_file(folder / "adapter_model.safetensors")
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
@@ -118,6 +124,36 @@ def test_peft_saves_what_it_read(base: str, models: dict[str, Path], tmp_path: P
     assert_same_bits(
         load_file(tmp_path / "theirs" / "adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
     )
+
+
+@pytest.mark.parametrize(
+    "settings", [VARIANTS["rslora"], LoraSettings(rank=4, alpha=6.5), LoraSettings(dora=True, rank=4, alpha=6.5)]
+)
+def test_scale_is_in_b_where_a_whole_alpha_cannot_say_it(settings: LoraSettings, llama: Path, tmp_path: Path) -> None:
+    """Loaders that read r and lora_alpha alone, as whole numbers, compute what was trained."""
+    assembled = on_base(llama, settings)
+    shake(assembled)
+    folder = stored(tmp_path / "adapter", assembled)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert '"lora_alpha": 4,' in (folder / "adapter_config.json").read_text(encoding="utf-8")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for path, layer in assembled.method.layers.items():  # type: ignore[attr-defined]
+        b, a = (tensors[f"base_model.model.{path}.lora_{name}.weight"] for name in "BA")
+        delta = settings.scale * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(b @ a * config["lora_alpha"] / config["r"], delta, rtol=1e-5, atol=1e-6)
+    loaded = capotune.load(folder)
+    torch.testing.assert_close(logits(loaded._assembled), logits(assembled), rtol=0, atol=1e-6)
+    assert loaded.method.settings == assembled.method.settings
+
+
+def test_a_config_without_a_scale_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = stored(tmp_path / "adapter", on_base(llama, VARIANTS["lora"]))
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "r": None}), encoding="utf-8")
+    with pytest.raises(AdapterError, match="must state r, lora_alpha and use_rslora"):
+        capotune.load(folder)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -157,7 +193,7 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, models: dict[st
     settings = TRAINING[variant]
     assembled = on_base(models[base], settings)
     folder = stored(tmp_path / "adapter", assembled)
-    theirs = made_by_peft(folder).eval()  # no dropout: the random masks are not comparable
+    theirs = made_by_peft(folder, settings).eval()  # no dropout: the random masks are not comparable
     peft.set_peft_model_state_dict(theirs, load_file(folder / "adapter_model.safetensors"))
     for module in assembled.model.modules():
         if isinstance(module, nn.Dropout):

@@ -43,8 +43,16 @@ class Assembled:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained weight by its key in the adapter file: the method's, then the head's."""
+        return {**self.method.parameters(), **self._head()}
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The same as the adapter file holds it (``Method.stored``), on the CPU."""
+        head = {key: weight.detach().cpu().contiguous() for key, weight in self._head().items()}
+        return {**self.method.stored(), **head}
+
+    def _head(self) -> dict[str, nn.Parameter]:
         head = self.task.head_parameters(self.model)
-        return {**self.method.parameters(), **{self.method.key_prefix + path: weight for path, weight in head.items()}}
+        return {self.method.key_prefix + path: weight for path, weight in head.items()}
 
     def expected_trainable(self) -> int:
         """The trainable count by formula: the method's own and the task's head."""

@@ -1,7 +1,7 @@
 """What is written when training ends, and read back: PEFT's adapter folder plus ``capotune.json``.
 
     adapter_config.json          PEFT's configuration
-    adapter_model.safetensors    the trained weights under PEFT's keys
+    adapter_model.safetensors    the trained weights under PEFT's keys, LoRA's as every loader scales them (alpha/rank)
     capotune.json                task (labels, pooling; chat template), base fingerprint, settings, how it was trained
     README.md                    a model card made from the same record
 
@@ -99,7 +99,7 @@ def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) ->
         "base": {"name": name, "fingerprint": fingerprint(base)},
         "trained": trained,
     }
-    tensors = {key: weight.detach().cpu().contiguous() for key, weight in assembled.trainable().items()}
+    tensors = assembled.stored()
     words = assembled.task.card(record)
     with output_folder(folder) as new:
         write_atomic(new / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -124,8 +124,9 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         )
     check_record(folder, record, StoredRecord)
     try:
-        settings = build(methods.get(record["method"]).Settings, record["settings"])
-        tensors = load_file(folder / WEIGHTS)
+        method = methods.get(record["method"])
+        settings = build(method.Settings, record["settings"])
+        tensors = method.trained(settings, load_file(folder / WEIGHTS), _read_json(folder, CONFIG))
     except FileNotFoundError:
         raise AdapterError(f"{WEIGHTS} is missing; the adapter is incomplete.", where=str(folder)) from None
     except SafetensorError as error:

@@ -141,6 +141,20 @@ class Method(ABC):
         """What ``capo info`` says of the attached method."""
         return {}
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The trained weights as an adapter file holds them, by key, on the CPU; by default as they are."""
+        return {key: weight.detach().cpu().contiguous() for key, weight in self.parameters().items()}
+
+    @classmethod
+    def trained(
+        cls,
+        settings: Any,  # noqa: ARG003 - most methods store what they train
+        tensors: dict[str, torch.Tensor],
+        config: Mapping[str, Any],  # noqa: ARG003
+    ) -> dict[str, torch.Tensor]:
+        """The weights as ``settings`` trained them, from those that ``stored`` gave and ``peft_config`` describes."""
+        return tensors
+
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put stored weights in place of the initial ones. ``KeyError`` or ``ValueError`` when they don't fit."""
         with torch.no_grad():

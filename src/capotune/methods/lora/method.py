@@ -165,6 +165,13 @@ def merged(
     return changed
 
 
+def _scaled(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+    """The same with every B multiplied by ``factor``."""
+    if factor == 1:
+        return tensors
+    return {key: tensor * factor if ".lora_B." in key else tensor for key, tensor in tensors.items()}
+
+
 def _checked_merge(
     weight: torch.Tensor, *, path: str, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float
 ) -> torch.Tensor:
@@ -287,15 +294,33 @@ class Lora(Method):
         return {
             "peft_type": "LORA",
             "r": settings.rank,
-            "lora_alpha": settings.alpha,
+            "lora_alpha": settings.stored_alpha,
             "lora_dropout": settings.dropout,
             "target_modules": self._short_targets(),
-            "use_rslora": settings.rslora,
+            "use_rslora": False,
             "use_dora": settings.dora,
             "bias": "none",
             "init_lora_weights": True,
             "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in self.layers.values()),
         }
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """A, B and magnitudes; where lora_alpha/rank is not the scale of training, B holds the difference."""
+        return _scaled(super().stored(), self.settings.scale / (self.settings.stored_alpha / self.settings.rank))
+
+    @classmethod
+    def trained(
+        cls, settings: Any, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """The same with B as it was trained. Adapters written before have it so, and ``use_rslora`` in their config.
+
+        Raises ``AdapterError`` where the config states no scale.
+        """
+        try:
+            scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            raise AdapterError("adapter_config.json must state r, lora_alpha and use_rslora.") from None
+        return _scaled(tensors, scale / settings.scale)
 
     def _share_inputs(self) -> None:
         """Layers of one block part that have an input in common are computed together."""

@@ -34,3 +34,12 @@ class LoraSettings(TrainingSettings):
     def scale(self) -> float:
         """Factor of the low-rank product: alpha/rank, or alpha/√rank with rslora."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    @property
+    def stored_alpha(self) -> int:
+        """The ``lora_alpha`` of an adapter file, a whole number that divided by the rank is the scale of the file's BA.
+
+        Many loaders read rank and ``lora_alpha`` alone, some as whole numbers: where these cannot say the scale, the
+        file's B holds it and they say 1.
+        """
+        return self.rank if self.rslora or self.alpha != int(self.alpha) else int(self.alpha)
