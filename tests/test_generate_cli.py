@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,8 +113,8 @@ def test_a_file_of_prompts(
 
 def test_decoding_settings_reach_the_model(adapters: dict[str, Path]) -> None:
     adapter = adapters["pairs"]
-    drawn = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
-    flags = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 3)
+    drawn = {"temperature": 1.5, "top_p": 0.9, "top_k": 30, "min_p": 0.001, "repetition_penalty": 1.1, "seed": 3}
+    flags = tuple(part for name, value in drawn.items() for part in (f"--{name.replace('_', '-')}", value))
     (text,) = written(adapter, PROMPTS[:1], **drawn)
     assert json.loads(generate(adapter, *flags, PROMPTS[0], "--json").out)["text"] == text
     assert text not in (written(adapter, PROMPTS[:1])[0], written(adapter, PROMPTS[:1], **{**drawn, "seed": 4})[0])
@@ -125,6 +126,30 @@ def test_decoding_settings_reach_the_model(adapters: dict[str, Path]) -> None:
     assert len(text) > len(
         json.loads(capo("generate", adapter, *flags, PROMPTS[0], "--json", "--max-tokens", 3).out)["text"]
     )
+
+
+@pytest.mark.parametrize("flags", [(), ("--chat",), ("--raw",)])
+@pytest.mark.parametrize("texts", [[""], ["yes"], ["", "yes", "\n"]])
+def test_a_model_made_to_chat_that_writes_nothing_is_said_to_want_its_template(
+    flags: tuple[str, ...], texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: Any, **__: Any) -> list[str]:
+        return texts
+
+    def pieces(*_: Any, **__: Any) -> Any:
+        yield texts[0]
+
+    silent = SimpleNamespace(
+        chats=False, has_chat_template=True, generate=answer, chat_each=answer, stream=pieces, stream_chat=pieces
+    )
+    monkeypatch.setattr(api, "load_generator", lambda *_, **__: silent)
+    said = capo("generate", "model", *["prompt"] * len(texts), *flags).err.splitlines()
+    hints = [line for line in said if "--chat" in line]
+    if flags or texts == ["yes"]:
+        assert not hints
+    else:
+        which = "the prompt" if len(texts) == 1 else "2 of 3 prompts"
+        assert hints == [f"The model wrote nothing after {which}. It has a chat template: --chat asks in it."]
 
 
 def test_an_adapter_trained_on_conversations_is_asked_in_its_template(adapters: dict[str, Path]) -> None:
@@ -221,6 +246,10 @@ def test_a_terminal_that_knows_few_characters_is_no_error(
         (["generate", "{pairs}", "hello", "--temperature", "nan"], ["--temperature nan", "finite"]),
         (["generate", "{pairs}", "hello", "--max-tokens", "0"], ["--max-tokens 0", "greater than or equal to 1"]),
         (["generate", "{pairs}", "hello", "--top-p", "0.5"], ["--top-p 0.5: needs a --temperature above 0"]),
+        (["generate", "{pairs}", "hello", "--top-k", "5"], ["--top-k 5: needs a --temperature above 0"]),
+        (["generate", "{pairs}", "hello", "--min-p", "1.5"], ["--min-p 1.5", "less than or equal to 1"]),
+        (["generate", "{pairs}", "hello", "--repetition-penalty", "0"], ["--repetition-penalty 0", "greater than 0"]),
+        (["chat", "{pairs}", "--top-k", "-1"], ["--top-k -1", "than or equal to 0"]),
         (["generate", "{pairs}", "hello", "--num-beams", "2", "--temperature", "1"], ["exclude each other"]),
         (["generate", "{pairs}", "hello", "--stop", ""], ["--stop: an empty text"]),
         (["generate", "{pairs}", "hello", "--chat", "--raw"], ["--chat and --raw exclude each other"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capotune.kernels.lora_linear import lora_linear, lora_reference
+from capotune.kernels.lora_linear import LinearLayer, few_rows, lora_linear, lora_linear_of_few, lora_reference
 from capotune.kernels.nf4 import Linear4bit, quantize_4bit
 
 SHAPES = [((7, 5), 9, 3), ((1, 8), 8, 1), ((2, 3, 17), 5, 4), ((1, 1, 1), 1, 1), ((33,), 31, 8), ((2, 1, 3, 6), 10, 6)]
@@ -98,6 +98,22 @@ def test_nothing_is_recorded_without_gradients() -> None:
         y = lora_linear(p["x"], p["weight"].to, p["bias"], p["a"], p["b"], 1.7)
     assert not y.requires_grad
     torch.testing.assert_close(y, lora_reference(p["x"], p["weight"].to, p["bias"], p["a"], p["b"], 1.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "out", "rank"), SHAPES)
+def test_few_rows_without_gradients_match_reference(
+    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype
+) -> None:
+    p = problem(shape, out, rank, dtype)
+    assert not few_rows(p["x"])
+    with torch.no_grad():
+        assert few_rows(p["x"])
+        assert not few_rows(p["x"].expand(65, *shape))
+        for bias in (p["bias"], None):
+            found = lora_linear_of_few(p["x"], LinearLayer(p["weight"].to, bias, p["a"], p["b"], 1.7))
+            expected = lora_reference(p["x"], p["weight"].to, bias, p["a"], p["b"], 1.7)
+            assert_close({"y": found}, {"y": expected}, TOLERANCE[dtype])
 
 
 def test_strided_tensors_match() -> None:

@@ -259,8 +259,15 @@ class DecodingSettings(Settings):
     """Most tokens to write."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0: always the most probable token. Above: draw, the more freely the higher."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among this many of the most probable tokens (with a temperature above 0). 0: among all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw among the fewest tokens that hold this much probability (with a temperature above 0)."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw among the tokens that have at least this part of the most probable one's probability (with a temperature
+    above 0)."""
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Above 1: tokens that stand in the prompt or the answer are less likely to come again. Below: more likely."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are left out of it."""
     num_beams: Count = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -52,8 +52,9 @@ def generate(rest: list[str]) -> int:
     chat = settings.chat or (generator.chats and not settings.raw)
     decoding = decoding_of(settings)
     if len(prompts) == 1 and not settings.as_json:
-        turns = [{"role": "user", "content": prompts[0]}]
-        show(generator.stream_chat(turns, **decoding) if chat else generator.stream(prompts[0], **decoding))
+        turns, pieces = [{"role": "user", "content": prompts[0]}], list[str]()
+        show(generator.stream_chat(turns, **decoding) if chat else generator.stream(prompts[0], **decoding), pieces)
+        _say_if_silent(["".join(pieces)], generator.has_chat_template and not (chat or settings.raw))
         return 0
     with counting("answered") as report:
         write = generator.chat_each if chat else generator.generate
@@ -63,6 +64,7 @@ def generate(rest: list[str]) -> int:
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
         else:
             print("> " + prompt.replace("\n", "\n> ") + f"\n{text}\n", flush=True)
+    _say_if_silent(texts, generator.has_chat_template and not (chat or settings.raw))
     return 0
 
 
@@ -88,6 +90,14 @@ def show(pieces: Iterator[str], written: list[str] | None = None) -> None:
         finally:
             if not last.endswith("\n"):
                 print(flush=True)
+
+
+def _say_if_silent(texts: Sequence[str], may_chat: bool) -> None:
+    """Where nothing is written after a prompt, models that were made to chat want to be asked in their template."""
+    silent = sum(not text.strip() for text in texts)
+    if silent and may_chat:
+        which = "the prompt" if len(texts) == 1 else f"{silent:,} of {len(texts):,} prompts"
+        print(f"The model wrote nothing after {which}. It has a chat template: --chat asks in it.", file=sys.stderr)
 
 
 def _prompts(settings: Generate) -> list[str]:

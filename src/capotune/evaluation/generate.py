@@ -7,14 +7,11 @@ A batch is padded on the left; a soft prompt's virtual tokens stand inside the p
 
     pad pad virtual virtual text text text → answer
 
-Drawing (a temperature above 0) takes the largest of log p + Gumbel noise, which is a draw from p (Gumbel 1954). The
-noise comes from a generator of its own for each prompt: neither the batch a prompt stands in nor the caller's random
-numbers play a part, nor are they disturbed.
+The next token is chosen as ``choosing`` says.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +23,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
+from capotune.evaluation.choosing import check_choosing, processors
 from capotune.kernels import policy
 from capotune.models.base import longest_input
 from capotune.models.sequence_packing import TOLERANCE, changes_beyond
@@ -201,35 +192,8 @@ class _AtStop(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(done, device=input_ids.device)
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Adds Gumbel noise, so that the largest score is a draw; each row from a generator of its own."""
-
-    def __init__(self, seed: int, rows: Sequence[int]) -> None:
-        seeds = [random.Random(f"{seed} {row}").getrandbits(63) for row in rows]
-        self.generators = [torch.Generator().manual_seed(own) for own in seeds]
-
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores (rows, vocabulary) → scores of the same shape."""
-        noise = torch.empty(scores.shape)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)  # −log of it has the Gumbel distribution
-        return scores.float() - noise.log().to(scores.device)
-
-
 def _check(decoding: DecodingSettings) -> None:
-    if decoding.num_beams > 1 and decoding.temperature > 0:
-        raise SettingError(
-            f"`num_beams={decoding.num_beams}` and `temperature={decoding.temperature:g}` exclude each other: beam "
-            "search draws nothing.",
-            advice="Leave one of them out.",
-        )
-    if decoding.top_p < 1 and decoding.temperature == 0:
-        raise SettingError(
-            "needs a `temperature` above 0: without one nothing is drawn.",
-            setting="top_p",
-            given=f"{decoding.top_p:g}",
-            advice="Give both, or none.",
-        )
+    check_choosing(decoding)
     if "" in decoding.stop:
         raise SettingError(
             "an empty text would end every answer at once.", setting="stop", advice="Give at least one character."
@@ -327,7 +291,7 @@ def _write(
             input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=_configuration(task, decoding, tokens),
-            logits_processor=_drawing(decoding, rows),
+            logits_processor=processors(decoding, rows, [width - len(prompt) for prompt in prompts]),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
     ids: list[list[int]] = written[:, width:].tolist()
@@ -337,7 +301,7 @@ def _write(
 def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=tokens,
-        do_sample=False,  # ``_Draw`` draws
+        do_sample=False,  # ``choosing`` draws
         num_beams=decoding.num_beams,
         eos_token_id=_ends(task, decoding.stop) or None,
         pad_token_id=task.pad_id,
@@ -348,15 +312,6 @@ def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> Genera
 def _ends(task: Any, stop: Sequence[str]) -> list[int]:
     """Tokens that end an answer: the task's own, and stop strings that name a special token, which no text shows."""
     return [*task.end_ids, *task.special_ids(stop)]
-
-
-def _drawing(decoding: DecodingSettings, rows: Sequence[int]) -> LogitsProcessorList:
-    if decoding.temperature == 0:
-        return LogitsProcessorList()
-    narrowed = [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
-    return LogitsProcessorList(
-        [TemperatureLogitsWarper(decoding.temperature), *narrowed, _Draw(decoding.seed, rows)],
-    )
 
 
 @contextmanager

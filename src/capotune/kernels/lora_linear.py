@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from capotune.kernels import policy
 from capotune.kernels.linear import LinearInput, input_gradient, weight_gradient
 from capotune.kernels.low_rank import gather, project, update
 
@@ -95,6 +96,24 @@ def lora_linear(
     a and b may be fp32 while x is bf16; their gradients come back in their own dtype.
     """
     return lora_linears((x,), (LinearLayer(weight, bias, a, b, scale),))[0]
+
+
+def lora_linear_of_few(x: torch.Tensor, layer: LinearLayer) -> torch.Tensor:
+    """The same for ``few_rows``, without gradients: x (..., in) → (..., out).
+
+    What a text is written with, a token of each row at a time: there calling the kernels takes longer than their work.
+    """
+    assert layer.lora_a is not None
+    assert layer.lora_b is not None
+    rows = x.reshape(-1, x.shape[-1])
+    y = functional.linear(rows, layer.weight(x.dtype), layer.bias)
+    y.addmm_(rows @ layer.lora_a.to(x.dtype).t(), layer.lora_b.to(x.dtype).t(), alpha=layer.scale)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether nothing trains and x (..., in) has so few rows that ``lora_linear_of_few`` is faster."""
+    return not torch.is_grad_enabled() and x.numel() <= policy.FEW_ROWS * x.shape[-1]
 
 
 def lora_linears(

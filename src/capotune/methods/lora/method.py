@@ -22,7 +22,14 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import AdapterError, SettingError
-from capotune.kernels.lora_linear import LinearLayer, LoraModule, lora_linears, lora_reference
+from capotune.kernels.lora_linear import (
+    LinearLayer,
+    LoraModule,
+    few_rows,
+    lora_linear_of_few,
+    lora_linears,
+    lora_reference,
+)
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import Method, Start
 from capotune.methods.lora.settings import LoraSettings
@@ -80,6 +87,8 @@ class LoraLinear(LoraModule):
         if isinstance(layer, Linear4bit) and not torch.is_grad_enabled() and layer.multiplies_quantized(x):
             change = functional.linear(functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             return layer(x) + self.scale * change  # type: ignore[no-any-return]
+        if few_rows(x):
+            return lora_linear_of_few(x, self.linear_layer())
         if self.shared is not None and torch.is_grad_enabled():
             return self.shared.output(self, x)
         return lora_linears((x,), (self.linear_layer(),))[0]
