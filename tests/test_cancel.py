@@ -232,7 +232,8 @@ def test_evaluate_stops_while_it_answers(
 def test_a_command_stops_while_the_base_is_fingerprinted(
     command: str, adapters: dict[str, Path], bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_known", {})
+    monkeypatch.setattr(fingerprint, "remembered", lambda _kind, _paths, compute: compute())
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     stop = Stop()
     monkeypatch.setattr(fingerprint, "_digest", stop.counting(fingerprint._digest))
     if command == "train":

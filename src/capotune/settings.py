@@ -168,15 +168,23 @@ class TrainingSettings(Settings):
         raise NotImplementedError("only methods with candidates are asked")
 
 
-class MergeSettings(Settings):
+class BaseSettings(Settings):
+    """Which base an adapter is put on."""
+
+    model: str | None = None
+    """Where an adapter's base is, when not where it was trained."""
+    allow_different_base: bool = False
+    """Put an adapter on weights that it was not trained on, of the same shapes, and say so. What it was scored at does
+    not hold there."""
+
+
+class MergeSettings(BaseSettings):
     """An adapter's change in its base's weights."""
 
     adapter: Path
     """Adapter folder, of lora or qlora."""
     out: Path
     """Folder for the merged model. Must not exist."""
-    model: str | None = None
-    """Where the base is, when not where it was trained."""
     requantize: bool = False
     """qlora: add the change to what the 4 bits stand for, and quantize the sum again, instead of adding it to the base
     in full precision."""

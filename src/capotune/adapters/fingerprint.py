@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 
 from capotune.events import nothing
 from capotune.models.base import Base
+from capotune.models.content import remembered
 from capotune.models.shards import Shards, StoredTensor
 
-_Files = tuple[tuple[Path, int, int], ...]
-"""Path, bytes and time of change of each."""
-_known: dict[_Files, str] = {}
+_ALIVE_SECONDS = 0.1
 _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
 
 
@@ -25,26 +27,11 @@ def earlier_fingerprint(base: Base, alive: Callable[[], object] = nothing) -> st
 def fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
 
-    It reads all weights, once in a process; ``alive`` is called after each part. Raises ``ModelError`` for a file that
-    is not a complete safetensors file.
+    It reads all weights, on every core, and is remembered for as long as the files stay as they are
+    (``models.content``); ``alive`` is called again and again meanwhile. Raises ``ModelError`` for a file that is not a
+    complete safetensors file.
     """
     return _of_files(base.weight_files, alive)
-
-
-def _of_files(paths: Iterable[Path], alive: Callable[[], object]) -> str:
-    files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    if files not in _known:
-        _known[files] = _computed(files, alive)
-    return _known[files]
-
-
-def _computed(files: _Files, alive: Callable[[], object]) -> str:
-    shards = Shards([path for path, _, _ in files])
-    digests = {stored.name: _digest(shards, stored, alive) for stored in shards}
-    total = hashlib.sha256()
-    for name in sorted(digests):
-        total.update(digests[name])
-    return total.hexdigest()
 
 
 def config_hash(base: Base) -> str:
@@ -57,9 +44,38 @@ def config_hash(base: Base) -> str:
     return total.hexdigest()
 
 
-def _digest(shards: Shards, stored: StoredTensor, alive: Callable[[], object]) -> bytes:
+def _of_files(paths: Sequence[Path], alive: Callable[[], object]) -> str:
+    return remembered("tensors", paths, lambda: _computed(paths, alive))
+
+
+def _computed(paths: Sequence[Path], alive: Callable[[], object]) -> str:
+    """A thread for each core, the largest tensors first: hashing and reading both let other threads run."""
+    shards, stopped, cores = Shards(paths), Event(), os.cpu_count() or 1
+    waiting = sorted(shards, key=lambda stored: stored.nbytes)
+    digests: dict[str, bytes] = {}
+    running: dict[Future[bytes], str] = {}
+    with ThreadPoolExecutor(cores, thread_name_prefix="capotune-hash") as pool:
+        try:
+            while waiting or running:
+                alive()
+                while waiting and len(running) < cores:
+                    stored = waiting.pop()
+                    running[pool.submit(_digest, shards, stored, stopped)] = stored.name
+                for one in wait(running, _ALIVE_SECONDS, FIRST_COMPLETED).done:
+                    digests[running.pop(one)] = one.result()
+        finally:
+            stopped.set()
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        total.update(digests[name])
+    return total.hexdigest()
+
+
+def _digest(shards: Shards, stored: StoredTensor, stopped: Event) -> bytes:
+    """Of one tensor; of a part of it where nobody waits for it any more."""
     digest = hashlib.sha256(json.dumps([stored.name, stored.dtype, list(stored.shape)]).encode())
     for part in shards.chunks(stored.name):
         digest.update(part)
-        alive()
+        if stopped.is_set():
+            break
     return digest.digest()

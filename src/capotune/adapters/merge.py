@@ -24,7 +24,7 @@ from transformers import AutoModel
 from capotune import methods
 from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base
 from capotune.errors import AdapterError, SettingError
-from capotune.events import OnProgress, nothing
+from capotune.events import OnProgress, Reporter, ignore
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint
 from capotune.models.architecture import text_part
 from capotune.models.base import Base, Quantization
@@ -59,9 +59,7 @@ class Changes:
     """Weights that stand in place of the base's, by their path in the backbone."""
 
 
-def check_mergeable(
-    stored: StoredAdapter, base: Base, requantize: bool, alive: Callable[[], object] = nothing
-) -> Changes:
+def check_mergeable(stored: StoredAdapter, base: Base, requantize: bool, report: Reporter = ignore) -> Changes:
     """The adapter's changes.
 
     Raises ``SettingError`` when it cannot be merged so, ``AdapterError`` when the base is another one or the adapter is
@@ -80,7 +78,7 @@ def check_mergeable(
             advice="Adapters of lora, qlora, and feature-extraction with trained blocks can be merged; use this one as "
             "it is.",
         )
-    check_base(stored, base, alive)
+    check_base(stored, base, report)
     if base.is_quantized and not requantize:
         raise SettingError(
             f"its base '{base.name}' is stored in 4 bits, so there are no weights in full precision to merge into.",

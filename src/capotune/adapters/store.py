@@ -26,7 +26,7 @@ from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.errors import AdapterError, CapotuneError, ModelError
-from capotune.events import Reporter, ignore, nothing
+from capotune.events import Reporter, Warned, alive, ignore, nothing
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, find
@@ -47,6 +47,8 @@ class StoredAdapter:
     record: dict[str, Any]
     """``capotune.json``."""
     tensors: dict[str, torch.Tensor]
+    allow_different_base: bool = False
+    """Whether it may be put on weights that it was not trained on."""
 
     @property
     def base(self) -> str:
@@ -108,8 +110,11 @@ def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) ->
         write_atomic(new / CARD, card(record, words, sum(tensor.numel() for tensor in tensors.values())))
 
 
-def read_adapter(folder: str | Path) -> StoredAdapter:
-    """Read and check an adapter folder. ``AdapterError`` says which file is missing or damaged."""
+def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> StoredAdapter:
+    """Read and check an adapter folder. ``AdapterError`` says which file is missing or damaged.
+
+    ``allow_different_base``: it may be put on another base than its own, of the same shapes.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(
@@ -135,7 +140,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         ) from None
     except CapotuneError as error:
         raise AdapterError(str(error), where=str(folder / RECORD)) from None
-    return StoredAdapter(folder, settings, record, tensors)
+    return StoredAdapter(folder, settings, record, tensors, allow_different_base)
 
 
 def check_record(folder: Path, record: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
@@ -166,17 +171,31 @@ def find_base(
         ) from None
 
 
-def check_base(stored: StoredAdapter, base: Base, alive: Callable[[], object] = nothing) -> None:
-    """``AdapterError`` unless ``base`` has the very weights that the adapter was trained on. They are read, once in a
-    process; ``alive`` is called after each part."""
-    expected, found = stored.record["base"]["fingerprint"], fingerprint(base, alive)
-    if found != expected != earlier_fingerprint(base, alive):
+def is_own_base(stored: StoredAdapter, base: Base, alive: Callable[[], object] = nothing) -> bool:
+    """Whether ``base`` has the very weights that the adapter was trained on. They are read where their hash is not
+    remembered; ``alive`` is called meanwhile."""
+    expected = stored.record["base"]["fingerprint"]
+    return expected == fingerprint(base, alive) or bool(expected == earlier_fingerprint(base, alive))
+
+
+def check_base(stored: StoredAdapter, base: Base, report: Reporter = ignore) -> bool:
+    """Whether ``base`` is the adapter's own, by content. For another one ``AdapterError``, or where that is allowed, a
+    warning."""
+    if is_own_base(stored, base, alive(report)):
+        return True
+    expected, found = stored.record["base"]["fingerprint"], fingerprint(base)
+    problem = (
+        f"this adapter belongs to another base. It was trained on '{stored.base}' (fingerprint {expected[:12]}…); "
+        f"'{base.name}' has {found[:12]}…."
+    )
+    if not stored.allow_different_base:
         raise AdapterError(
-            f"this adapter belongs to another base. It was trained on '{stored.base}' (fingerprint {expected[:12]}…); "
-            f"'{base.name}' has {found[:12]}….",
+            problem,
             where=str(stored.folder),
-            advice="Give the right base with `model`.",
+            advice="Give the right base with `model`, or use this one all the same with `allow_different_base=True`.",
         )
+    report(Warned(text=f"{problem} It is used all the same, and its scores do not hold here."))
+    return False
 
 
 def put_on(stored: StoredAdapter, assembled: Assembled) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,22 @@ if TYPE_CHECKING:
     from capotune.tasks.generation import Generator
 
 
-def load(adapter: str | Path, *, model: str | None = None, trust_remote_code: bool = False) -> Any:
+def load(
+    adapter: str | Path,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    allow_different_base: bool = False,
+    report: Reporter = ignore,
+) -> Any:
     """Put an adapter on its base: a ``Classifier`` for labels, a ``Generator`` for text, or what another task makes.
 
-    ``model`` names another place where the same base is. Raises ``AdapterError`` when the folder is incomplete or
-    damaged or the base is another one.
+    ``model`` names another place where the same base is; with ``allow_different_base`` it may be another one of the
+    same shapes, of which ``report`` is told. Raises ``AdapterError`` when the folder is incomplete or damaged or the
+    base is another one.
     """
-    return _facade(_adapter_on_base(adapter, model, trust_remote_code=trust_remote_code))
+    on = _On(model, allow_different_base, trust_remote_code)
+    return _facade(_adapter_on_base(adapter, on, report=report))
 
 
 def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generator:
@@ -37,18 +47,29 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
     return generator
 
 
-def load_predictor(adapter: str | Path, *, model: str | None = None, report: Reporter = ignore) -> Predictor:
+def load_predictor(
+    adapter: str | Path, *, model: str | None = None, allow_different_base: bool = False, report: Reporter = ignore
+) -> Predictor:
     """``load`` for an adapter that is used with ``predict``; ``AdapterError`` for one that writes text."""
-    predictor: Predictor = _facade(_adapter_on_base(adapter, model, command="predict", report=report))
+    predictor: Predictor = _facade(
+        _adapter_on_base(adapter, _On(model, allow_different_base), command="predict", report=report)
+    )
     return predictor
 
 
-def load_generator(adapter_or_model: str | Path, *, model: str | None = None, report: Reporter = ignore) -> Generator:
+def load_generator(
+    adapter_or_model: str | Path,
+    *,
+    model: str | None = None,
+    allow_different_base: bool = False,
+    report: Reporter = ignore,
+) -> Generator:
     """``load`` or ``load_model``, whichever fits; ``AdapterError`` for an adapter that writes no text.
 
     ``model`` names another place of an adapter's base. ``report`` is called while a GGUF file is converted.
     """
-    generator: Generator = _facade(_adapter_or_model(adapter_or_model, model, command="generate", report=report))
+    on = _On(model, allow_different_base)
+    generator: Generator = _facade(_adapter_or_model(adapter_or_model, on, command="generate", report=report))
     return generator
 
 
@@ -59,16 +80,24 @@ def is_adapter(name: str | Path) -> bool:
     return (folder / "capotune.json").is_file() or (folder.is_dir() and not is_model)
 
 
-def _adapter_or_model(
-    name: str | Path, model: str | None, command: str | None = None, report: Reporter = ignore
-) -> Assembled:
+@dataclass(frozen=True)
+class _On:
+    """Which base an adapter is put on."""
+
+    model: str | None = None
+    allow_different: bool = False
+    trust_remote_code: bool = False
+
+
+def _adapter_or_model(name: str | Path, on: _On, command: str | None = None, report: Reporter = ignore) -> Assembled:
     """An adapter on its base, or a language model alone, whichever ``name`` means."""
     if is_adapter(name):
-        return _adapter_on_base(name, model, command=command, report=report)
-    if model is not None:
-        raise SettingError(
-            f"belongs to an adapter, and '{name}' is none.", setting="model", given=model, advice="Leave it out."
-        )
+        return _adapter_on_base(name, on, command=command, report=report)
+    for setting, given in (("model", on.model), ("allow_different_base", on.allow_different or None)):
+        if given is not None:
+            raise SettingError(
+                f"belongs to an adapter, and '{name}' is none.", setting=setting, given=given, advice="Leave it out."
+            )
     from capotune.models.base import EMBEDDED, find
 
     if str(name) not in EMBEDDED and not Path(name).expanduser().exists():
@@ -90,9 +119,8 @@ def _model_alone(model: str | Path, trust_remote_code: bool, report: Reporter = 
 
 def _adapter_on_base(
     adapter: str | Path,
-    model: str | None,
+    on: _On,
     *,
-    trust_remote_code: bool = False,
     command: str | None = None,
     report: Reporter = ignore,
 ) -> Assembled:
@@ -101,7 +129,7 @@ def _adapter_on_base(
     from capotune.device import pick_device
     from capotune.tasks.loading import load_adapter, task_class
 
-    stored = read_adapter(adapter)
+    stored = read_adapter(adapter, allow_different_base=on.allow_different)
     task = task_class(stored)
     if command not in (None, task.command):
         raise AdapterError(
@@ -109,7 +137,8 @@ def _adapter_on_base(
             where=str(stored.folder),
             advice=f'Use it with: capo {task.command} {stored.folder} "your text"',
         )
-    return load_adapter(stored, model=model, device=pick_device(), trust_remote_code=trust_remote_code, report=report)
+    trust = on.trust_remote_code
+    return load_adapter(stored, model=on.model, device=pick_device(), trust_remote_code=trust, report=report)
 
 
 def _facade(assembled: Assembled) -> Any:
@@ -150,6 +179,7 @@ def evaluate(
     data: Any,
     answers: int | None = None,
     model: str | None = None,
+    allow_different_base: bool = False,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
     **columns: str | None,
@@ -161,7 +191,8 @@ def evaluate(
     It is the score of the run that made the adapter, by the same code and decoding: on that run's test file, the same
     values to the last digit. For labels: accuracy, macro_f1, loss. For text: loss (nats a token in the loss),
     perplexity, and exact_match and rouge_l of at most ``answers`` rows where the data holds answers. Also ``metric``,
-    the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each.
+    the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each; on weights that the adapter was not
+    trained on ``different_base``, True.
 
     ``columns`` are ``text_column``, ``label_column``, ``prompt_template``, ``completion_column``.
 
@@ -171,14 +202,24 @@ def evaluate(
 
     settings = build(DataSettings, {"data": as_source(data), **columns})
     report = (cancel or CancelToken()).watching(report)
-    assembled = _adapter_or_model(adapter, model, report=report)
+    assembled = _adapter_or_model(adapter, _On(model, allow_different_base), report=report)
     report(Stage(text="scoring"))
     task: Task = assembled.task
     task.check_settings(columns, f"'{adapter}'")
-    return task.evaluate(assembled, settings, answers, report).values()
+    values = task.evaluate(assembled, settings, answers, report).values()
+    return {**values, "different_base": True} if is_adapter(adapter) and not _on_its_own(adapter, assembled) else values
 
 
-def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
+def _on_its_own(adapter: str | Path, assembled: Assembled) -> bool:
+    """Whether the base is the one that the adapter was trained on."""
+    from capotune.adapters.store import is_own_base, read_adapter
+
+    return is_own_base(read_adapter(adapter), assembled.base)
+
+
+def info(
+    adapter: str | Path, *, model: str | None = None, allow_different_base: bool = False, report: Reporter = ignore
+) -> dict[str, Any]:
     """What an adapter is: task, method, base, size, settings, how it scored; labels, or how it writes.
 
     A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
@@ -193,7 +234,7 @@ def info(adapter: str | Path, *, model: str | None = None) -> dict[str, Any]:
     facts = task.facts(stored.record)
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     if own is None:
-        assembled = _adapter_on_base(adapter, model)
+        assembled = _adapter_on_base(adapter, _On(model, allow_different_base), report=report)
         own = assembled.method.facts(assembled.task.tokenizer)
     return {
         "adapter": str(stored.folder),

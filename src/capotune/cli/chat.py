@@ -15,11 +15,11 @@ from typing import Any
 
 import tyro
 
-from capotune.cli.flags import parse_repeating
+from capotune.cli.flags import base_of, parse_repeating
 from capotune.cli.generate import decoding_of, show
 from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
-from capotune.settings import DecodingSettings, nearest
+from capotune.settings import BaseSettings, DecodingSettings, nearest
 
 HELP = """\
 /adapter NAME   put another adapter on: a folder, or one beside this one by its name
@@ -31,13 +31,11 @@ HELP = """\
 COMMANDS = ("adapter", "base", "system", "reset", "help", "quit")
 
 
-class Chat(DecodingSettings):
+class Chat(BaseSettings, DecodingSettings):
     """Talk with a model in its chat template; /help lists what can be said beside. Reads lines from a pipe as well."""
 
     adapter: tyro.conf.Positional[str]
     """Adapter folder, or a model alone: an embedded one by name, a folder, a GGUF file, or a model id on the hub."""
-    model: str | None = None
-    """Where an adapter's base is, when not where it was trained."""
 
 
 def chat(rest: list[str]) -> int:
@@ -47,7 +45,7 @@ def chat(rest: list[str]) -> int:
     from capotune.cli.display import watch_bytes
 
     with watch_bytes() as report:
-        generator = api.load_generator(settings.adapter, model=settings.model, report=report)
+        generator = api.load_generator(settings.adapter, report=report, **base_of(settings))
     if not generator.has_chat_template:
         raise SettingError(
             f"{settings.adapter}: the model has no chat template; it continues text and was not made to chat. Let "

@@ -10,7 +10,7 @@ import tyro
 from capotune.cli.messages import in_flags
 from capotune.errors import SettingError
 from capotune.memory_table import MemoryTable
-from capotune.settings import build, read_yaml
+from capotune.settings import BaseSettings, build, read_yaml
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -54,6 +54,11 @@ def without_out(rest: list[str]) -> list[str]:
         if argument != "--out" and not argument.startswith("--out=") and (at == 0 or rest[at - 1] != "--out"):
             kept.append(argument)
     return kept
+
+
+def base_of(settings: BaseSettings) -> dict[str, Any]:
+    """The settings of an adapter's base alone."""
+    return {name: getattr(settings, name) for name in BaseSettings.model_fields}
 
 
 def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:

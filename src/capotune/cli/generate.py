@@ -10,13 +10,13 @@ from typing import Any
 
 import tyro
 
-from capotune.cli.flags import Json, parse_repeating
+from capotune.cli.flags import Json, base_of, parse_repeating
 from capotune.errors import DataError, SettingError
 from capotune.events import counter
-from capotune.settings import DecodingSettings
+from capotune.settings import BaseSettings, DecodingSettings
 
 
-class Generate(DecodingSettings):
+class Generate(BaseSettings, DecodingSettings):
     """Let a model write: after prompts given as arguments, in a file, or on standard input (one prompt in whole)."""
 
     adapter: tyro.conf.Positional[str]
@@ -32,8 +32,6 @@ class Generate(DecodingSettings):
     asked so anyhow."""
     raw: bool = False
     """Go on with the prompt as it stands, also with an adapter that was trained on conversations."""
-    model: str | None = None
-    """Where an adapter's base is, when not where it was trained."""
     as_json: Json = False
     """Print one JSON object a line: prompt and text."""
 
@@ -48,7 +46,7 @@ def generate(rest: list[str]) -> int:
     from capotune.cli.display import counting, watch_bytes
 
     with watch_bytes() as report:
-        generator = api.load_generator(settings.adapter, model=settings.model, report=report)
+        generator = api.load_generator(settings.adapter, report=report, **base_of(settings))
     chat = settings.chat or (generator.chats and not settings.raw)
     decoding = decoding_of(settings)
     if len(prompts) == 1 and not settings.as_json:

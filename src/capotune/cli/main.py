@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from capotune.cli.flags import Json, parse, take_config, without_out
+from capotune.cli.flags import Json, base_of, parse, take_config, without_out
 from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
-from capotune.settings import CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
+from capotune.settings import BaseSettings, CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
 
 HELP = """usage: capo COMMAND …
 
@@ -41,7 +41,7 @@ with completions, plain text. generate, chat and evaluate also take a model alon
 command's settings; `--config FILE.yaml` gives compare and train settings from a file."""
 
 
-class Evaluate(Settings):
+class Evaluate(BaseSettings):
     """Score an adapter, or a language model alone, on data."""
 
     adapter: tyro.conf.Positional[str]
@@ -59,13 +59,11 @@ class Evaluate(Settings):
     answers: Annotated[int, Field(ge=0)] | None = None
     """Text to write: rows that the model answers, for exact match and ROUGE-L (0: none). Left out: as many as in the
     run that made the adapter, or 200."""
-    model: str | None = None
-    """Where the base is, when not where it was trained."""
     as_json: Json = False
     """Print one JSON object."""
 
 
-class Predict(Settings):
+class Predict(BaseSettings):
     """Label texts, or find entities in them: given as arguments, in a file, or line by line on standard input."""
 
     adapter: tyro.conf.Positional[Path]
@@ -77,19 +75,15 @@ class Predict(Settings):
     lists of words, or CoNLL text."""
     text_column: str | None = None
     """Column of the file that holds the text, or the list of words. Found by name when left out."""
-    model: str | None = None
-    """Where the base is, when not where it was trained."""
     as_json: Json = False
     """Print one JSON object a line."""
 
 
-class Info(Settings):
+class Info(BaseSettings):
     """Say what an adapter is."""
 
     adapter: tyro.conf.Positional[Path]
     """Adapter folder."""
-    model: str | None = None
-    """Where the base is, when not where it was trained."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -237,7 +231,7 @@ def _predict(rest: list[str]) -> int:
     if settings.texts and settings.file:
         raise SettingError("give texts or --file, not both.")
     with watch_bytes() as report:
-        predictor = api.load_predictor(settings.adapter, model=settings.model, report=report)
+        predictor = api.load_predictor(settings.adapter, report=report, **base_of(settings))
     if settings.texts or settings.file:
         texts = list(settings.texts) or api.read_texts(str(settings.file), settings.text_column, predictor)
         _print_predictions(predictor.answer(texts), settings.as_json)
@@ -271,9 +265,10 @@ def _say_cut(cut: int, texts: int) -> None:
 def _info(rest: list[str]) -> int:
     settings = parse(Info, rest, "capo info")
     from capotune import api
-    from capotune.cli.display import show_info
+    from capotune.cli.display import show_info, watch_bytes
 
-    facts = api.info(settings.adapter, model=settings.model)
+    with watch_bytes() as report:
+        facts = api.info(settings.adapter, report=report, **base_of(settings))
     if settings.as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:

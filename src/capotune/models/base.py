@@ -17,8 +17,9 @@ from typing import Any
 
 from capotune.errors import DataError, MissingLibraryError, ModelError, needs_extra
 from capotune.events import Reporter, ignore
+from capotune.models.content import sha256_of
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
-from capotune.models.gguf.cache import converted, gguf_file, sha256_of
+from capotune.models.gguf.cache import converted, gguf_file
 from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles

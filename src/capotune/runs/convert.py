@@ -12,8 +12,9 @@ import torch
 
 from capotune import methods
 from capotune.adapters.assemble import assemble, attach
+from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.merge import check_mergeable, write_merged
-from capotune.adapters.store import RECORD, StoredAdapter, find_base, read_adapter, save_adapter
+from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter, save_adapter
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.divergence import (
@@ -35,6 +36,8 @@ from capotune.tasks.loading import load_adapter, task_class
 
 HEAD = "adapter"
 """Folder of a merged model's head."""
+DIFFERENT_BASE = "different_base.json"
+"""In a merged model whose base is not the one that the adapter was trained on: both fingerprints."""
 
 
 def quantize(settings: QuantizeSettings, report: Reporter) -> dict[str, Any]:
@@ -91,9 +94,9 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     Raises ``CapotuneError`` subclasses for everything the user can mend, also for methods that cannot be merged.
     """
     text = read_text(settings.text)
-    stored = read_adapter(settings.adapter)
+    stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
-    check_mergeable(stored, base, settings.requantize, alive(report))
+    check_mergeable(stored, base, settings.requantize, report)
     has_head = task_class(stored).has_head
     with output_folder(settings.out) as new:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
@@ -104,10 +107,14 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
             report(Warned(text=notice))
         if has_head:
             _save_head(stored, merged)
+        is_own = is_own_base(stored, base)
+        if not is_own:
+            write_atomic(new / DIFFERENT_BASE, _different_base(stored, base))
         report(Stage(text="comparing answers with the adapter's"))
         return {
             "adapter": str(settings.adapter),
             "base": base.name,
+            "different_base": not is_own,
             "out": str(settings.out),
             "requantized": settings.requantize,
             "changed_layers": changed,
@@ -118,6 +125,11 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
                 **asdict(_merged_answers(stored, base, merged, text, has_head, alive(report))),
             },
         }
+
+
+def _different_base(stored: StoredAdapter, base: Base) -> str:
+    trained_on = stored.record["base"]["fingerprint"]
+    return json.dumps({"trained_on": trained_on, "merged_into": fingerprint(base)}, indent=2) + "\n"
 
 
 def _save_head(stored: StoredAdapter, merged: Base) -> None:

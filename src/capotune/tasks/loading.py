@@ -10,7 +10,7 @@ from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
-from capotune.events import Reporter, alive, ignore
+from capotune.events import Reporter, ignore
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import make
 from capotune.methods.base import Untouched
@@ -112,6 +112,6 @@ def _on_base(
     report: Reporter = ignore,
 ) -> Assembled:
     base = find_base(stored, model, trust_remote_code=trust_remote_code, report=report)
-    check_base(stored, base, alive(report))
+    check_base(stored, base, report)
     task = task_class(stored).restore(base, stored.record)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)
