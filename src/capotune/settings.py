@@ -87,6 +87,9 @@ class RunSettings(DataSettings):
     """Store what the frozen layers compute on disk, so that a second run on the same data need not compute it."""
     answers: int = Field(default=200, ge=0)
     """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
+    general: str | None = None
+    """Generation: a text file of your own, or a file with a column of texts, on which the adapted model is compared
+    with the base: what training costs elsewhere. Left out: a few passages of ours."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,11 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
     result, base, task = first["result"], _base(results), tasks.get(first["settings"]["task"])
     taken_over = ({field.name for field in fields(ComparisonRow)} & result.keys()) - {"adapter"}
     rows = tuple(
-        ComparisonRow(
-            method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in taken_over}
+        replace(
+            ComparisonRow(
+                method=method, adapter=f"{method}/adapter", **{name: record["result"][name] for name in taken_over}
+            ),
+            scores=record["result"]["scores"] | _elsewhere(record["result"]),
         )
         for method, record in results.items()
     )
@@ -114,7 +117,7 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
         rows=rows,
         tolerance=tolerance,
         base_label=task.base_label,
-        columns=task.further_columns(result["metric"], result["scores"]),
+        columns=task.further_columns(result["metric"], rows[0].scores),
         metric_why=result.get("metric_why", ""),
         chance=chance,
         chance_words=chance_words,
@@ -123,6 +126,14 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
     counts = {method: RowCounts.from_dict(content) for method, content in written.items()}
     of_base = next((content["base"] for content in written.values() if "base" in content), None)
     return recommend(comparison, counts, RowCounts.from_dict(of_base) if of_base else None)
+
+
+def _elsewhere(result: dict[str, Any]) -> dict[str, float]:
+    """What training cost on text that is not the user's, where that was measured, as scores."""
+    cost = result.get("general")
+    if cost is None:
+        return {}
+    return {"general_change": cost["loss"] - cost["base_loss"], "general_agreement": cost["agreement"]}
 
 
 def _base(results: Records) -> dict[str, Any]:

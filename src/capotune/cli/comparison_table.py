@@ -53,7 +53,7 @@ def _further(comparison: Comparison) -> Table:
     """What trains, and the further metrics that are worth a column."""
     metrics = [api.metric(name) for name in comparison.columns]
     grid = _table(None)
-    for heading in ("trainable", "of base", *(known.words for known in metrics)):
+    for heading in ("trainable", "of base", *("\n".join(known.words.split(maxsplit=1)) for known in metrics)):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
         share = share_text(row.trainable_parameters, row.total_parameters)

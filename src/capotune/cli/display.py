@@ -245,6 +245,8 @@ def show_run(record: dict[str, Any], out: Path) -> None:
         grid.add_row(api.metric(metric).words, f"{held_out} on the held-out rows (no test rows)")
     if result.get("metric_why"):
         grid.add_row("compared by", result["metric_why"])
+    if "general" in result:
+        grid.add_row("elsewhere", result["general"]["words"])
     grid.add_row(
         "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
     )

@@ -147,6 +147,15 @@ for _metric in (
         "the exponential of the mean loss: as if the model wavered between so many tokens at each step",
         higher_is_better=False, columns=("nats", "tokens"), from_sums=_exponential_of_ratio,
     ),
+    Metric(
+        "general_change", "general text", "the change in mean loss on text that no run trained on, in nats a token: "
+        "above 0 the adapted model is worse there than its base", higher_is_better=False,
+    ),
+    Metric(
+        "general_agreement", "same next token",
+        "the share of that text's positions where the adapted model and its base find the same token most probable",
+        kind="percentage",
+    ),
 ):  # fmt: skip
     register(_metric)
 

@@ -121,6 +121,7 @@ class _Run:
         assembled, dtype = self._load(device)
         cache = ActivationCache(self._cache_folder(), self._identity(assembled, dtype))
         base = self._score_base(assembled, cache) if base_score else None
+        self.task_run.measure_base(assembled, ActivationCache(cache.folder, cache.identity), self.report)
         cache.reused_seconds, started = 0.0, time.perf_counter()
         assembled = self.task_run.choose_prompt(assembled, self.report)
         self.task_run.before_attach(assembled, cache, self.report)
@@ -207,7 +208,7 @@ class _Run:
             "held_out_score": fitted.held_out_score,
             "held_out_metric": assembled.task.objective.metric,
             **fitted.extra,
-            **scored.decided,
+            **scored.recorded,
             "dtype": _name(dtype),
             **(read or {"sequences": "none were read"}),
             "data_sha256": self.task_run.data_sha256,

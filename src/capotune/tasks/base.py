@@ -63,8 +63,9 @@ class Scored:
     """Further facts about the rows, as plain JSON."""
     other_counts: tuple[RowCounts, ...] = ()
     """As ``counts``, of other scores that techniques may be compared by."""
-    decided: dict[str, Any] = field(default_factory=dict)
-    """How it was decided by which score techniques are compared, for a run's record: ``metric_why``, a sentence."""
+    recorded: dict[str, Any] = field(default_factory=dict)
+    """Further facts for a run's record: how it was decided by which score techniques are compared (``metric_why``, a
+    sentence), what training cost elsewhere."""
 
     @property
     def score(self) -> float | None:
@@ -122,7 +123,7 @@ class Task(TaskModel):
     data_settings: ClassVar[frozenset[str]]
     """Names of ``DataSettings`` that it reads; others that are given are refused."""
     optional_data_settings: ClassVar[frozenset[str]] = frozenset(
-        {"text_column", "label_column", "prompt_template", "completion_column"}
+        {"text_column", "label_column", "prompt_template", "completion_column", "general"}
     )
     """The settings that belong to some tasks only."""
 
@@ -288,6 +289,9 @@ class TaskRun(ABC):
     @abstractmethod
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """How the base does on the test rows before anything is trained."""
+
+    def measure_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:  # noqa: B027
+        """What every run measures of the base, outside the training time. The method is not attached yet."""
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:  # noqa: B027
         """Work that is the same with the method and without."""

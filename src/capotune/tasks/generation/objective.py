@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +55,15 @@ class TokenCrossEntropy(Objective):
         """The perplexity."""
         return float(torch.tensor(-score[0], dtype=torch.float64).exp())
 
+    def _logits(self, model: Any, batch: Batch, at: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits after the flat positions ``at`` (n,), some positions at a time: (positions, vocabulary)."""
+        if not self.plain_head:
+            yield batch.flat(model(**batch.inputs).logits)[at]
+            return
+        head = model.get_output_embeddings()
+        states = batch.states(model.get_submodule(self.backbone), at).to(head.weight.dtype)
+        yield from map(head, torch.split(states, _POSITIONS))
+
     def _losses(self, model: Any, batch: Batch, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (tokens in the loss,) and the row of each."""
         in_loss = batch.in_loss
@@ -87,18 +97,35 @@ class GreedyMatch(TokenCrossEntropy):
         answer = torch.cat([in_loss.new_zeros(1), ((in_loss.diff() != 1) | (row.diff() != 0)).cumsum(0)])
         rows = torch.arange(len(batch.starts) - 1, device=row.device)
         last = answer[torch.searchsorted(row, rows, right=True) - 1]
-        wrong = (self._most_probable(model, batch, in_loss - 1) != batch.targets[in_loss]) & (answer == last[row])
+        most_probable = torch.cat([logits.argmax(-1) for logits in self._logits(model, batch, in_loss - 1)])
+        wrong = (most_probable != batch.targets[in_loss]) & (answer == last[row])
         misses = torch.zeros(len(last), device=wrong.device).index_add_(0, row, wrong.float())
         return (misses == 0).float()[:, None].cpu()
 
-    def _most_probable(self, model: Any, batch: Batch, at: torch.Tensor) -> torch.Tensor:
-        """The most probable token after each flat position ``at``."""
-        if not self.plain_head:
-            found: torch.Tensor = batch.flat(model(**batch.inputs).logits)[at].argmax(-1)
-            return found
-        head = model.get_output_embeddings()
-        states = batch.states(model.get_submodule(self.backbone), at).to(head.weight.dtype)
-        return torch.cat([head(part).argmax(-1) for part in torch.split(states, _POSITIONS)])
+
+@dataclass(frozen=True)
+class NextToken(TokenCrossEntropy):
+    """The loss at each position, and the token that is most probable there."""
+
+    width: int = 0
+    """The most positions in the loss of any row."""
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """(rows, 2 · width) on the CPU: losses in nats, then token ids, each filled up with NaN. An id is exact in fp32
+        up to 2²⁴."""
+        in_loss = batch.in_loss
+        assert batch.targets is not None
+        assert in_loss is not None
+        pairs = []
+        parts = torch.split(batch.targets[in_loss], _POSITIONS if self.plain_head else len(in_loss))
+        for logits, wanted in zip(self._logits(model, batch, in_loss - 1), parts, strict=True):
+            losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
+            pairs.append(torch.stack([losses, logits.argmax(-1).float()], 1))
+        row = (torch.searchsorted(batch.starts, in_loss, right=True) - 1).cpu()
+        found = torch.full((len(batch.starts) - 1, 2, self.width), torch.nan)
+        first = torch.searchsorted(row, row)  # where each position's row begins among the positions
+        found[row, :, torch.arange(len(row)) - first] = torch.cat(pairs).cpu()
+        return found.flatten(1)
 
 
 @torch.no_grad()

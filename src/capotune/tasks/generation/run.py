@@ -30,6 +30,7 @@ from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
+from capotune.tasks.generation.general import GeneralText
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
@@ -93,6 +94,8 @@ class GenerationRun(TaskRun):
             )
         self.data_sha256 = f"{self.train.rows.digest()[:32]}{tests.digest()[:32]}"
         self.task = replace(task, scored_as=self._scored_as(settings))
+        trained_tokens = (method.epochs or 0) * sum(self.train.rows.lengths) if method.trains else 0
+        self.general = GeneralText.for_run(task, settings.general, trained_tokens)
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -125,6 +128,17 @@ class GenerationRun(TaskRun):
         """The same as any adapter's; the method is not attached yet, so it has no part in it."""
         return self._score(replace(assembled, method=Untouched(assembled.method.quantization)), report)
 
+    def measure_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
+        """Its next tokens on general text; once for all runs that read the same, unless nothing is to be stored."""
+        if not self.general.sequences:
+            return
+        report(Stage(text="reading general text with the base"))
+        bare = replace(assembled, method=Untouched(assembled.method.quantization))
+        rows = TokenRows(self.general.sequences, self.task.pad_id)
+        self.base_next_tokens = cache.features(
+            rows, partial(self.general.next_tokens, bare, alive(report)), what="next tokens"
+        )
+
     # ---------------------------------------------------------------------------------------------- training
 
     def fit(
@@ -153,16 +167,21 @@ class GenerationRun(TaskRun):
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
         """Loss and perplexity on every test row; what the model writes for some of them. Before that it is decided by
-        which score techniques are compared."""
+        which score techniques are compared; last, what training cost on general text."""
         scored_as = self.task.scored_as
-        decided: dict[str, Any] = {"metric_why": self.why} if self.why else {}
+        recorded: dict[str, Any] = {"metric_why": self.why} if self.why else {}
         if scored_as.metric == "exact_match":
             report(Stage(text="scoring the held-out rows"))
             share, rows = matched_share(assembled, self.train.take(self.held_rows), alive(report))
             metric, why = decide_together({assembled.method.name: share}, rows)
-            decided = {"metric_why": why, "held_out_exact_match": share, "held_out_rows": rows}
+            recorded = {"metric_why": why, "held_out_exact_match": share, "held_out_rows": rows}
             self.task = replace(self.task, scored_as=replace(scored_as, metric=metric))
-        return replace(self._score(assembled, report), decided=decided)
+        scored = self._score(assembled, report)
+        if not self.general.sequences:
+            return replace(scored, recorded=recorded)
+        report(Stage(text="reading general text with the adapter"))
+        cost = self.general.cost(self.base_next_tokens, self.general.next_tokens(assembled, alive(report)))
+        return replace(scored, recorded=recorded | {"general": cost.to_json()})
 
     def _score(self, assembled: Assembled, report: Reporter) -> Scored:
         scored = score_samples(assembled, self.test_rows, self.data.test, self.task.scored_as, report)

@@ -72,7 +72,7 @@ class Generation(TextEncoder, Task):
     sample: ClassVar[str] = "your prompt"
     has_head: ClassVar[bool] = False
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
-    data_settings: ClassVar[frozenset[str]] = frozenset({"prompt_template", "completion_column"})
+    data_settings: ClassVar[frozenset[str]] = frozenset({"prompt_template", "completion_column", "general"})
     Record = _Record
 
     @classmethod
@@ -238,8 +238,10 @@ class Generation(TextEncoder, Task):
         if trained["test_rows"]:
             score = f"On test rows: {named}"  # not all scores are of as many
         what = "answers in a conversation" if self.chat else "text"
+        general = trained.get("general")
+        elsewhere = f" Against its base it is {general['words']}." if general else ""
         return CardWords(
-            f"Writes {what}. Chat template: {self.template_from}.",
+            f"Writes {what}. Chat template: {self.template_from}.{elsewhere}",
             score,
             "capo chat ADAPTER" if self.chat else 'capo generate ADAPTER "your prompt"',
             'model = capotune.load(adapter)\nmodel.generate(["your prompt"])',
