@@ -109,6 +109,25 @@ def is_alive(number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_a_destructor_runs_is_not_lost(number: signal.Signals, tmp_path: Path) -> None:
+    """Python prints and drops what a destructor raises."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from capotune.cli import main as entry\n"
+        "from capotune.cli.main import COMMANDS\n"
+        "class Signalled:\n"
+        f"    def __del__(self):\n        os.kill(os.getpid(), {int(number)})\n        time.sleep(1)\n"
+        "def command(rest):\n    Signalled()\n    time.sleep(60)\n    return 0\n"
+        "COMMANDS['info'] = command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv[1:] = ['info']\n"
+        "sys.exit(entry())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "\ncapo: stopped.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_comparison_leaves_nothing(
     number: signal.Signals, bert: Path, tickets: Path, tmp_path: Path, temporary: Path
 ) -> None:

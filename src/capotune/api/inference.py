@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capotune.device import collector_at_rest
 from capotune.errors import AdapterError, ModelError, SettingError
 from capotune.events import CancelToken, Reporter, Stage, ignore
 from capotune.settings import DataSettings, build
@@ -108,7 +109,14 @@ def _adapter_or_model(name: str | Path, on: _On, command: str | None = None, rep
     return _model_alone(name, trust_remote_code=False, report=report)
 
 
+def _import_engine() -> None:
+    """What loads and runs models, with PyTorch and Transformers: at once, before the functions here name its parts."""
+    with collector_at_rest():
+        import capotune.tasks.loading  # noqa: F401 - for the import alone
+
+
 def _model_alone(model: str | Path, trust_remote_code: bool, report: Reporter = ignore) -> Assembled:
+    _import_engine()
     from capotune.device import compute_dtype, pick_device
     from capotune.models.base import find
     from capotune.tasks.loading import load_plain
@@ -125,6 +133,7 @@ def _adapter_on_base(
     report: Reporter = ignore,
 ) -> Assembled:
     """``AdapterError`` before anything is loaded when another command uses the adapter."""
+    _import_engine()
     from capotune.adapters.store import read_adapter
     from capotune.device import pick_device
     from capotune.tasks.loading import load_adapter, task_class
@@ -153,6 +162,7 @@ def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
     >>> base = capotune.load_base("compared/lora/adapter")                     # doctest: +SKIP
     >>> peft.PeftModel.from_pretrained(base, "compared/lora/adapter").eval()   # doctest: +SKIP
     """
+    _import_engine()
     from capotune.adapters.store import read_adapter
     from capotune.tasks.loading import bare_base
 
@@ -225,6 +235,7 @@ def info(
     A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
     own facts as lines for people.
     """
+    _import_engine()
     from capotune import methods
     from capotune.adapters.store import read_adapter
     from capotune.tasks.loading import task_class

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import json
 import os
 import shlex
 import signal
 import sys
+import threading
+from _thread import interrupt_main
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -126,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
-    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # models write what not every terminal can show
+    if arguments is None:
+        _own_process()
     try:
         return _dispatch(given)
     except CapotuneError as error:
@@ -145,8 +149,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _own_process() -> None:
+    """Set up a process that runs one command and ends."""
+    sys.unraisablehook = _interrupt_again
+    atexit.register(gc.freeze)  # or the interpreter looks through PyTorch's modules once more: a second
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # models write what not every terminal can show
+
+
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Python drops an exception that a destructor raises, also the ``KeyboardInterrupt`` of a signal that came while
+    one ran: send it once more, when that one has returned."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell starts its background jobs
+        threading.Timer(0.01, _signal_main_thread, [signal.SIGTERM if deaf else signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _signal_main_thread(number: signal.Signals) -> None:
+    if sys.platform == "win32":
+        interrupt_main(number)
+    else:  # that would not wake a thread that waits
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _dispatch(given: list[str]) -> int:

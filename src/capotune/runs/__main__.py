@@ -5,6 +5,8 @@ It reads one JSON object, the request, from standard input and writes one JSON o
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 from importlib import import_module
@@ -46,4 +48,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as in a command (cli/main.py)
     raise SystemExit(main())
