@@ -278,6 +278,13 @@ class Terminal:
                 raise AssertionError(f"it ended before '{words}': {self.shown!r}") from None
         self.shown = self.shown.partition(words)[2]
 
+    def wait_until_it_waits(self) -> None:
+        """For readline misses a signal that comes in the moment between its prompt and its waiting for keys."""
+        stat, asleep = Path(f"/proc/{self.process.pid}/stat"), 0
+        while stat.exists() and asleep < 10:
+            time.sleep(0.02)
+            asleep = asleep + 1 if ") S " in stat.read_text() else 0
+
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
@@ -295,9 +302,10 @@ def test_at_a_terminal_control_c_clears_the_line_and_control_d_ends(adapters: di
         terminal.wait_for("> ")
         terminal.type(b"half a line")
         terminal.wait_for("half a line")
-        # readline misses a signal that comes while it is not waiting: press again, as a person would
+        terminal.wait_until_it_waits()  # and should the signal be missed: press again, as a person would
         terminal.wait_for("(Ctrl-D or /quit ends)", press=b"\x03")
         terminal.wait_for("> ")
+        terminal.wait_until_it_waits()
         terminal.wait_for("now soft answers", press=b"/adapter soft\r")  # a late Ctrl-C may have cleared the line
         terminal.wait_for("> ")
         terminal.type(b"\x04")
@@ -307,7 +315,7 @@ def test_at_a_terminal_control_c_clears_the_line_and_control_d_ends(adapters: di
 def test_sigterm_ends_it(adapters: dict[str, Path]) -> None:
     with Terminal(adapters["lora"]) as terminal:
         terminal.wait_for("> ")
-        # readline misses a signal that comes while it is not waiting: send again, as a person would
+        terminal.wait_until_it_waits()  # and should the signal be missed: send again, as a person would
         assert _ended_by(terminal.process, signal.SIGTERM) == 143
 
 
