@@ -11,7 +11,7 @@ Only safetensors and JSON are read. Nothing in the folder knows where the folder
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ class _Base(pydantic.BaseModel):
     fingerprint: str
 
 
+class GoldenAnswer(pydantic.BaseModel):
+    """What an adapter answered to a text where it was trained."""
+
+    text: str
+    rows: list[list[tuple[pydantic.NonNegativeInt, pydantic.FiniteFloat]]] = pydantic.Field(min_length=1)
+    """Of each distribution the most probable choices and their probabilities."""
+
+
 class StoredRecord(pydantic.BaseModel):
     """What must stand in ``capotune.json`` whatever the task; a task's own record adds to it."""
 
@@ -87,10 +95,16 @@ class StoredRecord(pydantic.BaseModel):
     max_length: int = pydantic.Field(ge=1)
     base: _Base
     trained: dict[str, Any]
+    golden: list[GoldenAnswer] = []
 
 
-def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) -> None:
-    """Write the adapter folder, complete or not at all. ``trained`` says how it was trained, for record and card."""
+def save_adapter(
+    folder: Path, assembled: Assembled, trained: dict[str, Any], golden: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Write the adapter folder, complete or not at all.
+
+    ``trained`` says how it was trained, for record and card; ``golden`` are a few of its answers (``tasks.golden``).
+    """
     base = assembled.base
     name = ABOVE if folder.parent == base.folder else base.lasting_name
     record = {
@@ -100,6 +114,7 @@ def save_adapter(folder: Path, assembled: Assembled, trained: dict[str, Any]) ->
         **assembled.task.record(assembled.model),
         "base": {"name": name, "fingerprint": fingerprint(base)},
         "trained": trained,
+        "golden": [*golden],
     }
     tensors = assembled.stored()
     words = assembled.task.card(record)

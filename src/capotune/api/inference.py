@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from capotune.adapters.assemble import Assembled
+    from capotune.adapters.store import StoredAdapter
     from capotune.tasks.base import Task
     from capotune.tasks.facade import Predictor
     from capotune.tasks.generation import Generator
@@ -228,12 +229,21 @@ def _on_its_own(adapter: str | Path, assembled: Assembled) -> bool:
 
 
 def info(
-    adapter: str | Path, *, model: str | None = None, allow_different_base: bool = False, report: Reporter = ignore
+    adapter: str | Path,
+    *,
+    check: bool = False,
+    model: str | None = None,
+    allow_different_base: bool = False,
+    report: Reporter = ignore,
 ) -> dict[str, Any]:
     """What an adapter is: task, method, base, size, settings, how it scored; labels, or how it writes.
 
     A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
     own facts as lines for people.
+
+    With ``check`` the adapter is put on its base and asked what it was asked where it was trained: ``check`` holds the
+    largest ``distance`` of a probability, the ``tolerance``, and whether it ``agrees``. Raises ``AdapterError`` then
+    for one without golden answers.
     """
     _import_engine()
     from capotune import methods
@@ -244,8 +254,11 @@ def info(
     task = task_class(stored)
     facts = task.facts(stored.record)
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
-    if own is None:
+    checked: dict[str, Any] = {}
+    if own is None or check:
         assembled = _adapter_on_base(adapter, _On(model, allow_different_base), report=report)
+        checked = {"check": _check(stored, assembled)} if check else {}
+    if own is None:
         own = assembled.method.facts(assembled.task.tokenizer)
     return {
         "adapter": str(stored.folder),
@@ -259,7 +272,15 @@ def info(
         "settings": stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
         **own,
+        **checked,
     }
+
+
+def _check(stored: StoredAdapter, assembled: Assembled) -> dict[str, Any]:
+    from capotune.tasks.golden import check_golden
+
+    found = check_golden(stored, assembled)
+    return {**asdict(found), "agrees": found.agrees}
 
 
 def read_texts(source: str, text_column: str | None = None, predictor: Predictor | None = None) -> list[Any]:

@@ -297,6 +297,12 @@ def show_info(facts: dict[str, Any]) -> None:
     grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
     grid.add_row("trained", _trained(facts["trained"]))
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
+    if "check" in facts:
+        check = facts["check"]
+        words = "answers as where it was trained" if check["agrees"] else "answers otherwise than where it was trained"
+        distance, tolerance = f"{check['distance']:.2g}", f"{check['tolerance']:g}"
+        probabilities = f"{check['compared']} probabilities differ by at most {distance}, {tolerance} is allowed"
+        grid.add_row("check", f"{words}: {probabilities}")
     if "hard_prompt" in facts:
         grid.add_row("prompt", repr(facts["hard_prompt"]))
     for number, near in enumerate(facts.get("nearest_tokens", [])):

@@ -88,6 +88,8 @@ class Info(BaseSettings):
 
     adapter: tyro.conf.Positional[Path]
     """Adapter folder."""
+    check: bool = False
+    """Put it on its base and ask it again what it was asked where it was trained: the answers must be the same."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -297,12 +299,12 @@ def _info(rest: list[str]) -> int:
     from capotune.cli.display import show_info, watch_bytes
 
     with watch_bytes() as report:
-        facts = api.info(settings.adapter, report=report, **base_of(settings))
+        facts = api.info(settings.adapter, check=settings.check, report=report, **base_of(settings))
     if settings.as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
         show_info(facts)
-    return 0
+    return 0 if facts.get("check", {}).get("agrees", True) else 1
 
 
 def _data(rest: list[str]) -> int:

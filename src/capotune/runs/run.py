@@ -34,6 +34,7 @@ from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
+from capotune.tasks.golden import golden_answers
 
 _NOT_RECORDED = {"out"}  # a folder does not know where it is
 
@@ -219,7 +220,7 @@ class _Run:
     ) -> dict[str, Any]:
         out, record = self.settings.out, self.record
         shutil.rmtree(out / "adapter", ignore_errors=True)  # of a run that was killed after writing it
-        save_adapter(out / "adapter", assembled, trained)
+        save_adapter(out / "adapter", assembled, trained, golden_answers(assembled))
         _write_scored(out, scored, base)
         record[self.method.method] = assembled.method.settings.model_dump(mode="json")
         record["result"] = trained | {

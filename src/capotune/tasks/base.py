@@ -187,6 +187,13 @@ class Task(TaskModel):
     def facade(self, assembled: Assembled) -> Facade:
         """What ``capotune.load`` returns, ready to be asked: a ``Predictor`` where ``command`` is ``predict``."""
 
+    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:  # noqa: ARG002
+        """(distributions, choices): what the adapter's answer to ``text`` is decided by; none where a task has no such.
+
+        Raises ``CapotuneError`` for a text that it cannot read.
+        """
+        return torch.empty(0, 1)
+
     @abstractmethod
     def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
         """Score the rows of ``settings.data`` (those that a column ``split`` marks as test, else all) as a run does.

@@ -14,7 +14,7 @@ from torch.nn import functional
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
-from capotune.data.batches import Batch, Targets
+from capotune.data.batches import Batch, Targets, TokenRows
 from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
 from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
 from capotune.data.wording import quoted, shorten
@@ -31,7 +31,7 @@ from capotune.tasks.base import Scored, TaskRun
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
 from capotune.tasks.classification.model import SequenceClassifier, readable_layers
-from capotune.tasks.classification.score import score_texts
+from capotune.tasks.classification.score import logits_of, score_texts
 from capotune.tasks.linear_head import LinearHeadTask, inner_states
 from capotune.tasks.room import text_length
 
@@ -190,6 +190,10 @@ class Classification(LinearHeadTask):
     def facade(self, assembled: Assembled) -> Classifier:
         """A ``Classifier``."""
         return Classifier(assembled)
+
+    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
+        """(1, labels)."""
+        return logits_of(assembled, TokenRows(self.encode([text]), self.pad_id, assembled.method.virtual_token_ids))
 
     def evaluate(
         self,

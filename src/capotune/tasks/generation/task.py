@@ -200,6 +200,12 @@ class Generation(TextEncoder, Task):
         """A ``Generator``."""
         return Generator(assembled)
 
+    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
+        """(1, vocabulary): what the next token is chosen by."""
+        ids = [*assembled.method.virtual_token_ids, *self.encode_prompt(text)]
+        logits: torch.Tensor = assembled.model(input_ids=torch.tensor([ids], device=assembled.model.device)).logits
+        return logits[0, -1:]
+
     def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
         """Loss, perplexity, and where the data holds answers exact match and ROUGE-L, decoded as in the run."""
         samples = read_samples_to_score(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pydantic
+import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
@@ -32,7 +33,7 @@ from capotune.tasks.token_classification.inspect import TagReport, describe_tags
 from capotune.tasks.token_classification.model import TokenClassifier
 from capotune.tasks.token_classification.objective import WordCrossEntropy
 from capotune.tasks.token_classification.page import page_sections
-from capotune.tasks.token_classification.score import score_rows
+from capotune.tasks.token_classification.score import logits_of, score_rows
 from capotune.tasks.token_classification.spans import NO_TYPE, OUTSIDE
 
 _MOST_FEATURES = 2**27
@@ -170,6 +171,11 @@ class TokenClassification(LinearHeadTask):
     def facade(self, assembled: Assembled) -> Tagger:
         """A ``Tagger``."""
         return Tagger(assembled)
+
+    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
+        """(words, tags)."""
+        examples = self.examples(self.align([text.split()]), None, assembled.method.virtual_token_ids)
+        return logits_of(assembled, examples)
 
     def evaluate(
         self,
