@@ -100,9 +100,9 @@ def test_small_batches_give_the_same_text_in_the_given_order(monkeypatch: pytest
     sizes: list[int] = []
     original = module._write
 
-    def counted(assembled: Any, prompts: Any, *rest: Any) -> list[list[int]]:
+    def counted(assembled: Any, prompts: Any, *rest: Any, **named: Any) -> list[list[int]]:
         sizes.append(len(prompts))
-        return original(assembled, prompts, *rest)
+        return original(assembled, prompts, *rest, **named)
 
     monkeypatch.setattr(module, "_write", counted)
     monkeypatch.setattr(policy, "GENERATE_TOKENS_AT_ONCE", 60)

@@ -9,13 +9,13 @@ numbers play a part, nor are they disturbed.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 
 import torch
 from transformers.generation import (
     LogitsProcessor,
-    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 
 from capotune.errors import SettingError
+from capotune.evaluation.leaving import ByRow
 from capotune.settings import DecodingSettings
 
 
@@ -46,7 +47,7 @@ def check_choosing(decoding: DecodingSettings) -> None:
         )
 
 
-def processors(decoding: DecodingSettings, rows: Sequence[int], starts: Sequence[int]) -> LogitsProcessorList:
+def processors(decoding: DecodingSettings, rows: Sequence[int], starts: Sequence[int]) -> list[LogitsProcessor]:
     """What the scores of a batch go through before the largest is taken.
 
     Args:
@@ -66,16 +67,22 @@ def processors(decoding: DecodingSettings, rows: Sequence[int], starts: Sequence
         if decoding.min_p > 0:
             found.append(MinPLogitsWarper(decoding.min_p))
         found.append(_Draw(decoding.seed, rows))
-    return LogitsProcessorList(found)
+    return found
 
 
-class _Repetition(LogitsProcessor):  # type: ignore[misc]
+class _Repetition(LogitsProcessor, ByRow):  # type: ignore[misc]
     """Transformers' repetition penalty (Keskar et al. 2019, arXiv 1909.05858, §4.1) for the tokens of a row's own
     prompt and answer: not for padding, which depends on the batch, nor for virtual tokens, which have no score."""
 
     def __init__(self, penalty: float, starts: Sequence[int], beams: int) -> None:
         self.penalty = RepetitionPenaltyLogitsProcessor(float(penalty))
         self.starts = torch.tensor(starts).repeat_interleave(beams)[:, None]
+
+    def of(self, rows: Sequence[int]) -> _Repetition:
+        """The same for these rows."""
+        fewer = copy.copy(self)
+        fewer.starts = self.starts[list(rows)]
+        return fewer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """ids (rows, tokens so far), scores (rows, vocabulary) → scores of the same shape."""
@@ -86,12 +93,18 @@ class _Repetition(LogitsProcessor):  # type: ignore[misc]
         return penalised[:, :nobody]
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor, ByRow):  # type: ignore[misc]
     """Adds Gumbel noise, so that the largest score is a draw; each row from a generator of its own."""
 
     def __init__(self, seed: int, rows: Sequence[int]) -> None:
         seeds = [random.Random(f"{seed} {row}").getrandbits(63) for row in rows]
         self.generators = [torch.Generator().manual_seed(own) for own in seeds]
+
+    def of(self, rows: Sequence[int]) -> _Draw:
+        """The same for these rows, whose generators go on."""
+        fewer = copy.copy(self)
+        fewer.generators = [self.generators[row] for row in rows]
+        return fewer
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores (rows, vocabulary) → scores of the same shape."""

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
 from capotune.evaluation.choosing import check_choosing, processors
+from capotune.evaluation.leaving import ByRow, can_leave, write_leaving
 from capotune.kernels import policy
 from capotune.models.base import longest_input
 from capotune.models.sequence_packing import TOLERANCE, changes_beyond
@@ -48,10 +49,10 @@ def generate(
     """
     _check(decoding)
     answers = [""] * len(prompts)
-    done = 0
+    done, leaving = 0, _may_leave(assembled, len(prompts), decoding)
     for rows, tokens in _batches(assembled, prompts, decoding):
         alive = [_Alive(partial(progress, done, len(prompts)))] if progress else []
-        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive)
+        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive, leaving=leaving)
         for row, ids in zip(rows, written, strict=True):
             answers[row] = _Cut(assembled.task, prompts[row], decoding.stop).text(ids)
         done += len(rows)
@@ -177,13 +178,17 @@ class _Cut:
 
 
 @dataclass(frozen=True)
-class _AtStop(StoppingCriteria):  # type: ignore[misc]
+class _AtStop(StoppingCriteria, ByRow):  # type: ignore[misc]
     """A row is done when one of the stop strings stands in its answer."""
 
     cuts: Sequence[_Cut]
     """One for each row."""
     start: int
     """Where answers begin in the batch."""
+
+    def of(self, rows: Sequence[int]) -> _AtStop:
+        """The same for these rows."""
+        return _AtStop([self.cuts[row] for row in rows], self.start)
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """ids (rows, tokens so far) → which rows are done (rows,)."""
@@ -275,8 +280,12 @@ def _write(
     decoding: DecodingSettings,
     tokens: int,
     *criteria: StoppingCriteria,
+    leaving: bool = False,
 ) -> list[list[int]]:
-    """The ids that the model writes after each prompt of a batch; padding or more may follow an answer's end."""
+    """The ids that the model writes after each prompt of a batch; padding or more may follow an answer's end.
+
+    ``leaving``: rows may leave the batch when they are done.
+    """
     task: Any = assembled.task
     model: Any = assembled.model
     whole = [[*assembled.method.virtual_token_ids, *prompt] for prompt in prompts]
@@ -286,16 +295,29 @@ def _write(
     if decoding.stop:
         cuts = [_Cut(task, prompt, decoding.stop) for prompt in prompts for _ in range(decoding.num_beams)]
         criteria = (*criteria, _AtStop(cuts, width))
+    configuration = _configuration(task, decoding, tokens)
+    chosen = processors(decoding, rows, [width - len(prompt) for prompt in prompts])
+    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     with _own_configuration(model):
+        if leaving and configuration.use_cache:
+            return write_leaving(model, input_ids, mask, configuration, chosen, criteria)
         written = model.generate(
-            input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=_configuration(task, decoding, tokens),
-            logits_processor=processors(decoding, rows, [width - len(prompt) for prompt in prompts]),
+            input_ids,
+            attention_mask=mask,
+            generation_config=configuration,
+            logits_processor=LogitsProcessorList(chosen),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
     ids: list[list[int]] = written[:, width:].tolist()
     return ids
+
+
+def _may_leave(assembled: Assembled, prompts: int, decoding: DecodingSettings) -> bool:
+    """Whether rows may leave their batch: with beams they belong together, and few are not worth trying the model."""
+    if decoding.num_beams > 1 or prompts < policy.LEAVING_FROM_ROWS:
+        return False
+    with _own_configuration(assembled.model):
+        return can_leave(assembled.model, assembled.task.pad_id)
 
 
 def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> GenerationConfig:

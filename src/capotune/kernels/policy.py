@@ -10,7 +10,8 @@ from __future__ import annotations
 __all__ = [
     "ABSMAX_PER_THREAD", "BF16_HIDDEN_SIZE", "DEQUANTIZE_PER_THREAD", "ELEMENTS_PER_THREAD", "FEW_ROWS",
     "GENERATE_TOKENS_AT_ONCE", "HEAD_FEATURES", "HUGE_PAGES_FROM_BYTES", "INFERENCE_TOKENS_AT_ONCE",
-    "INFERENCE_TOKENS_AT_ONCE_ON_GPU", "LOGITS_AT_ONCE", "LOGITS_AT_ONCE_IN_LENT_MEMORY", "PREPACKED_BYTES",
+    "INFERENCE_TOKENS_AT_ONCE_ON_GPU", "LEAVING_FROM_ROWS", "LOGITS_AT_ONCE", "LOGITS_AT_ONCE_IN_LENT_MEMORY",
+    "PREPACKED_BYTES",
     "PREPACKED_BYTES_WITH_AMX", "PREPACKED_FP32_LEVELS", "PREPARED_STRIPS_OUTPUTS", "QUANTIZE_AT_ONCE",
     "QUANTIZE_PER_THREAD", "QUANTIZE_SAVED_FROM_ELEMENTS", "QUANTIZE_SAVED_FROM_TOKENS", "REDUCED_PRECISION_ROWS",
     "SHORT_ATTENTION_HEAD_SIZE", "SHORT_ATTENTION_LENGTH",
@@ -83,6 +84,8 @@ INFERENCE_TOKENS_AT_ONCE_ON_GPU = 4096
 GENERATE_TOKENS_AT_ONCE = 8192
 """Tokens of one batch of generated text, prompts and beams included: bounds the memory of keys and values, 0.6 GB for a
 Llama of 1B in bf16. Not measured in steps."""
+LEAVING_FROM_ROWS = 8
+"""Prompts from which rows leave their batch when they are done, for which the model is tried on six tokens first."""
 SHORT_ATTENTION_LENGTH = 512
 """Tokens of a sequence up to which the attention in C is used. log: half of PyTorch's time up to 512."""
 SHORT_ATTENTION_HEAD_SIZE = 128
