@@ -42,10 +42,11 @@ from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, 
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
 from capotune.models.base import find
 from capotune.runs import run as run_module
 from capotune.runs.run import run
-from capotune.settings import TrainingSettings, TrainSettings
+from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.generation.run import GenerationRun
 from capotune.tasks.loading import load_adapter, load_plain, switch
 
@@ -82,6 +83,29 @@ def adapter_bytes(out: Path) -> bytes:
 
 def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize(("rows", "size"), [(20, 4), (300, 4), (640, 10), (100_000, 32), (None, 32)])
+def test_batch_size_left_out_grows_with_the_rows_of_text(rows: int | None, size: int) -> None:
+    for name in METHODS:
+        settings = methods.get(name).Settings()
+        assert settings.completed(Context(64, has_head=False, train_rows=rows)).batch_size == size
+        assert settings.completed(Context(64, has_head=True, train_rows=rows)).batch_size == 32
+        given = methods.get(name).Settings(batch_size=7)
+        assert given.completed(Context(64, has_head=False, train_rows=rows)).batch_size == 7
+
+
+def test_run_records_the_batch_size_that_its_rows_decide(
+    data: dict[str, Path], writers: dict[str, Path], tmp_path: Path
+) -> None:
+    record = start(LoraSettings(rank=2, epochs=1), data["pairs"], writers["llama"], tmp_path / "one")
+    rows, steps = record["result"]["train_rows"], sum("step" in line for line in logged(tmp_path / "one"))
+    assert rows < 256
+    assert record["lora"]["batch_size"] == 4
+    assert steps == -(-(rows - round(0.1 * rows)) // 4)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole way

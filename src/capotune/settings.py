@@ -43,6 +43,8 @@ class Context:
     """Width of the base's hidden states."""
     has_head: bool
     """Whether the task puts a head of its own on the base (labels), or trains the base's own output (text)."""
+    train_rows: int | None = None
+    """Rows to train on; None where the data has not been read."""
 
 
 class DataSettings(Settings):
@@ -110,8 +112,9 @@ class TrainingSettings(Settings):
     for labels, 3 for text."""
     patience: Count = 2
     """Passes without a better held-out score after which training stops."""
-    batch_size: Count = 32
-    """Rows in one optimiser step."""
+    batch_size: Count | None = None
+    """Rows in one optimiser step. Left out: 32 for labels; for text a 64th of the rows, at least 4 and at most 32, so
+    that few rows still make enough steps."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
     """Part of all steps in which the learning rate rises from zero."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -137,8 +140,12 @@ class TrainingSettings(Settings):
     def _defaults(self, context: Context) -> dict[str, Any]:
         """A value for each field that may be left out."""
         if context.has_head:
-            return {"learning_rate": 1e-3, "epochs": 4}
-        return {"learning_rate": round(5e-4 * (2000 / context.hidden_size) ** 0.775, 6), "epochs": 3}
+            return {"learning_rate": 1e-3, "epochs": 4, "batch_size": 32}
+        return {
+            "learning_rate": round(5e-4 * (2000 / context.hidden_size) ** 0.775, 6),
+            "epochs": 3,
+            "batch_size": 32 if context.train_rows is None else min(32, max(4, context.train_rows // 64)),
+        }
 
     # What a task may ask of any method's settings. Only methods that put something before the text say more.
 

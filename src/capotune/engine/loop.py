@@ -64,12 +64,14 @@ def train(
             kind only.
     """
     assert settings.epochs is not None
+    assert settings.batch_size is not None
     weights = assembled.trainable()
     rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
     state = state or start(assembled, evaluate(), seed)
     lengths = examples.rows.lengths
-    batches = batches or (lambda epoch: epoch_order(lengths, settings.batch_size, seed, epoch))
-    per_epoch = math.ceil(len(lengths) / settings.batch_size)
+    size = settings.batch_size
+    batches = batches or (lambda epoch: epoch_order(lengths, size, seed, epoch))
+    per_epoch = math.ceil(len(lengths) / size)
     total = settings.epochs * per_epoch
     device = assembled.model.device
     on_gpu = [device] if device.type == "cuda" else []

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,9 @@ def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter)
     task = tasks.recognise(settings)
     assert settings.model is not None
     base = find(settings.model, trust_remote_code=settings.trust_remote_code, report=report)
-    method = method.completed(Context(base.hidden_size, task.has_head))
-    return Prepared(settings, method, base, task.prepare(settings, method, base, report))
+    context = Context(base.hidden_size, task.has_head)
+    task_run = task.prepare(settings, method.completed(context), base, report)
+    return Prepared(settings, method.completed(replace(context, train_rows=task_run.train_rows)), base, task_run)
 
 
 def resolve(settings: TrainSettings, report: Reporter) -> TrainSettings:
