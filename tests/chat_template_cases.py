@@ -112,8 +112,8 @@ def templates() -> Path | None:
     return folder if all((folder / f"{name}.jinja").is_file() for name in ENDS) else None
 
 
-def tokenizer_for(name: str, folder: Path) -> PreTrainedTokenizerFast:
-    """A token for each byte, and the special tokens that the template writes."""
+def tokenizer_for(name: str, folder: Path, *, own: bool = True) -> PreTrainedTokenizerFast:
+    """A token for each byte, and with ``own`` the special tokens that the template writes; else they are text."""
     text = (folder / f"{name}.jinja").read_text(encoding="utf-8")
     written = re.findall(r"<\|\"?[\w ▁-]*\|>|<\|?\w+\|?>|<｜[^｜]+｜>|\[gMASK\]|</s>", text)
     special = {token for token in written if "think" not in token and "tool_call>" not in token}
@@ -121,7 +121,7 @@ def tokenizer_for(name: str, folder: Path) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(sorted({*special, *ENDS[name], END, BOS}))
+    made.add_special_tokens(sorted({*special, *ENDS[name], END, BOS} if own else {END, BOS}))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=END, pad_token=END)
     tokenizer.chat_template = text
     return tokenizer

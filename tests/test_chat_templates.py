@@ -11,10 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_template_cases import CONVERSATIONS, END, ENDS, encoded, stock_encoder, table, templates
+from chat_template_cases import (
+    CONVERSATIONS,
+    END,
+    ENDS,
+    encoded,
+    encoder_for,
+    stock_encoder,
+    table,
+    templates,
+    tokenizer_for,
+)
 
 from capotune.data.batches import IGNORE_INDEX
 from capotune.errors import DataError
+from capotune.settings import DecodingSettings
 
 FOLDER = templates()
 ROOT = Path(__file__).parents[1]
@@ -136,3 +147,16 @@ def test_the_table_in_the_docs_is_what_becomes_of_each_kind() -> None:
         pytest.skip(f"the table is that of {pinned}")
     docs = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in table(FOLDER) if line not in docs] == [], "run: python tests/chat_template_cases.py"
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_markers_that_a_tokenizer_lacks_are_text_and_end_turns_all_the_same(name: str) -> None:
+    assert FOLDER is not None
+    encoder = encoder_for(tokenizer_for(name, FOLDER, own=False))
+    end = encoder._renderer.template.turn_end
+    assert end.token is None or end.token == END
+    assert str(end.token or end.stop).endswith(ENDS[name])  # Command R7B writes <|END_RESPONSE|> before it
+    stops = encoder.chat_decoding(DecodingSettings()).stop
+    assert all(stop.endswith(ENDS[name]) for stop in stops)
+    if name == "gptoss":  # a turn with a call ends otherwise than one without
+        assert stops == ("<|return|>", "<|call|>")

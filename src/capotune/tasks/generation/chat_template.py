@@ -32,6 +32,9 @@ ASKED, ANSWERED, ASKED_AGAIN, TOLD = "qwkasked", "qwkanswered", "qwkagain", "qwk
 _USER, _ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
 _CALLS = [{"id": "qwkcall00", "type": "function", "function": {"name": "qwkname", "arguments": {"qwkkey": "qwkvalue"}}}]
 _CALL = {"role": "assistant", "content": "", "tool_calls": _CALLS}
+_BEGUN_MARKER = re.compile(r"[<\[][^<>\[\]\s]*$")
+"""A marker that is plain text to the tokenizer, cut short: ``<|`` of ``<|return|>``."""
+_LAST_MARKER = re.compile(r"<[^<>\s]+>$")
 _OF_TEMPLATES = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What a template may raise: it calls methods of texts and lists."""
 
@@ -190,6 +193,15 @@ class ChatTemplate:
         behind = self._after("qwkvalue", [_USER, _CALL])
         return None if behind.endswith(self.turn_end.tail) else self.closing_token(behind)
 
+    @cached_property
+    def stops(self) -> list[str]:
+        """The texts to stop at where no special token ends a turn: one with a tool call may end otherwise."""
+        found = [self.turn_end.stop] if self.turn_end.stop else []
+        behind = self._after("qwkvalue", [_USER, _CALL])
+        if self.turn_end.stop and not behind.endswith(self.turn_end.tail) and self.call_end is None:
+            found += [marker[0] for marker in [_LAST_MARKER.search(behind.rstrip())] if marker]
+        return found
+
     def closing_token(self, text: str) -> str | None:
         """The special token at the end of a text, white space aside."""
         specials = list(self.special_pattern.finditer(text.rstrip()))
@@ -209,12 +221,12 @@ class ChatTemplate:
             return ""
 
     def _common(self, one: str, other: str) -> str:
-        """What both texts begin with; a special token is whole or no part of it."""
+        """What both texts begin with; a special token or another marker is whole or no part of it."""
         text = ""
         for left, right in zip(self._pieces(one), self._pieces(other), strict=False):
             if left != right:
                 special = self.special_pattern.fullmatch(left) or self.special_pattern.fullmatch(right)
-                return text if special else text + left[: same_start(left, right)]
+                return text if special else text + _BEGUN_MARKER.sub("", left[: same_start(left, right)])
             text += left
         return text
 

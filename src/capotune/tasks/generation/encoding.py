@@ -102,10 +102,10 @@ class TextEncoder:
 
     def chat_decoding(self, decoding: DecodingSettings) -> DecodingSettings:
         """The settings for an answer in a conversation: it also ends where the template ends a turn in plain text."""
-        stop = None if self.chat_template is None else self._renderer.template.turn_end.stop
-        if stop is None or stop in decoding.stop:
-            return decoding
-        return decoding.model_copy(update={"stop": (*decoding.stop, stop)})
+        stops = [] if self.chat_template is None else self._renderer.template.stops
+        if more := tuple(stop for stop in stops if stop not in decoding.stop):
+            return decoding.model_copy(update={"stop": (*decoding.stop, *more)})
+        return decoding
 
     @property
     def chat_lead(self) -> str:
