@@ -30,6 +30,36 @@ class Start:
     """Tokens whose embeddings a soft prompt can start from."""
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """The LoRA delta of one layer, scale·BA; with DoRA each row of W + scale·BA is rescaled to its magnitude."""
+
+    a: torch.Tensor
+    """(rank, in), fp32."""
+    b: torch.Tensor
+    """(out, rank), fp32."""
+    scale: float
+    magnitude: torch.Tensor | None = None
+    """(out,), fp32; None without DoRA."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.a.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it belongs to."""
+        return int(self.b.shape[0]), int(self.a.shape[1])
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight (out, in) + scale·BA, with DoRA each row rescaled to its magnitude."""
+        changed = torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        if self.magnitude is not None:
+            changed = changed * (self.magnitude / torch.linalg.norm(changed, dim=1))[:, None]
+        return changed
+
+
 class Method(ABC):
     """One way to adapt a frozen model. Call ``attach`` once; the other members need it, ``quantization`` does not."""
 
@@ -120,6 +150,16 @@ class Method(ABC):
     ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]] | None:
         """From stored ``tensors``, for each changed layer's path a function from its weight W (out, in), fp32, to the
         merged one; None for methods that change no weight. Raises ``AdapterError`` for damaged tensors."""
+        return None
+
+    @classmethod
+    def low_rank(
+        cls,
+        settings: Any,  # noqa: ARG003 - most methods have none
+        tensors: Mapping[str, torch.Tensor],  # noqa: ARG003
+    ) -> dict[str, LowRank] | None:
+        """From stored ``tensors`` each layer's LoRA delta by the layer's path; None for methods whose change has no such
+        form. Raises ``AdapterError`` for damaged tensors."""
         return None
 
     @classmethod

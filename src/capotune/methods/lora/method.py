@@ -31,7 +31,7 @@ from capotune.kernels.lora_linear import (
     lora_reference,
 )
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods.base import Method, Start
+from capotune.methods.base import LowRank, Method, Start
 from capotune.methods.lora.settings import LoraSettings
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
 from capotune.settings import nearest
@@ -280,7 +280,17 @@ class Lora(Method):
 
         Raises ``AdapterError`` for tensors that lack a part, do not fit W, or are not finite.
         """
-        found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        found = cls.low_rank(settings, tensors)
+        return {
+            path: partial(_checked_merge, path=path, parts=(one.a, one.b, one.magnitude), scale=one.scale)
+            for path, one in found.items()
+        }
+
+    @classmethod
+    def low_rank(cls, settings: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, LowRank]:
+        """A, B, scale and magnitude of every adapted layer. Raises ``AdapterError`` for tensors that lack a part or are
+        not finite."""
+        found: dict[str, LowRank] = {}
         for key, a in tensors.items():
             layer, _, name = key.partition(".lora_A.weight")
             if key != f"{layer}.lora_A.weight" or name:
@@ -290,9 +300,8 @@ class Lora(Method):
                 raise AdapterError(f"what belongs to {key} is missing; the adapter is damaged.")
             if not all(bool(torch.isfinite(part).all()) for part in (a, b, magnitude) if part is not None):
                 raise AdapterError(f"{layer} holds values that are NaN or infinite.")
-            wide = a.float(), b.float(), None if magnitude is None else magnitude.float()
-            path = layer.removeprefix(cls.key_prefix)
-            found[path] = partial(_checked_merge, path=path, parts=wide, scale=settings.scale)
+            wide = None if magnitude is None else magnitude.float()
+            found[layer.removeprefix(cls.key_prefix)] = LowRank(a.float(), b.float(), settings.scale, wide)
         if not found:
             raise AdapterError("it holds no LoRA delta of any layer.")
         return found
