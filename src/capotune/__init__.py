@@ -37,6 +37,7 @@ __all__ = [
     "Tagger",
     "compare",
     "evaluate",
+    "export",
     "generate",
     "info",
     "load",

@@ -205,6 +205,27 @@ class MergeSettings(BaseSettings):
     """Allow a hub model to run its own Python code on this machine."""
 
 
+class ExportSettings(Settings):
+    """An adapter for another program."""
+
+    adapter: Path
+    """Adapter folder."""
+    loader: Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"]
+    """The program that is to load it."""
+    out: Path
+    """Folder for what is written. Must not exist."""
+    model: str | None = None
+    """Where the base is, when not where it was trained."""
+    merged: bool = False
+    """Write a whole model with the change in its weights, where an adapter beside the base would do too."""
+    gguf_type: Literal["F32", "F16", "Q8_0"] = "F16"
+    """llama.cpp, ollama: how a whole model's matrices are stored."""
+    data: DataSource | None = None
+    """Rows of your own, as in training: adapter and result are compared on 32 of them. Left out: some lines of ours."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+
 class QuantizeSettings(Settings):
     """A model in 4 bits."""
 

@@ -15,8 +15,8 @@ from typing import Literal
 from capotune import methods
 from capotune.adapters.store import StoredAdapter
 
-Form = Literal["adapter", "merged", "graph"]
-"""What is written: an adapter, a whole model, or a graph of operations (ONNX)."""
+Form = Literal["adapter", "merged"]
+"""What is written: an adapter, or a whole model."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Loader:
     """Whether it takes whole models."""
     heads: bool = False
     """Whether it takes the head that a task of labels puts on a base."""
-    text: bool = True
-    """Whether it runs models that write text."""
     uniform: bool = False
     """Whether a layer's name must stand in every block."""
 
@@ -57,8 +55,6 @@ LOADERS = {
         Loader("llama.cpp", "llama.cpp", "running GGUF files", most_rank=512),
         Loader("ollama", "Ollama", "running GGUF files", most_rank=512),
         Loader("transformers", "Transformers", "loading in Python without an adapter", deltas=False, heads=True),
-        Loader("onnx", "ONNX Runtime", "running encoders with their head", deltas=False, models=False, heads=True,
-               text=False),
     )
 }  # fmt: skip
 """By name."""
@@ -136,19 +132,19 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
     def refused(why: str, instead: str) -> Verdict:
         return Verdict(loader, None, False, why, instead)
 
-    if not loader.text:
-        return _graph(adapter, loader, refused)
     if adapter.head and not loader.heads:
         return refused(
             f"{loader.title} runs models that write text, and this adapter's head gives labels.",
-            "Give `loader=onnx` for a graph with its head, or `loader=transformers` for the merged base.",
+            "Give `loader=transformers`: the merged base, with the head as an adapter of it.",
         )
     if not (adapter.deltas or adapter.blocks):
         return _prompt(adapter, loader, refused)
+    if loader.magnitudes and (adapter.magnitudes or adapter.head) and adapter.deltas:
+        return Verdict(loader, "adapter", True, "it takes the adapter as it is.")
     merged = _why_merged(adapter, loader)
     if merged is None:
         changed = _changes(adapter, loader)
-        return Verdict(loader, "adapter", not changed, changed or "it takes the adapter as it is.")
+        return Verdict(loader, "adapter", False, changed or "it takes the adapter as it is, which is written anew.")
     if not loader.models:
         return refused(
             f"{loader.title} knows no such adapter: {merged}.", "Give `loader=transformers` for the merged model."
@@ -156,23 +152,12 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
     return Verdict(loader, "merged", False, f"the change is merged into a whole model: {merged}.")
 
 
-def _graph(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdict]) -> Verdict:
-    if not adapter.head:
-        return refused(
-            "only encoders with a head that gives labels are written as a graph, and this adapter writes text.",
-            "Give `loader=llama.cpp`, or `loader=vllm`.",
-        )
-    if adapter.soft_prompt:
-        return refused("a soft prompt is no part of the graph.", "`capo predict` uses it; PEFT loads it.")
-    return Verdict(loader, "graph", False, "base, change and head become one graph, with the tokenizer beside it.")
-
-
 def _prompt(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdict]) -> Verdict:
     """Of adapters that change no weight."""
     if adapter.soft_prompt and loader.prompts:
         return Verdict(loader, "adapter", True, "it takes the soft prompt as it is.")
-    what = "a soft prompt is vectors, and no weight of the model changes" if adapter.soft_prompt else "no weight changes"
-    nearest = "Give `loader=peft`" if adapter.soft_prompt else "Give `loader=onnx`" if adapter.head else "Use it here"
+    what = "vectors stand before the text" if adapter.soft_prompt else "no weight changes"
+    nearest = "Give `loader=peft`" if adapter.soft_prompt else "Use it here"
     return refused(
         f"{loader.title} takes changes of weights, and here {what}.",
         f"{nearest} (`capo {'predict' if adapter.head else 'generate'}` uses it as it is); or train lora, which every "

@@ -2,9 +2,9 @@
 
     delta = (alpha/r)·BA      A (r, in), B (out, r), for each layer
 
-A scale that alpha/r cannot say is folded into B; lesser ranks are padded with zeros; a layer that other blocks have gets
-zeros where a program wants its name in every block. DoRA's delta W' − W is written with one factor an identity matrix:
-it is exact, at full rank.
+A scale that alpha/r cannot say is folded into B; lesser ranks are padded with zeros; a layer that other blocks
+have gets zeros where a program wants its name in every block. DoRA's delta W' − W is written with one factor an
+identity matrix: it is exact, at full rank.
 """
 
 from __future__ import annotations

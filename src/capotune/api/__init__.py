@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from capotune.api.comparison import compare, compare_run, compare_settings
-from capotune.api.conversion import merge, quantize
+from capotune.api.conversion import export, merge, quantize
 from capotune.api.inference import (
     evaluate,
     generate,
@@ -49,6 +49,7 @@ __all__ = [
     "compare_settings",
     "describe_data",
     "evaluate",
+    "export",
     "generate",
     "info",
     "inspect",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.events import CancelToken, Reporter, ignore
-from capotune.settings import MergeSettings, QuantizeSettings, build
+from capotune.settings import ExportSettings, MergeSettings, QuantizeSettings, build
 
 
 def quantize(
@@ -47,3 +47,28 @@ def merge(
 
     built = build(MergeSettings, {"adapter": Path(adapter), "out": out, **settings})
     return convert.merge(built, (cancel or CancelToken()).watching(progress))
+
+
+def export(
+    adapter: str | Path,
+    *,
+    loader: str,
+    out: str | Path,
+    progress: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write an adapter for another program (``"vllm"``, ``"llama.cpp"`` …) into the new folder ``out``.
+
+    Returns what was changed, the command that runs it, and how far what was read back from disk answers from the
+    adapter and from the base. ``settings`` are those of ``capo export --help`` by name (``merged=True``,
+    ``gguf_type="Q8_0"``, ``data="mine.csv"``). Raises as ``train``, and ``SettingError`` for an adapter that the
+    program cannot take, with the nearest way out.
+    """
+    from capotune.data.readers import as_source
+    from capotune.runs import export as exports
+
+    if settings.get("data") is not None:
+        settings["data"] = as_source(settings["data"])
+    built = build(ExportSettings, {"adapter": Path(adapter), "loader": loader, "out": out, **settings})
+    return exports.export(built, (cancel or CancelToken()).watching(progress))

@@ -38,6 +38,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo data tickets.csv                    what a data file holds, and what is wrong with it
   capo demo generation                     a comparison on data that is already here
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
+  capo export ADAPTER --for vllm           for vllm, sglang, llama.cpp, ollama, peft or transformers (--out DIR)
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
@@ -350,6 +351,12 @@ def _merge(rest: list[str]) -> int:
     return merge(rest)
 
 
+def _export(rest: list[str]) -> int:
+    from capotune.cli.export import export
+
+    return export(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -368,6 +375,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "quantize": _quantize,
     "merge": _merge,
+    "export": _export,
 }
 
 

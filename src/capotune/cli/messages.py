@@ -10,6 +10,9 @@ from capotune.settings import Settings
 
 _NAMED = re.compile(r"`([a-z][a-z_0-9.]*)(?:=([^`]*))?`")
 
+_OTHER_FLAGS = {"loader": "for"}
+"""Flags that are no names in Python."""
+
 
 def in_flags(error: CapotuneError) -> str:
     """The whole message: `max_length=5` becomes ``--max-length 5``, `cache=False` ``--no-cache``.
@@ -24,7 +27,7 @@ def _flag(found: re.Match[str], known: set[str]) -> str:
     name, value = found[1], found[2]
     if name.rpartition(".")[2] not in known and name not in ("config", "resume"):
         return found[0]
-    flag = name.replace("_", "-")
+    flag = _OTHER_FLAGS.get(name, name.replace("_", "-"))
     if value == "False":
         return f"--no-{flag}"
     return f"--{flag}" if value in (None, "True") else f"--{flag} {value}"

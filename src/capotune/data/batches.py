@@ -54,6 +54,11 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+def without_loss(sequences: Sequence[list[int]]) -> list[Encoded]:
+    """Sequences of which no token is in a loss."""
+    return [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in sequences]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences as a model reads them: padded on the right, or packed, which is one row of all tokens.

@@ -158,8 +158,9 @@ class Method(ABC):
         settings: Any,  # noqa: ARG003 - most methods have none
         tensors: Mapping[str, torch.Tensor],  # noqa: ARG003
     ) -> dict[str, LowRank] | None:
-        """From stored ``tensors`` each layer's LoRA delta by the layer's path; None for methods whose change has no such
-        form. Raises ``AdapterError`` for damaged tensors."""
+        """From stored ``tensors`` each layer's LoRA delta by the layer's path; None for methods that have none.
+
+        Raises ``AdapterError`` for damaged tensors."""
         return None
 
     @classmethod

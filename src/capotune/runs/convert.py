@@ -106,7 +106,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         for notice in task_class(stored).restore(base, stored.record).write_merged_files(new):
             report(Warned(text=notice))
         if has_head:
-            _save_head(stored, merged)
+            save_head(stored, merged)
         is_own = is_own_base(stored, base)
         if not is_own:
             write_atomic(new / DIFFERENT_BASE, _different_base(stored, base))
@@ -132,7 +132,7 @@ def _different_base(stored: StoredAdapter, base: Base) -> str:
     return json.dumps({"trained_on": trained_on, "merged_into": fingerprint(base)}, indent=2) + "\n"
 
 
-def _save_head(stored: StoredAdapter, merged: Base) -> None:
+def save_head(stored: StoredAdapter, merged: Base) -> None:
     """A task's head as an adapter of the ``merged`` base.
 
     The head was trained on the last layer; the stored one reads every layer and weighs all but the last with zero.

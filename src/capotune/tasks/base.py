@@ -22,6 +22,7 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, TaskModel
+from capotune.data.batches import Encoded
 from capotune.data.texts import read_texts
 from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
@@ -182,6 +183,11 @@ class Task(TaskModel):
     def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
         """What the base computes in; fp32 unless the task says otherwise."""
         return torch.float32
+
+    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:  # noqa: ARG002
+        """The first ``count`` rows of ``data`` as the model reads them, to compare two models on; with the labels of
+        tokens where the task's loss is over tokens. ``DataError`` for data that cannot be read."""
+        raise SettingError(f"{self.title} is not compared on rows.", setting="data", advice="Leave it out.")
 
     @abstractmethod
     def facade(self, assembled: Assembled) -> Facade:

@@ -168,10 +168,7 @@ def merged(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None
 ) -> torch.Tensor:
     """weight + scale·BA (out, in), with DoRA's ``magnitude`` (out,) each row rescaled to it."""
-    changed = torch.addmm(weight, b, a, alpha=scale)
-    if magnitude is not None:
-        changed = changed * (magnitude / torch.linalg.norm(changed, dim=1))[:, None]
-    return changed
+    return LowRank(a, b, scale, magnitude).merged(weight)
 
 
 def _scaled(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:

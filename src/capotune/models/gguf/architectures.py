@@ -1,7 +1,8 @@
 """How a GGUF file's architecture is called and configured in Transformers, and how its tensors change on the way.
 
 llama.cpp's converter renames tensors, and for some architectures it changes their values or their order; each change is
-undone here. What a file does not say is what llama.cpp assumes. Sources: llama.cpp's convert_hf_to_gguf.py (changes),
+undone here (``restore``), and done where a file is written (``store``). What a file does not say is what llama.cpp
+assumes. Sources: llama.cpp's convert_hf_to_gguf.py (changes),
 src/llama-model.cpp (what is assumed), gguf-py's constants.py and tensor_mapping.py (names).
 """
 
@@ -36,8 +37,10 @@ class Architecture:
     rest: Callable[[GgufFile], dict[str, Any]]
     """Further settings, from anything in the file."""
     restore: Restore = as_stored
+    store: Restore = as_stored
+    """The inverse of ``restore``: from the values in Transformers to those in a file."""
     restored: tuple[str, ...] = ()
-    """Ends of the names of tensors that ``restore`` is for."""
+    """Ends of the names of tensors that ``restore`` and ``store`` are for."""
 
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Settings for Transformers' config class. ``ModelError`` for a count that is none, or differs by block."""
@@ -47,7 +50,7 @@ class Architecture:
         return values | _common(file) | self.rest(file)
 
     def changes(self, name: str) -> bool:
-        """Whether ``restore`` is for this tensor."""
+        """Whether ``restore`` and ``store`` are for this tensor."""
         return name.endswith(self.restored) if self.restored else False
 
 
@@ -241,14 +244,29 @@ def _unpermuted(file: GgufFile, name: str, values: Tensor) -> Tensor:
     return values.view(count, values.shape[0] // count // 2, 2, -1).transpose(1, 2).reshape(values.shape)
 
 
+def _permuted(file: GgufFile, name: str, values: Tensor) -> Tensor:
+    """Rows of each head from halves to pairs."""
+    count = heads(file) if ".attn_q." in name else kv_heads(file)
+    return values.reshape(count, 2, values.shape[0] // count // 2, -1).transpose(1, 2).reshape(values.shape)
+
+
 def _less_one(_file: GgufFile, _name: str, values: Tensor) -> Tensor:
     """The family multiplies by 1 + weight, and the file holds the sum."""
     return values - 1
 
 
+def _plus_one(_file: GgufFile, _name: str, values: Tensor) -> Tensor:
+    return values + 1
+
+
 def _bloom_qkv(file: GgufFile, _name: str, values: Tensor) -> Tensor:
     """From all queries, all keys, all values to the three of each head in turn."""
     return values.view(3, heads(file), values.shape[0] // 3 // heads(file), -1).transpose(0, 1).reshape(values.shape)
+
+
+def _bloom_parts(file: GgufFile, _name: str, values: Tensor) -> Tensor:
+    """From the three of each head in turn to all queries, all keys, all values."""
+    return values.reshape(heads(file), 3, values.shape[0] // 3 // heads(file), -1).transpose(0, 1).reshape(values.shape)
 
 
 def _falcon_qkv(file: GgufFile, _name: str, values: Tensor) -> Tensor:
@@ -258,6 +276,15 @@ def _falcon_qkv(file: GgufFile, _name: str, values: Tensor) -> Tensor:
     queries, keys, more = torch.split(values, [heads(file) * width, groups * width, groups * width])
     parts = [queries.view(groups, per_group, width, -1), *(part.view(groups, 1, width, -1) for part in (keys, more))]
     return torch.cat(parts, dim=1).reshape(values.shape)
+
+
+def _falcon_parts(file: GgufFile, _name: str, values: Tensor) -> Tensor:
+    """From a group's queries, its key and its value in turn to all queries, all keys, all values."""
+    groups, width = kv_heads(file), head_width(file)
+    per_group = heads(file) // groups
+    grouped = values.reshape(groups, per_group + 2, width, -1)
+    parts = torch.split(grouped, [per_group, 1, 1], dim=1)
+    return torch.cat([part.reshape(groups * part.shape[1] * width, -1) for part in parts]).reshape(values.shape)
 
 
 # --------------------------------------------------------------------------------------------------- table
@@ -275,15 +302,17 @@ _EPSILON = "attention.layer_norm_epsilon"
 _QUERIES_AND_KEYS = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", _RMS, _llama, _unpermuted, _QUERIES_AND_KEYS),
+    "llama": Architecture("llama", _RMS, _llama, _unpermuted, _permuted, _QUERIES_AND_KEYS),
     "qwen2": Architecture("qwen2", _RMS, _qwen2),
     "qwen3": Architecture("qwen3", _RMS, _qwen3),
-    "gemma": Architecture("gemma", _RMS, _gemma, _less_one, ("norm.weight",)),
-    "gemma2": Architecture("gemma2", _WINDOWED, _gemma2, _less_one, ("norm.weight",)),
-    "gemma3": Architecture("gemma3_text", _WINDOWED, _gemma3, _less_one, ("norm.weight",)),
+    "gemma": Architecture("gemma", _RMS, _gemma, _less_one, _plus_one, ("norm.weight",)),
+    "gemma2": Architecture("gemma2", _WINDOWED, _gemma2, _less_one, _plus_one, ("norm.weight",)),
+    "gemma3": Architecture("gemma3_text", _WINDOWED, _gemma3, _less_one, _plus_one, ("norm.weight",)),
     "phi3": Architecture("phi3", _WINDOWED, _phi3),
     "stablelm": Architecture("stablelm", _DECODER | {"layer_norm_eps": _EPSILON}, _stablelm),
-    "nemotron": Architecture("nemotron", _DECODER | {"norm_eps": _EPSILON}, _nemotron, _less_one, ("norm.weight",)),
+    "nemotron": Architecture(
+        "nemotron", _DECODER | {"norm_eps": _EPSILON}, _nemotron, _less_one, _plus_one, ("norm.weight",)
+    ),
     "starcoder2": Architecture("starcoder2", _DECODER | {"norm_epsilon": _EPSILON}, _starcoder2),
     "falcon": Architecture(
         "falcon",
@@ -294,6 +323,7 @@ ARCHITECTURES = {
         },
         _falcon,
         _falcon_qkv,
+        _falcon_parts,
         ("attn_qkv.weight", "attn_qkv.bias"),
     ),
     "bloom": Architecture(
@@ -306,6 +336,7 @@ ARCHITECTURES = {
         },
         _nothing,
         _bloom_qkv,
+        _bloom_parts,
         ("attn_qkv.weight", "attn_qkv.bias"),
     ),
     "gpt2": Architecture(
@@ -322,7 +353,14 @@ ARCHITECTURES = {
     ),
 }
 """By ``general.architecture``."""
-_MISTRAL = Architecture("mistral", _WINDOWED, _mistral, _unpermuted, _QUERIES_AND_KEYS)
+_MISTRAL = Architecture("mistral", _WINDOWED, _mistral, _unpermuted, _permuted, _QUERIES_AND_KEYS)
+
+
+def named_in_gguf(model_type: str) -> tuple[str, Architecture] | None:
+    """GGUF's name of a family of Transformers', and how it is stored; None for one that is not written."""
+    if model_type == _MISTRAL.model_type:
+        return "llama", _MISTRAL
+    return next(((name, one) for name, one in ARCHITECTURES.items() if one.model_type == model_type), None)
 
 
 def architecture_of(file: GgufFile) -> Architecture:

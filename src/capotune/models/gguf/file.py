@@ -114,8 +114,8 @@ class GgufFile:
         return refused(self.path, problem, advice)
 
 
-def open_gguf(path: Path) -> GgufFile:
-    """Read a file's metadata and where its tensors are.
+def open_gguf(path: Path, kind: str = "model") -> GgufFile:
+    """Read a file's metadata and where its tensors are. ``kind`` is what it must hold, by its ``general.type``.
 
     Raises ``ModelError`` for a file that is no GGUF, cut short, contradicts itself, or is one part of several, and
     ``MissingLibraryError`` without the extra ``gguf``.
@@ -125,7 +125,7 @@ def open_gguf(path: Path) -> GgufFile:
         cursor = _Cursor(path, file, size)
         tensors, entries = _read_start(cursor)
         metadata = dict(_entry(cursor) for _ in range(entries))
-        _check_kind(path, metadata)
+        _check_kind(path, metadata, kind)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise damaged(path, f"its general.alignment is {alignment}")
@@ -219,13 +219,15 @@ def _entry(cursor: _Cursor) -> tuple[str, Any]:
     return key, np.frombuffer(cursor.take(count * np.dtype(_NUMBERS[kind]).itemsize), dtype=_NUMBERS[kind])
 
 
-def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
-    """Refuse what is no whole language model."""
+def _check_kind(path: Path, metadata: dict[str, Any], wanted: str) -> None:
+    """Refuse what is not whole, and what is not ``wanted``."""
     kind, architecture = str(metadata.get("general.type", "model")), metadata.get("general.architecture")
     stated = metadata.get("split.count")
     parts = (stated if isinstance(stated, int) else None) or split_number(path) or 1
     if not isinstance(architecture, str):
         architecture = ""
+    if kind == wanted == "adapter":
+        return
     if kind == "adapter":
         raise refused(
             path,

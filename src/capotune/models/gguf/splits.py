@@ -48,6 +48,11 @@ BOS_BY_DEFAULT = WHOLE_WORDS
 """Texts begin with the begin-of-text token unless the file says that they do not."""
 
 
+def names() -> tuple[str, ...]:
+    """Every rule that is known, those that many models have before others."""
+    return ("default", *_GPT2, *_GPT2_DIGITS, *_REGULAR, "falcon")
+
+
 def split(file: GgufFile, name: str) -> Any:
     """The pre-tokenizer by the rule ``name``. ``ModelError`` for one that is not known."""
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

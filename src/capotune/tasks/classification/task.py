@@ -14,7 +14,7 @@ from torch.nn import functional
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
-from capotune.data.batches import Batch, Targets, TokenRows
+from capotune.data.batches import Batch, Encoded, Targets, TokenRows, without_loss
 from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
 from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
 from capotune.data.wording import quoted, shorten
@@ -186,6 +186,10 @@ class Classification(LinearHeadTask):
     def restore(cls, base: Base, record: dict[str, Any]) -> Classification:
         """The task of a stored adapter."""
         return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"])
+
+    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
+        """Texts; their labels are not looked at."""
+        return without_loss(self.encode(read_to_score(data).texts[:count]))
 
     def facade(self, assembled: Assembled) -> Classifier:
         """A ``Classifier``."""

@@ -14,6 +14,7 @@ from torch import nn
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords
+from capotune.data.batches import Encoded
 from capotune.data.generation import looks_like_generation, read_samples_to_score
 from capotune.data.inspect.samples import GenerationReport, describe_samples, lost_samples
 from capotune.data.samples import Conversation
@@ -195,6 +196,12 @@ class Generation(TextEncoder, Task):
             scored_as=self.scored_as.to_json() | {"metric": self.scored_as.metric},
         )
         return write_merged_files(self, asked, folder)
+
+    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
+        """Samples with the tokens that are in the loss."""
+        samples = read_samples_to_score(data)
+        chosen = samples.take(range(min(count, len(samples))))
+        return [one for of_sample in self.encode(chosen) for one in of_sample][:count]
 
     def facade(self, assembled: Assembled) -> Generator:
         """A ``Generator``."""

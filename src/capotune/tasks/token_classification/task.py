@@ -12,7 +12,7 @@ import torch
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
 from capotune.adapters.task_model import CardWords, Objective
-from capotune.data.batches import IGNORE_INDEX, TokenRows
+from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows, without_loss
 from capotune.data.wording import quoted
 from capotune.data_blocks import Block
 from capotune.errors import DataError
@@ -167,6 +167,10 @@ class TokenClassification(LinearHeadTask):
     def restore(cls, base: Base, record: dict[str, Any]) -> TokenClassification:
         """The task of a stored adapter."""
         return cls(base, tuple(record["labels"]), record["max_length"], len(record["feature_layers"]))
+
+    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
+        """Sentences; their tags are not looked at."""
+        return without_loss([one.ids for one in self.align_rows(read_to_score(data))[:count]])
 
     def facade(self, assembled: Assembled) -> Tagger:
         """A ``Tagger``."""

@@ -1,0 +1,69 @@
+"""``capo export``: an adapter for another program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from capotune.cli.flags import Json, parse
+from capotune.settings import ExportSettings
+
+
+class Export(ExportSettings):
+    """Write an adapter for another program, read it back, and compare its answers with the adapter's."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Adapter folder."""
+    loader: Annotated[
+        Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"], tyro.conf.arg(name="for")
+    ]
+    """The program that is to load it."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def export(rest: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    given = parse(Export, rest, "capo export")
+    from capotune import api
+    from capotune.cli.display import watch_bytes
+
+    values = {name: getattr(given, name) for name in ExportSettings.model_fields}
+    with watch_bytes() as report:
+        result = api.export(progress=report, **values)
+    if given.as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        _show(result)
+    return 0
+
+
+def _show(result: dict[str, Any]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    what = "a whole model" if result["form"] == "merged" else "an adapter"
+    grid.add_row("written", f"{what}: {', '.join(result['files'])}, in {result['out']}")
+    for number, change in enumerate(result["changes"]):
+        grid.add_row("" if number else "changed", change)
+    if result["agreement"] is not None:
+        grid.add_row("answers", describe_agreement(result["agreement"]))
+    Console().print(grid, highlight=False)
+    print(f"\n{result['command']}")
+
+
+def describe_agreement(found: dict[str, Any]) -> str:
+    """How far a result is from the adapter and from the base, in one line."""
+    text = (
+        f"{found['to_adapter']:.3g} nats from the adapter's, {found['to_base']:.3g} from the base's, the same most "
+        f"probable answer as the adapter in {found['top1_agreement']:.1%} of {found['compared']:,} "
+        f"({found['rows']} rows)"
+    )
+    if found["recovered"] is not None:
+        text += f"; recovered {found['recovered']:.2f} of the adapter's gain in loss"
+    return text

@@ -1,0 +1,309 @@
+"""An adapter written for another program, read back from disk, and compared with the adapter on rows.
+
+The adapter is put on its base first: what it answers on the rows, and what the base alone answers, is what the result
+is measured by. Then it is written in the form that ``adapters.loaders`` finds for the program, read back as the program
+reads it, and asked the same. The folder is complete and compared, or absent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capotune import methods
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
+from capotune.adapters.merge import write_merged
+from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
+from capotune.adapters.store import CARD, CONFIG, RECORD, WEIGHTS, StoredAdapter, read_adapter
+from capotune.data.batches import Encoded
+from capotune.device import pick_device
+from capotune.errors import SettingError
+from capotune.evaluation.agreement import Agreement, agreement, cut_to_fit
+from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
+from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress, counter
+from capotune.files import output_folder, write_atomic
+from capotune.models.architecture import plain_linear, swap
+from capotune.models.base import Base
+from capotune.models.gguf.convert import convert
+from capotune.models.gguf.file import open_gguf
+from capotune.models.gguf.metadata import architecture_in_gguf
+from capotune.models.gguf.write import gguf_source, write_model
+from capotune.models.load import load_causal_lm
+from capotune.models.shards import Shards
+from capotune.runs.convert import save_head
+from capotune.settings import ExportSettings
+from capotune.tasks.generation.encoding import TextEncoder
+from capotune.tasks.generation.modelfile import modelfile
+from capotune.tasks.loading import load_adapter
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for ``--max-lora-rank``."""
+_GGUF = ("llama.cpp", "ollama")
+ADAPTER_FILE, MODEL_FILE, BASE_FILE, MODELFILE = "adapter.gguf", "model.gguf", "base.gguf", "Modelfile"
+
+
+@dataclass
+class _Export:
+    """One export while it is made."""
+
+    settings: ExportSettings
+    loader: Loader
+    stored: StoredAdapter
+    assembled: Assembled
+    """The base; the adapter is taken off once it was asked."""
+    rows: list[Encoded]
+    new: Path
+    """The folder while it is filled."""
+    report: Reporter
+    said: list[str] = field(default_factory=list)
+    """What was changed, a sentence each."""
+    rounded: bool = False
+    """Whether the result's weights have fewer bits than the adapter was asked with."""
+
+    @property
+    def base(self) -> Base:
+        return self.assembled.base
+
+    @property
+    def out(self) -> Path:
+        return self.settings.out.absolute()
+
+    def ask(self, model: Any) -> Tensor:
+        windows = [torch.tensor([one.ids]) for one in self.rows]
+        return answers_of(model, windows, alive(self.report))
+
+
+def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
+    """Write ``settings.adapter`` for ``settings.loader`` into ``settings.out``; returns what was done and measured.
+
+    Raises ``SettingError`` when the program cannot take such an adapter, with the nearest way out; ``AdapterError``
+    when base and adapter do not fit, or the result answers as the base or otherwise than the adapter.
+    """
+    loader = LOADERS[settings.loader]
+    stored = read_adapter(settings.adapter)
+    verdict = _verdict(settings, stored, loader)
+    device = pick_device()
+    assembled = load_adapter(
+        stored, model=settings.model, device=device, trust_remote_code=settings.trust_remote_code, report=report
+    )
+    if loader.name in _GGUF:
+        architecture_in_gguf(assembled.base)  # refused before anything is written
+    rows = _rows(assembled, settings)
+    with output_folder(settings.out) as new:
+        making = _Export(settings, loader, stored, assembled, rows, new, report)
+        report(Stage(text=f"writing for {loader.title}"))
+        if verdict.as_it_is:
+            found, command = None, _copy(making)
+        else:
+            report(Stage(text="asking the adapter and the base"))
+            adapter = making.ask(assembled.model)
+            assembled.method.detach()
+            base = making.ask(assembled.model)
+            result, command = _write(making, verdict)
+            found = agreement(rows, adapter, base, result)
+            found.check(making.rounded, str(settings.out))
+    for text in making.said:
+        report(Warned(text=text))
+    return _described(making, verdict, found, command)
+
+
+def _verdict(settings: ExportSettings, stored: StoredAdapter, loader: Loader) -> Verdict:
+    verdict = judge(traits(stored), loader)
+    if verdict.form is None:
+        raise SettingError(verdict.why, setting="loader", given=loader.name, advice=verdict.instead)
+    if settings.merged and not loader.models:
+        raise SettingError(
+            f"{loader.title} loads adapters, and no whole model.", setting="merged", advice="Leave it out."
+        )
+    if settings.merged and verdict.form == "adapter":
+        return Verdict(loader, "merged", False, "the change is merged into a whole model, as asked.")
+    return verdict
+
+
+def _rows(assembled: Assembled, settings: ExportSettings) -> list[Encoded]:
+    longest = min(WINDOW, assembled.base.max_length)
+    if settings.data is not None:
+        rows = assembled.task.rows_to_compare(settings.data, 32)
+    else:
+        windows = text_windows(assembled.base, SHORT_TEXT, by_line=True)
+        ids = [window[0].tolist() for window in windows]
+        rows = [Encoded(one, [-100, *one[1:]], len(one)) for one in ids]
+    return cut_to_fit(rows, longest)
+
+
+def _write(making: _Export, verdict: Verdict) -> tuple[Tensor, str]:
+    """Write and read back; the result's answers, and the command that runs it."""
+    making.said.append(verdict.why[0].upper() + verdict.why[1:])
+    if verdict.form == "adapter":
+        return _write_adapter(making)
+    if making.loader.name in _GGUF:
+        return _write_gguf_model(making)
+    return _write_folder(making)
+
+
+def _write_adapter(making: _Export) -> tuple[Tensor, str]:
+    stored, assembled = making.stored, making.assembled
+    deltas = methods.get(stored.settings.method).low_rank(stored.settings, stored.tensors)
+    assert deltas is not None
+    written = portable(deltas, assembled, making.loader)
+    making.said += written.changes
+    if making.loader.name in _GGUF:
+        write_gguf_adapter(making.new / ADAPTER_FILE, written, making.base, assembled.model)
+        found = read_gguf_adapter(making.new / ADAPTER_FILE, written, making.base, assembled.model)
+        command = _gguf_command(making, _base_file(making))
+    else:
+        write_peft(written, assembled, making.new, assembled.task.peft_task_type, making.base.lasting_name)
+        found = read_peft(making.new)
+        command = _served(making, written)
+    check_same(written, found, making.settings.out)
+    _add(assembled, found)
+    return making.ask(assembled.model), command
+
+
+def _add(assembled: Assembled, adapter: Portable) -> None:
+    """Every layer with its delta in its weight, which is how a program that scales by alpha/r computes it."""
+    for path in adapter.layers:
+        layer: Any = assembled.model.get_submodule(path)
+        changed = plain_linear((dense_weight(layer) + adapter.delta(path)).to(assembled.model.device), layer.bias)
+        swap(assembled.model, path, changed)
+
+
+def _copy(making: _Export) -> str:
+    """The adapter folder byte by byte, where the program takes it so; the command that loads it."""
+    for name in (CONFIG, WEIGHTS, RECORD, CARD):
+        if (making.stored.folder / name).is_file():
+            shutil.copyfile(making.stored.folder / name, making.new / name)
+    making.said.append(f"{making.loader.title} takes the adapter as it is; its files are copied byte by byte.")
+    return _python_command(making)
+
+
+def _write_folder(making: _Export) -> tuple[Tensor, str]:
+    """A merged Transformers folder."""
+    merged = _merge(making, making.new)
+    out = making.out
+    if making.assembled.task.has_head:
+        save_head(making.stored, merged)
+        head = load_adapter(read_adapter(making.new / "adapter"), model=str(making.new), device=pick_device())
+        return making.ask(head.model), f'capo predict {out / "adapter"} "your text"'
+    answers = making.ask(load_causal_lm(merged, dtype=making.stored.dtype))
+    commands = {
+        "vllm": f"vllm serve {out}",
+        "sglang": f"python -m sglang.launch_server --model-path {out}",
+        "transformers": f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    }
+    return answers, commands[making.loader.name]
+
+
+def _merge(making: _Export, folder: Path) -> Base:
+    """The merged model as a Transformers folder. Where the base is not in fp32, or the adapter was trained over 4 bits,
+    the merged weights are rounded."""
+    folder.mkdir(exist_ok=True)
+    base = making.base
+    making.rounded = making.assembled.method.quantization is not None or any(
+        one.dtype != "F32" for one in Shards(base.weight_files)
+    )
+    write_merged(making.stored, base, folder, requantize=base.is_quantized, progress=bytes_as_progress(making.report))
+    merged = Base(str(making.settings.out), folder, base.trust_remote_code)
+    making.said += making.assembled.task.write_merged_files(folder)
+    return merged
+
+
+def _write_gguf_model(making: _Export) -> tuple[Tensor, str]:
+    path = making.new / MODEL_FILE
+    merged = _merge(making, making.new / ".merged")
+    _write_gguf(making, path, merged)
+    making.rounded = making.rounded or making.settings.gguf_type != "F32"
+    shutil.rmtree(merged.folder)
+    answers = making.ask(_read_gguf(making, path))
+    return answers, _gguf_command(making, None)
+
+
+def _write_gguf(making: _Export, path: Path, weights: Base) -> None:
+    task: TextEncoder = making.assembled.task
+    write_model(
+        path,
+        load_causal_lm(weights, dtype=torch.float32),
+        making.base,
+        making.settings.gguf_type,
+        end_ids=task.end_ids,
+        chat_template=task.chat_template,
+        progress=counter(making.report),
+    )
+
+
+def _read_gguf(making: _Export, path: Path) -> Any:
+    """The model of a GGUF file, read as any is, in a folder that goes again."""
+    folder = making.new / ".read"
+    folder.mkdir()
+    convert(open_gguf(path), folder, lambda _: None)
+    model = load_causal_lm(Base(str(path), folder), dtype=torch.float32)
+    shutil.rmtree(folder)
+    return model
+
+
+def _base_file(making: _Export) -> str:
+    """The base in GGUF that the adapter is to be loaded on: the file it came from, or one that is written beside it."""
+    source = gguf_source(making.base)
+    if source is not None:
+        return str(source.absolute())
+    _write_gguf(making, making.new / BASE_FILE, making.base)
+    making.said.append(f"{BASE_FILE} is the base as GGUF; any other GGUF file of the same model does as well.")
+    return f"./{BASE_FILE}"
+
+
+def _gguf_command(making: _Export, base: str | None) -> str:
+    """How llama.cpp or Ollama runs it; None: one file holds all."""
+    out = making.out
+    if making.loader.name == "llama.cpp":
+        if base is None:
+            return f"llama-server -m {out / MODEL_FILE}"
+        where = out / BASE_FILE if base.startswith("./") else base
+        return f"llama-server -m {where} --lora {out / ADAPTER_FILE}"
+    model, adapter = (f"./{MODEL_FILE}", None) if base is None else (base, f"./{ADAPTER_FILE}")
+    text, notices = modelfile(making.assembled.task, model, adapter)
+    write_atomic(making.new / MODELFILE, text)
+    making.said += notices
+    return f"cd {out} && ollama create {making.settings.out.name} -f {MODELFILE}"
+
+
+def _served(making: _Export, adapter: Portable) -> str:
+    """The command line that serves the folder."""
+    out, name = making.out, making.settings.out.name
+    source = gguf_source(making.base)
+    base = making.base.lasting_name if source is None and making.base.folder.is_dir() else str(making.base.folder)
+    if making.loader.name == "vllm":
+        rank = next(one for one in _RANKS if one >= adapter.rank)
+        return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}"
+    if making.loader.name == "sglang":
+        return (
+            f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {adapter.rank} "
+            f"--lora-paths {name}={out}"
+        )
+    return _python_command(making)
+
+
+def _python_command(making: _Export) -> str:
+    base = f'capotune.load_base("{making.stored.folder.absolute()}")'
+    return f'peft.PeftModel.from_pretrained({base}, "{making.out}")'
+
+
+def _described(making: _Export, verdict: Verdict, found: Agreement | None, command: str) -> dict[str, Any]:
+    settings = making.settings
+    return {
+        "adapter": str(settings.adapter),
+        "loader": making.loader.name,
+        "form": verdict.form,
+        "base": making.base.name,
+        "out": str(settings.out),
+        "changes": making.said,
+        "files": sorted(path.name for path in settings.out.iterdir()),
+        "command": command,
+        "agreement": None if found is None else asdict(found),
+    }

@@ -1,0 +1,324 @@
+"""``capo export``: what another program loads answers as the adapter does; what it cannot take is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import generation_helpers
+import helpers
+import pytest
+import torch
+from commands import capo, tree
+from safetensors.torch import load_file, save_file
+
+import capotune
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.loaders import LOADERS, verdicts
+from capotune.adapters.store import read_adapter, save_adapter
+from capotune.errors import AdapterError, SettingError
+from capotune.evaluation.agreement import Agreement
+from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.settings import ExportSettings
+
+LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
+VARIANTS = {
+    "lora": LoraSettings(**LORA),
+    "dora": LoraSettings(dora=True, **LORA),
+    "rslora": LoraSettings(rslora=True, **LORA),
+    "one-block": LoraSettings(layers=(1,), target_modules=("q_proj", "down_proj"), **LORA),
+}
+IDS = torch.randint(8, 300, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def save(assembled: Assembled, folder: Path) -> Path:
+    """As an adapter folder, its weights moved from where they start."""
+    helpers.shake(assembled)
+    save_adapter(folder, assembled, helpers.TRAINED | {"held_out_score": 2.0, "scores": {}})
+    return folder
+
+
+def answers(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+def made(base: Path, folder: Path, settings: Any = VARIANTS["lora"]) -> tuple[Path, torch.Tensor]:
+    """An adapter's folder, and what it answers."""
+    assembled = generation_helpers.on_base(base, settings)
+    return save(assembled, folder / "adapter"), answers(assembled.model)
+
+
+# ------------------------------------------------------------------------------------------------ vLLM, SGLang, PEFT
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peft_answers_as_the_adapter_with_what_is_written_for_vllm(
+    variant: str, writers: dict[str, Path], tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    adapter, expected = made(writers["llama"], tmp_path, VARIANTS[variant])
+    result = capotune.export(adapter, loader="vllm", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"], config["bias"]) == (False, False, "none")
+    assert isinstance(config["lora_alpha"], int)
+    base = AutoModelForCausalLM.from_pretrained(writers["llama"])
+    found = answers(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert result["agreement"]["to_adapter"] < 1e-8 < result["agreement"]["to_base"]
+    assert "--max-lora-rank" in result["command"]
+
+
+def test_every_block_has_all_names_and_the_rank_is_one_that_is_served(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path, VARIANTS["one-block"])
+    capotune.export(adapter, loader="sglang", out=tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for block in range(3):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            a = tensors[f"base_model.model.model.layers.{block}.{name}.lora_A.weight"]
+            assert a.shape[0] == 8
+            assert bool(a.any()) == (block == 1)
+
+
+def test_soft_prompt_is_copied_for_peft(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3))
+    capotune.export(adapter, loader="peft", out=tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(adapter)
+
+
+def test_whole_blocks_become_a_merged_folder_for_vllm(writers: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    adapter, expected = made(writers["llama"], tmp_path, FeatureExtractionSettings(trainable_layers=1))
+    result = capotune.export(adapter, loader="vllm", out=tmp_path / "out")
+    assert result["form"] == "merged"
+    assert result["command"] == f"vllm serve {tmp_path / 'out'}"
+    found = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_is_merged_for_transformers_with_its_head_beside(bert: Path, tmp_path: Path) -> None:
+    adapter = save(helpers.on_base(bert, VARIANTS["lora"]), tmp_path / "adapter")
+    capotune.export(adapter, loader="transformers", out=tmp_path / "out")
+    texts = ["my parcel is late", "the lamp is broken"]
+    expected = capotune.load(adapter).predict_proba(texts)
+    found = capotune.load(tmp_path / "out" / "adapter").predict_proba(texts)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- llama.cpp, Ollama
+
+
+def test_gguf_adapter_holds_what_llama_cpps_converter_would_write(writers: dict[str, Path], tmp_path: Path) -> None:
+    """Names, scale, and the rows of B for queries and keys in pairs, by that converter's own formula."""
+    gguf = pytest.importorskip("gguf")
+    from gguf_files import permuted
+
+    adapter, _ = made(writers["llama"], tmp_path, VARIANTS["rslora"])
+    result = capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out")
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter", "lora", "llama",
+    )  # fmt: skip
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    deltas = LoraMethod().low_rank(adapter)
+    assert len(found) == 2 * len(deltas)
+    names = {"self_attn.q_proj": ("attn_q", 4), "self_attn.k_proj": ("attn_k", 2), "mlp.down_proj": ("ffn_down", None)}
+    for block in range(3):
+        for name, (called, heads) in names.items():
+            one = deltas[f"model.layers.{block}.{name}"]
+            delta = one.scale * one.b @ one.a
+            a, b = (found[f"blk.{block}.{called}.weight.lora_{part}"] for part in "ab")
+            scaled = fields["adapter.lora.alpha"] / len(a) * b @ a
+            torch.testing.assert_close(scaled, permuted(delta, heads) if heads else delta)
+    assert result["agreement"]["to_adapter"] < 1e-8
+
+
+class LoraMethod:
+    """Reads an adapter's deltas as they were trained."""
+
+    def low_rank(self, adapter: Path) -> Any:
+        from capotune import methods
+
+        stored = read_adapter(adapter)
+        return methods.get("lora").low_rank(stored.settings, stored.tensors)
+
+
+@pytest.mark.parametrize(("kind", "within"), [("F32", 1e-4), ("F16", 1e-2), ("Q8_0", 0.5)])
+@pytest.mark.parametrize("base", ["llama", "qwen2"])
+def test_merged_gguf_computes_as_transformers_reads_it(
+    base: str, kind: str, within: float, writers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Transformers' own reader of GGUF is the judge."""
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+
+    adapter, expected = made(writers[base], tmp_path)
+    result = capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True, gguf_type=kind)
+    assert result["files"] == ["model.gguf"]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+    torch.testing.assert_close(answers(read), expected, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3, long", "StableLM",
+                                  "Nemotron", "StarCoder2", "Falcon, new", "Bloom", "GPT-2", "Qwen2, YaRN"])  # fmt: skip
+def test_written_model_is_read_as_it_was(name: str, tmp_path: Path) -> None:
+    """Every family: values in llama.cpp's order and metadata, by a reader that is tested against its formulas."""
+    pytest.importorskip("gguf")
+    from gguf_files import FAMILIES
+
+    from capotune.models.base import find
+    from capotune.models.gguf.write import write_model
+    from capotune.models.load import load_causal_lm
+
+    model = FAMILIES[name].model()
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(tmp_path / "model")
+    generation_helpers.make_tokenizer(pad=None).save_pretrained(tmp_path / "model")
+    base = find(str(tmp_path / "model"))
+    write_model(tmp_path / "model.gguf", model, base, "F32", end_ids=(0,), chat_template=None, progress=lambda *_: None)
+    ids = IDS % 280
+    with torch.no_grad():
+        found = load_causal_lm(find(str(tmp_path / "model.gguf")))(ids).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_tokenizer_and_template_come_back_from_the_file(writers: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    adapter, _ = made(writers["llama"], tmp_path)
+    capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True)
+    read, own = (capotune.load_model(path).tokenizer for path in (tmp_path / "out", writers["llama"]))
+    for text in ("What colour is 12 the sky?", "<|im_start|>user\nhi<|im_end|>", " Ünïcode 👍\n\n x"):
+        assert read(text)["input_ids"] == own(text)["input_ids"]
+    assert read.chat_template == own.chat_template
+    assert read.eos_token == own.eos_token
+
+
+def test_ollama_gets_the_trained_template_and_stop_tokens(writers: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    adapter, _ = made(writers["llama"], tmp_path)
+    capotune.export(adapter, loader="ollama", out=tmp_path / "out")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
+    assert '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n' in text
+    assert text.count("<|im_start|>assistant\n") == 2  # a turn, and where the answer begins
+    assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_default_system_text_and_begin_of_text_are_told_apart(writers: dict[str, Path], tmp_path: Path) -> None:
+    from capotune.tasks.generation.modelfile import turn_texts
+
+    told = (
+        "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        + generation_helpers.CHATML
+    )
+    folder = generation_helpers.with_tokenizer(writers["llama"], tmp_path / "base", chat_template=told, bos=True)
+    texts = turn_texts(generation_helpers.make_task(folder))
+    assert texts is not None
+    assert (texts.start, texts.system) == ("", "Be kind.")
+    numbered = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
+    other = generation_helpers.with_tokenizer(writers["llama"], tmp_path / "other", chat_template=numbered)
+    assert turn_texts(generation_helpers.make_task(other)) is None
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def test_users_rows_are_compared_and_the_gain_is_measured(
+    writers: dict[str, Path], colour_pairs: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    capotune.train(
+        "lora", data=str(colour_pairs), model=str(writers["llama"]), out=tmp_path / "run", epochs=3, learning_rate=1e-2,
+        answers=0,
+    )  # fmt: skip
+    ran = capo(
+        "export", tmp_path / "run" / "adapter", "--for", "llama.cpp", "--out", tmp_path / "out", "--merged",
+        "--gguf-type", "Q8_0", "--data", colour_pairs,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "recovered 1.0" in ran.said or "recovered 0.9" in ran.said
+    assert "nats from the adapter's" in ran.said
+
+
+def test_result_like_the_base_is_refused(
+    writers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a program scaled every delta by zero."""
+    adapter, _ = made(writers["llama"], tmp_path)
+    monkeypatch.setattr("capotune.runs.export._add", lambda *_: None)
+    before = tree(tmp_path)
+    with pytest.raises(AdapterError, match="answers as the base does"):
+        capotune.export(adapter, loader="vllm", out=tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+def test_result_unlike_the_adapter_is_refused() -> None:
+    far = Agreement(32, 100, 0.3, 0.9, 1.0, 0.5, None)
+    with pytest.raises(AdapterError, match="otherwise than the adapter"):
+        far.check(True, "out")
+    Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check(True, "out")
+    with pytest.raises(AdapterError, match="otherwise than the adapter"):
+        Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check(False, "out")
+    with pytest.raises(AdapterError, match="otherwise than the adapter"):
+        Agreement(32, 100, float("nan"), 0.9, 1.0, 0.5, None).check(False, "out")
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_loaders_of_the_setting_are_those_of_the_table() -> None:
+    assert get_args(ExportSettings.model_fields["loader"].annotation) == tuple(LOADERS)
+
+
+def test_soft_prompt_is_refused_where_no_vectors_are_taken(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3))
+    ran = capo("export", adapter, "--for", "llama.cpp", "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "--for llama.cpp" in ran.said
+    assert "Give --for peft" in ran.said
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_refused_where_text_is_written(bert: Path, tmp_path: Path) -> None:
+    adapter = save(helpers.on_base(bert, VARIANTS["lora"]), tmp_path / "adapter")
+    for loader in ("vllm", "sglang", "llama.cpp", "ollama"):
+        with pytest.raises(SettingError, match=r"head gives labels.*loader=transformers"):
+            capotune.export(adapter, loader=loader, out=tmp_path / "out")
+
+
+def test_wide_dora_and_high_rank_are_merged_and_said_why(writers: dict[str, Path], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from capotune.adapters.loaders import judge, traits
+
+    adapter, _ = made(writers["llama"], tmp_path, VARIANTS["dora"])
+    found = traits(read_adapter(adapter))
+    assert judge(found, LOADERS["vllm"]).form == "adapter"
+    wide = judge(replace(found, narrowest=4096), LOADERS["vllm"])
+    assert (wide.form, "full rank 4096" in wide.why) == ("merged", True)
+    high = judge(replace(found, magnitudes=False, ranks=(1024,)), LOADERS["llama.cpp"])
+    assert (high.form, "rank is 1024" in high.why) == ("merged", True)
+    assert [one.loader.name for one in verdicts(read_adapter(adapter))] == list(LOADERS)
+
+
+def test_damaged_adapter_and_other_base_leave_nothing(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path)
+    with pytest.raises(AdapterError, match="another base"):
+        capotune.export(adapter, loader="vllm", out=tmp_path / "out", model=str(writers["qwen2"]))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    bad = shutil.copytree(adapter, tmp_path / "bad")
+    save_file(tensors, bad / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="NaN"):
+        capotune.export(bad, loader="vllm", out=tmp_path / "out")
+    with pytest.raises(SettingError, match="loads adapters, and no whole model"):
+        capotune.export(adapter, loader="peft", out=tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
