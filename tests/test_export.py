@@ -56,6 +56,7 @@ def made(base: Path, folder: Path, settings: Any = VARIANTS["lora"]) -> tuple[Pa
 # ------------------------------------------------------------------------------------------------ vLLM, SGLang, PEFT
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_answers_as_the_adapter_with_what_is_written_for_vllm(
     variant: str, writers: dict[str, Path], tmp_path: Path
@@ -168,7 +169,8 @@ def test_merged_gguf_computes_as_transformers_reads_it(
 
 
 @pytest.mark.parametrize("name", ["Llama 3", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3, long", "StableLM",
-                                  "Nemotron", "StarCoder2", "Falcon, new", "Bloom", "GPT-2", "Qwen2, YaRN"])  # fmt: skip
+                                  "Nemotron", "StarCoder2", "Falcon, new", "Bloom", "GPT-2",
+                                  "Qwen2, YaRN"])  # fmt: skip
 def test_written_model_is_read_as_it_was(name: str, tmp_path: Path) -> None:
     """Every family: values in llama.cpp's order and metadata, by a reader that is tested against its formulas."""
     pytest.importorskip("gguf")

@@ -205,7 +205,7 @@ class MergeSettings(BaseSettings):
     """Allow a hub model to run its own Python code on this machine."""
 
 
-class ExportSettings(Settings):
+class ExportSettings(BaseSettings):
     """An adapter for another program."""
 
     adapter: Path
@@ -214,8 +214,6 @@ class ExportSettings(Settings):
     """The program that is to load it."""
     out: Path
     """Folder for what is written. Must not exist."""
-    model: str | None = None
-    """Where the base is, when not where it was trained."""
     merged: bool = False
     """Write a whole model with the change in its weights, where an adapter beside the base would do too."""
     gguf_type: Literal["F32", "F16", "Q8_0"] = "F16"

@@ -87,7 +87,7 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
     when base and adapter do not fit, or the result answers as the base or otherwise than the adapter.
     """
     loader = LOADERS[settings.loader]
-    stored = read_adapter(settings.adapter)
+    stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     verdict = _verdict(settings, stored, loader)
     device = pick_device()
     assembled = load_adapter(
