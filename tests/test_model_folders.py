@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from commands import capo, tree
 from helpers import on_base, shake
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import capotune
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
@@ -215,6 +217,8 @@ def all_of(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
 
+CHECKS_TYPES = is_dataclass(LlamaConfig)
+"""Whether Transformers looks at a config's types, and at its attn_implementation: 5.3 does neither."""
 NO_WEIGHTS = without("model.safetensors")
 NO_CONFIG = without("config.json")
 ADAPTER = '{"base_model_name_or_path": "some/base", "peft_type": "LORA"}'
@@ -263,7 +267,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config of another form": (write("config.json", "[]"), ("config.json: expected an object, found a list",)),
     "config without a type": (write("config.json", '{"hidden_size": 32}'), ("cannot be used", "model_type")),
     "config with a text for a number": (
-        said_in("config.json", hidden_size="32"), ("config.json cannot be used", "'hidden_size' expected int, got str")
+        said_in("config.json", hidden_size="32"),
+        ("config.json cannot be used", "'hidden_size' expected int, got str" if CHECKS_TYPES else "ints,but got str"),
     ),
     "config of other widths": (said_in("config.json", num_attention_heads=5), ("config.json cannot be used",)),
     "code of its own": (
@@ -288,6 +293,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_a_folder_that_cannot_be_used_is_refused_in_one_message(
     case: str, bert: Path, tickets: Path, tmp_path: Path
 ) -> None:
+    if case == "another attention library" and not CHECKS_TYPES:
+        pytest.skip("Transformers 5.3 takes its own attention instead")
     change, words = REFUSED[case]
     folder = shutil.copytree(bert, tmp_path / "model")
     change(folder)
@@ -348,6 +355,7 @@ def test_a_tokenizer_of_another_library_alone_is_refused_with_the_libraries(
         _ = find(str(folder)).tokenizer
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # Transformers 5.3 of tokenizers
 def test_a_vocabulary_alone_is_a_tokenizer(bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert, tmp_path / "model")
     whole = find(str(folder)).tokenizer

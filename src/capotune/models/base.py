@@ -147,10 +147,11 @@ class Base:
                 raise self.error(why.problem, why.advice) from None
             raise self.unusable("its tokenizer cannot be loaded", error) from None
         if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # Transformers makes an empty one without files
-            raise self.error(
+            why = needs_libraries(self.folder) or ModelError(
                 f"no tokenizer in {self.folder}.",
                 advice="Save it there with tokenizer.save_pretrained(folder) in Transformers.",
             )
+            raise self.error(why.problem, why.advice)
         return tokenizer
 
     @property
@@ -226,7 +227,7 @@ class Base:
         tokenizer, config = self.tokenizer, self.text_config
         try:
             return longest_input(tokenizer, config)
-        except (ValueError, RuntimeError, ImportError) as error:
+        except (TypeError, ValueError, RuntimeError, ImportError) as error:
             raise self.unusable("its config.json cannot be used", error) from None
 
     @property

@@ -85,7 +85,7 @@ def _load(
                     raise wrong_shape(base, name, found, expected)
     except ModelError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise base.unusable("it cannot be loaded", error) from None
     model.config.use_cache = False  # generation asks for keys and values by itself; training does not need them
     return model.requires_grad_(False).eval()
