@@ -52,10 +52,10 @@ from capotune.tasks.loading import load_adapter, load_plain, switch
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 METHODS: dict[str, TrainingSettings] = {
-    name: methods.get(name).Settings(**QUICK, **own)
+    name: methods.get(name).Settings(**{**QUICK, **own})
     for name, own in {
         "feature-extraction": {"learning_rate": 1e-2},
-        "lora": {"rank": 4, "dropout": 0.1, "learning_rate": 3e-2},
+        "lora": {"rank": 4, "dropout": 0.1, "learning_rate": 3e-2, "batch_size": 4},
         "qlora": {"rank": 4, "learning_rate": 3e-2},
         "prompt-tuning": {"num_virtual_tokens": 5, "learning_rate": 0.1},
     }.items()

@@ -150,14 +150,15 @@ class _Lines(_Watcher):
 def counting(what: str) -> Iterator[Reporter]:
     """A count on standard error, ``what done/total``, while something long is done; nothing where it is no terminal."""
     console = Console(stderr=True)
-    with ProgressBars(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        _Steps(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bars:
+
+    def say(event: Warned) -> None:
+        console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield lambda event: say(event) if isinstance(event, Warned) else None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), _Steps()
+    with ProgressBars(*columns, console=console, transient=True) as bars:
         bar = bars.add_task(what, total=None, visible=False)
 
         def report(event: Event) -> None:
@@ -166,7 +167,7 @@ def counting(what: str) -> Iterator[Reporter]:
             elif isinstance(event, Progress):
                 bars.update(bar, completed=event.done, total=event.total, visible=True)
             elif isinstance(event, Warned):
-                console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                say(event)
 
         yield report
 
