@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from capotune.tasks.base import Task
     from capotune.tasks.facade import Predictor
     from capotune.tasks.generation import Generator
+    from capotune.tasks.several import Adapters
 
 
 def load(
@@ -47,6 +48,32 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
     """
     generator: Generator = _facade(_model_alone(model, trust_remote_code))
     return generator
+
+
+def load_adapters(
+    adapters: Mapping[str, str | Path], *, model: str | None = None, report: Reporter = ignore
+) -> Adapters:
+    """Several adapters on one language model in memory, by name: switched in place, or each row with its own.
+
+    The base is that of the first, or ``model``. Raises ``AdapterError`` for an adapter of another base or quantization,
+    and for one whose task has a head of its own.
+
+    >>> adapters = capotune.load_adapters({"polite": "polite/adapter", "terse": "terse/adapter"})  # doctest: +SKIP
+    >>> adapters.use("polite")                                                                     # doctest: +SKIP
+    """
+    from capotune.adapters.store import find_base, read_adapter
+    from capotune.device import pick_device
+    from capotune.tasks.loading import load_plain_for
+    from capotune.tasks.several import Adapters
+
+    stored = {name: read_adapter(folder) for name, folder in adapters.items()}
+    if not stored:
+        raise SettingError("name at least one adapter.", setting="adapters")
+    first = next(iter(stored.values()))
+    found = Adapters(load_plain_for(first, find_base(first, model, report=report), device=pick_device()))
+    for name, one in stored.items():
+        found.add(name, one, report)
+    return found
 
 
 def load_predictor(

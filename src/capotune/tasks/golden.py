@@ -17,9 +17,9 @@ from capotune.adapters.store import RECORD, GoldenAnswer, StoredAdapter
 from capotune.errors import AdapterError, CapotuneError
 
 TEXTS = (
-    "How do I change the address on my order? I moved last week.",
-    "The lighthouse keeper wrote down the weather every morning.",
-    "In 1969 two people walked on the Moon; millions watched it on television.",
+    "How do I change my address?",
+    "The keeper wrote down the weather.",
+    "In 1969 two people walked on the Moon.",
 )
 CHOICES, ROWS = 5, 8
 """Stored at most of each distribution, and distributions of each text."""

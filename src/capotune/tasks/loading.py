@@ -58,6 +58,12 @@ def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.f
     return assemble(Generation.of_model(base), None, device=device, dtype=dtype)
 
 
+def load_plain_for(stored: StoredAdapter, base: Base, *, device: torch.device) -> Assembled:
+    """A language model without an adapter, quantized and computing as ``stored`` asks."""
+    loaded = assemble(Generation.of_model(base), stored.settings, device=device, dtype=stored.dtype)
+    return replace(loaded, method=Untouched(loaded.method.quantization))
+
+
 def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
     """Take the adapter off a language model in place and put another one on; None leaves the base alone.
 
