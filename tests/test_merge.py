@@ -116,6 +116,26 @@ def test_a_base_in_bf16_stays_in_bf16(writers: dict[str, Path], text: Path, tmp_
     assert torch.equal(merged[f"{path}.weight"], layer.merged_weight().bfloat16())
 
 
+@pytest.mark.parametrize("settings", [*VARIANTS.values(), QloraSettings(**LORA)], ids=[*VARIANTS, "qlora"])
+def test_unmerge_in_memory_gives_base_and_adapter_back_bit_by_bit(
+    settings: LoraSettings, writers: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = helpers.contents(generation_helpers.on_base(writers["llama"], settings, attached=False).model)
+    adapter = save(generation_helpers.on_base(writers["llama"], settings), tmp_path / "adapter")
+    generator = capotune.load(adapter)
+    before = helpers.contents(generator.model)
+    with torch.no_grad():
+        expected = generator.model(input_ids=IDS).logits
+        assert generator.merge()
+        assert not any(isinstance(module, LoraLinear) for module in generator.model.modules())
+        torch.testing.assert_close(generator.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        generator.unmerge()
+        assert torch.equal(generator.model(input_ids=IDS).logits, expected)
+    helpers.assert_same_bits(helpers.contents(generator.model), before)
+    generator.method.detach()
+    helpers.assert_same_bits(helpers.contents(generator.model), bare)
+
+
 # -------------------------------------------------------------------------------------------------------------- 4 bits
 
 

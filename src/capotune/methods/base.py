@@ -142,6 +142,9 @@ class Method(ABC):
         """Write the change into plain layers in memory; False when the method has nothing that can be merged."""
         return False
 
+    def unmerge(self) -> None:  # noqa: B027 - most methods merge nothing
+        """Undo ``merge``: the model computes the bits that it did before."""
+
     @classmethod
     def weight_changes(
         cls,

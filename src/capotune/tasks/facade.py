@@ -34,6 +34,10 @@ class Facade:
         """Write the adapter's change into plain layers, in memory. False for methods that have none to write."""
         return self._assembled.method.merge()
 
+    def unmerge(self) -> None:
+        """Undo ``merge``: base and adapter are bitwise what they were."""
+        self._assembled.method.unmerge()
+
 
 class Answer(Protocol):
     """What a predictor says of one text."""

@@ -269,6 +269,11 @@ class Lora(Method):
             swap(self.model, path, plain_linear(layer.merged_weight(), bias))
         return True
 
+    def unmerge(self) -> None:
+        """Put the frozen layers with their deltas beside them back; ``merge`` left them untouched."""
+        for path, layer in self.layers.items():
+            swap(self.model, path, layer)
+
     @classmethod
     def weight_changes(
         cls, settings: Any, tensors: Mapping[str, torch.Tensor]
