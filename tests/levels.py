@@ -31,15 +31,15 @@ KERNELS = (
 )  # fmt: skip
 CONTRACTS = {
     "contract": (
-        "loss_falls", "same_seed_same_bits", "interrupted_is_uninterrupted", "saved_and_loaded_gives_equal_outputs",
-        "merged_is_unmerged",
+        "loss_falls", "same_seed_same_bits", "saved_and_loaded_gives_equal_outputs", "merged_is_unmerged",
     ),
     "generation_contract": (
-        "the_held_out_loss_falls", "same_seed_same_bits", "interrupted_is_uninterrupted",
-        "saved_and_loaded_gives_equal_outputs", "merged_is_unmerged",
+        "the_held_out_loss_falls", "same_seed_same_bits", "saved_and_loaded_gives_equal_outputs",
+        "merged_is_unmerged",
     ),
 }  # fmt: skip
-"""Of the contracts those that hang on what computes: the others are about files, counts and messages."""
+"""Of the contracts those that hang on what computes: the others are about files, counts, messages
+and what a checkpoint holds."""
 
 
 class Level(NamedTuple):

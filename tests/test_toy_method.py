@@ -190,20 +190,19 @@ def test_help_lists_it_and_its_settings() -> None:
 
 
 @pytest.mark.parametrize("on_labels", [True, False], ids=["labels", "text"])
-def test_compare_runs_it_beside_another_and_shows_it(
-    on_labels: bool, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_compare_runs_it_and_shows_it(on_labels: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     base, data = ("bert", "tickets") if on_labels else ("gpt2_writer", "colour_pairs")
     answers = () if on_labels else ("--answers", 2)
+    compared = ["bitfit", "lora"] if on_labels else ["bitfit"]  # each is a process
     made = capo(
         "compare", "--data", request.getfixturevalue(data), "--model", request.getfixturevalue(base),
-        "--methods", "bitfit", "lora", "--bitfit.epochs", 1, "--bitfit.last-blocks", 1, "--lora.epochs", 1,
+        "--methods", *compared, "--bitfit.epochs", 1, "--bitfit.last-blocks", 1, "--lora.epochs", 1,
         "--out", tmp_path / "compared", "--no-cache", *answers,
     )  # fmt: skip
     assert made.code == 0, made.err
     assert "bitfit" in made.out
     record = json.loads((tmp_path / "compared" / "compare.json").read_text("utf-8"))
-    assert [row["method"] for row in record["rows"]] == ["bitfit", "lora"]
+    assert [row["method"] for row in record["rows"]] == compared
     settings = json.loads((tmp_path / "compared" / "bitfit" / "run.json").read_text("utf-8"))["bitfit"]
     assert (settings["epochs"], settings["last_blocks"]) == (1, 1)
     page = (tmp_path / "compared" / "compare.html").read_text("utf-8")
