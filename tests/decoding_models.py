@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from capotune.methods.prompt_tuning.deep import DeepPromptEmbedding, observe_start
 from capotune.methods.prompt_tuning.method import PromptEmbedding
+from capotune.models.prefix import put_prefixes
 from capotune.settings import DecodingSettings
 
 VOCABULARY, CONTEXT, PAD, END = 40, 48, 0, 1
@@ -16,7 +18,7 @@ LETTERS = "  ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop"
 SPECIAL = {"<special>": LETTERS.index("Q")}
 
 
-def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,)) -> Any:
+def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,), *, deep: bool = False) -> Any:
     """A stand-in for ``Assembled``: a model with large random weights, so that its choices differ from step to step."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.6, "bos_token_id": None}
@@ -32,7 +34,16 @@ def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,)) -> Any:
     model.eval().requires_grad_(False)
     if virtual:
         prompt = torch.randn(virtual, 32, generator=torch.Generator().manual_seed(3))
-        model.set_input_embeddings(PromptEmbedding(model.get_input_embeddings(), prompt))
+        words = model.get_input_embeddings()
+        model.set_input_embeddings(PromptEmbedding(words, prompt))
+        if deep:
+            seen = observe_start(model.base_model, 2, range(VOCABULARY, VOCABULARY + virtual))
+            embedding = DeepPromptEmbedding(words, seen, seen)
+            with torch.no_grad():
+                for one in embedding.trained().values():
+                    one += torch.randn(one.shape, generator=torch.Generator().manual_seed(4))
+            model.set_input_embeddings(embedding)
+            put_prefixes(model.base_model, [(s.module, p) for s, p in zip(seen, embedding.prefixes(), strict=True)])
     return stand_in(model, virtual, ends)
 
 

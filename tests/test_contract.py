@@ -68,10 +68,11 @@ VARIANTS: dict[str, TrainingSettings] = {
     "prompt-labels": PromptTuningSettings(**PROMPT),
     "prompt-text": PromptTuningSettings(init="text", init_text="my parcel is late", **PROMPT),
     "prompt-vocabulary": PromptTuningSettings(init="vocabulary", **PROMPT),
+    "prompt-deep": PromptTuningSettings(deep=True, **PROMPT | {"learning_rate": 0.3}),
 }
 BASES = ("bert", "llama", "gpt2")
 PAIRS = [(variant, base) for variant in VARIANTS for base in BASES]
-EVERYWHERE = ("features-k1", "lora", "lora-dora", "lora-dropout", "qlora", "prompt-labels")
+EVERYWHERE = ("features-k1", "lora", "lora-dora", "lora-dropout", "qlora", "prompt-labels", "prompt-deep")
 STEPPED = [  # the head alone is solved, not trained in steps; the rarer variants train on one base
     (variant, base) for variant, base in PAIRS if variant != "features" and (base == "bert" or variant in EVERYWHERE)
 ]
@@ -84,6 +85,7 @@ SHAPES = {
 }
 """(in, out) of every linear layer of the small models' blocks, in order."""
 BLOCKS = {"bert": 3, "llama": 2, "gpt2": 2}
+KEY_WIDTH = {"bert": 32, "llama": 16, "gpt2": 32}
 BLOCK_EXTRA = {
     "bert": 5 * 32 + 64 + 4 * 32,  # biases of six linears, two layer norms
     "llama": 2 * 32,  # two RMS norms; no biases
@@ -103,7 +105,7 @@ def trainable_by_hand(variant: str, base: str) -> int:
     """The method's own weights, counted from the table of shapes."""
     settings, per_block = VARIANTS[variant], len(SHAPES[base]) // BLOCKS[base]
     if isinstance(settings, PromptTuningSettings):
-        return 5 * 32
+        return 5 * (BLOCKS[base] * 2 * KEY_WIDTH[base] if settings.deep else 32)
     if isinstance(settings, FeatureExtractionSettings):
         block = sum(into * out for into, out in SHAPES[base][:per_block]) + BLOCK_EXTRA[base]
         return (settings.trainable_layers or 0) * block + (NORM_ABOVE[base] if settings.trainable_layers else 0)

@@ -38,12 +38,12 @@ def argmax_loop(assembled: Any, prompt: list[int], tokens: int) -> str:
 # Greedy: every way to the same text
 
 
-@pytest.mark.parametrize("virtual", [0, 5])
+@pytest.mark.parametrize(("virtual", "deep"), [(0, False), (5, False), (5, True)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_batched_one_by_one_streamed_and_without_cache_equal_a_plain_loop(
-    kind: str, virtual: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, virtual: int, deep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assembled, rows = make(kind, virtual, ends=(END, 5, 9)), prompts(9)
+    assembled, rows = make(kind, virtual, ends=(END, 5, 9), deep=deep), prompts(9)
     expected = [argmax_loop(assembled, row, 10) for row in rows]
     assert len(set(expected)) > 5, "the model says the same to everything; nothing is tested"
     assert len({len(text) for text in expected}) > 1, "no answer ended early"

@@ -47,11 +47,12 @@ VARIANTS: dict[str, TrainingSettings] = {
     "qlora-plain": QloraSettings(double_quant=False, block_size=32, **LORA),
     "prompt-vocabulary": PromptTuningSettings(init="vocabulary", **PROMPT),
     "prompt-text": PromptTuningSettings(init="text", init_text="my friend, what colour is it?", **PROMPT),
+    "prompt-deep": PromptTuningSettings(deep=True, **PROMPT | {"learning_rate": 0.3}),
     "prompt-hard": PromptTuningSettings(hard=True, init="text", init_text="my friend, what colour is it?", **PROMPT),
 }
 BASES = ("llama", "gpt2", "qwen2")
 PAIRS = [(variant, base) for variant in VARIANTS for base in BASES]
-EVERYWHERE = ("features-k1", "lora-dropout", "qlora", "prompt-vocabulary")
+EVERYWHERE = ("features-k1", "lora-dropout", "qlora", "prompt-vocabulary", "prompt-deep")
 STEPPED = [  # a hard prompt does not train; the rarer variants train on one base
     (variant, base)
     for variant, base in PAIRS
@@ -63,6 +64,7 @@ STOPPED = [
 STOPPED += [("features-k1", "gpt2"), ("qlora", "gpt2"), ("lora-dropout", "qwen2")]
 LORA_FAMILY = [pair for pair in PAIRS if "lora" in pair[0]]
 BLOCKS = 3
+KEY_WIDTH = {"llama": 16, "gpt2": 32, "qwen2": 16}
 
 LLAMA_SHAPES = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
 SHAPES = {"llama": LLAMA_SHAPES, "gpt2": [(32, 96), (32, 32), (32, 128), (128, 32)], "qwen2": LLAMA_SHAPES}
@@ -82,7 +84,7 @@ def trainable_by_hand(variant: str, base: str) -> int:
     """The method's own weights, counted from the table of shapes."""
     settings = VARIANTS[variant]
     if isinstance(settings, PromptTuningSettings):
-        return 5 * 32
+        return 5 * (BLOCKS * 2 * KEY_WIDTH[base] if settings.deep else 32)
     if isinstance(settings, FeatureExtractionSettings):
         block = sum(into * out for into, out in SHAPES[base]) + BLOCK_EXTRA[base]
         return (settings.trainable_layers or 0) * block + NORM_ABOVE[base]
@@ -118,7 +120,9 @@ def test_identity_at_the_start(variant: str, base: str, writers: dict[str, Path]
         torch.testing.assert_close(logits(assembled), before, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "base"), [pair for pair in PAIRS if "prompt-" in pair[0]])
+@pytest.mark.parametrize(
+    ("variant", "base"), [pair for pair in PAIRS if "prompt-" in pair[0] and pair[0] != "prompt-deep"]
+)
 def test_a_prompt_of_words_is_those_words(variant: str, base: str, writers: dict[str, Path]) -> None:
     """At the start the vectors are embeddings; they stand right before the text, wherever the row is padded."""
     words = "my friend, what colour is it?"
@@ -133,18 +137,19 @@ def test_a_prompt_of_words_is_those_words(variant: str, base: str, writers: dict
     assert torch.equal(layer.prompt.detach(), torch.stack(shares))
 
 
+@pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_a_soft_prompt_of_as_many_words_reads_as_they_do(base: str, writers: dict[str, Path]) -> None:
+def test_a_soft_prompt_of_as_many_words_reads_as_they_do(base: str, deep: bool, writers: dict[str, Path]) -> None:
     words, plain = "my friend", on_base(writers[base], None)
     ids = plain.task.tokenizer(words)["input_ids"]
-    settings = PromptTuningSettings(num_virtual_tokens=len(ids), init="text", init_text=words)
+    settings = PromptTuningSettings(num_virtual_tokens=len(ids), init="text", init_text=words, deep=deep)
     rows = [[7, 8, 9], [10, 11, 12, 13, 14, 15]]
     found = logits(on_base(writers[base], settings, words=words), rows)
     expected = [logits(plain, [ids + row])[len(ids) :] for row in rows]
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["features-k1", "lora", "qlora", "prompt-vocabulary"])
+@pytest.mark.parametrize("variant", ["features-k1", "lora", "qlora", "prompt-vocabulary", "prompt-deep"])
 @pytest.mark.parametrize("base", BASES)
 def test_a_row_does_not_depend_on_the_rows_beside_it(variant: str, base: str, writers: dict[str, Path]) -> None:
     assembled = on_base(writers[base], VARIANTS[variant])

@@ -29,13 +29,15 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import capotune
-from capotune.adapters.assemble import Assembled
+from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.loop import train
 from capotune.engine.recorded import with_boundary
+from capotune.errors import SettingError
 from capotune.evaluation.forward import Examples, held_out_score, outputs
+from capotune.methods.base import Start
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
@@ -54,6 +56,7 @@ PARITY: dict[str, TrainingSettings] = {
     "layers": LoraSettings(layers=(1,), **LORA),
     "qlora": QloraSettings(**LORA),
     "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+    "prefix-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=True),
 }
 BASES = ("llama", "gpt2", "qwen2")
 
@@ -99,6 +102,15 @@ def test_peft_loads_it_and_agrees(variant: str, base: str, writers: dict[str, Pa
     torch.testing.assert_close(peft_logits(loaded, sequences(10, seed=5)), expected, rtol=0, atol=1e-5)
 
 
+def test_a_deep_prompt_is_refused_where_attention_cannot_be_looked_into(all_writers: dict[str, Path]) -> None:
+    """Gemma 2's has a form of its own. The base is then as it was."""
+    plain = on_base(all_writers["gemma2"], PARITY["prefix-tuning"], attached=False)
+    parts = {name: id(part) for name, part in plain.model.named_modules()}
+    with pytest.raises(SettingError, match=r"`deep=True`: Gemma2Model .*Leave it out"):
+        attach(plain, Start(torch.Generator().manual_seed(0), [9, 10]))
+    assert {name: id(part) for name, part in plain.model.named_modules()} == parts
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", PARITY)
 def test_keys_are_pefts_own(variant: str, base: str, writers: dict[str, Path], tmp_path: Path) -> None:
@@ -116,7 +128,7 @@ def test_keys_are_pefts_own(variant: str, base: str, writers: dict[str, Path], t
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("variant", ["lora", "prompt-tuning"])
+@pytest.mark.parametrize("variant", ["lora", "prompt-tuning", "prefix-tuning"])
 def test_peft_saves_what_it_read(variant: str, base: str, writers: dict[str, Path], tmp_path: Path) -> None:
     assembled = on_base(writers[base], PARITY[variant])
     shake(assembled)
@@ -421,7 +433,8 @@ def test_training_above_cached_layers_is_training_above_them(
 @pytest.mark.usefixtures("all_bits")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "variant", ["features", "features, cached", "lora", "lora, dropout", "dora, dropout", "qlora", "prompt-tuning"]
+    "variant",
+    ["features", "features, cached", "lora", "lora, dropout", "dora, dropout", "qlora", "prompt-tuning", "deep"],
 )
 def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: dict[str, Path]) -> None:
     """Each block is computed twice, with the same dropout; losses and weights are those without it, by the blocks' own
@@ -433,6 +446,7 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
         "dora, dropout": LoraSettings(dora=True, dropout=0.3, **LORA, **LESS),
         "qlora": QloraSettings(**LORA, **LESS),
         "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **LESS),
+        "deep": PromptTuningSettings(num_virtual_tokens=5, deep=True, **LESS),
     }
     settings = known["features" if "features" in variant else variant]
     losses, ends, passes = [], [], []

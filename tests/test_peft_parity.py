@@ -36,6 +36,7 @@ VARIANTS: dict[str, TrainingSettings] = {
     "dropout": LoraSettings(dropout=0.3, **LORA),
     "qlora": QloraSettings(**LORA),
     "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+    "prefix-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=True),
 }
 BASES = ("bert", "llama", "gpt2")
 

@@ -306,6 +306,9 @@ def show_info(facts: dict[str, Any]) -> None:
         grid.add_row("check", f"{words}: {probabilities}")
     if "hard_prompt" in facts:
         grid.add_row("prompt", repr(facts["hard_prompt"]))
+    if "deep_prompt" in facts:
+        vectors = f"{facts['deep_prompt']} vectors before every block's keys and values, which are near no token"
+        grid.add_row("prompt", vectors)
     for number, near in enumerate(facts.get("nearest_tokens", [])):
         words = ", ".join(f"{token} {similarity:.2f}" for token, similarity in near)
         grid.add_row(f"vector {number}", f"near {words}")

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from capotune.kernels.attention import Sequences, packed_attention_reference
 from capotune.kernels.lora_linear import LinearLayer, lora_reference
+from capotune.kernels.prefix import LayerPrefix
 from capotune.kernels.reference import (
     add_layer_norm_reference,
     gelu_reference,
@@ -198,6 +199,8 @@ class Block:
     causal: bool
     window: int | None = None
     """Of attention, in tokens; None: whole sequences."""
+    prefix: LayerPrefix | None = None
+    """Keys and values that attention reads in place of some of its own."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,7 @@ def reference(block: Block, x: torch.Tensor, call: Call) -> torch.Tensor:
                 values |= {name: _linear(values[source], block.layers[name]) for name in names}
             case Attention(q, k, v, y):
                 query, key, value = (values[name].view(len(x), -1, block.head_size) for name in (q, k, v))
+                key, value = (key, value) if block.prefix is None else block.prefix.put(key, value)
                 values[y] = packed_attention_reference(
                     query, key, value, call.sequences, causal=block.causal, scale=block.scale, window=block.window
                 ).flatten(1)

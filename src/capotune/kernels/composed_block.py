@@ -110,6 +110,7 @@ def _heads(x: torch.Tensor, head_size: int) -> torch.Tensor:
 
 def _attention(op: blocks.Attention, block: Block, values: Values, call: Call) -> None:
     q, k, v = (_heads(values[name], block.head_size) for name in (op.q, op.k, op.v))
+    k, v = (k, v) if block.prefix is None else block.prefix.put(k, v)
     out = packed_attention(q, k, v, call.sequences, causal=block.causal, scale=block.scale, window=block.window)
     values[op.y] = out.flatten(1)
 

@@ -179,6 +179,7 @@ def _compiles(block: Block) -> bool:
         and max(max(shape(layer)) for layer in block.layers.values()) <= MOST_TERMS
         and max(ranks(block, op) for op in block.ops if isinstance(op, Linear)) <= MOST_RANKS
         and block.window is None
+        and block.prefix is None
         and 0 < block.head_size <= policy.SHORT_ATTENTION_HEAD_SIZE
         and block.head_size % _LANES == 0
         and block.scale > 0

@@ -113,7 +113,7 @@ class Method(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trained weights by their key in the adapter file."""
+        """Trained weights by key; most methods store them under it (``stored``)."""
 
     @abstractmethod
     def expected_parameters(self) -> int:

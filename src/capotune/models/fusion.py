@@ -37,6 +37,7 @@ from capotune.kernels.native_block import NativeBlock
 from capotune.kernels.nf4 import Linear4bit
 from capotune.kernels.prepacked import may_prepack
 from capotune.models.architecture import FAILURES, with_forward
+from capotune.models.prefix import prefix_of
 from capotune.models.sequence_packing import (
     TOLERANCE,
     Packing,
@@ -206,7 +207,8 @@ def _bound(
     window: int | None,
 ) -> Block:  # fmt: skip
     known = {name: _linear(layer) for name, layer in layers.items()}
-    return Block(ops, known, norms, head_size, attention.scaling, bool(attention.is_causal), window)
+    prefix = prefix_of(attention)
+    return Block(ops, known, norms, head_size, attention.scaling, bool(attention.is_causal), window, prefix)
 
 
 def _rms_norm(norm: Any) -> Norm:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from capotune.kernels.attention import Sequences, packed_attention
 from capotune.models.architecture import FAILURES
+from capotune.models.prefix import PREFIXED, prefix_of
 
 _NAME = "capotune_packed"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -112,7 +113,7 @@ def _try_packing(backbone: Any) -> Packing:
     layers = set(getattr(config, "layer_types", None) or _PLAIN_LAYERS) - _PLAIN_LAYERS
     if layers:
         return Packing(None, f"the model has layers of other kinds ({', '.join(sorted(layers))})")
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", PREFIXED):
         return Packing(None, f"the model's attention is {config._attn_implementation}")
     window = _window(config)
     if window is None:
@@ -228,10 +229,11 @@ def _attention(
         raise PackingError(f"its attention asks for {', '.join(extra) or 'a mask or dropout'}")
     if observed_windows is not None:
         observed_windows[module] = sliding_window
+    prefix = prefix_of(module)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        q,
+        *((k, v) if prefix is None else prefix.put(k, v)),
         sequences,
         causal=bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,

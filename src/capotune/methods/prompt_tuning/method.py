@@ -1,4 +1,5 @@
 """Prompt tuning: trained vectors before the input embeddings; no weight changes (Lester et al. 2021, arXiv 2104.08691).
+With ``deep`` they stand before every block's keys and values instead (``deep.py``).
 
 The vectors are handled as words that the vocabulary lacks: virtual token j has id vocab_size + j and stands before the
 text like any token, so attention mask, positions and padding need no special case, and the prompt touches its text
@@ -14,8 +15,10 @@ from torch import nn
 
 from capotune.errors import SettingError
 from capotune.methods.base import Method, Start
+from capotune.methods.prompt_tuning.deep import KEY, DeepPromptEmbedding, observe_start, observe_words
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.architecture import Architecture, swap
+from capotune.models.prefix import put_prefixes, take_prefixes
 
 
 class PromptEmbedding(nn.Module):
@@ -45,9 +48,13 @@ class PromptEmbedding(nn.Module):
         vectors: torch.Tensor = self.base_layer(input_ids.masked_fill(virtual, 0)).masked_fill(virtual[..., None], 0)
         return vectors + (chosen.to(self.prompt.dtype) @ self.prompt).to(vectors.dtype)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The prompt under PEFT's key."""
+        return {KEY: self.prompt}
+
 
 class PromptTuning(Method):
-    """The token embedding becomes a ``PromptEmbedding``."""
+    """The token embedding becomes a ``PromptEmbedding`` or a ``DeepPromptEmbedding``."""
 
     Settings = PromptTuningSettings
     settings: PromptTuningSettings
@@ -74,16 +81,18 @@ class PromptTuning(Method):
                 given=self.settings.num_virtual_tokens,
                 allowed=f"1 to {limit // 2}",
             )
-        self.embedding = PromptEmbedding(base, self._initial_prompt(base, start))
+        self.embedding: PromptEmbedding | DeepPromptEmbedding = PromptEmbedding(base, self._initial_prompt(base, start))
         self.paths = [path for path, part in model.named_modules(remove_duplicate=False) if _same_table(part, base)]
-        for path in self.paths:
-            swap(model, path, self.embedding)
+        self._swap_embedding(self.embedding)
         self._check_further_tables(backbone)
+        if self.settings.deep:
+            self._go_deep(base, backbone)
 
     def detach(self) -> None:
-        """Put the token embedding back."""
-        for path in self.paths:
-            swap(self.model, path, self.embedding.base_layer)
+        """Put the token embedding back, and attention as it was."""
+        self._swap_embedding(self.embedding.base_layer)
+        if isinstance(self.embedding, DeepPromptEmbedding):
+            take_prefixes(self.model.get_submodule(self.architecture.backbone), self._attention_names)
 
     @property
     def virtual_token_ids(self) -> range:
@@ -91,11 +100,32 @@ class PromptTuning(Method):
         return range(self.embedding.vocab_size, self.embedding.vocab_size + self.settings.virtual_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The prompt (virtual tokens, hidden) under PEFT's key."""
-        return {"prompt_embeddings": self.embedding.prompt}
+        """The prompt (virtual tokens, hidden); of a deep one each block's keys and values."""
+        return self.embedding.trained()
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The prompt under PEFT's key."""
+        return self.embedding.stored() if isinstance(self.embedding, DeepPromptEmbedding) else super().stored()
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put stored vectors in place of the initial ones."""
+        if isinstance(self.embedding, DeepPromptEmbedding):
+            self.embedding.load(tensors[KEY])
+        else:
+            super().load(tensors)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of a deep prompt each block's keys and values have their own, by how far apart those of the start are."""
+        rates = super().learning_rates()
+        if not isinstance(self.embedding, DeepPromptEmbedding):
+            return rates
+        return {key: float(f"{rate * self.embedding.spreads[key]:.3g}") for key, rate in rates.items()}
 
     def expected_parameters(self) -> int:
-        """virtual tokens · embedding size."""
+        """virtual tokens · embedding size; of a deep prompt virtual tokens · blocks · 2 · key-value width."""
+        if self.settings.deep:
+            heads, size = self._key_value_heads()
+            return self.settings.virtual_tokens * len(self.architecture.blocks) * 2 * heads * size
         return self.settings.virtual_tokens * self.architecture.embedding_size
 
     def first_trainable_block(self) -> int:
@@ -103,9 +133,21 @@ class PromptTuning(Method):
         return 0
 
     def peft_config(self) -> dict[str, Any]:
-        """A PEFT ``PromptTuningConfig`` as it stands in adapter_config.json."""
+        """A PEFT ``PromptTuningConfig``, or ``PrefixTuningConfig``, as it stands in adapter_config.json."""
         backbone: Any = self.model.get_submodule(self.architecture.backbone)
         config = backbone.config
+        if self.settings.deep:
+            heads, size = self._key_value_heads()
+            return {
+                "peft_type": "PREFIX_TUNING",
+                "num_virtual_tokens": self.settings.virtual_tokens,
+                "token_dim": heads * size,
+                "num_transformer_submodules": 1,
+                "num_attention_heads": heads,
+                "num_layers": len(self.architecture.blocks),
+                "encoder_hidden_size": heads * size,
+                "prefix_projection": False,
+            }
         return {
             "peft_type": "PROMPT_TUNING",
             "num_virtual_tokens": self.settings.virtual_tokens,
@@ -121,6 +163,7 @@ class PromptTuning(Method):
 
         ``words``: ids from here on stand for no word; many models pad their embedding to a round size.
         """
+        assert isinstance(self.embedding, PromptEmbedding)
         base: Any = self.embedding.base_layer
         vocabulary = nn.functional.normalize(base.weight[:words].float(), dim=1)
         prompt = nn.functional.normalize(self.embedding.prompt.detach().float(), dim=1)
@@ -129,7 +172,10 @@ class PromptTuning(Method):
 
     @classmethod
     def stored_facts(cls, settings: Any) -> dict[str, Any] | None:
-        """The words of a hard prompt; a soft prompt's nearest tokens need the base."""
+        """The words of a hard prompt; a soft prompt's nearest tokens need the base, and a deep one's keys and values
+        are near no token."""
+        if settings.deep:
+            return {"deep_prompt": settings.virtual_tokens}
         return {"hard_prompt": settings.init_text} if settings.hard else None
 
     def facts(self, tokenizer: Any) -> dict[str, Any]:
@@ -137,6 +183,30 @@ class PromptTuning(Method):
         near = self.nearest_tokens(len(tokenizer))
         named = [[(tokenizer.convert_ids_to_tokens(token), round(cosine, 3)) for token, cosine in one] for one in near]
         return {"nearest_tokens": named}
+
+    def _swap_embedding(self, embedding: nn.Module) -> None:
+        for path in self.paths:
+            swap(self.model, path, embedding)
+
+    def _go_deep(self, base: Any, backbone: Any) -> None:
+        """Put the deep prompt in place of the shallow one that it starts from."""
+        try:
+            seen = observe_start(backbone, len(self.architecture.blocks), self.virtual_token_ids)
+        except SettingError:
+            self.detach()
+            raise
+        words = observe_words(backbone, self.embedding.vocab_size, 2 * self.settings.virtual_tokens)
+        self.embedding = DeepPromptEmbedding(base, seen, words)
+        self._swap_embedding(self.embedding)
+        modules = [one.module for one in seen]
+        self._attention_names = put_prefixes(backbone, list(zip(modules, self.embedding.prefixes(), strict=True)))
+
+    def _key_value_heads(self) -> tuple[int, int]:
+        """Key-value heads of a block and the size of one."""
+        config: Any = self.model.get_submodule(self.architecture.backbone).config
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
     @torch.no_grad()
     def _check_further_tables(self, backbone: Any) -> None:

@@ -15,6 +15,9 @@ class PromptTuningSettings(TrainingSettings):
     """Prompt tuning (Lester et al. 2021): trained vectors before the input embeddings; no weight changes."""
 
     method: ClassVar[str] = "prompt-tuning"
+    deep: bool | None = None
+    """Vectors before every block's keys and values (prefix tuning, Li & Liang 2021) instead of before the input
+    embeddings. Left out: no."""
     num_virtual_tokens: Count | None = None
     """Vectors put before every text. Left out: 20, or with `candidates` or `hard` as many as the words have tokens."""
     init: Literal["labels", "text", "vocabulary"] | None = None
@@ -46,6 +49,10 @@ class PromptTuningSettings(TrainingSettings):
                 setting="hard",
                 advice="Give `candidates`, a file with one prompt a line.",
             )
+        if self.hard and self.deep:
+            raise SettingError(
+                "words stand before the input alone.", setting="deep", given=True, advice="Leave `hard` out."
+            )
         if self.candidates is not None and (self.init is not None or self.num_virtual_tokens is not None):
             raise SettingError(
                 "the best of them decides where the vectors start and how many there are.",
@@ -55,8 +62,10 @@ class PromptTuningSettings(TrainingSettings):
         return self
 
     def _defaults(self, context: Context) -> dict[str, Any]:
-        chosen = {**super()._defaults(context), "epochs": 3}
-        if context.has_head:
+        chosen = {**super()._defaults(context), "epochs": 3, "deep": False}
+        if self.deep:
+            chosen["learning_rate"] = 0.1
+        elif context.has_head:
             chosen["learning_rate"] = 1e-2
         else:
             del chosen["learning_rate"]  # ``PromptTuning.resolve`` takes it from the base's embeddings

@@ -34,15 +34,21 @@ class SequenceClassifier(HeadedBackbone):
         self.virtual_tokens = 0
 
     def features(
-        self, batch: Batch, layers: tuple[int, ...] | None = None, inputs: dict[str, Any] | None = None
+        self,
+        batch: Batch,
+        layers: tuple[int, ...] | None = None,
+        inputs: dict[str, Any] | None = None,
+        virtual_tokens: int | None = None,
     ) -> torch.Tensor:
         """Pooled vectors (batch, len(layers)·hidden); ``layers`` are the head's own when left out.
 
         ``inputs`` stand in place of the batch's own, laid out the same: ``inputs_embeds`` instead of ``input_ids``.
+        ``virtual_tokens`` are those of these inputs, where not the model's.
         """
+        skip = self.virtual_tokens if virtual_tokens is None else virtual_tokens
         layers = layers or self.feature_layers
         inputs = inputs or batch.inputs
-        pooled = pooled_positions(batch.sequences.starts, self.pooling, self.virtual_tokens)
+        pooled = pooled_positions(batch.sequences.starts, self.pooling, skip)
         if pooled is not None:
             pooled = pooled.to(batch.input_ids.device)
         if layers == (-1,):
@@ -51,7 +57,7 @@ class SequenceClassifier(HeadedBackbone):
             all_states = self.backbone(output_hidden_states=True, **inputs).hidden_states
             flat = [batch.flat(all_states[layer]) for layer in layers]
             states = flat if pooled is None else [state[pooled] for state in flat]
-        return torch.cat([pool(state, batch.starts, self.pooling, self.virtual_tokens) for state in states], dim=1)
+        return torch.cat([pool(state, batch.starts, self.pooling, skip) for state in states], dim=1)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(batch, labels)."""
@@ -64,9 +70,11 @@ class SequenceClassifier(HeadedBackbone):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
     ) -> SequenceClassifierOutput:
-        """Logits (batch, labels) as other programs ask for them, of right-padded ids (batch, tokens) or embeddings.
+        """Logits (batch, labels) as other programs ask for them, of right-padded ids (batch, tokens) or embeddings;
+        ``past_key_values`` are a deep prompt's, which the mask counts too.
 
         The mean cross-entropy too when ``labels`` (batch,) are given.
         """
@@ -75,7 +83,10 @@ class SequenceClassifier(HeadedBackbone):
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         inputs = {name: given, "attention_mask": mask}
-        logits = self.classifier(self.features(Batch.of_padded(given, mask), inputs=inputs))
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+        batch, stand_before = Batch.of_padded(given, mask[:, -given.shape[1] :]), past_key_values is not None
+        logits = self.classifier(self.features(batch, inputs=inputs, virtual_tokens=0 if stand_before else None))
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -35,13 +35,16 @@ class TokenClassifier(HeadedBackbone):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
     ) -> TokenClassifierOutput:
-        """Logits of every token (batch, tokens, labels), as other programs ask for them.
+        """Logits of every token (batch, tokens, labels), as other programs ask for them; ``past_key_values`` are a deep
+        prompt's, which the mask counts too.
 
         The mean cross-entropy too when ``labels`` (batch, tokens) are given; -100 counts nothing.
         """
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs["past_key_values"] = past_key_values
         given = {name: value for name, value in inputs.items() if value is not None}
         if self.feature_layers == (-1,):
             states = self.backbone(**given).last_hidden_state
