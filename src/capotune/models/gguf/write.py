@@ -28,7 +28,13 @@ from capotune.models.gguf.vocabulary import of_tokenizer
 Kind = Literal["F32", "F16", "Q8_0"]
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
 """``general.file_type``."""
-_NOT_CARRIED = ("general.file_type", "general.architecture", "tokenizer.chat_template", "GGUF.")
+_NOT_CARRIED = (
+    "general.file_type",
+    "general.quantization_version",
+    "general.architecture",
+    "tokenizer.chat_template",
+    "GGUF.",
+)
 _BLOCK = 32
 """Values that share a scale in Q8_0."""
 
