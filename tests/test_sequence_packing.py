@@ -40,6 +40,7 @@ from capotune.kernels.attention import Sequences
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.models import sequence_packing as packing_module
 from capotune.models.base import Base, Pooling
+from capotune.models.prefix import PREFIXED
 from capotune.models.sequence_packing import Packing, packed, probe_sequences, relative_error, try_packing
 from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
@@ -648,6 +649,8 @@ class Trained:
 def trained(assembled: Assembled, train: Examples, held: Examples) -> Trained:
     """Two epochs, its attention looked after."""
     scores: list[float] = []
+    before = names_of_attention(assembled.backbone)
+    assert before == {PREFIXED if getattr(assembled.method.settings, "deep", None) else "sdpa"}
 
     def on_epoch(_: Any, loss: float, score: float) -> None:
         scores.extend([loss, score])
@@ -656,7 +659,7 @@ def trained(assembled: Assembled, train: Examples, held: Examples) -> Trained:
     assert state.step == len(losses) == 6
     assert len(scores) == 4
     assert max(losses) - min(losses) > 1e-3
-    assert names_of_attention(assembled.backbone) == {"sdpa"}
+    assert names_of_attention(assembled.backbone) == before
     return Trained(losses, [*scores, *held_out_score(assembled, held)], state.weights)
 
 
