@@ -36,7 +36,7 @@ def adapters(untied_writer: Path, colour_chats: Path, tmp_path_factory: pytest.T
         text = (base / name).read_text(encoding="utf-8")
         assert value + "96" in text
         (base / name).write_text(text.replace(value + "96", value + "400"), encoding="utf-8")
-    shared = ("--data", colour_chats, "--model", base, "--epochs", 1, "--learning-rate", 0.01)
+    shared = ("--data", colour_chats, "--model", base, "--epochs", 1, "--learning-rate", 0.01, "--batch-size", 32)
     for name, method in (("lora", "lora"), ("soft", "prompt-tuning")):
         made = capo("train", method, *shared, "--out", folder / name)
         assert made.code == 0, made.err

@@ -30,7 +30,7 @@ def adapters(
     folder = tmp_path_factory.mktemp("trained")
     candidates = folder / "candidates.txt"
     candidates.write_text("Tell me the colour.\nmy friend\n", encoding="utf-8")
-    once = ("--epochs", 1, "--learning-rate", 0.05)
+    once = ("--epochs", 1, "--learning-rate", 0.05, "--batch-size", 32)
     runs: dict[str, tuple[Any, ...]] = {
         "pairs": ("lora", "--data", colour_pairs, "--model", untied_writer, *once),
         "chats": ("lora", "--data", colour_chats, "--model", untied_writer, *once),
