@@ -150,7 +150,9 @@ def answered(generator: Any, case: Case, messages: list[dict[str, Any]]) -> dict
     raw = task.decode(ids, special_tokens=True)
     renderer: ConversationRenderer = task._renderer
     end, call_end = renderer.template.turn_end, renderer.template.call_end
-    ends = {part.strip() for part in (end.end, end.next, call_end) if part and part.strip()}
+    # where the template writes no end, the end of the text is trained after a last answer
+    end_of_text = None if end.end else task.decode([task.end_ids[0]], special_tokens=True)
+    ends = {part.strip() for part in (end.end, end.next, call_end, end_of_text) if part and part.strip()}
     ended = any(raw.rstrip().endswith(one) for one in ends) or any(stop in raw for stop in decoding.stop)
     own = (r"</?think>", r"</?tool_call>") if case.thinking or case.tools else ()
     shown = re.sub("|".join(own), "", text) if own else text
