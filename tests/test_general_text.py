@@ -17,6 +17,7 @@ from torch.nn import functional
 import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.errors import CapotuneError
+from capotune.evaluation.metrics import mean_interval
 from capotune.methods.base import Untouched
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
@@ -41,8 +42,8 @@ def _reference(model: Any, sequences: list[list[int]], prefix: list[int]) -> tup
     return torch.cat(losses), torch.cat(most_probable)
 
 
-def _text(assembled: Assembled, trained_tokens: int = 0) -> GeneralText:
-    return GeneralText.for_run(assembled.task, None, trained_tokens)
+def _text(assembled: Assembled, train_tokens: int = 0) -> GeneralText:
+    return GeneralText.for_run(assembled.task, None, train_tokens)
 
 
 @pytest.mark.parametrize("plain_head", [True, False], ids=["plain-head", "own-logits"])
@@ -66,6 +67,11 @@ def test_cost_equals_a_plain_computation(
     assert cost.loss == pytest.approx(float(losses.mean()), abs=1e-5)
     assert cost.agreement == pytest.approx(float((ids == base_ids).double().mean()), abs=1 / len(losses))
     assert cost.loss != pytest.approx(cost.base_loss, abs=1e-5)
+    lengths = [len(one) - 1 for one in text.sequences]
+    changes = [float(part.sum()) for part in torch.split(losses - base_losses, lengths)]
+    expected = mean_interval(changes, lengths)
+    assert expected is not None
+    assert cost.interval == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_base_costs_nothing_against_itself(llama_writer: Path) -> None:
@@ -102,9 +108,15 @@ def test_a_run_records_the_cost_and_says_it(llama_writer: Path, colour_pairs: Pa
 
 def test_a_comparison_shows_the_cost_of_each_technique(llama_writer: Path, colour_pairs: Path, tmp_path: Path) -> None:
     comparison = capotune.compare(
-        data=str(colour_pairs), model=str(llama_writer), out=tmp_path / "out", methods=("lora",), answers=0,
-        lora={"epochs": 1},
+        data=str(colour_pairs), model=str(llama_writer), out=tmp_path / "out", methods=("lora", "prompt-tuning"),
+        answers=0, lora={"epochs": 1}, prompt_tuning={"epochs": 2},
     )  # fmt: skip
+    read = {
+        name: json.loads((tmp_path / "out" / name / "run.json").read_text(encoding="utf-8"))["result"]["general"]
+        for name in ("lora", "prompt-tuning")
+    }
+    assert read["lora"]["tokens"] == read["prompt-tuning"]["tokens"]
+    assert read["lora"]["base_loss"] == read["prompt-tuning"]["base_loss"]
     general = json.loads((tmp_path / "out/lora/run.json").read_text(encoding="utf-8"))["result"]["general"]
     scores = comparison.rows[0].scores
     assert scores["general_change"] == general["loss"] - general["base_loss"]

@@ -91,7 +91,8 @@ class RunSettings(DataSettings):
     """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
     general: str | None = None
     """Generation: a text file of your own, or a file with a column of texts, on which the adapted model is compared
-    with the base: what training costs elsewhere. Left out: a few passages of ours."""
+    with the base: what training costs elsewhere. A run reads its start, more of it the more rows it
+    trains on. Left out: a few passages of ours."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
 

@@ -1,11 +1,11 @@
 """What an adapter costs elsewhere: base and adapted model on general text that no run trains on.
 
 Both read the same tokens. Reported are the change in mean loss, in nats a token, and the share of positions where both
-find the same next token most probable. With 4 bits the base is the one in 4 bits: what is measured is the adapter's.
+find the same next token most probable. For qlora the base is the one in 4 bits: what is measured is the adapter's.
 
-The text is a small set of our own (``examples/general.txt``: prose, talk, code, sums, letters, some French and German),
-of which a run reads as much as costs it a few percent, or a file of the user's. Passages stand in an order in which any
-first part of them is a mixture.
+The text is a small set of our own (``examples/general.txt``: prose, talk, code, sums, letters, some French and German)
+or a file of the user's. A run reads its start, as much as costs a few percent of one pass over the training rows: the
+same for every technique of a comparison. Passages of ours stand in an order in which any first part is a mixture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from capotune.data.readers import is_plain_text
 from capotune.data.texts import read_prompts, read_texts
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples, outputs
+from capotune.evaluation.metrics import mean_interval
 from capotune.events import OnProgress
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.objective import NextToken
 
-_FEWEST, _MOST = 256, 4096
-_SHARE: Final = 0.05
-"""General tokens for each token that training reads: both models' forward passes cost a few percent of training."""
+_FEWEST: Final = 128
+"""Tokens that are read even where a pass over the training rows is short: fewer would say nothing."""
+_SHARE: Final = 0.02
+"""General tokens for each token of one pass over the training rows. Two forward passes over them cost 3 % of a pass
+with LoRA, which computes forward and backward."""
 _WINDOW: Final = 512
 """Tokens that a model reads at once."""
 _SHOWN: Final = 0.005
@@ -49,6 +52,8 @@ class Cost:
     """Mean, in nats a token."""
     loss: float
     """Of the adapted model."""
+    interval: tuple[float, float] | None
+    """95 % interval of the change in loss, passages having been drawn; None for a single passage."""
     agreement: float
     """Share of positions where both find the same token most probable."""
 
@@ -57,6 +62,8 @@ class Cost:
         """The cost in half a sentence."""
         change = self.loss - self.base_loss
         nats = f"{abs(change):.2f} nats a token {'worse' if change > 0 else 'better'}"
+        if self.interval is not None:
+            nats += f" (95 % interval of the change {self.interval[0]:+.2f} to {self.interval[1]:+.2f})"
         how = "as good as the base" if abs(change) < _SHOWN else nats
         where = f"'{self.text}'" if self.text else "general text"
         return f"on {where} {how}, the same next token at {100 * self.agreement:.0f} % of {self.tokens:,} positions"
@@ -75,14 +82,14 @@ class GeneralText:
     sequences: list[list[int]]
 
     @staticmethod
-    def for_run(task: TextEncoder, file: str | None, trained_tokens: int) -> GeneralText:
-        """The user's ``file``, at most its first 4,096 tokens, or as much of our own text as fits ``trained_tokens``,
-        the tokens that training reads in all its passes.
+    def for_run(task: TextEncoder, file: str | None, train_tokens: int) -> GeneralText:
+        """The start of the user's ``file`` or of our own text, as much as fits ``train_tokens``, the tokens of the
+        training rows.
 
         Raises ``DataError`` for a file that cannot be read or that holds less than two tokens.
         """
-        most = _MOST if file else min(_MOST, max(_FEWEST, int(_SHARE * trained_tokens)))
-        window = min(_WINDOW, task.max_length)
+        most = max(_FEWEST, int(_SHARE * train_tokens))
+        window = min(_WINDOW, task.base.max_length // 2)  # leaves room for any soft prompt
         sequences: list[list[int]] = []
         for passage in _passages(file):
             ids = task.encode_prompt(passage)
@@ -110,7 +117,9 @@ class GeneralText:
         there = ~base_losses.isnan()
         agreement = (base_ids[there] == ids[there]).double().mean()
         base_loss, loss = (float(found[there].mean()) for found in (base_losses, losses))
-        return Cost(self.name, int(there.sum()), base_loss, loss, float(agreement))
+        change = (losses - base_losses).nansum(1).tolist()  # of each passage
+        interval = mean_interval(change, there.sum(1).tolist())
+        return Cost(self.name, int(there.sum()), base_loss, loss, interval, float(agreement))
 
 
 def _passages(file: str | None) -> Sequence[str]:

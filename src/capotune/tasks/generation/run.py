@@ -94,8 +94,7 @@ class GenerationRun(TaskRun):
             )
         self.data_sha256 = f"{self.train.rows.digest()[:32]}{tests.digest()[:32]}"
         self.task = replace(task, scored_as=self._scored_as(settings))
-        trained_tokens = (method.epochs or 0) * sum(self.train.rows.lengths) if method.trains else 0
-        self.general = GeneralText.for_run(task, settings.general, trained_tokens)
+        self.general = GeneralText.for_run(task, settings.general, sum(self.train.rows.lengths))
 
     # ---------------------------------------------------------------------------------------------- before training
 
