@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.loaders import LOADERS, verdicts
+from capotune.adapters.loaders import LOADERS
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, SettingError
 from capotune.evaluation.agreement import Agreement
@@ -302,13 +302,19 @@ def test_wide_dora_and_high_rank_are_merged_and_said_why(writers: dict[str, Path
     from capotune.adapters.loaders import judge, traits
 
     adapter, _ = made(writers["llama"], tmp_path, VARIANTS["dora"])
-    found = traits(read_adapter(adapter))
+    found = traits(read_adapter(adapter), has_head=False)
     assert judge(found, LOADERS["vllm"]).form == "adapter"
     wide = judge(replace(found, narrowest=4096), LOADERS["vllm"])
     assert (wide.form, "full rank 4096" in wide.why) == ("merged", True)
     high = judge(replace(found, magnitudes=False, ranks=(1024,)), LOADERS["llama.cpp"])
     assert (high.form, "rank is 1024" in high.why) == ("merged", True)
-    assert [one.loader.name for one in verdicts(read_adapter(adapter))] == list(LOADERS)
+
+
+def test_info_says_what_export_writes_for_each_program(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path)
+    forms = capotune.info(adapter)["exports"]
+    assert list(forms) == list(LOADERS)
+    assert (forms["vllm"], forms["transformers"]) == ("adapter", "merged")
 
 
 def test_damaged_adapter_and_other_base_leave_nothing(writers: dict[str, Path], tmp_path: Path) -> None:

@@ -390,7 +390,9 @@ def test_info_says_how_it_writes(adapters: dict[str, Path]) -> None:
     assert "text that continues a prompt" in capo("info", adapters["pairs"]).said
     assert "answers in a conversation" in capo("info", adapters["chats"]).said
     assert f"'{facts['hard']['hard_prompt']}'" in capo("info", adapters["hard"]).said
-    assert "vector 3" in capo("info", adapters["soft"]).said
+    soft = capo("info", adapters["soft"]).said
+    assert "vector 3" in soft
+    assert "an adapter for peft; nothing for vllm, sglang, llama.cpp, ollama, transformers" in " ".join(soft.split())
     assert json.loads(capo("info", adapters["labels"], "--json").out)["labels"] == ["broken", "late", "money"]
 
 

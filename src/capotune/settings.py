@@ -206,12 +206,16 @@ class MergeSettings(BaseSettings):
     """Allow a hub model to run its own Python code on this machine."""
 
 
+LoaderName = Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"]
+"""A program that ``adapters.loaders`` knows."""
+
+
 class ExportSettings(BaseSettings):
     """An adapter for another program."""
 
     adapter: Path
     """Adapter folder."""
-    loader: Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"]
+    loader: LoaderName
     """The program that is to load it."""
     out: Path
     """Folder for what is written. Must not exist."""

@@ -104,8 +104,8 @@ class Verdict:
     """Where nothing can be: the nearest way out."""
 
 
-def traits(stored: StoredAdapter) -> Traits:
-    """Of a stored adapter. Raises ``AdapterError`` for damaged tensors."""
+def traits(stored: StoredAdapter, has_head: bool) -> Traits:
+    """Of a stored adapter, whose task puts a head on the base or not. Raises ``AdapterError`` for damaged tensors."""
     method = methods.get(stored.settings.method)
     deltas = method.low_rank(stored.settings, stored.tensors) or {}
     replaced = method.replaced_weights(stored.settings, stored.tensors)
@@ -116,13 +116,13 @@ def traits(stored: StoredAdapter) -> Traits:
         tuple(sorted({one.scale for one in deltas.values()})),
         any(path.count(".") > 1 for path in replaced),
         stored.settings.virtual_tokens > 0,
-        "labels" in stored.record,
+        has_head,
     )
 
 
-def verdicts(stored: StoredAdapter) -> list[Verdict]:
-    """One for each known program."""
-    found = traits(stored)
+def verdicts(stored: StoredAdapter, has_head: bool) -> list[Verdict]:
+    """One for each known program; raises as ``traits``."""
+    found = traits(stored, has_head)
     return [judge(found, loader) for loader in LOADERS.values()]
 
 

@@ -266,7 +266,8 @@ def info(
     """What an adapter is: task, method, base, size, settings, how it scored; labels, or how it writes.
 
     A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
-    own facts as lines for people.
+    own facts as lines for people, ``exports`` what ``capo export`` writes for each program: an ``adapter``, a
+    ``merged`` model, or nothing (None).
 
     With ``check`` the adapter is put on its base and asked what it was asked where it was trained: ``check`` holds the
     largest ``distance`` of a probability, the ``tolerance``, and whether it ``agrees``. Raises ``AdapterError`` then
@@ -274,6 +275,7 @@ def info(
     """
     _import_engine()
     from capotune import methods
+    from capotune.adapters.loaders import verdicts
     from capotune.adapters.store import read_adapter
     from capotune.tasks.loading import task_class
 
@@ -298,6 +300,7 @@ def info(
         "bytes": stored.nbytes,
         "settings": stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
+        "exports": {one.loader.name: one.form for one in verdicts(stored, task.has_head)},
         **own,
         **checked,
     }

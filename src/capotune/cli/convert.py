@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capotune.cli.flags import Json, parse
+from capotune.cli.grid import two_columns
 from capotune.files import human_bytes
 from capotune.settings import MergeSettings, QuantizeSettings
 
@@ -70,7 +71,7 @@ def merge(rest: list[str]) -> int:
 
 
 def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
-    grid = _grid()
+    grid = two_columns()
     share = result["quantized_weights"] / result["all_weights"]
     grid.add_row("weights", f"{share:.1%} of {result['all_weights']:,} in 4 bits ({len(result['layers'])} layers)")
     grid.add_row("size", f"{human_bytes(result['bytes_before'])} before, {human_bytes(result['bytes'])} now")
@@ -89,7 +90,7 @@ def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
 
 
 def _show_merged(result: dict[str, Any]) -> None:
-    grid = _grid()
+    grid = two_columns()
     how = "in 4 bits: dequantized, changed, quantized again" if result["requantized"] else "as the base is stored"
     grid.add_row("merged", f"{result['changed_layers']} layers of {result['base']}, {how}")
     grid.add_row("answers", f"{describe_answers(result['answers'])}, against the adapter on its base")
@@ -110,10 +111,3 @@ def describe_answers(answers: dict[str, Any]) -> str:
         f"KL divergence {answers['kl_divergence']:.4g} nats, the same most probable answer in "
         f"{answers['top1_agreement']:.1%} of {answers['compared']:,}"
     )
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid

@@ -18,12 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as ProgressBars
-from rich.table import Table
 from rich.text import Text
 
 from capotune import api
 from capotune.cli import data_report
 from capotune.cli.comparison_table import comparison_table
+from capotune.cli.grid import two_columns
 from capotune.events import (
     DataInspected,
     EpochEnded,
@@ -235,7 +235,7 @@ def show_comparison(comparison: Any, out: Path) -> None:
 def show_run(record: dict[str, Any], out: Path) -> None:
     """One technique's result and how to use it."""
     result = record["result"]
-    grid = _grid()
+    grid = two_columns()
     if result["test_rows"]:
         for name, value in _main_first(result["metric"], result["scores"]).items():
             rows = f" on {result['test_rows']:,} test rows" if name == result["metric"] else ""
@@ -267,7 +267,7 @@ def _try_it(console: Console, task: str, adapter: Path) -> None:
 
 def show_scores(scores: dict[str, Any]) -> None:
     """Every score with its interval and what it was measured on, the compared one first."""
-    grid = _grid()
+    grid = two_columns()
     measured = {name: scores[name] for name in scores["measured_on"]}
     for name, value in _main_first(scores["metric"], measured).items():
         interval = ""
@@ -290,7 +290,7 @@ def _main_first(metric: str, scores: dict[str, float]) -> dict[str, float]:
 
 def show_info(facts: dict[str, Any]) -> None:
     """An adapter's facts, settings, and a prompt's words or its vectors' nearest tokens."""
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("method", facts["method"])
     grid.add_row("base", f"{facts['base']['name']} (fingerprint {facts['base']['fingerprint'][:16]}…)")
     for name, text in facts["in_words"]:
@@ -298,6 +298,7 @@ def show_info(facts: dict[str, Any]) -> None:
     grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
     grid.add_row("trained", _trained(facts["trained"]))
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
+    grid.add_row("exports as", _exports(facts["exports"]))
     if "check" in facts:
         check = facts["check"]
         words = "answers as where it was trained" if check["agrees"] else "answers otherwise than where it was trained"
@@ -322,8 +323,8 @@ def _trained(trained: dict[str, Any]) -> str:
     return f"{trained['train_rows']:,} rows, {trained['train_seconds']:.1f} s, {score}"
 
 
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
+def _exports(forms: dict[str, str | None]) -> str:
+    """What `capo export` writes, and for which programs."""
+    words = (("adapter", "an adapter for"), ("merged", "a merged model for"), (None, "nothing for"))
+    named = [(text, [name for name, form in forms.items() if form == wanted]) for wanted, text in words]
+    return "; ".join(f"{text} {', '.join(names)}" for text, names in named if names)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from capotune.cli.flags import Json, parse
-from capotune.settings import ExportSettings
+from capotune.cli.grid import two_columns
+from capotune.settings import ExportSettings, LoaderName
 
 
 class Export(ExportSettings):
@@ -19,9 +19,7 @@ class Export(ExportSettings):
 
     adapter: tyro.conf.Positional[Path]
     """Adapter folder."""
-    loader: Annotated[
-        Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"], tyro.conf.arg(name="for")
-    ]
+    loader: Annotated[LoaderName, tyro.conf.arg(name="for")]
     """The program that is to load it."""
     as_json: Json = False
     """Print one JSON object."""
@@ -44,9 +42,7 @@ def export(rest: list[str]) -> int:
 
 
 def _show(result: dict[str, Any]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = two_columns()
     what = "a whole model" if result["form"] == "merged" else "an adapter"
     grid.add_row("written", f"{what}: {', '.join(result['files'])}, in {result['out']}")
     for number, change in enumerate(result["changes"]):

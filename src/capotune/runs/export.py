@@ -41,7 +41,7 @@ from capotune.runs.convert import save_head
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.modelfile import modelfile
-from capotune.tasks.loading import load_adapter
+from capotune.tasks.loading import load_adapter, task_class
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for ``--max-lora-rank``."""
@@ -115,7 +115,7 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
 
 
 def _verdict(settings: ExportSettings, stored: StoredAdapter, loader: Loader) -> Verdict:
-    verdict = judge(traits(stored), loader)
+    verdict = judge(traits(stored, task_class(stored).has_head), loader)
     if verdict.form is None:
         raise SettingError(verdict.why, setting="loader", given=loader.name, advice=verdict.instead)
     if settings.merged and not loader.models:
