@@ -30,6 +30,7 @@ VARIANTS = {
     "lora": LoraSettings(**LORA),
     "dora": LoraSettings(dora=True, **LORA),
     "rslora": LoraSettings(rslora=True, **LORA),
+    "fractional": LoraSettings(**LORA | {"alpha": 5.3}),
     "one-block": LoraSettings(layers=(1,), target_modules=("q_proj", "down_proj"), **LORA),
 }
 IDS = torch.randint(8, 300, (2, 12), generator=torch.Generator().manual_seed(5))
