@@ -374,7 +374,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "adapter without record": (
         lambda place: place.adapter(capotune_json=None),
         "predict mine hello",
-        ("mine: capotune.json is missing", "adapter of another program"),
+        ("mine: capotune.json is missing", "its record is lost"),
     ),
     "adapter without weights": (
         lambda place: place.adapter(adapter_model_safetensors=None),

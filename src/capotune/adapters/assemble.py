@@ -66,6 +66,8 @@ class Assembled:
     @cached_property
     def packing(self) -> Packing:
         """How the base reads several sequences at once; found out when it first does."""
+        if not self.task.reads_packed:
+            return Packing(None, "the head is the model's own", equal_lengths=True)
         return try_packing(self.backbone)
 
     @cached_property

@@ -25,6 +25,7 @@ from capotune import methods
 from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
+from capotune.adapters.foreign import is_foreign, read_foreign
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.events import Reporter, Warned, alive, ignore, nothing
 from capotune.files import output_folder, write_atomic
@@ -49,6 +50,13 @@ class StoredAdapter:
     tensors: dict[str, torch.Tensor]
     allow_different_base: bool = False
     """Whether it may be put on weights that it was not trained on."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of how it was read, each in one sentence."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program wrote it: it has no record of its task, and its base is known by name only."""
+        return self.record["base"]["fingerprint"] is None
 
     @property
     def base(self) -> str:
@@ -137,6 +145,8 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
             where=str(folder),
             advice="`capo train` and `capo compare` write one named adapter.",
         )
+    if not (folder / RECORD).is_file() and is_foreign(folder):
+        return _foreign(folder)
     record = _read_json(folder, RECORD)
     if record.get("format") != FORMAT:
         raise AdapterError(
@@ -156,6 +166,20 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
     except CapotuneError as error:
         raise AdapterError(str(error), where=str(folder / RECORD)) from None
     return StoredAdapter(folder, settings, record, tensors, allow_different_base)
+
+
+def _foreign(folder: Path) -> StoredAdapter:
+    """An adapter that PEFT wrote, with as much of a record as it has."""
+    found = read_foreign(folder)
+    record = {
+        "task": found.task,
+        "method": found.settings.method,
+        "settings": found.settings.config,
+        "base": {"name": found.base, "fingerprint": None},
+        "trained": {},
+    }
+    unchecked = "PEFT wrote this adapter and noted no fingerprint: that the base is the right one is not checked."
+    return StoredAdapter(folder, found.settings, record, found.tensors, notices=(unchecked, *found.notices))
 
 
 def check_record(folder: Path, record: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
@@ -188,7 +212,10 @@ def find_base(
 
 def is_own_base(stored: StoredAdapter, base: Base, alive: Callable[[], object] = nothing) -> bool:
     """Whether ``base`` has the very weights that the adapter was trained on. They are read where their hash is not
-    remembered; ``alive`` is called meanwhile."""
+    remembered; ``alive`` is called meanwhile. Of an adapter that another program wrote they are not known: it is taken
+    at its word."""
+    if stored.is_foreign:
+        return True
     expected = stored.record["base"]["fingerprint"]
     return expected == fingerprint(base, alive) or bool(expected == earlier_fingerprint(base, alive))
 
@@ -226,6 +253,8 @@ def put_on(stored: StoredAdapter, assembled: Assembled) -> None:
                 weight.copy_(tensor)
     except KeyError as error:
         raise AdapterError(f"the tensor {error} is missing.", where=str(stored.folder / WEIGHTS)) from None
+    except AdapterError as error:
+        raise AdapterError(error.problem, where=str(stored.folder / WEIGHTS), advice=error.advice) from None
     except (ValueError, RuntimeError) as error:
         raise AdapterError(str(error), where=str(stored.folder / WEIGHTS)) from None
 
@@ -249,4 +278,7 @@ def _hint(folder: Path) -> str | None:
     inside = sorted(path.parent for path in (*folder.glob(f"adapter/{RECORD}"), *folder.glob(f"*/adapter/{RECORD}")))
     if inside:
         return f"Did you mean {' or '.join(map(str, inside[:4]))}?"
-    return "It looks like an adapter of another program." if (folder / CONFIG).is_file() else None
+    if (folder / CONFIG).is_file():
+        return "Capotune wrote it and its record is lost: copy the adapter again."
+    named = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    return f"Did you mean {' or '.join(map(str, named[:4]))}?" if named else None

@@ -70,6 +70,8 @@ class TaskModel(ABC):
     """Whether it puts a head of its own on the base, whose weights train."""
     peft_task_type: ClassVar[str]
     """What PEFT calls the task."""
+    reads_packed: ClassVar[bool] = True
+    """Whether its model takes sequences without padding, where its base does."""
     base: Base
     objective: Objective
 

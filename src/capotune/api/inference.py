@@ -281,7 +281,7 @@ def info(
 
     stored = read_adapter(adapter)
     task = task_class(stored)
-    facts = task.facts(stored.record)
+    facts = {} if stored.is_foreign else task.facts(stored.record)
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     checked: dict[str, Any] = {}
     if own is None or check:
@@ -295,10 +295,11 @@ def info(
         "method": stored.settings.method,
         "base": {**stored.record["base"], "name": stored.base},
         **facts,
-        "in_words": task.facts_in_words(facts),
+        "in_words": task.facts_in_words(facts) if facts else [("task", task.name)],
+        "notices": list(stored.notices),
         "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),
         "bytes": stored.nbytes,
-        "settings": stored.settings.model_dump(mode="json"),
+        "settings": stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
         "exports": {one.loader.name: one.form for one in verdicts(stored, task.has_head)},
         **own,

@@ -292,11 +292,15 @@ def show_info(facts: dict[str, Any]) -> None:
     """An adapter's facts, settings, and a prompt's words or its vectors' nearest tokens."""
     grid = two_columns()
     grid.add_row("method", facts["method"])
-    grid.add_row("base", f"{facts['base']['name']} (fingerprint {facts['base']['fingerprint'][:16]}…)")
+    fingerprint = facts["base"]["fingerprint"]
+    known = "no fingerprint" if fingerprint is None else f"fingerprint {fingerprint[:16]}…"
+    grid.add_row("base", f"{facts['base']['name']} ({known})")
     for name, text in facts["in_words"]:
         grid.add_row(name, text)
     grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
-    grid.add_row("trained", _trained(facts["trained"]))
+    grid.add_row("trained", _trained(facts["trained"]) if facts["trained"] else "by another program")
+    for notice in facts["notices"]:
+        grid.add_row("note", notice)
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
     grid.add_row("exports as", _exports(facts["exports"]))
     if "check" in facts:

@@ -25,6 +25,8 @@ _BUILT_IN = {
     "qlora": "qlora",
     "prompt-tuning": "prompt_tuning",
 }
+_READ_ONLY = {"peft": "peft"}
+"""Methods whose adapters are used and not trained here; no command offers them."""
 _registered: dict[str, type[Method]] = {}
 
 
@@ -57,13 +59,13 @@ def settings_class(name: str) -> type[TrainingSettings]:
 
 
 def _check(name: str) -> None:
-    if name not in names():
+    if name not in names() and name not in _READ_ONLY:
         raise SettingError(f"unknown method '{name}'.{nearest(name, names())}", allowed=", ".join(names()))
 
 
 @cache
 def _built_in(name: str) -> type[Method]:
-    found = vars(import_module(f"capotune.methods.{_BUILT_IN[name]}.method")).values()
+    found = vars(import_module(f"capotune.methods.{_folder(name)}.method")).values()
     wanted = _built_in_settings(name)
     method: type[Method] = next(one for one in found if getattr(one, "Settings", None) is wanted)
     return method
@@ -71,9 +73,13 @@ def _built_in(name: str) -> type[Method]:
 
 @cache
 def _built_in_settings(name: str) -> type[TrainingSettings]:
-    found = vars(import_module(f"capotune.methods.{_BUILT_IN[name]}.settings")).values()
+    found = vars(import_module(f"capotune.methods.{_folder(name)}.settings")).values()
     settings: type[TrainingSettings] = next(one for one in found if getattr(one, "method", None) == name)
     return settings
+
+
+def _folder(name: str) -> str:
+    return _BUILT_IN.get(name) or _READ_ONLY[name]
 
 
 def make(settings: TrainingSettings) -> Method:

@@ -61,10 +61,35 @@ def load_causal_lm(
     return _load(AutoModelForImageTextToText if wraps else AutoModelForCausalLM, base, dtype, quantization, progress)
 
 
-def _load(
-    auto_class: Any, base: Base, dtype: torch.dtype, quantization: Quantization | None, progress: OnProgress | None
+def load_classifier(
+    base: Base,
+    config: Any,
+    given: frozenset[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    progress: OnProgress | None = None,
 ) -> Any:
-    config = base.config
+    """Transformers' own classifier of whole texts, by ``config``; other arguments as ``load_backbone``.
+
+    ``given``: weights that an adapter brings, by path. Raises ``ModelError`` also for others that the base lacks:
+    Transformers would draw them at random.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, base, dtype, quantization, progress, config, given)
+
+
+def _load(
+    auto_class: Any,
+    base: Base,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    progress: OnProgress | None,
+    config: Any = None,
+    given: frozenset[str] | None = None,
+) -> Any:
+    config = base.config if config is None else config
     try:
         with quiet(), _without_adapters():
             if quantization is not None or base.is_quantized:
@@ -80,15 +105,29 @@ def _load(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # refused below, with their names
                 )
-                check_complete(base, info["missing_keys"])
+                if given is None:
+                    check_complete(base, info["missing_keys"])
+                else:
+                    _check_head(base, set(info["missing_keys"]) - given)
                 for name, found, expected in sorted(info["mismatched_keys"]):
-                    raise wrong_shape(base, name, found, expected)
+                    if given is None or name not in given:
+                        raise wrong_shape(base, name, found, expected)
     except ModelError:
         raise
     except (OSError, TypeError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise base.unusable("it cannot be loaded", error) from None
     model.config.use_cache = False  # generation asks for keys and values by itself; training does not need them
     return model.requires_grad_(False).eval()
+
+
+def _check_head(base: Base, missing: set[str]) -> None:
+    """``ModelError`` for weights that neither base nor adapter has."""
+    if missing:
+        raise base.error(
+            f"neither it nor the adapter holds {', '.join(sorted(missing)[:3])}, which training began from by chance.",
+            advice="PEFT stores unasked only what is called classifier or score: give the checkpoint that was trained "
+            "on, or save the adapter again with these among modules_to_save.",
+        )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from capotune.models.base import Base, Quantization, find
 from capotune.models.load import load_causal_lm
 from capotune.models.quantize import LayerError, write_quantized
 from capotune.settings import Context, MergeSettings, QuantizeSettings
-from capotune.tasks.loading import load_adapter, task_class
+from capotune.tasks.loading import load_adapter, task_class, task_on
 
 HEAD = "adapter"
 """Folder of a merged model's head."""
@@ -98,12 +98,18 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     check_mergeable(stored, base, settings.requantize, report)
     has_head = task_class(stored).has_head
+    if stored.is_foreign and has_head:
+        raise SettingError(
+            "PEFT wrote this classifier, whose head is Transformers' own: it is not merged here.",
+            where=str(stored.folder),
+            advice="Use it as it is, or merge it with merge_and_unload() in PEFT.",
+        )
     with output_folder(settings.out) as new:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
         progress = bytes_as_progress(report)
         changed = write_merged(stored, base, new, requantize=settings.requantize, progress=progress)
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
-        for notice in task_class(stored).restore(base, stored.record).write_merged_files(new):
+        for notice in task_on(stored, base).write_merged_files(new):
             report(Warned(text=notice))
         if has_head:
             save_head(stored, merged)

@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredRecord
+from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords, TaskModel
 from capotune.data.batches import Encoded
 from capotune.data.texts import read_texts
 from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.state import TrainingState
-from capotune.errors import SettingError
+from capotune.errors import AdapterError, SettingError
 from capotune.evaluation import metrics
 from capotune.evaluation.metrics import metric
 from capotune.evaluation.pairs import RowCounts
@@ -172,6 +172,11 @@ class Task(TaskModel):
         make: Any = cls
         restored: Task = make(base=base, **{name: record[name] for name in _own_fields(cls)})
         return restored
+
+    @classmethod
+    def of_peft(cls, base: Base, stored: StoredAdapter) -> Task:  # noqa: ARG003
+        """The task of an adapter that PEFT wrote, which has no record. ``AdapterError`` where none are read."""
+        raise AdapterError(f"PEFT's adapters are not read for {cls.title}.", where=str(stored.folder))
 
     def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - where a head decides, it is an adapter
         """Write into a merged model's ``folder`` what beside weights makes it answer as the adapter on its base does.

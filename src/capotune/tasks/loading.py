@@ -10,7 +10,7 @@ from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
-from capotune.events import Reporter, ignore
+from capotune.events import Reporter, Warned, ignore
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods import make
 from capotune.methods.base import Untouched
@@ -32,8 +32,15 @@ def task_class(stored: StoredAdapter) -> type[Task]:
             f"'task' is {stored.task!r}, and not as capotune writes it: {', '.join(tasks.names())}.",
             where=str(stored.folder / RECORD),
         ) from None
-    check_record(stored.folder, stored.record, task.Record)
+    if not stored.is_foreign:
+        check_record(stored.folder, stored.record, task.Record)
     return task
+
+
+def task_on(stored: StoredAdapter, base: Base) -> Task:
+    """The task of a stored adapter on ``base``. Raises as ``task_class``."""
+    task = task_class(stored)
+    return task.of_peft(base, stored) if stored.is_foreign else task.restore(base, stored.record)
 
 
 def load_adapter(
@@ -89,7 +96,7 @@ def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
             where=str(stored.folder),
             advice=f"Start again with: capo chat {stored.folder}",
         )
-    restored = wanted.restore(assembled.base, stored.record)
+    restored = task_on(stored, assembled.base)
     assembled.method.detach()
     switched = replace(assembled, task=restored.with_model(assembled.model), method=method)
     put_on(stored, switched)
@@ -119,5 +126,7 @@ def _on_base(
 ) -> Assembled:
     base = find_base(stored, model, trust_remote_code=trust_remote_code, report=report)
     check_base(stored, base, report)
-    task = task_class(stored).restore(base, stored.record)
+    for notice in stored.notices:
+        report(Warned(text=notice))
+    task = task_on(stored, base)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)

@@ -77,6 +77,12 @@ class Adapters:
                 where=str(stored.folder),
                 advice="Load it apart, with `capotune.load`.",
             )
+        if stored.is_foreign:
+            raise AdapterError(
+                "an adapter of another program is used alone, not one of several.",
+                where=str(stored.folder),
+                advice="Load it apart, with `capotune.load`.",
+            )
         check_base(stored, self._base.base, report)
         method = make(stored.settings)
         if method.quantization != self._base.method.quantization:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from capotune.data.batches import TokenRows
-from capotune.tasks.classification.score import logits_of
 from capotune.tasks.facade import Predictor
 from capotune.tasks.texts import check_texts
 
@@ -48,7 +47,7 @@ class Classifier(Predictor):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
         task = self._assembled.task
         rows = TokenRows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
-        probabilities: np.ndarray = logits_of(self._assembled, rows).softmax(1).numpy()
+        probabilities: np.ndarray = task.logits(self._assembled, rows).softmax(1).numpy()
         return probabilities
 
     def cut(self, texts: Sequence[str]) -> list[int]:

@@ -29,7 +29,7 @@ def score_texts(
     targets = task.targets(texts.labels)
     if not len(targets):
         return Scored("accuracy", {}, {}, 0)
-    logits = logits_of(assembled, rows, cache, progress)
+    logits = task.logits(assembled, rows, cache, progress)
     found = classification_scores(logits, targets)
     return Scored(
         "accuracy",

@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredRecord
+from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
 from capotune.data.batches import Batch, Encoded, Targets, TokenRows, without_loss
 from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
 from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
 from capotune.data.wording import quoted, shorten
 from capotune.data_blocks import Block
+from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
 from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
@@ -152,6 +153,16 @@ class Classification(LinearHeadTask):
             return []
         return [list(ids) for ids in self.tokenizer(list(texts), verbose=False, **options)["input_ids"]]
 
+    def logits(
+        self,
+        assembled: Assembled,
+        rows: TokenRows,
+        cache: ActivationCache | None = None,
+        progress: OnProgress | None = None,
+    ) -> torch.Tensor:
+        """Logits (rows, labels) on the CPU, in the order of the rows; ``cache`` may hold the head's features."""
+        return logits_of(assembled, rows, cache, progress)
+
     def targets(self, labels: Sequence[str]) -> torch.Tensor:
         """(rows,) int64 positions of label names."""
         number = {label: at for at, label in enumerate(self.labels)}
@@ -190,6 +201,13 @@ class Classification(LinearHeadTask):
     def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
         """Texts; their labels are not looked at."""
         return without_loss(self.encode(read_to_score(data).texts[:count]))
+
+    @classmethod
+    def of_peft(cls, base: Base, stored: StoredAdapter) -> Classification:
+        """The task on the family's own classifier."""
+        from capotune.tasks.classification.peft import PeftClassification
+
+        return PeftClassification.of_peft(base, stored)
 
     def facade(self, assembled: Assembled) -> Classifier:
         """A ``Classifier``."""

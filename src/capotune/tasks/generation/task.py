@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredRecord
+from capotune.adapters.foreign import inside
+from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords
 from capotune.data.batches import Encoded
 from capotune.data.generation import looks_like_generation, read_samples_to_score
@@ -185,6 +186,17 @@ class Generation(TextEncoder, Task):
             compared = {"metric": record["trained"]["metric"]} if "metric" in record["trained"] else {}
             scored_as = ScoredAs.from_json(record["scored_as"] | compared)
         return replace(task, **stored, scored_as=scored_as)
+
+    @classmethod
+    def of_peft(cls, base: Base, stored: StoredAdapter) -> Generation:
+        """The task on the base alone, with the chat template that may lie beside the adapter."""
+        task = cls.on(base, None, stored.settings.virtual_tokens)
+        path = stored.folder / "chat_template.jinja"
+        if not path.is_file():
+            return task
+        template = inside(stored.folder, path.name).read_text(encoding="utf-8", errors="replace")
+        ends = _with_turn_end(base.end_tokens, base, template, None)
+        return replace(task, chat_template=template, template_from="beside the adapter", end_ids=ends, chat=True)
 
     def write_merged_files(self, folder: Path) -> list[str]:
         """Chat template, generation settings, and how the adapter was asked."""

@@ -1,0 +1,221 @@
+"""An adapter folder that PEFT wrote: read and checked, as far as that goes without its base.
+
+    adapter_config.json          PEFT's configuration
+    adapter_model.safetensors    the trained weights
+
+No file is believed: JSON is bounded in size and depth and may name a thing once, tensors are checked by their header,
+links may not leave the folder, nothing is executed, and what pickle wrote is not opened.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from capotune.errors import AdapterError, quoted
+from capotune.methods.peft.parts import Parts, read_parts
+from capotune.methods.peft.settings import PeftSettings
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_LARGEST_JSON = 16 * 2**20
+_KINDS = {"LORA", "IA3", "TRAINABLE_TOKENS", "PROMPT_TUNING", "P_TUNING"}
+_TASKS = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` under which PEFT leaves the base's weights as they are."""
+_UNREAD = {
+    "alora_invocation_tokens": "activated LoRA, which acts from some tokens on",
+    "use_qalora": "QA-LoRA, which pools what its layers read",
+    "target_parameters": "deltas of stacked parameters",
+    "layer_replication": "layers that are there twice",
+    "megatron_config": "layers of Megatron",
+    "arrow_config": "Arrow, which chooses among adapters",
+    "exclude_modules_during_inference": "layers that are left out in use",
+    "kasa_config": "KaSA",
+    "use_bdlora": "block-diagonal LoRA",
+}
+"""Settings that change what a forward pass computes and are not read, with what they are."""
+_KNOWN = {
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type",
+    "r", "lora_alpha", "lora_dropout", "lora_bias", "target_modules", "exclude_modules", "fan_in_fan_out", "bias",
+    "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "token_indices", "ensure_weight_tying", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "megatron_core", "runtime_config", "qalora_group_size",
+    "feedforward_modules", "init_ia3_weights", "init_weights", "num_virtual_tokens", "token_dim",
+    "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text",
+    "prompt_tuning_init_state_dict_path", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "modules_tied",
+    "monteclora_config", "velora_config",
+    *_UNREAD,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """What the folder holds."""
+
+    settings: PeftSettings
+    tensors: dict[str, torch.Tensor]
+    task: str
+    base: str
+    notices: list[str] = field(default_factory=list)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether PEFT wrote the folder, and not this package, whose record may be lost."""
+    card = folder / "README.md"
+    ours = card.is_file() and "library_name: capotune" in card.read_text(encoding="utf-8", errors="replace")
+    return (folder / CONFIG).is_file() and not ours
+
+
+def read_foreign(folder: Path) -> ForeignAdapter:
+    """Read and check the folder. ``AdapterError`` says what cannot be used."""
+    config = read_json(inside(folder, CONFIG))
+    notices = _check_config(folder, config)
+    tensors = _read_tensors(folder)
+    try:
+        parts = read_parts(config, tensors)
+    except AdapterError as error:
+        raise AdapterError(error.problem, where=str(folder), advice=error.advice) from None
+    notices += _notices(config, parts)
+    task = _task(folder, config, parts, notices)
+    base = config.get("base_model_name_or_path")
+    named = base if isinstance(base, str) and base else ""
+    return ForeignAdapter(PeftSettings(config=config), tensors, task, named, notices)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name. ``AdapterError`` for a link that leaves the folder, but to the hub's cache, which keeps
+    files beside its folders of links."""
+    path = folder / name
+    target, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if home not in target.parents and not (home.parent.name == "snapshots" and blobs in target.parents):
+        raise AdapterError(f"a link that leaves the folder: it goes to {target}.", where=str(path))
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ``AdapterError`` for one that is too large or deep or names a thing twice."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise AdapterError("too large to be a configuration.", where=str(path))
+        values = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise AdapterError(f"{path.name} is missing; the adapter is incomplete.", where=str(path.parent)) from None
+    except RecursionError:
+        raise AdapterError("not readable JSON (nested too deep).", where=str(path)) from None
+    except AdapterError as error:
+        raise AdapterError(error.problem, where=str(path)) from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"not readable JSON ({error}).", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"expected an object, found a {type(values).__name__}.", where=str(path))
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise AdapterError(f"{quoted(twice)} stands in it twice.")
+    return found
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> list[str]:
+    """``AdapterError`` for what is not read; else what is passed over, a sentence each."""
+    where = str(folder / CONFIG)
+    kind = config.get("peft_type")
+    if kind not in _KINDS:
+        raise AdapterError(
+            f"its peft_type is {quoted(kind)}, which is not read here.",
+            where=where,
+            advice=f"Read are: {', '.join(sorted(_KINDS))}.",
+        )
+    for name, what in _UNREAD.items():
+        if config.get(name):
+            raise AdapterError(
+                f"{name} is set: {what}. That is not read here.", where=where, advice="Merge it in PEFT."
+            )
+    start = config.get("init_lora_weights")
+    if kind == "LORA" and not any(start is one for one in _PLAIN_STARTS) and start not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"init_lora_weights is {quoted(start)}: PEFT changed the base's weights at the start of training, and this "
+            "adapter belongs to the changed ones.",
+            where=where,
+            advice="Save it in PEFT with path_initial_model_for_weight_conversion, which makes plain LoRA of it.",
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise AdapterError(f"{name} is no object.", where=where)
+    count = config.get("num_virtual_tokens")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise AdapterError(f"num_virtual_tokens is {quoted(count)}.", where=where)
+    unknown = sorted(
+        name for name, value in config.items() if name not in _KNOWN and value not in (None, False, {}, [])
+    )
+    return (
+        [f"adapter_config.json says {', '.join(map(quoted, unknown))}, which is not known and passed over."]
+        if unknown
+        else []
+    )
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise AdapterError(
+            f"its weights are in {PICKLED}, which pickle wrote; such a file can run code and is not opened.",
+            where=str(folder),
+            advice='Convert it, with weights only: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{PICKLED}', weights_only=True, "
+            f"map_location='cpu').items()}}, '{WEIGHTS}')\"",
+        )
+    path = inside(folder, WEIGHTS)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{WEIGHTS} is missing; the adapter is incomplete.", where=str(folder)) from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"damaged or incomplete ({error}).", where=str(path), advice="Copy it again.") from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{quoted(key)} holds {str(tensor.dtype).removeprefix('torch.')}.", where=str(path))
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{quoted(key)} holds values that are NaN or infinite.", where=str(path))
+    if not tensors:
+        raise AdapterError("it holds no tensor.", where=str(path))
+    return tensors
+
+
+def _notices(config: dict[str, Any], parts: Parts) -> list[str]:
+    """Which layers the configuration names that hold no trained tensor."""
+    named = config.get("target_modules")
+    if not isinstance(named, list):
+        return []
+    touched = {path.rpartition(".")[0] for path in parts.paths()}
+    absent = [one for one in named if not any(path == one or path.endswith(f".{one}") for path in touched)]
+    if not absent:
+        return []
+    return [f"adapter_config.json names {', '.join(map(quoted, sorted(absent)))}; no tensor of it is stored."]
+
+
+def _task(folder: Path, config: dict[str, Any], parts: Parts, notices: list[str]) -> str:
+    stated = config.get("task_type")
+    if stated in _TASKS:
+        return _TASKS[stated]
+    if stated is not None and stated != "FEATURE_EXTRACTION":
+        raise AdapterError(
+            f"its task_type is {quoted(stated)}, which is not read here.",
+            where=str(folder / CONFIG),
+            advice=f"Read are: {', '.join(_TASKS)}.",
+        )
+    has_head = any(path.partition(".")[0] in ("score", "classifier") for path in parts.replaced)
+    task = "classification" if has_head else "generation"
+    notices.append(f"adapter_config.json names no task; by its tensors it is {task}.")
+    return task

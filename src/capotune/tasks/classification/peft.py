@@ -1,0 +1,134 @@
+"""Classification by Transformers' own classes, for adapters that PEFT wrote.
+
+These were trained in an ``…ForSequenceClassification``, whose pooling and head are the family's own. So the model
+is that class, with the head that the adapter stores, and it reads rows of one length together: then no family finds
+padding to mind, whichever way it looks for the last token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import StoredAdapter
+from capotune.data.batches import Batch, TokenRows
+from capotune.engine.activation_cache import ActivationCache
+from capotune.errors import AdapterError
+from capotune.evaluation.forward import Examples, outputs
+from capotune.events import OnProgress
+from capotune.methods.base import Method
+from capotune.methods.peft.parts import read_parts
+from capotune.models.architecture import text_part
+from capotune.models.base import Base
+from capotune.models.load import load_classifier
+from capotune.models.stream import empty_model
+from capotune.tasks.classification.task import Classification, RowCrossEntropy
+
+_EVERY_TOKEN_COUNTS = -1
+"""A padding id that no token has."""
+
+
+class OwnHeadCrossEntropy(RowCrossEntropy):
+    """The same of logits that the model's own head gives."""
+
+    def outputs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Logits (rows, labels)."""
+        logits: torch.Tensor = model(**batch.inputs).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class PeftClassification(Classification):
+    """The task of an adapter on a ``…ForSequenceClassification``."""
+
+    stored: frozenset[str] = frozenset()
+    """Weights that the adapter brings, by path: the base may lack them."""
+    objective: OwnHeadCrossEntropy = field(default_factory=OwnHeadCrossEntropy)
+
+    reads_packed: ClassVar[bool] = False
+
+    @classmethod
+    def of_peft(cls, base: Base, stored: StoredAdapter) -> PeftClassification:
+        """Labels by the base's names, where it has as many. ``AdapterError`` where the adapter tells none apart."""
+        replaced = read_parts(stored.settings.config, stored.tensors).replaced  # type: ignore[attr-defined]
+        count = _label_count(base, replaced)
+        where = str(stored.folder)
+        if count is None:
+            raise AdapterError(
+                "neither it nor its base holds a head for labels.",
+                where=where,
+                advice="If the head is in another checkpoint, give that with `model`.",
+            )
+        if count < 2 or getattr(base.config, "problem_type", None) in ("regression", "multi_label_classification"):
+            raise AdapterError("its head gives values or several labels a text; one label a text is read.", where=where)
+        names = getattr(base.config, "id2label", None) or {}
+        labels = tuple(
+            str(names.get(at, f"LABEL_{at}")) if len(names) == count else f"LABEL_{at}" for at in range(count)
+        )
+        on_base = Classification.on(base, labels, None, stored.settings.virtual_tokens, "cls")
+        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced))
+
+    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
+        """The family's classifier; a head that the adapter brings is not in place yet."""
+        config = _with_labels(self.base, len(self.labels))
+        model = load_classifier(
+            self.base, config, self.stored, dtype=dtype, quantization=method.quantization, progress=progress
+        )
+        if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+            model.config.get_text_config().pad_token_id = _EVERY_TOKEN_COUNTS
+        return model, text_part(model)
+
+    def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
+        """The head reads where it reads."""
+
+    def head_parameters(self, model: Any) -> dict[str, nn.Parameter]:  # noqa: ARG002 - it is a part of the adapter
+        """None that are apart."""
+        return {}
+
+    def expected_head(self, model: Any) -> int:  # noqa: ARG002
+        """0."""
+        return 0
+
+    def logits(
+        self,
+        assembled: Assembled,
+        rows: TokenRows,
+        cache: ActivationCache | None = None,  # noqa: ARG002 - the head's features are its own
+        progress: OnProgress | None = None,
+    ) -> torch.Tensor:
+        """Logits (rows, labels) on the CPU."""
+        unknown = Examples(rows, torch.zeros(len(rows.sequences), dtype=torch.long))
+        return outputs(assembled, unknown, progress)
+
+
+def _with_labels(base: Base, count: int) -> Any:
+    config = copy.deepcopy(base.config)
+    if config.num_labels != count:
+        config.num_labels = count
+    return config
+
+
+def _label_count(base: Base, replaced: Mapping[str, torch.Tensor]) -> int | None:
+    """Outputs of the head: of the weights whose shape depends on them, that of the adapter, else that of a base which
+    is a classifier already; None without either."""
+    from transformers import AutoModelForSequenceClassification
+
+    shapes = []
+    for count in (2, 3):
+        try:
+            model = empty_model(AutoModelForSequenceClassification, _with_labels(base, count))
+        except ValueError:
+            raise base.error(f"Transformers has no classifier of a {base.config.model_type} model.") from None
+        shapes.append({name: weight.shape for name, weight in model.named_parameters()})
+    for name, two in shapes[0].items():
+        for dimension, (one, other) in enumerate(zip(two, shapes[1][name], strict=True)):
+            if one != other and name in replaced and replaced[name].dim() == len(two):
+                return int(replaced[name].shape[dimension])
+    architecture = str((base.config_values.get("architectures") or [""])[0])
+    return int(base.config.num_labels) if architecture.endswith("ForSequenceClassification") else None

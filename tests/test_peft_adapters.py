@@ -1,0 +1,175 @@
+"""Adapters that PEFT wrote are read: equal logits, one message for what is damaged, and the base as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft_cases
+import pytest
+import torch
+from commands import capo
+from peft_cases import FEATURES, make_adapter, make_base, read_here
+from safetensors.torch import load_file, save_file
+
+import capotune
+from capotune.errors import AdapterError, CapotuneError, ModelError
+
+TOLERANCE = 1e-5
+CELLS = [
+    *(("Llama", feature, "CAUSAL_LM") for feature in FEATURES),
+    ("GPT-2", "DoRA", "CAUSAL_LM"),
+    ("GPT-2", "IA3", "CAUSAL_LM"),
+    ("Qwen3", "embedding", "CAUSAL_LM"),
+    ("Qwen3", "trained tokens", "CAUSAL_LM"),
+    ("Gemma 3", "LoRA", "SEQ_CLS"),
+    ("GPT-2", "bias all", "SEQ_CLS"),
+    ("DistilBERT", "IA3", "SEQ_CLS"),
+    ("RoBERTa", "modules_to_save", "SEQ_CLS"),
+    ("DeBERTa-v3", "DoRA", "SEQ_CLS"),
+    ("ModernBERT", "patterns", "SEQ_CLS"),
+    ("BERT", "prompt", "SEQ_CLS"),
+]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks Transformers by the old name
+    "ignore::UserWarning",  # PEFT's, of what it guesses
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.mark.parametrize(("family", "feature", "task_type"), CELLS)
+def test_what_peft_wrote_gives_pefts_logits(
+    family: str, feature: str, task_type: str, bases: Path, tmp_path: Path
+) -> None:
+    base = make_base(family, bases / family)
+    assert read_here(base, tmp_path / "adapter", FEATURES[feature], task_type) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def written(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of PEFT's on a Llama."""
+    folder = tmp_path_factory.mktemp("written") / "adapter"
+    make_adapter(make_base("Llama", bases / "Llama"), folder, FEATURES["LoRA"], "CAUSAL_LM")
+    return folder
+
+
+def test_base_is_as_it_was_when_the_adapter_is_taken_off(bases: Path, tmp_path: Path) -> None:
+    base = make_base("Qwen3", bases / "Qwen3")
+    make_adapter(base, tmp_path / "adapter", FEATURES["modules_to_save"], "CAUSAL_LM")
+    loaded = capotune.load(tmp_path / "adapter", model=str(base))
+    loaded.method.detach()
+    plain = peft_cases.load_plain(base, "CAUSAL_LM").state_dict()
+    found = loaded.model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_commands_take_it(written: Path, bases: Path) -> None:
+    told = capo("info", str(written))
+    assert told.code == 0, told.err
+    assert "no fingerprint" in " ".join(told.out.split())
+    wrote = capo("generate", str(written), "now", "--model", str(bases / "Llama"), "--max-tokens", 3)
+    assert wrote.code == 0, wrote.err
+    assert "not checked" in wrote.err
+
+
+def test_weights_lost_by_peft_are_not_drawn_at_random(bases: Path, tmp_path: Path) -> None:
+    """PEFT stores ``classifier`` of a DeBERTa and leaves its pooler out, which no pretrained one has."""
+    import peft
+
+    base = make_base("DeBERTa-v3", bases / "DeBERTa-v3")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query_proj"])
+    peft.get_peft_model(peft_cases.load_plain(base, "SEQ_CLS"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"pooler.*by chance"):
+        capotune.load(tmp_path / "adapter", model=str(base))
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def config(**values: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "adapter_config.json").write_text(content)
+
+
+def tensors(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]) -> Callable[[Path], object]:
+    def changed(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        found = [change(*one) for one in load_file(path).items()]
+        save_file(dict(one for one in found if one is not None), path)
+
+    return changed
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def linked(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+
+
+def lying(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "deep JSON": (text("[" * 10_000 + "]" * 10_000), "nested too deep|not readable JSON"),
+    "a name twice": (text('{"peft_type": "LORA", "peft_type": "IA3"}'), "'peft_type' stands in it twice"),
+    "no object": (text("[]"), "expected an object"),
+    "unknown kind": (config(peft_type="VERA"), "peft_type is 'VERA'"),
+    "changed base": (config(init_lora_weights="pissa"), "changed the base's weights"),
+    "huge rank": (config(r=10**9), "do not fit together"),
+    "no alpha": (config(lora_alpha=None), "lora_alpha above 0"),
+    "slow pattern": (config(alpha_pattern={"(a+)+b": 3}), "may take for ever"),
+    "pickle": (pickled, "weights_only=True"),
+    "link": (linked, "a link that leaves the folder"),
+    "lying header": (lying, "damaged or incomplete"),
+    "NaN": (tensors(lambda key, one: (key, one * float("nan"))), "NaN or infinite"),
+    "a half is missing": (tensors(lambda key, one: None if "lora_B" in key else (key, one)), "the other is missing"),
+    "wrong shape": (tensors(lambda key, one: (key, one[:, 1:].clone() if "lora_A" in key else one)), "fits the base"),
+    "extra tensor": (tensors(lambda key, one: (key.replace("layers.1", "layers.7"), one)), "does not have"),
+    "path upwards": (tensors(lambda key, one: (key.replace("layers", "../x"), one)), "does not have"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_damage_is_one_message(name: str, written: Path, bases: Path, tmp_path: Path) -> None:
+    damage, message = BAD[name]
+    folder = tmp_path / "adapter"
+    shutil.copytree(written, folder)
+    damage(folder)
+    with pytest.raises(CapotuneError, match=message) as error:
+        capotune.load(folder, model=str(bases / "Llama"))
+    assert isinstance(error.value, AdapterError)
+    assert str(folder) in str(error.value)
+    assert os.linesep not in str(error.value)
+
+
+def test_unknown_settings_and_absent_targets_are_named(written: Path, bases: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(written, folder)
+    config(of_tomorrow=3, target_modules=["q_proj", "none_such"])(folder)
+    notices = " ".join(capotune.info(folder)["notices"])
+    assert "'of_tomorrow'" in notices
+    assert "'none_such'" in notices
+    capotune.load(folder, model=str(bases / "Llama"))
