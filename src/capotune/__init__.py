@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capotune.api import (
+        combine,
         compare,
         evaluate,
         generate,
@@ -36,6 +37,7 @@ __all__ = [
     "Generator",
     "Prediction",
     "Tagger",
+    "combine",
     "compare",
     "evaluate",
     "export",

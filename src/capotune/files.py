@@ -51,6 +51,14 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def check_free(path: Path) -> None:
+    """``OutputError`` if ``path`` exists: to be said before long work."""
+    if os.path.lexists(path):
+        raise OutputError(
+            f"the output folder {path} exists already.", advice="Choose another `out`, or remove it first."
+        )
+
+
 @contextmanager
 def output_folder(path: str | Path) -> Iterator[Path]:
     """Build a new folder under a temporary name and rename it to ``path`` when the block ends well.
@@ -59,10 +67,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     Raises ``OutputError`` if ``path`` exists, cannot be made, or the disk fills up while the block runs.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise OutputError(
-            f"the output folder {path} exists already.", advice="Choose another `out`, or remove it first."
-        )
+    check_free(path)
     partial = _partial_name(path)
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
     try:

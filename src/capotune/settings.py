@@ -206,6 +206,38 @@ class MergeSettings(BaseSettings):
     """Allow a hub model to run its own Python code on this machine."""
 
 
+class CombineSettings(Settings):
+    """Several adapters of one base made into one."""
+
+    adapters: tuple[Path, ...]
+    """Adapter folders, of lora or qlora, on one base: two or more."""
+    out: Path
+    """Folder for the combined adapter. Must not exist."""
+    method: Literal["linear", "svd", "ties", "dare", "dare-ties"] = "linear"
+    """linear: the sum of the weighted changes, exact, its rank the sum of their ranks (what PEFT calls cat). svd: the
+    same, rounded to `rank`. ties: of each adapter the largest values stay, and where signs differ the greater total
+    decides (Yadav et al. 2023). dare: values are dropped at random and the others enlarged, then added, or with
+    dare-ties merged as ties does (Yu et al. 2023)."""
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    """A factor for each adapter, in their order; below 0 takes a change away. Left out: 1 for each, which adds the
+    changes up. Heads for labels are averaged by these weights."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """ties, dare, dare-ties: part of each adapter's values that stays."""
+    rank: Count | None = None
+    """Rank of the result, but for linear. Left out: the largest of the adapters' for svd, else their sum."""
+    seed: int = Field(default=0, ge=0)
+    """dare, dare-ties: decides which values are dropped."""
+    model: str | None = None
+    """Where the adapters' base is, when not where the first one was trained."""
+    trust_remote_code: bool = False
+    """Allow a hub model to run its own Python code on this machine."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The weights, one for each adapter."""
+        return self.weights or (1.0,) * len(self.adapters)
+
+
 LoaderName = Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"]
 """A program that ``adapters.loaders`` knows."""
 

@@ -92,7 +92,7 @@ def write_peft(adapter: Portable, assembled: Assembled, folder: Path, task_type:
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
-        "target_modules": _targets(adapter, assembled),
+        "target_modules": assembled.architecture.short_names(adapter.layers),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -153,13 +153,6 @@ def _blank(layers: Mapping[str, Any], assembled: Assembled, rank: int) -> dict[s
             out, into = linear_shape(assembled.model.get_submodule(path))
             found[path] = torch.zeros(rank, into), torch.zeros(out, rank)
     return found
-
-
-def _targets(adapter: Portable, assembled: Assembled) -> list[str]:
-    """Last names where they name just these layers, else whole paths."""
-    names = {_last(path) for path in adapter.layers}
-    named = [path for path in assembled.architecture.linears if _last(path) in names]
-    return sorted(names) if len(named) == len(adapter.layers) else sorted(adapter.layers)
 
 
 def _weight(assembled: Assembled, path: str) -> Tensor:

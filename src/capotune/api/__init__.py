@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from capotune.api.comparison import compare, compare_run, compare_settings
-from capotune.api.conversion import export, merge, quantize
+from capotune.api.conversion import combine, export, merge, quantize
 from capotune.api.inference import (
     evaluate,
     generate,
@@ -44,6 +44,7 @@ __all__ = [
     "Comparison",
     "ComparisonRow",
     "Metric",
+    "combine",
     "command_of",
     "compare",
     "compare_run",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.events import CancelToken, Reporter, ignore
-from capotune.settings import ExportSettings, MergeSettings, QuantizeSettings, build
+from capotune.settings import CombineSettings, ExportSettings, MergeSettings, QuantizeSettings, build
 
 
 def quantize(
@@ -47,6 +47,27 @@ def merge(
 
     built = build(MergeSettings, {"adapter": Path(adapter), "out": out, **settings})
     return convert.merge(built, (cancel or CancelToken()).watching(progress))
+
+
+def combine(
+    *adapters: str | Path,
+    out: str | Path,
+    progress: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make one adapter of several on one base, in the new folder ``out``; returns what was done.
+
+    ``settings`` are those of ``capo combine --help`` by name (``method="ties"``, ``weights=(1, 0.5)``, ``rank=16``).
+    ``held`` is the part of the combined change's norm that the rank holds. Raises ``AdapterError`` for adapters that
+    cannot be one (another base, task or labels; a method without LoRA deltas), else as ``train``.
+
+    >>> capotune.combine("polite/adapter", "terse/adapter", out="both", weights=(0.7, 0.5))   # doctest: +SKIP
+    """
+    from capotune.runs import combine as combining
+
+    built = build(CombineSettings, {"adapters": tuple(map(Path, adapters)), "out": out, **settings})
+    return combining.combine_adapters(built, (cancel or CancelToken()).watching(progress))
 
 
 def export(

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from capotune import api
 from capotune.cli import data_report
+from capotune.cli.combine import describe_combined
 from capotune.cli.comparison_table import comparison_table
 from capotune.cli.grid import two_columns
 from capotune.events import (
@@ -321,6 +322,8 @@ def show_info(facts: dict[str, Any]) -> None:
 
 
 def _trained(trained: dict[str, Any]) -> str:
+    if "combined" in trained:
+        return f"combined: {describe_combined(trained['combined'])}; not scored since"
     score = "no test"
     if trained["test_rows"]:
         score = f"{_score(trained['metric'], trained['score'])} on {trained['test_rows']:,} rows"

@@ -39,6 +39,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo demo generation                     a comparison on data that is already here
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
   capo export ADAPTER --for vllm           for vllm, sglang, llama.cpp, ollama, peft or transformers (--out DIR)
+  capo combine A B --out DIR               several adapters of one base as one
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
@@ -357,6 +358,12 @@ def _export(rest: list[str]) -> int:
     return export(rest)
 
 
+def _combine(rest: list[str]) -> int:
+    from capotune.cli.combine import combine
+
+    return combine(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -376,6 +383,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "quantize": _quantize,
     "merge": _merge,
     "export": _export,
+    "combine": _combine,
 }
 
 

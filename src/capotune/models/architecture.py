@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +55,12 @@ class Architecture:
             if path.startswith(block + "."):
                 return number
         return None
+
+    def short_names(self, paths: Collection[str]) -> list[str]:
+        """Last names of these linear layers where they name just these (other programs expect such), else paths."""
+        names = {path.rpartition(".")[2] for path in paths}
+        named = [path for path in self.linears if path.rpartition(".")[2] in names]
+        return sorted(names if len(named) == len(paths) else paths)
 
 
 def text_part(model: Any) -> str:

@@ -185,6 +185,15 @@ class Task(TaskModel):
         """
         return []
 
+    @classmethod
+    def check_combines(cls, first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+        """Names of what the records of two adapters say differently of how the task is asked.
+
+        Raises ``AdapterError`` where no one adapter can do what both do.
+        """
+        own = (cls.Record.model_fields.keys() - StoredRecord.model_fields.keys()) | {"max_length"}
+        return sorted(name for name in own if first.get(name) != other.get(name))
+
     def compute_dtype(self, device: torch.device, quantized: bool) -> torch.dtype:  # noqa: ARG002
         """What the base computes in; fp32 unless the task says otherwise."""
         return torch.float32
@@ -222,8 +231,7 @@ class Task(TaskModel):
     def card(self, record: dict[str, Any]) -> CardWords:
         """What the adapter's README says, from its whole record."""
         trained = record["trained"]
-        known = metric(trained["held_out_metric"])
-        score = f"No test rows; {known.words} on the held-out part {known.text(trained['held_out_score'], 2)}"
+        score = untested(trained, trained.get("held_out_metric", ""))
         if trained["test_rows"]:
             every = ((metric(name), value) for name, value in trained["scores"].items())
             named = ", ".join(f"{one.words} {one.text(value, 2)}" for one, value in every)
@@ -280,6 +288,15 @@ class Task(TaskModel):
             of_base: the same of the base alone; empty where it made none.
         """
         return []
+
+
+def untested(trained: Mapping[str, Any], name: str) -> str:
+    """What a card says where there were no test rows, by the held-out rows' score of that ``name``."""
+    if "combined" in trained:
+        names = ", ".join(one["name"] for one in trained["combined"]["adapters"])
+        return f"Combined of {names} by {trained['combined']['method']}, and not scored since"
+    known = metric(name)
+    return f"No test rows; {known.words} on the held-out part {known.text(trained['held_out_score'], 2)}"
 
 
 def _own_fields(task: type[Task]) -> list[str]:

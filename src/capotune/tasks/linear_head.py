@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from capotune.errors import ModelError
+from capotune.errors import AdapterError, ModelError, quoted
 from capotune.models.architecture import FAILURES, joined, text_part
 from capotune.models.base import first_line
 from capotune.tasks.base import Task
+from capotune.text import words
 
 
 class HeadedBackbone(nn.Module):
@@ -118,6 +120,29 @@ class LinearHeadTask(Task):
             f"the base's own head ({own}) comes along as it was, for its own labels: programs that load the folder "
             "with it do not use what was trained. The trained head is the adapter inside."
         ]
+
+    @classmethod
+    def check_combines(cls, first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+        """Labels may stand in another order; what the heads read must be the same."""
+        one, two = set(first["labels"]), set(other["labels"])
+        if one != two:
+            only = ", ".join(map(quoted, sorted(one ^ two)[:3]))
+            raise AdapterError(
+                f"its {len(two)} labels are others than the first adapter's {len(one)}: only one has {only}.",
+                advice="A head tells its own labels apart: combine adapters of the same labels.",
+            )
+        differing = [name for name in super().check_combines(first, other) if name != "labels"]
+        read = [name for name in differing if name != "max_length"]
+        if read:
+            raise AdapterError(
+                f"its head reads the text otherwise than the first adapter's ({', '.join(map(words, read))}).",
+                advice="Combine adapters that were trained alike.",
+            )
+        return differing
+
+    def rows_of_labels(self, record: Mapping[str, Any]) -> list[int]:
+        """Of the head of another adapter of the same labels, in the order of this one's."""
+        return [record["labels"].index(label) for label in self.labels]
 
     def expected_head(self, model: Any) -> int:
         """(features + 1)·labels."""

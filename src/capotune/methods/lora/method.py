@@ -320,7 +320,7 @@ class Lora(Method):
             "r": settings.rank,
             "lora_alpha": settings.stored_alpha,
             "lora_dropout": settings.dropout,
-            "target_modules": self._short_targets(),
+            "target_modules": self.architecture.short_names(self.targets),
             "use_rslora": False,
             "use_dora": settings.dora,
             "bias": "none",
@@ -355,12 +355,6 @@ class Lora(Method):
                 if len(layers) == len(names) and len(widths) == 1 and not self.settings.dora:
                     for layer in layers:
                         layer.shared = SharedInput(layers) if layer is layers[0] else layers[0].shared
-
-    def _short_targets(self) -> list[str]:
-        """Last names of the targets when they name just these layers (other programs expect such), else full paths."""
-        names = sorted({path.rpartition(".")[2] for path in self.targets})
-        named = [path for path in self.architecture.linears if path.rpartition(".")[2] in names]
-        return names if len(named) == len(self.targets) else sorted(self.targets)
 
     def _check_rank(self) -> None:
         largest = max(min(linear_shape(self.model.get_submodule(path))) for path in self.targets)

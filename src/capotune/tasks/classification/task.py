@@ -28,7 +28,7 @@ from capotune.models.load import load_backbone
 from capotune.models.sentence_files import Pooling
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
-from capotune.tasks.base import Scored, TaskRun
+from capotune.tasks.base import Scored, TaskRun, untested
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
 from capotune.tasks.classification.model import SequenceClassifier, readable_layers
@@ -254,7 +254,7 @@ class Classification(LinearHeadTask):
         trained, labels = record["trained"], self.labels
         shown = ", ".join(labels[:_SHOWN_LABELS])
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
-        score = f"No test rows; accuracy on the held-out part {trained['held_out_score']:.2%}"
+        score = untested(trained, "accuracy")
         if trained["test_rows"]:
             score = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows"
         return CardWords(

@@ -30,7 +30,7 @@ from capotune.models.base import Base
 from capotune.models.load import load_causal_lm
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
-from capotune.tasks.base import Scored, Task, TaskRun
+from capotune.tasks.base import Scored, Task, TaskRun, untested
 from capotune.tasks.generation import page
 from capotune.tasks.generation.chat_template import ChatTemplate
 from capotune.tasks.generation.deciding import decide_together
@@ -259,7 +259,7 @@ class Generation(TextEncoder, Task):
         trained = record["trained"]
         scores = {name: value for name, value in (trained.get("scores") or {}).items() if value is not None}
         named = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
-        score = f"No test rows; perplexity on the held-out part {trained['held_out_score']:.4g}"
+        score = untested(trained, "perplexity")
         if trained["test_rows"]:
             score = f"On test rows: {named}"  # not all scores are of as many
         what = "answers in a conversation" if self.chat else "text"

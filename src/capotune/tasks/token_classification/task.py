@@ -23,7 +23,7 @@ from capotune.models.base import Base
 from capotune.models.load import load_backbone
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
-from capotune.tasks.base import Scored, TaskRun
+from capotune.tasks.base import Scored, TaskRun, untested
 from capotune.tasks.linear_head import LinearHeadTask, inner_states, spread_layers
 from capotune.tasks.room import text_length
 from capotune.tasks.token_classification.alignment import NOWHERE, Aligned, align
@@ -206,7 +206,7 @@ class TokenClassification(LinearHeadTask):
         """Types, F1 and how to predict."""
         trained, types = record["trained"], self.types
         more = f" and {len(types) - _SHOWN_TYPES} more" if len(types) > _SHOWN_TYPES else ""
-        score = f"No test rows; F1 of entities on the held-out part {trained['held_out_score']:.2%}"
+        score = untested(trained, "f1")
         if trained["test_rows"]:
             score = f"F1 of entities {trained['score']:.2%} on {trained['test_rows']:,} test sentences"
         return CardWords(
