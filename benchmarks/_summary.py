@@ -26,6 +26,7 @@ def _tables() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]:
         "nf4": ("4-bit weights: speed", four_bit),
         "nf4-bits": ("4-bit weights: equal bits", equal_bits),
         "stream-13b": ("13 billion weights on a small machine", streaming),
+        "gguf-memory": ("A GGUF file in 4 bits: memory", gguf_memory),
         "linear_head": ("The head", head),
         "engine-profile": ("Where a training step's time goes", profiles),
         "startup": ("From the command to the first step", startup),
@@ -223,6 +224,17 @@ def streaming(content: dict[str, Any]) -> list[str]:
     lines += ["| phase | seconds | peak, GiB |", "| --- | --- | --- |"]
     lines += [f"| {one['phase']} | {one['seconds']:.1f} | {one['peak_gib']:.2f} |" for one in content["phases"]]
     return [*lines, "", f"Peak resident memory of the whole process: **{content['peak_gib']:.2f} GiB**."]
+
+
+def gguf_memory(content: dict[str, Any]) -> list[str]:
+    """What loading each file adds at its peak, the first time and from the cache."""
+    lines = ["| file | loaded | added at the peak | result | largest tensor | limit | in fp32 | seconds |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, found in content["files"].items():
+        for when in ("first", "again"):
+            sizes = [human_bytes(found[when][key]) for key in ("added", "result", "largest", "limit", "whole")]
+            lines.append(f"| {name} | {when} | {' | '.join(sizes)} | {found[when]['seconds']:.1f} |")
+    return [*lines, "", "The limit is the result and two of the largest tensor; nothing is written in fp32."]
 
 
 def head(content: dict[str, Any]) -> list[str]:

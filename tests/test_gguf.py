@@ -1,10 +1,9 @@
-"""GGUF files: the model is the one that the file was made from, a bad file is refused, and each is converted once."""
+"""GGUF files: the model is the one that the file was made from, and a bad file is refused."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import struct
 from collections.abc import Callable
@@ -30,13 +29,12 @@ from gguf_files import (  # noqa: E402 - needs the package
     write,
 )  # fmt: skip
 
-from capotune.adapters.fingerprint import fingerprint  # noqa: E402
-from capotune.api import inspect, is_adapter  # noqa: E402
-from capotune.errors import CapotuneError, MissingLibraryError, ModelError  # noqa: E402
-from capotune.events import Event, Progress, Stage, Warned  # noqa: E402
+from capotune.api import inspect  # noqa: E402
+from capotune.errors import MissingLibraryError, ModelError  # noqa: E402
+from capotune.events import Event, Warned  # noqa: E402
 from capotune.files import cache_folder  # noqa: E402
 from capotune.models import base as bases  # noqa: E402
-from capotune.models.base import EMBEDDED, Quantization, embedded_file, find  # noqa: E402
+from capotune.models.base import EMBEDDED, embedded_file, find  # noqa: E402
 from capotune.models.gguf.file import open_gguf  # noqa: E402
 from capotune.models.load import load_causal_lm  # noqa: E402
 
@@ -114,18 +112,6 @@ def test_output_layer_written_twice_is_tied_again(tmp_path: Path) -> None:
     assert find(str(tmp_path / "model.gguf")).config.tie_word_embeddings
 
 
-def test_4_bits_are_those_of_the_model_that_the_file_was_made_from(tmp_path: Path) -> None:
-    model = write(LLAMA, tmp_path / "model.gguf")
-    model.save_pretrained(tmp_path / "saved")
-    quantization = Quantization("nf4", 64, True)
-    base = find(str(tmp_path / "model.gguf"))
-    for path in base.folder.glob("*token*"):
-        (tmp_path / "saved" / path.name).write_bytes(path.read_bytes())
-    of_file = load_causal_lm(base, quantization=quantization)
-    of_saved = load_causal_lm(find(str(tmp_path / "saved")), quantization=quantization)
-    assert torch.equal(logits(of_file), logits(of_saved))
-
-
 # ----------------------------------------------------------------------------------------------- the tokenizer
 
 
@@ -187,48 +173,6 @@ def test_tokenizer_without_a_splitting_rule_is_read_with_a_warning(tmp_path: Pat
     assert [event.text for event in seen if isinstance(event, Warned)] == [
         "model.gguf does not say how its tokenizer splits texts; GPT-2's rule is used."
     ]
-
-
-# --------------------------------------------------------------------------------------------------- the cache
-
-
-def test_file_is_converted_once_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    write(LLAMA, folder / "model.gguf")
-    (folder / "config.json").write_text("{}", encoding="utf-8")  # as hubs have it
-    (tmp_path / "blob").write_bytes((folder / "model.gguf").read_bytes())
-    seen: list[Event] = []
-    monkeypatch.chdir(tmp_path)
-    found = [find(name, report=seen.append) for name in ("downloaded/model.gguf", "downloaded", "blob")]
-    assert len({fingerprint(base) for base in found}) == len({base.folder for base in found}) == 1
-    assert [event.text for event in seen if isinstance(event, Stage)] == [
-        f"converting model.gguf, once: 321 kB in {cache_folder() / 'models'}"
-    ]
-    progress = [event for event in seen if isinstance(event, Progress)]
-    assert progress[-1].done == progress[-1].total
-    assert [base.lasting_name for base in found] == [str(tmp_path / base.name) for base in found]
-    assert not any(is_adapter(name) for name in ("downloaded/model.gguf", "downloaded"))
-
-
-def test_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
-    write(LLAMA, tmp_path / "model.gguf")
-
-    def interrupt(event: Event) -> None:
-        if isinstance(event, Progress):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        find(str(tmp_path / "model.gguf"), report=interrupt)
-    assert not list(cache_folder().rglob("*"))
-    find(str(tmp_path / "model.gguf"))
-
-
-def test_conversion_without_room_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(LLAMA, tmp_path / "model.gguf")
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("", (), {"free": 1000}))
-    with pytest.raises(CapotuneError, match=r"321 kB, and 1.0 kB are free in .*CAPOTUNE_CACHE"):
-        find(str(tmp_path / "model.gguf"))
 
 
 # -------------------------------------------------------------------------------------------------- bad files
@@ -376,16 +320,6 @@ def test_metadata_of_another_type_give_messages_and_nothing_else(tmp_path: Path)
         write(family, tmp_path / "wrong.gguf", family.model(), metadata={key: wrong})
         with suppress(ModelError):
             find(str(tmp_path / "wrong.gguf"))
-
-
-def test_what_a_killed_process_left_is_removed_after_days(tmp_path: Path) -> None:
-    old, new = (cache_folder() / "models" / f".{name}.partial" for name in ("old", "new"))
-    for folder in (old, new):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    write(LLAMA, tmp_path / "model.gguf")
-    find(str(tmp_path / "model.gguf"))
-    assert (old.exists(), new.exists()) == (False, True)
 
 
 # ------------------------------------------------------------------------------------------- SmolLM2, by name

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from threading import Event
 
 from capotune.events import nothing
 from capotune.models.base import Base
 from capotune.models.content import remembered
-from capotune.models.shards import Shards, StoredTensor
+from capotune.models.shards import Shards, StoredTensor, Tensors
 
 _ALIVE_SECONDS = 0.1
 _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
@@ -21,17 +20,18 @@ _NAMES_IN_CONFIG = ("_name_or_path", "transformers_version")
 
 def earlier_fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
     """The fingerprint as it was before second copies in a model's folder were left out: over all its weight files."""
-    return _of_files(sorted(base.folder.glob("*.safetensors")), alive)
+    paths = sorted(base.folder.glob("*.safetensors"))
+    return remembered("tensors", paths, lambda: _computed(Shards(paths), alive))
 
 
 def fingerprint(base: Base, alive: Callable[[], object] = nothing) -> str:
     """sha256 over every stored tensor's name, dtype, shape and bytes, in the order of names.
 
     It reads all weights, on every core, and is remembered for as long as the files stay as they are
-    (``models.content``); ``alive`` is called again and again meanwhile. Raises ``ModelError`` for a file that is not a
-    complete safetensors file.
+    (``models.content``); ``alive`` is called again and again meanwhile. A GGUF file's tensors count as they are
+    converted. Raises ``ModelError`` for a file that is not complete.
     """
-    return _of_files(base.weight_files, alive)
+    return remembered("tensors", base.tensor_files, lambda: _computed(base.tensors, alive))
 
 
 def config_hash(base: Base) -> str:
@@ -44,14 +44,10 @@ def config_hash(base: Base) -> str:
     return total.hexdigest()
 
 
-def _of_files(paths: Sequence[Path], alive: Callable[[], object]) -> str:
-    return remembered("tensors", paths, lambda: _computed(paths, alive))
-
-
-def _computed(paths: Sequence[Path], alive: Callable[[], object]) -> str:
+def _computed(tensors: Tensors, alive: Callable[[], object]) -> str:
     """A thread for each core, the largest tensors first: hashing and reading both let other threads run."""
-    shards, stopped, cores = Shards(paths), Event(), os.cpu_count() or 1
-    waiting = sorted(shards, key=lambda stored: stored.nbytes)
+    stopped, cores = Event(), os.cpu_count() or 1
+    waiting = sorted(tensors, key=lambda stored: stored.nbytes)
     digests: dict[str, bytes] = {}
     running: dict[Future[bytes], str] = {}
     with ThreadPoolExecutor(cores, thread_name_prefix="capotune-hash") as pool:
@@ -60,7 +56,7 @@ def _computed(paths: Sequence[Path], alive: Callable[[], object]) -> str:
                 alive()
                 while waiting and len(running) < cores:
                     stored = waiting.pop()
-                    running[pool.submit(_digest, shards, stored, stopped)] = stored.name
+                    running[pool.submit(_digest, tensors, stored, stopped)] = stored.name
                 for one in wait(running, _ALIVE_SECONDS, FIRST_COMPLETED).done:
                     digests[running.pop(one)] = one.result()
         finally:
@@ -71,10 +67,10 @@ def _computed(paths: Sequence[Path], alive: Callable[[], object]) -> str:
     return total.hexdigest()
 
 
-def _digest(shards: Shards, stored: StoredTensor, stopped: Event) -> bytes:
+def _digest(tensors: Tensors, stored: StoredTensor, stopped: Event) -> bytes:
     """Of one tensor; of a part of it where nobody waits for it any more."""
     digest = hashlib.sha256(json.dumps([stored.name, stored.dtype, list(stored.shape)]).encode())
-    for part in shards.chunks(stored.name):
+    for part in tensors.chunks(stored.name):
         digest.update(part)
         if stopped.is_set():
             break

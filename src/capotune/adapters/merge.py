@@ -34,13 +34,12 @@ from capotune.models.quantize import (
     quantization_config,
     quantized_plans,
     stored_linears,
-    whole_plan,
     write_config,
     write_tensors,
 )
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
-from capotune.models.shard_writer import Plan, ShardWriter
-from capotune.models.shards import DTYPES, Shards, StoredTensor
+from capotune.models.shard_writer import Plan, ShardWriter, whole_plan
+from capotune.models.shards import DTYPES, StoredTensor, Tensors
 from capotune.models.stored_names import StoredNames
 from capotune.models.stream import empty_model, quantize_weight
 
@@ -124,7 +123,7 @@ class _Merging:
 
     def __init__(self, base: Base, changes: Changes, quantization: Quantization | None) -> None:
         self.base = base
-        self.shards = Shards(base.weight_files)
+        self.shards = base.tensors
         self.quantized = quantized_weights(self.shards)
         """Parts of each weight that is stored in 4 bits, by its name."""
         self.layers = stored_linears(base)
@@ -219,7 +218,7 @@ def _as_stored(weight: Tensor, stored: StoredTensor) -> Tensor:
     return found
 
 
-def _stored_names(base: Base, shards: Shards) -> dict[str, str]:
+def _stored_names(base: Base, shards: Tensors) -> dict[str, str]:
     """Of the base's weights, by path in the backbone, and where a part of it reads text by path in that part too, since
     some families load it alone."""
     model = empty_model(AutoModel, base.config)

@@ -19,11 +19,11 @@ from capotune.errors import DataError, MissingLibraryError, ModelError, needs_ex
 from capotune.events import Reporter, ignore
 from capotune.models.content import sha256_of
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
-from capotune.models.gguf.cache import converted, gguf_file
+from capotune.models.gguf.cache import GgufModel, gguf_file, in_cache
 from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles
-from capotune.models.shards import Shards, check_dtypes
+from capotune.models.shards import Shards, Tensors, check_dtypes
 from capotune.models.tokenizer_files import needs_libraries, unknown_class
 from capotune.settings import nearest
 
@@ -90,6 +90,8 @@ class Base:
     folder: Path
     trust_remote_code: bool = False
     """Whether the folder's own Python code may run."""
+    gguf: GgufModel | None = None
+    """The GGUF file that its weights are in; ``folder``, in the cache, then holds all else."""
 
     @property
     def lasting_name(self) -> str:
@@ -107,10 +109,20 @@ class Base:
         """The safetensors shards, in order."""
         return self.weights.paths
 
+    @cached_property
+    def tensors(self) -> Tensors:
+        """Its stored tensors. ``ModelError`` where they are not there or damaged."""
+        return Shards(self.weight_files) if self.gguf is None else self.gguf.tensors(self.config)
+
+    @property
+    def tensor_files(self) -> tuple[Path, ...]:
+        """The files that ``tensors`` depend on."""
+        return self.weight_files if self.gguf is None else (self.gguf.path,)
+
     @property
     def weight_bytes(self) -> int:
-        """Size of the shards."""
-        return sum(path.stat().st_size for path in self.weight_files)
+        """Size of the files with its weights."""
+        return sum(path.stat().st_size for path in self.tensor_files)
 
     @property
     def sentence_files(self) -> SentenceFiles:
@@ -238,9 +250,8 @@ class Base:
     @cached_property
     def quantization(self) -> Quantization | None:
         """How its weights are stored in 4 bits, by the first of them; None for a model in full precision."""
-        shards = Shards(self.weight_files)
-        for weight, parts in quantized_weights(shards).items():
-            stored = read_quantized(shards, weight, parts)
+        for weight, parts in quantized_weights(self.tensors).items():
+            stored = read_quantized(self.tensors, weight, parts)
             return Quantization(stored.quant_type, stored.block_size, stored.nested)
         return None
 
@@ -324,7 +335,8 @@ class Base:
 def find(name: str, *, trust_remote_code: bool = False, report: Reporter = ignore) -> Base:
     """The base that ``name`` stands for: an embedded one, a folder, a GGUF file or the folder of one, or a hub id.
 
-    A GGUF file is converted, which ``report`` follows, the first time; the base's folder is then in the cache.
+    A GGUF file's description goes into the cache. Its weights follow when they are first loaded, and ``report`` is
+    then told.
 
     Raises ``ModelError`` when there is no such model, its folder lacks ``config.json`` or safetensors weights, or these
     are not whole or stored in a way that is not read here, and for a GGUF file that cannot be used.
@@ -356,10 +368,11 @@ def _path(name: str) -> Path | None:
 
 
 def _from_gguf(name: str, file: Path, sha256: str, report: Reporter) -> Base:
-    """A base whose folder is what a GGUF file is converted to."""
+    """A base whose weights are in a GGUF file."""
+    gguf = in_cache(file, sha256, report)
     try:
         with quiet():
-            return Base(name, converted(file, sha256, report))
+            return Base(name, gguf.described(), gguf=gguf)
     except ModelError as error:
         where = None if Path(name).expanduser() == file else error.where
         raise ModelError(error.problem, setting="model", given=name, where=where, advice=error.advice) from None
@@ -378,7 +391,7 @@ def _check(base: Base) -> None:
     if not is_object:
         raise ModelError(f"{path}: expected an object, found a {type(base.config_values).__name__}.")
     holds_4_bits(base.config_values)
-    check_dtypes(Shards(base.weight_files))
+    check_dtypes(base.tensors)
 
 
 _UNLIMITED = 10**9

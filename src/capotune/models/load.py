@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from capotune.errors import ModelError
+from capotune.errors import ModelError, OutputError
 from capotune.events import OnProgress
 from capotune.models.base import Base, Quantization, quiet
+from capotune.models.gguf.converted import converted
 from capotune.models.stream import check_complete, stream_quantized, wrong_shape
 
 
@@ -92,6 +93,7 @@ def _load(
     config = base.config if config is None else config
     try:
         with quiet(), _without_adapters():
+            base = converted(base, quantization)
             if quantization is not None or base.is_quantized:
                 model = stream_quantized(auto_class, base, config, dtype, quantization, progress)
             else:
@@ -112,7 +114,7 @@ def _load(
                 for name, found, expected in sorted(info["mismatched_keys"]):
                     if given is None or name not in given:
                         raise wrong_shape(base, name, found, expected)
-    except ModelError:
+    except (ModelError, OutputError):
         raise
     except (OSError, TypeError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise base.unusable("it cannot be loaded", error) from None

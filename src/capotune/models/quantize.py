@@ -30,8 +30,8 @@ from capotune.kernels.nf4 import (
 from capotune.models.architecture import LINEAR_TYPES, bypassed_linears, is_linear
 from capotune.models.base import Base, Quantization
 from capotune.models.folder import ADAPTER, is_weights
-from capotune.models.shard_writer import Plan, ShardWriter
-from capotune.models.shards import DTYPES, Shards, StoredTensor
+from capotune.models.shard_writer import Plan, ShardWriter, whole_plan
+from capotune.models.shards import DTYPES, StoredTensor
 from capotune.models.stored_names import StoredNames
 from capotune.models.stream import empty_model, quantize_weight, wrapper
 
@@ -103,7 +103,7 @@ def stored_linears(base: Base) -> dict[str, StoredLinear]:
         for path, part in model.named_modules()
         if is_linear(part) and part is not model.get_output_embeddings()  # which Llama 4 has here
     }
-    names = StoredNames(model, [stored.name for stored in Shards(base.weight_files)])
+    names = StoredNames(model, [stored.name for stored in base.tensors])
     found = {key: _kept_if_renamed(key, layers[name]) for key, name in names.whole.items() if name in layers}
     if not found:
         held_as, advice = wrapper(base, sorted(layers))
@@ -134,15 +134,17 @@ def write_quantized(
     folder: Path,
     quantization: Quantization,
     *,
+    layers: dict[str, StoredLinear] | None = None,
     progress: OnProgress | None = None,
 ) -> Quantized:
     """Write ``base`` with its linear weights in 4 bits into the existing ``folder``.
 
-    Peak memory is one tensor and what quantizing it takes. Raises ``ModelError``, which names tensor and file, for
-    weights that are damaged or not finite.
+    ``layers`` are those that are quantized, by their weights' names in the checkpoint; None: ``quantizable_weights``,
+    all that Transformers reads in 4 bits. Peak memory is one tensor and what quantizing it takes. Raises
+    ``ModelError``, which names tensor and file, for weights that are damaged or not finite.
     """
-    shards = Shards(base.weight_files)
-    to_quantize = quantizable_weights(base)
+    shards = base.tensors
+    to_quantize = quantizable_weights(base) if layers is None else layers
     errors, read, quantized_weights = [], 0, 0
     buffer = shards.buffer_for(to_quantize)
     with ShardWriter(folder, (_plans(stored, to_quantize, quantization) for stored in shards)) as writer:
@@ -183,11 +185,6 @@ def quantized_plans(name: str, shape: tuple[int, ...], quantization: Quantizatio
         plans.append(Plan.of(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK_SIZE),)))
         plans.append(Plan.of(f"{name}.nested_quant_map", "F32", (256,)))
     return [*plans, Plan.of_text(f"{name}.quant_state.bitsandbytes__{quantization.quant_type}")]
-
-
-def whole_plan(stored: StoredTensor) -> list[Plan]:
-    """A tensor that is written as it is stored."""
-    return [Plan(stored.name, stored.dtype, stored.shape, stored.nbytes)]
 
 
 def write_tensors(writer: ShardWriter, tensors: dict[str, Tensor]) -> None:
@@ -251,7 +248,7 @@ def _plans(stored: StoredTensor, to_quantize: dict[str, StoredLinear], quantizat
 
 def _stored_dtype(base: Base, to_quantize: dict[str, StoredLinear]) -> str:
     """PyTorch's name of the dtype that the weights are stored in; the product runs in it."""
-    dtype = DTYPES.get(Shards(base.weight_files)[next(iter(to_quantize))].dtype, torch.float32)
+    dtype = DTYPES.get(base.tensors[next(iter(to_quantize))].dtype, torch.float32)
     return str(dtype if dtype in WEIGHT_DTYPES.values() else torch.float32).removeprefix("torch.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from capotune.errors import ModelError
 from capotune.kernels.nf4 import QuantizedTensor, from_checkpoint
-from capotune.models.shards import Shards
+from capotune.models.shards import Tensors
 
 _PART = re.compile(r"(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
 
@@ -41,7 +41,7 @@ def part_of(name: str) -> str | None:
     return found.group(1) if found else None
 
 
-def quantized_weights(shards: Shards) -> dict[str, list[str]]:
+def quantized_weights(shards: Tensors) -> dict[str, list[str]]:
     """Weights that are stored in 4 bits, with the names of their parts."""
     parts: dict[str, list[str]] = {}
     for stored in shards:
@@ -51,7 +51,7 @@ def quantized_weights(shards: Shards) -> dict[str, list[str]]:
     return parts
 
 
-def read_quantized(shards: Shards, weight: str, parts: list[str]) -> QuantizedTensor:
+def read_quantized(shards: Tensors, weight: str, parts: list[str]) -> QuantizedTensor:
     """The weight in 4 bits, as it is stored. ``ModelError`` names tensor and file when its parts do not fit."""
     tensors = {name: shards.read(name) for name in (weight, *parts) if name in shards}
     try:

@@ -8,6 +8,7 @@ is written last, is padded with spaces to the bytes that were reserved for it, a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,8 +18,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from capotune.files import write_atomic
-from capotune.models.shards import DTYPE_NAMES, DTYPES, HEADER_LENGTH
+from capotune.errors import OutputError
+from capotune.files import human_bytes, write_atomic
+from capotune.models.shards import DTYPE_NAMES, DTYPES, HEADER_LENGTH, StoredTensor
 
 SHARD_BYTES = 2_000_000_000
 """Largest file, unless a single tensor is larger."""
@@ -50,15 +52,23 @@ class Plan:
         return cls(name, "U8", (MOST_TEXT,), MOST_TEXT, text=True)
 
 
+def whole_plan(stored: StoredTensor) -> list[Plan]:
+    """A tensor that is written as it is stored."""
+    return [Plan(stored.name, stored.dtype, stored.shape, stored.nbytes)]
+
+
 class ShardWriter:
     """Writes the planned tensors into ``folder``: one file, or several with their index.
 
     Tensors of one group stand in one file. Write every tensor of a file before the next file's, in any order.
+
+    Raises ``OutputError`` before anything is written where there is no room for all.
     """
 
     def __init__(self, folder: Path, groups: Iterable[Sequence[Plan]], shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
         files = _fill(groups, shard_bytes)
+        _check_room(folder, sum(plan.nbytes for plans in files for plan in plans))
         names = [f"model-{number + 1:05}-of-{len(files):05}.safetensors" for number in range(len(files))]
         self._names = names if len(names) > 1 else ["model.safetensors"]
         self._plans = files
@@ -166,3 +176,12 @@ def _fill(groups: Iterable[Sequence[Plan]], shard_bytes: int) -> list[list[Plan]
         files[-1] += group
         size += needs
     return files
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OutputError(
+            f"the model's weights take {human_bytes(size)}, and {human_bytes(free)} are free in {folder.parent}.",
+            advice="Free some space, or use another disk: by `out`, or for the cache by CAPOTUNE_CACHE.",
+        )

@@ -1,6 +1,7 @@
-"""Tensors in safetensors files, read one at a time into memory of their own.
+"""A model's stored tensors, by name, and those in safetensors files, read one at a time into memory of their own.
 
-A file is 8 bytes with the header's length, a header in JSON (name → dtype, shape, first and last byte), the bytes.
+A safetensors file is 8 bytes with the header's length, a header in JSON (name → dtype, shape, first and last byte),
+the bytes.
 Mapping a file into memory, as the safetensors library does, counts every page that was touched as this process's
 memory for as long as the file is open; a model larger than memory is read here with no more than one tensor at a time.
 """
@@ -8,6 +9,7 @@ memory for as long as the file is open; a model larger than memory is read here 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -42,21 +44,17 @@ class StoredTensor:
     begin: int
     """First byte in the file."""
     nbytes: int
+    """Of its values."""
 
 
-class Shards:
-    """The tensors of a model's safetensors files, by name."""
+class Tensors(ABC):
+    """A model's stored tensors, by name."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Read the headers. ``ModelError`` names a file that is damaged or cut short, and the tensor where it can."""
-        self.paths = tuple(paths)
-        self._stored: dict[str, StoredTensor] = {}
-        for path in paths:
-            for stored in _read_header(path):
-                self._stored[stored.name] = stored
+    def __init__(self, stored: Iterable[StoredTensor]) -> None:
+        self._stored = {one.name: one for one in stored}
 
     def __iter__(self) -> Iterator[StoredTensor]:
-        """Every tensor, in the order of the files and of their bytes."""
+        """Every tensor, in the order in which they are best read."""
         return iter(self._stored.values())
 
     def __contains__(self, name: str) -> bool:
@@ -74,11 +72,26 @@ class Shards:
         """Bytes that any one of the tensors ``names`` fits into, for ``read``."""
         return torch.empty(max((self._stored[name].nbytes for name in names), default=0), dtype=torch.uint8)
 
+    @abstractmethod
     def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """The tensor, in new memory, or in ``buffer`` until that is used again.
 
-        ``ModelError`` for a dtype that PyTorch or this reader has not.
+        ``ModelError`` for a dtype that PyTorch or this reader has not, and for a file that was cut short meanwhile.
         """
+
+    @abstractmethod
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in order, a part at a time, each valid until the next is asked for."""
+
+
+class Shards(Tensors):
+    """The tensors of a model's safetensors files, in the order of the files and of their bytes."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Read the headers. ``ModelError`` names a file that is damaged or cut short, and the tensor where it can."""
+        super().__init__(stored for path in paths for stored in _read_header(path))
+
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
             raise ModelError(f"{stored.path}: the tensor {name} has the dtype {stored.dtype}, which is not read here.")
@@ -90,7 +103,6 @@ class Shards:
         return data.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes as they are stored, a part at a time, each valid until the next is asked for."""
         stored = self._stored[name]
         buffer = memoryview(bytearray(min(CHUNK, stored.nbytes)))
         left = stored.nbytes
@@ -104,7 +116,7 @@ class Shards:
                 yield buffer[:count]
 
 
-def check_dtypes(shards: Shards) -> None:
+def check_dtypes(shards: Tensors) -> None:
     """``ModelError`` for a tensor in 8 bits or fewer with scales elsewhere, or of a dtype that is not known here."""
     for stored in shards:
         if stored.dtype not in DTYPES or stored.dtype.startswith("F8"):

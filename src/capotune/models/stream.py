@@ -21,7 +21,7 @@ from capotune.kernels.nf4 import WEIGHT_DTYPES, Linear4bit, QuantizedTensor, qua
 from capotune.models.architecture import LINEAR_TYPES, base_path, bypassed_linears, is_linear, linear_shape, swap
 from capotune.models.base import first_line
 from capotune.models.quantized import part_of, quantized_weights, read_quantized
-from capotune.models.shards import Shards
+from capotune.models.shards import Tensors
 from capotune.models.stored_names import Parts, StoredNames
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def stream_quantized(
     Raises ``ModelError``, which names tensor and file, for weights that are missing, damaged, not finite or do not fit.
     """
     model = empty_model(auto_class, config, dtype)
-    shards = Shards(base.weight_files)
+    shards = base.tensors
     filling = _Filling(model, base, shards, dtype, None if base.is_quantized else quantization)
     read, total = 0, shards.nbytes
     for stored in shards:
@@ -81,7 +81,7 @@ class _Filling:
     """A model on its way from empty to whole."""
 
     def __init__(
-        self, model: Any, base: Base, shards: Shards, dtype: torch.dtype, quantization: Quantization | None
+        self, model: Any, base: Base, shards: Tensors, dtype: torch.dtype, quantization: Quantization | None
     ) -> None:
         self.model, self.base, self.shards, self.dtype = model, base, shards, dtype
         self.quantization = quantization
@@ -182,7 +182,7 @@ def check_complete(base: Base, missing: Any) -> None:
 
 def wrapper(base: Base, lacking: list[str]) -> tuple[str, str | None]:
     """Where most of the ``lacking`` weights are stored under a wrapper's prefix: that, in words, and what to do."""
-    stored = [tensor.name for tensor in Shards(base.weight_files)]
+    stored = [tensor.name for tensor in base.tensors]
     endings = (f".{key}" for key in lacking)
     found = Counter(name[: 1 - len(end)] for end in endings for name in stored if name.endswith(end))
     prefix, count = found.most_common(1)[0] if found else ("", 0)

@@ -27,16 +27,15 @@ from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.agreement import Agreement, agreement, cut_to_fit
 from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
-from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress, counter
+from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress, counter, ignore
 from capotune.files import output_folder, write_atomic
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.base import Base
-from capotune.models.gguf.convert import convert
-from capotune.models.gguf.file import open_gguf
+from capotune.models.gguf.cache import GgufModel
+from capotune.models.gguf.converted import converted
 from capotune.models.gguf.metadata import architecture_in_gguf
-from capotune.models.gguf.write import gguf_source, write_model
+from capotune.models.gguf.write import write_model
 from capotune.models.load import load_causal_lm
-from capotune.models.shards import Shards
 from capotune.runs.convert import save_head
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
@@ -206,9 +205,7 @@ def _merge(making: _Export, folder: Path) -> Base:
     the merged weights are rounded."""
     folder.mkdir(exist_ok=True)
     base = making.base
-    making.rounded = making.assembled.method.quantization is not None or any(
-        one.dtype != "F32" for one in Shards(base.weight_files)
-    )
+    making.rounded = making.assembled.method.quantization is not None or any(one.dtype != "F32" for one in base.tensors)
     write_merged(making.stored, base, folder, requantize=base.is_quantized, progress=bytes_as_progress(making.report))
     merged = Base(str(making.settings.out), folder, base.trust_remote_code)
     making.said += making.assembled.task.write_merged_files(folder)
@@ -241,18 +238,16 @@ def _write_gguf(making: _Export, path: Path, weights: Base) -> None:
 def _read_gguf(making: _Export, path: Path) -> Any:
     """The model of a GGUF file, read as any is, in a folder that goes again."""
     folder = making.new / ".read"
-    folder.mkdir()
-    convert(open_gguf(path), folder, lambda _: None)
-    model = load_causal_lm(Base(str(path), folder), dtype=torch.float32)
+    gguf = GgufModel(path, folder / "whole", ignore)
+    model = load_causal_lm(Base(str(path), gguf.described(), gguf=gguf), dtype=torch.float32)
     shutil.rmtree(folder)
     return model
 
 
 def _base_file(making: _Export) -> str:
     """The base in GGUF that the adapter is to be loaded on: the file it came from, or one that is written beside it."""
-    source = gguf_source(making.base)
-    if source is not None:
-        return str(source.absolute())
+    if making.base.gguf is not None:
+        return str(making.base.gguf.path.absolute())
     _write_gguf(making, making.new / BASE_FILE, making.base)
     making.said.append(f"{BASE_FILE} is the base as GGUF; any other GGUF file of the same model does as well.")
     return f"./{BASE_FILE}"
@@ -276,8 +271,7 @@ def _gguf_command(making: _Export, base: str | None) -> str:
 def _served(making: _Export, adapter: Portable) -> str:
     """The command line that serves the folder."""
     out, name = making.out, making.settings.out.name
-    source = gguf_source(making.base)
-    base = making.base.lasting_name if source is None and making.base.folder.is_dir() else str(making.base.folder)
+    base = making.base.lasting_name if making.base.gguf is None else str(converted(making.base, None).folder)
     if making.loader.name == "vllm":
         rank = next(one for one in _RANKS if one >= adapter.rank)
         return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}"

@@ -99,10 +99,14 @@ class GgufFile:
                 left -= len(raw)
                 yield _values(np.frombuffer(bytearray(raw), dtype=np.uint8), tensor)
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor in new memory."""
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """The whole tensor, in new memory, or in the bytes of ``buffer`` until that is used again."""
         tensor = self.tensors[name]
-        whole = torch.empty(prod(tensor.shape), dtype=tensor.dtype)
+        count = prod(tensor.shape)
+        if buffer is None:
+            whole = torch.empty(count, dtype=tensor.dtype)
+        else:
+            whole = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype)
         at = 0
         for part in self.chunks(name):
             whole[at : at + part.numel()] = part

@@ -1,21 +1,21 @@
-"""A GGUF file's tensors under Transformers' names, written to safetensors a part at a time."""
+"""A GGUF file's tensors as those of a Transformers model: its names, its values, its order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from capotune.events import OnProgress
 from capotune.models.gguf.architectures import Architecture
 from capotune.models.gguf.file import GgufFile
 from capotune.models.gguf.rope import TENSORS as ROPE_TENSORS
-from capotune.models.shard_writer import Plan, ShardWriter
+from capotune.models.shards import StoredTensor, Tensors
 
 _NOT_NEEDED = (*ROPE_TENSORS, "token_types.weight")
 _NOT_NEEDED_ENDS = (".attn_rot_embd.weight", ".attn_rot_embd", ".rope_freqs.weight")
@@ -55,29 +55,28 @@ def place(file: GgufFile, architecture: Architecture, config: Any) -> list[Place
     return [_placed(file, architecture, model, source, names[source]) for source in file.tensors if source in names]
 
 
-def write_weights(file: GgufFile, placed: list[Placed], folder: Path, progress: OnProgress) -> None:
-    """Write the weights into ``folder``. Peak memory is two of the tensors that change their order or values; of the
-    others no more than a part is in memory."""
-    total, done = sum(file.tensors[one.source].nbytes for one in placed), 0
-    with ShardWriter(folder, ([_plan(file, one)] for one in placed)) as writer:
-        for one in placed:
-            begun = done
+class GgufTensors(Tensors):
+    """A file's tensors as the model's, dequantised as they are read, in the order of the file."""
 
-            def parts(one: Placed = one, begun: int = begun) -> Any:
-                stored = file.tensors[one.source]
-                written = 0
-                for part in file.chunks(one.source) if one.change is None else _changed(file, one):
-                    yield part.view(torch.uint8).numpy().data
-                    written += part.numel()
-                    progress(begun + stored.nbytes * written // max(1, _count(one)), total)
+    def __init__(self, file: GgufFile, placed: Sequence[Placed]) -> None:
+        super().__init__(_stored(file, one) for one in placed)
+        self._file = file
+        self._placed = {one.name: one for one in placed}
+        self._changing = Lock()
 
-            writer.copy(one.name, parts())
-            done += file.tensors[one.source].nbytes
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """As ``Tensors`` says. A tensor that changes its order or values is in memory twice for a moment."""
+        one = self._placed[name]
+        values = self._file.read(one.source, buffer)
+        return values if one.change is None else one.change(values).contiguous()
 
-
-def nbytes(file: GgufFile, placed: list[Placed]) -> int:
-    """What ``write_weights`` writes."""
-    return sum(_plan(file, one).nbytes for one in placed)
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        one = self._placed[name]
+        if one.change is None:
+            yield from map(_bytes, self._file.chunks(one.source))
+        else:
+            with self._changing:  # which takes the whole tensor twice: of those, threads hold one at a time
+                yield _bytes(self.read(name).view(-1))
 
 
 def _shapes(config: Any) -> Any:
@@ -123,17 +122,14 @@ def _placed(file: GgufFile, architecture: Architecture, model: Any, source: str,
     return Placed(source, name, expected, change if restores or transposed else None)
 
 
-def _plan(file: GgufFile, one: Placed) -> Plan:
-    return Plan.of(one.name, file.tensors[one.source].dtype_name, one.shape)
+def _stored(file: GgufFile, one: Placed) -> StoredTensor:
+    source = file.tensors[one.source]
+    nbytes = prod(one.shape) * source.dtype.itemsize
+    return StoredTensor(one.name, file.path, source.dtype_name, one.shape, source.begin, nbytes)
 
 
-def _changed(file: GgufFile, one: Placed) -> list[Tensor]:
-    assert one.change is not None
-    return [one.change(file.read(one.source)).contiguous().view(-1)]
-
-
-def _count(one: Placed) -> int:
-    return int(torch.Size(one.shape).numel())
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy().data)
 
 
 def _is_not_needed(name: str) -> bool:

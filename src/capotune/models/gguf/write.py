@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from capotune.errors import needs_extra
 from capotune.events import OnProgress
-from capotune.models.base import EMBEDDED, Base, embedded_file
+from capotune.models.base import Base
 from capotune.models.gguf.architectures import Architecture
-from capotune.models.gguf.cache import gguf_file
 from capotune.models.gguf.file import GgufFile, open_gguf
 from capotune.models.gguf.metadata import architecture_in_gguf, head_of, rope_tensors
 from capotune.models.gguf.rope import TENSORS as ROPE_TENSORS
@@ -39,15 +38,6 @@ _BLOCK = 32
 """Values that share a scale in Q8_0."""
 
 
-def gguf_source(base: Base) -> Path | None:
-    """The GGUF file that a base came from; None for a Transformers folder."""
-    if base.name in EMBEDDED:
-        path = embedded_file(base.name)
-        return path if path is not None and path.suffix == ".gguf" else None
-    path = Path(base.name).expanduser()
-    return gguf_file(path) if path.exists() else None
-
-
 def write_model(
     path: Path,
     model: Any,
@@ -64,7 +54,7 @@ def write_model(
     """
     with needs_extra("gguf"):
         import gguf
-    source = gguf_source(base)
+    source = None if base.gguf is None else base.gguf.path
     name, architecture = architecture_in_gguf(base)
     writer = gguf.GGUFWriter(path, name)
     if source is None:

@@ -1,45 +1,37 @@
-"""A GGUF file as a Transformers folder: config.json, generation_config.json, tokenizer and safetensors.
-
-Tensors in F32, F16 or BF16 stay so; quantised ones become fp32, the smallest dtype that holds their values exactly.
-"""
+"""What a GGUF file says of its model, as a Transformers folder: config.json, generation_config.json and tokenizer."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capotune.errors import CapotuneError, OutputError
-from capotune.events import Reporter, Stage, Warned, bytes_as_progress
-from capotune.files import human_bytes, write_atomic
+from capotune.errors import CapotuneError
+from capotune.events import Reporter, Warned
+from capotune.files import write_atomic
 from capotune.models.gguf.architectures import Architecture, architecture_of
 from capotune.models.gguf.file import GgufFile
 from capotune.models.gguf.tokenizer import build_tokenizer, end_tokens
-from capotune.models.gguf.weights import nbytes, place, write_weights
+from capotune.models.gguf.weights import place
 
 
-def convert(file: GgufFile, folder: Path, report: Reporter) -> None:
-    """Write ``file`` into the existing ``folder``.
+def describe(file: GgufFile, folder: Path, report: Reporter) -> None:
+    """Write what ``file`` says of the model into the existing ``folder``: all of a Transformers folder but its weights.
 
-    Raises ``ModelError`` for a file that is damaged or not read, and ``OutputError`` when there is no room.
+    Raises ``ModelError`` for a file that is damaged or not read.
     """
     with _refusing(file):
         architecture = architecture_of(file)
         config = _config(file, architecture)
-        placed = place(file, architecture, config)
+        place(file, architecture, config)
         tokenizer = build_tokenizer(file, getattr(config, "max_position_embeddings", None))
-    size = nbytes(file, placed)
-    _check_room(folder, size)
-    report(Stage(text=f"converting {file.path.name}, once: {human_bytes(size)} in {folder.parent}"))
     if file.metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in file.metadata:
         report(Warned(text=f"{file.path.name} does not say how its tokenizer splits texts; GPT-2's rule is used."))
     tokenizer.save_pretrained(folder)
     _write_config(file, config, folder)
-    write_weights(file, placed, folder, bytes_as_progress(report))
 
 
 @contextmanager
@@ -84,15 +76,6 @@ def _dtype(file: GgufFile) -> str:
     for tensor in file.tensors.values():
         counted[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return counted.most_common(1)[0][0]
-
-
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OutputError(
-            f"the converted model takes {human_bytes(size)}, and {human_bytes(free)} are free in {folder.parent}.",
-            advice="Free some space, or set CAPOTUNE_CACHE to a folder on another disk.",
-        )
 
 
 def _write_config(file: GgufFile, config: Any, folder: Path) -> None:
