@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load_model,
         merge,
         predict,
+        push,
         quantize,
         train,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "load_model",
     "merge",
     "predict",
+    "push",
     "quantize",
     "train",
 ]

@@ -5,6 +5,7 @@
     ├── DataError            data cannot be read, or its content cannot be trained on
     ├── ModelError           a base model cannot be found, is incomplete, or has an unsupported shape
     ├── AdapterError         an adapter is incomplete, damaged, or belongs to another base or task
+    ├── HubError             the hub cannot be reached, does not have it, or refuses
     ├── OutputError          a result cannot be written
     └── MissingLibraryError  an optional library is needed
 
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterError",
     "CapotuneError",
     "DataError",
+    "HubError",
     "MissingLibraryError",
     "ModelError",
     "OutputError",
@@ -109,6 +111,10 @@ class ModelError(CapotuneError):
 
 class AdapterError(CapotuneError):
     """An adapter folder is incomplete, damaged, or belongs to another base or task."""
+
+
+class HubError(CapotuneError):
+    """The hub cannot be reached, does not have what was asked for, or refuses."""
 
 
 class OutputError(CapotuneError):

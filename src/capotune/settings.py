@@ -192,8 +192,8 @@ class BaseSettings(Settings):
 class MergeSettings(BaseSettings):
     """An adapter's change in its base's weights."""
 
-    adapter: Path
-    """Adapter folder, of lora or qlora."""
+    adapter: str
+    """Adapter folder, of lora or qlora, or an adapter on the hub (`owner/name@revision`)."""
     out: Path
     """Folder for the merged model. Must not exist."""
     requantize: bool = False
@@ -245,8 +245,8 @@ LoaderName = Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transform
 class ExportSettings(BaseSettings):
     """An adapter for another program."""
 
-    adapter: Path
-    """Adapter folder."""
+    adapter: str
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     loader: LoaderName
     """The program that is to load it."""
     out: Path
@@ -259,6 +259,23 @@ class ExportSettings(BaseSettings):
     """Rows of your own, as in training: adapter and result are compared on 32 of them. Left out: some lines of ours."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
+
+
+class PushSettings(Settings):
+    """An adapter on the hub."""
+
+    adapter: str
+    """Adapter folder."""
+    repo: str
+    """Repository on the hub, OWNER/NAME; made where it is missing."""
+    private: bool = False
+    """Make the repository a private one."""
+    revision: str | None = None
+    """Branch to push to; made where it is missing. Left out: main."""
+    message: str | None = None
+    """The commit's message."""
+    model: str | None = None
+    """The adapter's base as it is called on the hub, where it was trained on a folder of this machine."""
 
 
 class QuantizeSettings(Settings):

@@ -18,6 +18,7 @@ from capotune.methods.base import Method, Start, Untouched
 from capotune.models.architecture import Architecture, describe, parameter_count
 from capotune.models.base import Base
 from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
+from capotune.models.hub import peft_base
 from capotune.models.sequence_packing import Packing, packed, try_packing
 from capotune.settings import TrainingSettings
 
@@ -146,7 +147,7 @@ def peft_config(assembled: Assembled, base_name: str) -> dict[str, Any]:
     return {
         **method.peft_config(),
         "task_type": task.peft_task_type,
-        "base_model_name_or_path": base_name,
+        **peft_base(base_name),
         "inference_mode": True,
         **({"modules_to_save": whole_head} if whole_head and method.saves_head_whole else {}),
     }

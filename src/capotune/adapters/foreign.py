@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from capotune.errors import AdapterError, quoted
 from capotune.methods.peft.parts import Parts, read_parts
 from capotune.methods.peft.settings import PeftSettings
+from capotune.models.hub import hub_name
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_JSON = 16 * 2**20
@@ -69,7 +70,8 @@ class ForeignAdapter:
 def is_foreign(folder: Path) -> bool:
     """Whether PEFT wrote the folder, and not this package, whose record may be lost."""
     card = folder / "README.md"
-    ours = card.is_file() and "library_name: capotune" in card.read_text(encoding="utf-8", errors="replace")
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    ours = "library_name: capotune" in text or "\n- capotune\n" in text  # a tag of the card
     return (folder / CONFIG).is_file() and not ours
 
 
@@ -86,6 +88,9 @@ def read_foreign(folder: Path) -> ForeignAdapter:
     task = _task(folder, config, parts, notices)
     base = config.get("base_model_name_or_path")
     named = base if isinstance(base, str) and base else ""
+    revision = config.get("revision")
+    if isinstance(revision, str) and hub_name(f"{named}@{revision}"):
+        named = f"{named}@{revision}"
     return ForeignAdapter(PeftSettings(config=config), tensors, task, named, notices)
 
 

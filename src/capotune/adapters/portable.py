@@ -30,6 +30,7 @@ from capotune.files import write_atomic
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import LowRank, Method
 from capotune.models.architecture import linear_shape
+from capotune.models.hub import peft_base
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def write_peft(adapter: Portable, assembled: Assembled, folder: Path, task_type:
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_name,
+        **peft_base(base_name),
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,

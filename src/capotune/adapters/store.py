@@ -26,6 +26,7 @@ from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.adapters.foreign import is_foreign, read_foreign
+from capotune.adapters.locate import adapter_folder
 from capotune.errors import AdapterError, CapotuneError, ModelError
 from capotune.events import Reporter, Warned, alive, ignore, nothing
 from capotune.files import output_folder, write_atomic
@@ -104,6 +105,8 @@ class StoredRecord(pydantic.BaseModel):
     base: _Base
     trained: dict[str, Any]
     golden: list[GoldenAnswer] = []
+    left_out: list[str] = []
+    """What stayed where it was trained when it was pushed to the hub."""
 
 
 def save_adapter(
@@ -125,26 +128,21 @@ def save_adapter(
         "golden": [*golden],
     }
     tensors = assembled.stored()
-    words = assembled.task.card(record)
+    config = peft_config(assembled, name)
+    words, parameters = assembled.task.card(record), sum(tensor.numel() for tensor in tensors.values())
     with output_folder(folder) as new:
         write_atomic(new / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_atomic(new / CONFIG, json.dumps(peft_config(assembled, name), indent=2) + "\n")
+        write_atomic(new / CONFIG, json.dumps(config, indent=2) + "\n")
         write_atomic(new / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        write_atomic(new / CARD, card(record, words, sum(tensor.numel() for tensor in tensors.values())))
+        write_atomic(new / CARD, card(record, words, parameters, config))
 
 
 def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> StoredAdapter:
-    """Read and check an adapter folder. ``AdapterError`` says which file is missing or damaged.
+    """Read and check an adapter, a folder or a name on the hub. ``AdapterError`` says which file is missing or damaged.
 
     ``allow_different_base``: it may be put on another base than its own, of the same shapes.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AdapterError(
-            "no such adapter folder.",
-            where=str(folder),
-            advice="`capo train` and `capo compare` write one named adapter.",
-        )
+    folder = adapter_folder(folder)
     if not (folder / RECORD).is_file() and is_foreign(folder):
         return _foreign(folder)
     record = _read_json(folder, RECORD)

@@ -110,6 +110,7 @@ class TaskModel(ABC):
     def record(self, model: Any) -> dict[str, Any]:
         """What an adapter's record must hold to make this task again."""
 
+    @classmethod
     @abstractmethod
-    def card(self, record: dict[str, Any]) -> CardWords:
+    def card(cls, record: dict[str, Any]) -> CardWords:
         """What the adapter's README says, from its whole record."""

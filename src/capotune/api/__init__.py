@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from capotune.api.comparison import compare, compare_run, compare_settings
-from capotune.api.conversion import combine, export, merge, quantize
+from capotune.api.conversion import combine, export, merge, push, quantize
 from capotune.api.inference import (
     evaluate,
     generate,
@@ -67,6 +67,7 @@ __all__ = [
     "method_settings",
     "metric",
     "predict",
+    "push",
     "quantize",
     "read_prompts",
     "read_texts",

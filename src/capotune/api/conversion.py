@@ -1,4 +1,4 @@
-"""A model's checkpoint written anew, as functions."""
+"""A model's checkpoint written anew, an adapter for others, as functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.events import CancelToken, Reporter, ignore
-from capotune.settings import CombineSettings, ExportSettings, MergeSettings, QuantizeSettings, build
+from capotune.settings import CombineSettings, ExportSettings, MergeSettings, PushSettings, QuantizeSettings, build
 
 
 def quantize(
@@ -45,7 +45,7 @@ def merge(
     """
     from capotune.runs import convert
 
-    built = build(MergeSettings, {"adapter": Path(adapter), "out": out, **settings})
+    built = build(MergeSettings, {"adapter": str(adapter), "out": out, **settings})
     return convert.merge(built, (cancel or CancelToken()).watching(progress))
 
 
@@ -91,5 +91,26 @@ def export(
 
     if settings.get("data") is not None:
         settings["data"] = as_source(settings["data"])
-    built = build(ExportSettings, {"adapter": Path(adapter), "loader": loader, "out": out, **settings})
+    built = build(ExportSettings, {"adapter": str(adapter), "loader": loader, "out": out, **settings})
     return exports.export(built, (cancel or CancelToken()).watching(progress))
+
+
+def push(
+    adapter: str | Path,
+    repo: str,
+    *,
+    progress: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Put an adapter into the repository ``repo`` (OWNER/NAME) of the Hugging Face hub, with a card from its record.
+
+    Names of folders, hashes and texts of yours stay here; ``left_out`` says what. Endpoint and token are
+    huggingface_hub's own (``HF_ENDPOINT``, ``hf auth login``). ``settings`` are those of ``capo push --help`` by name
+    (``private=True``, ``revision="v2"``, ``model="owner/base"``). Raises as ``train``, and ``HubError`` when the hub
+    cannot be reached or refuses.
+    """
+    from capotune.runs import push as pushes
+
+    built = build(PushSettings, {"adapter": str(adapter), "repo": repo, **settings})
+    return pushes.push(built, (cancel or CancelToken()).watching(progress))

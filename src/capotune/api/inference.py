@@ -103,10 +103,11 @@ def load_generator(
 
 
 def is_adapter(name: str | Path) -> bool:
-    """Whether a name means an adapter folder and not a model: it is a folder, and no model's files are in it."""
-    folder = Path(name).expanduser()
-    is_model = (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
-    return (folder / "capotune.json").is_file() or (folder.is_dir() and not is_model)
+    """Whether a name means an adapter and not a model: a folder, or a name on the hub, of which the adapter's files are
+    fetched then."""
+    from capotune.adapters.locate import find_adapter
+
+    return find_adapter(name) is not None
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ class _On:
 
 def _adapter_or_model(name: str | Path, on: _On, command: str | None = None, report: Reporter = ignore) -> Assembled:
     """An adapter on its base, or a language model alone, whichever ``name`` means."""
-    if is_adapter(name):
-        return _adapter_on_base(name, on, command=command, report=report)
+    from capotune.adapters.locate import find_adapter
+
+    folder = find_adapter(name)
+    if folder is not None:
+        return _adapter_on_base(folder, on, command=command, report=report)
     for setting, given in (("model", on.model), ("allow_different_base", on.allow_different or None)):
         if given is not None:
             raise SettingError(
@@ -236,16 +240,18 @@ def evaluate(
 
     Raises ``DataError`` for data that cannot be read or a label that the adapter does not know.
     """
+    from capotune.adapters.locate import find_adapter
     from capotune.data.readers import as_source
 
     settings = build(DataSettings, {"data": as_source(data), **columns})
     report = (cancel or CancelToken()).watching(report)
-    assembled = _adapter_or_model(adapter, _On(model, allow_different_base), report=report)
+    folder = find_adapter(adapter)
+    assembled = _adapter_or_model(folder or adapter, _On(model, allow_different_base), report=report)
     report(Stage(text="scoring"))
     task: Task = assembled.task
     task.check_settings(columns, f"'{adapter}'")
     values = task.evaluate(assembled, settings, answers, report).values()
-    return {**values, "different_base": True} if is_adapter(adapter) and not _on_its_own(adapter, assembled) else values
+    return {**values, "different_base": True} if folder and not _on_its_own(folder, assembled) else values
 
 
 def _on_its_own(adapter: str | Path, assembled: Assembled) -> bool:
@@ -285,7 +291,7 @@ def info(
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     checked: dict[str, Any] = {}
     if own is None or check:
-        assembled = _adapter_on_base(adapter, _On(model, allow_different_base), report=report)
+        assembled = _adapter_on_base(stored.folder, _On(model, allow_different_base), report=report)
         checked = {"check": _check(stored, assembled)} if check else {}
     if own is None:
         own = assembled.method.facts(assembled.task.tokenizer)
@@ -301,6 +307,7 @@ def info(
         "bytes": stored.nbytes,
         "settings": stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
+        "left_out": stored.record.get("left_out", []),
         "exports": {one.loader.name: one.form for one in verdicts(stored, task.has_head)},
         **own,
         **checked,

@@ -35,7 +35,8 @@ class Chat(BaseSettings, DecodingSettings):
     """Talk with a model in its chat template; /help lists what can be said beside. Reads lines from a pipe as well."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, or a model alone: an embedded one by name, a folder, a GGUF file, or a model id on the hub."""
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`); or a model alone: an embedded one by name, a
+    folder, a GGUF file, or a model id on the hub."""
 
 
 def chat(rest: list[str]) -> int:
@@ -67,7 +68,7 @@ class Session:
         from capotune import api
 
         self.generator, self.decoding = generator, decoding
-        self.here = Path(adapter).resolve() if api.is_adapter(adapter) else None
+        self.here = Path(adapter).resolve() if Path(adapter).is_dir() and api.is_adapter(adapter) else None
         """The adapter that was given first: others are looked for beside it."""
         self.name = adapter
         """What answers now."""
@@ -108,6 +109,8 @@ class Session:
         return command != "quit"
 
     def _use(self, name: str) -> None:
+        from capotune import api
+
         beside = self._beside()
         if not name:
             others = f" Beside it: {', '.join(beside)}." if beside else ""
@@ -115,10 +118,10 @@ class Session:
             return
         places = [beside[name]] if name in beside else [Path(name), Path(name) / "adapter"]
         folder = next((place for place in places if (place / "capotune.json").is_file()), None)
-        if folder is None:
+        if folder is None and not api.is_adapter(name):
             known = f" Beside this one: {', '.join(beside)}." if beside else ""
             raise SettingError(f"/adapter {name}: no such adapter.{nearest(name, beside)}{known} Or give its folder.")
-        self.generator.use(folder)
+        self.generator.use(folder or name)
         self.name = name
         _say(f"now {name} answers; the conversation goes on, /reset begins anew.")
 

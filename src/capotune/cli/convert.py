@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -47,8 +46,8 @@ def quantize(rest: list[str]) -> int:
 class Merge(MergeSettings):
     """Write a lora or qlora adapter's change into its base: a Transformers checkpoint that needs no adapter."""
 
-    adapter: tyro.conf.Positional[Path]
-    """Adapter folder, of lora or qlora."""
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder, of lora or qlora, or an adapter on the hub (`owner/name@revision`)."""
     as_json: Json = False
     """Print one JSON object."""
 

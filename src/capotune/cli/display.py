@@ -304,6 +304,8 @@ def show_info(facts: dict[str, Any]) -> None:
         grid.add_row("note", notice)
     grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
     grid.add_row("exports as", _exports(facts["exports"]))
+    if facts["left_out"]:
+        grid.add_row("left out", f"when it was pushed: {', '.join(facts['left_out'])}")
     if "check" in facts:
         check = facts["check"]
         words = "answers as where it was trained" if check["agrees"] else "answers otherwise than where it was trained"

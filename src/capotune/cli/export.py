@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -17,8 +16,8 @@ from capotune.settings import ExportSettings, LoaderName
 class Export(ExportSettings):
     """Write an adapter for another program, read it back, and compare its answers with the adapter's."""
 
-    adapter: tyro.conf.Positional[Path]
-    """Adapter folder."""
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     loader: Annotated[LoaderName, tyro.conf.arg(name="for")]
     """The program that is to load it."""
     as_json: Json = False

@@ -20,7 +20,8 @@ class Generate(BaseSettings, DecodingSettings):
     """Let a model write: after prompts given as arguments, in a file, or on standard input (one prompt in whole)."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, or a model alone: an embedded one by name, a folder, a GGUF file, or a model id on the hub."""
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`); or a model alone: an embedded one by name, a
+    folder, a GGUF file, or a model id on the hub."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts, each answered on its own."""
     file: str | None = None

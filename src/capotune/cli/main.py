@@ -40,6 +40,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
   capo export ADAPTER --for vllm           for vllm, sglang, llama.cpp, ollama, peft or transformers (--out DIR)
   capo combine A B --out DIR               several adapters of one base as one
+  capo push ADAPTER OWNER/NAME             the adapter on the Hugging Face hub, with its card
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
 
 Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
@@ -51,7 +52,8 @@ class Evaluate(BaseSettings):
     """Score an adapter, or a language model alone, on data."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder; or a language model alone: an embedded one by name, a folder, or a model id on the hub."""
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`); or a language model alone: an embedded one by
+    name, a folder, or a model id on the hub."""
     data: str
     """Labelled text, tagged words, or text to write; when a `split` column marks test rows, those alone are scored."""
     text_column: str | None = None
@@ -72,8 +74,8 @@ class Evaluate(BaseSettings):
 class Predict(BaseSettings):
     """Label texts, or find entities in them: given as arguments, in a file, or line by line on standard input."""
 
-    adapter: tyro.conf.Positional[Path]
-    """Adapter folder."""
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to read."""
     file: str | None = None
@@ -88,8 +90,8 @@ class Predict(BaseSettings):
 class Info(BaseSettings):
     """Say what an adapter is."""
 
-    adapter: tyro.conf.Positional[Path]
-    """Adapter folder."""
+    adapter: tyro.conf.Positional[str]
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     check: bool = False
     """Put it on its base and ask it again what it was asked where it was trained: the answers must be the same."""
     as_json: Json = False
@@ -364,6 +366,12 @@ def _combine(rest: list[str]) -> int:
     return combine(rest)
 
 
+def _push(rest: list[str]) -> int:
+    from capotune.cli.push import push
+
+    return push(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -384,6 +392,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": _merge,
     "export": _export,
     "combine": _combine,
+    "push": _push,
 }
 
 

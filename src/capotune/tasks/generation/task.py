@@ -254,7 +254,8 @@ class Generation(TextEncoder, Task):
         """The report in words, the lengths of the rows, and some rows."""
         return describe_samples(pydantic.TypeAdapter(GenerationReport).validate_python(report))
 
-    def card(self, record: dict[str, Any]) -> CardWords:
+    @classmethod
+    def card(cls, record: dict[str, Any]) -> CardWords:
         """What it writes, every score, and how to ask it."""
         trained = record["trained"]
         scores = {name: value for name, value in (trained.get("scores") or {}).items() if value is not None}
@@ -262,13 +263,14 @@ class Generation(TextEncoder, Task):
         score = untested(trained, "perplexity")
         if trained["test_rows"]:
             score = f"On test rows: {named}"  # not all scores are of as many
-        what = "answers in a conversation" if self.chat else "text"
+        chat = record["chat"]
+        what = "answers in a conversation" if chat else "text"
         general = trained.get("general")
         elsewhere = f" Against its base it is {general['words']}." if general else ""
         return CardWords(
-            f"Writes {what}. Chat template: {self.template_from}.{elsewhere}",
+            f"Writes {what}. Chat template: {record['template_from']}.{elsewhere}",
             score,
-            "capo chat ADAPTER" if self.chat else 'capo generate ADAPTER "your prompt"',
+            "capo chat ADAPTER" if chat else 'capo generate ADAPTER "your prompt"',
             'model = capotune.load(adapter)\nmodel.generate(["your prompt"])',
         )
 

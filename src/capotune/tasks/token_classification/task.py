@@ -88,7 +88,7 @@ class TokenClassification(LinearHeadTask):
     @property
     def types(self) -> tuple[str, ...]:
         """Types of entities."""
-        return tuple(label[2:] or NO_TYPE for label in self.labels if label[0] == "B")
+        return _types(self.labels)
 
     # ------------------------------------------------------------------------------------------------------ from data
 
@@ -202,9 +202,10 @@ class TokenClassification(LinearHeadTask):
         """The report in words, and every type's entities."""
         return describe_tags(pydantic.TypeAdapter(TagReport).validate_python(report))
 
-    def card(self, record: dict[str, Any]) -> CardWords:
+    @classmethod
+    def card(cls, record: dict[str, Any]) -> CardWords:
         """Types, F1 and how to predict."""
-        trained, types = record["trained"], self.types
+        trained, types = record["trained"], _types(record["labels"])
         more = f" and {len(types) - _SHOWN_TYPES} more" if len(types) > _SHOWN_TYPES else ""
         score = untested(trained, "f1")
         if trained["test_rows"]:
@@ -224,7 +225,7 @@ class TokenClassification(LinearHeadTask):
     @classmethod
     def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
         """The first types, and what is read of a text."""
-        types = [label[2:] or NO_TYPE for label in facts["labels"] if label[0] == "B"]
+        types = _types(facts["labels"])
         return [
             ("entities", f"{len(types)} types: {', '.join(types[:12])}{', …' if len(types) > 12 else ''}"),
             ("text", f"up to {facts['max_length']} tokens"),
@@ -250,3 +251,8 @@ class TokenClassification(LinearHeadTask):
 def labels_of(types: Sequence[str]) -> tuple[str, ...]:
     """O, then B and I of each type."""
     return (OUTSIDE, *(prefix if kind == NO_TYPE else f"{prefix}-{kind}" for kind in types for prefix in "BI"))
+
+
+def _types(labels: Sequence[str]) -> tuple[str, ...]:
+    """Types of entities, by the tags that begin one."""
+    return tuple(label[2:] or NO_TYPE for label in labels if label[0] == "B")
