@@ -104,6 +104,7 @@ FEATURES = {
     "trained tokens": Feature(options=LORA, tokens=True),
     "IA3": Feature(kind="IA3Config"),
     "prompt": Feature(kind="PromptTuningConfig", options={"num_virtual_tokens": 3}),
+    "prefix": Feature(kind="PrefixTuningConfig", options={"num_virtual_tokens": 3}),
 }
 
 
@@ -132,6 +133,8 @@ def peft_config(feature: Feature, model: nn.Module, task_type: str) -> Any:
         width = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,operator]
         sizes = {"token_dim": width, "num_layers": 2, "num_attention_heads": 4}
         return peft.PromptTuningConfig(task_type=task_type, **sizes, **options)
+    if feature.kind == "PrefixTuningConfig":
+        return peft.PrefixTuningConfig(task_type=task_type, num_layers=2, **options)
     if feature.kind == "IA3Config":
         inner = names["linears"]
         return peft.IA3Config(task_type=task_type, target_modules=inner, feedforward_modules=inner[-2:])

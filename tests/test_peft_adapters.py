@@ -13,11 +13,12 @@ import peft_cases
 import pytest
 import torch
 from commands import capo
+from helpers import assert_same_bits, contents
 from peft_cases import FEATURES, make_adapter, make_base, read_here
 from safetensors.torch import load_file, save_file
 
 import capotune
-from capotune.errors import AdapterError, CapotuneError, ModelError
+from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
 
 TOLERANCE = 1e-5
 CELLS = [
@@ -33,6 +34,8 @@ CELLS = [
     ("DeBERTa-v3", "DoRA", "SEQ_CLS"),
     ("ModernBERT", "patterns", "SEQ_CLS"),
     ("BERT", "prompt", "SEQ_CLS"),
+    ("BERT", "prefix", "SEQ_CLS"),
+    ("RoBERTa", "prefix", "SEQ_CLS"),
 ]
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,6 +74,56 @@ def test_base_is_as_it_was_when_the_adapter_is_taken_off(bases: Path, tmp_path: 
     found = loaded.model.state_dict()
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_several_are_switched_in_place(bases: Path, tmp_path: Path) -> None:
+    """Deltas, trained parameters and vectors alike; deltas alone stand in one batch with rows of other adapters."""
+    base = make_base("Qwen3", bases / "Qwen3")
+    features = ("LoRA", "DoRA", "bias all", "trained tokens", "IA3", "prompt")
+    made = {name: make_adapter(base, tmp_path / name, FEATURES[name], "CAUSAL_LM") for name in features}
+    adapters = capotune.load_adapters({name: tmp_path / name for name in features}, model=str(base))
+    weights = contents(adapters.model)
+    for name in [*features, *reversed(features)]:
+        task = adapters.use(name).task
+        assert peft_cases.difference(made[name], task.facade(adapters.use(name)), "CAUSAL_LM") < TOLERANCE
+    adapters.use(None)
+    assert_same_bits(contents(adapters.model), weights)
+    ids = torch.tensor([[9, 8, 7, 6]] * 3)
+    with torch.no_grad(), adapters.rows(["DoRA", None, "LoRA"]) as model:
+        mixed = model(input_ids=ids).logits
+    apart = [made["DoRA"], peft_cases.load_plain(base, "CAUSAL_LM"), made["LoRA"]]
+    for row, alone in zip(mixed, apart, strict=True):
+        assert (alone(input_ids=ids[:1]).logits[0] - row).abs().max() < TOLERANCE
+    with pytest.raises(SettingError, match="more than linear layers"), adapters.rows(["IA3", None, None]):
+        pass
+
+
+def test_loralibs_names_are_read(bases: Path, tmp_path: Path) -> None:
+    """``lora_A`` and ``lora_B`` are parameters of the layer there, of an embedding too; LoRA's are PEFT's otherwise."""
+    base = make_base("Llama", bases / "Llama")
+    made = make_adapter(base, tmp_path / "adapter", FEATURES["embedding"], "CAUSAL_LM")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    found = load_file(path)
+    bare = {
+        key.removeprefix("base_model.model.").removesuffix(".weight").replace("_embedding", ""): tensor
+        for key, tensor in found.items()
+    }
+    assert "model.embed_tokens.lora_A" in bare
+    save_file(bare, path)
+    loaded = capotune.load(tmp_path / "adapter", model=str(base))
+    assert peft_cases.difference(made, loaded, "CAUSAL_LM") < TOLERANCE
+
+
+def test_adapters_by_name_are_read_from_their_folders(bases: Path, tmp_path: Path) -> None:
+    import peft
+
+    base = make_base("Llama", bases / "Llama")
+    model = peft.get_peft_model(peft_cases.load_plain(base, "CAUSAL_LM"), peft.LoraConfig(), adapter_name="one")
+    model.add_adapter("two", peft.LoraConfig(r=2))
+    model.save_pretrained(tmp_path / "both")
+    assert capotune.info(tmp_path / "both" / "two")["settings"]["r"] == 2
+    with pytest.raises(AdapterError, match=r"Did you mean .*both/one or .*both/two\?"):
+        capotune.load(tmp_path / "both")
 
 
 def test_commands_take_it(written: Path, bases: Path) -> None:

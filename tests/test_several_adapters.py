@@ -130,6 +130,8 @@ def test_batch_of_another_size_and_other_bases_are_refused(
     classifier = helpers.on_base(bert, LoraSettings(rank=2))
     save_adapter(tmp_path / "labels", classifier, helpers.TRAINED | {"scores": {}})
     refused(adapters, tmp_path / "labels", "a head of its own")
+    deep = PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary", learning_rate=0.1, epochs=1)
+    refused(adapters, saved(writers["llama"], deep, tmp_path / "deep"), "a deep prompt")
 
 
 def refused(adapters: Adapters, folder: Path, said: str) -> None:

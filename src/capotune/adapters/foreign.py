@@ -25,7 +25,7 @@ from capotune.models.hub import hub_name
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_JSON = 16 * 2**20
-_KINDS = {"LORA", "IA3", "TRAINABLE_TOKENS", "PROMPT_TUNING", "P_TUNING"}
+_KINDS = {"LORA", "IA3", "TRAINABLE_TOKENS", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 _TASKS = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` under which PEFT leaves the base's weights as they are."""
@@ -51,7 +51,7 @@ _KNOWN = {
     "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init", "prompt_tuning_init_text",
     "prompt_tuning_init_state_dict_path", "tokenizer_name_or_path", "tokenizer_kwargs",
     "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "modules_tied",
-    "monteclora_config", "velora_config",
+    "monteclora_config", "velora_config", "prefix_projection",
     *_UNREAD,
 }  # fmt: skip
 

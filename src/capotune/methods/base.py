@@ -142,6 +142,10 @@ class Method(ABC):
         """Write the change into plain layers in memory; False when the method has nothing that can be merged."""
         return False
 
+    def adapted_layers(self) -> dict[str, Any] | None:
+        """The layers with a LoRA delta by path, where these are all that it changes; None otherwise."""
+        return None
+
     def unmerge(self) -> None:  # noqa: B027 - most methods merge nothing
         """Undo ``merge``: the model computes the bits that it did before."""
 

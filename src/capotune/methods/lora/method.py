@@ -269,6 +269,10 @@ class Lora(Method):
             swap(self.model, path, plain_linear(layer.merged_weight(), bias))
         return True
 
+    def adapted_layers(self) -> dict[str, LoraLinear]:
+        """Every target."""
+        return self.layers
+
     def unmerge(self) -> None:
         """Put the frozen layers with their deltas beside them back; ``merge`` left them untouched."""
         for path, layer in self.layers.items():

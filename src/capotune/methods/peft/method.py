@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from capotune.errors import AdapterError
+from capotune.errors import AdapterError, SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import LowRank, Method, Start
 from capotune.methods.lora.method import LoraLinear
@@ -35,15 +35,19 @@ class Peft(Method):
     settings: PeftSettings
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
-        """Vectors before the text, where there are some."""
+        """Vectors before the text, or before every block's keys and values, where there are some."""
         self.model, self.architecture = model, architecture
         self.layers: dict[str, LoraLinear] = {}
         self._set_aside: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self.prompt: PromptTuning | None = None
         if self.settings.virtual_tokens:
-            of_prompt = PromptTuningSettings(num_virtual_tokens=self.settings.virtual_tokens, init="vocabulary")
-            self.prompt = PromptTuning(of_prompt)
-            self.prompt.attach(model, architecture, start)
+            count, deep = self.settings.virtual_tokens, self.settings.deep
+            prompt = PromptTuning(PromptTuningSettings(num_virtual_tokens=count, deep=deep, init="vocabulary"))
+            try:
+                prompt.attach(model, architecture, start)
+            except SettingError as error:
+                raise AdapterError(f"its soft prompt cannot stand here: {error.problem}") from None
+            self.prompt = prompt
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put every stored tensor in its place.
@@ -75,7 +79,6 @@ class Peft(Method):
             setattr(owner, name, parameter)
         if self.prompt is not None:
             self.prompt.detach()
-        self.layers, self._set_aside, self.prompt = {}, [], None
 
     @property
     def virtual_token_ids(self) -> range:
@@ -104,6 +107,10 @@ class Peft(Method):
             bias: Any = layer.base_layer.bias
             swap(self.model, path, plain_linear(layer.merged_weight(), bias))
         return self.prompt is None
+
+    def adapted_layers(self) -> dict[str, LoraLinear] | None:
+        """None where parameters were replaced, or vectors stand before the text."""
+        return self.layers if self.prompt is None and not self._set_aside else None
 
     def unmerge(self) -> None:
         """Put the frozen layers with their deltas beside them back."""
@@ -160,11 +167,10 @@ class Peft(Method):
 
     def _adapt(self, path: str, low: LowRank) -> None:
         base_layer = self.model.get_submodule(path)
+        if isinstance(base_layer, nn.Embedding):  # loralib calls its delta as it calls a linear layer's
+            self._change(f"{path}.weight", embedding_delta(low, path))
+            return
         if not is_linear(base_layer):
-            if isinstance(base_layer, nn.Embedding):
-                raise AdapterError(
-                    f"{path} is an embedding, whose delta is called lora_embedding_A and lora_embedding_B."
-                )
             raise AdapterError(
                 f"{path} is a {type(base_layer).__name__}; deltas of linear layers and embeddings are read."
             )

@@ -20,6 +20,11 @@ class PeftSettings(TrainingSettings):
         return int(self.config.get("num_virtual_tokens") or 0)
 
     @property
+    def deep(self) -> bool:
+        """Whether these stand before every block's keys and values, and not before the input's embeddings."""
+        return self.config.get("peft_type") == "PREFIX_TUNING"
+
+    @property
     def trains(self) -> bool:
         """It was trained elsewhere."""
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,8 @@ class PeftClassification(Classification):
 
     stored: frozenset[str] = frozenset()
     """Weights that the adapter brings, by path: the base may lack them."""
+    placeholders: int = 0
+    """Virtual tokens of a deep prompt: their place in a text's states is nothing that a head may read."""
     objective: OwnHeadCrossEntropy = field(default_factory=OwnHeadCrossEntropy)
 
     reads_packed: ClassVar[bool] = False
@@ -72,7 +75,9 @@ class PeftClassification(Classification):
             str(names.get(at, f"LABEL_{at}")) if len(names) == count else f"LABEL_{at}" for at in range(count)
         )
         on_base = Classification.on(base, labels, None, stored.settings.virtual_tokens, "cls")
-        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced))
+        settings: Any = stored.settings
+        placeholders = settings.virtual_tokens if settings.deep else 0
+        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced), placeholders)
 
     def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
         """The family's classifier; a head that the adapter brings is not in place yet."""
@@ -82,7 +87,22 @@ class PeftClassification(Classification):
         )
         if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
             model.config.get_text_config().pad_token_id = _EVERY_TOKEN_COUNTS
-        return model, text_part(model)
+        backbone = text_part(model)
+        if self.placeholders and "past_key_values" not in signature(model.forward).parameters:
+            self._hide_placeholders(model, backbone)
+        return model, backbone
+
+    def _hide_placeholders(self, model: Any, backbone: str) -> None:
+        """From a head that counts tokens from the first: PEFT gives it the text's states alone."""
+
+        def text_alone(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            states, *more = given
+            reads_tokens = states.dim() == 3 and states.shape[1] > self.placeholders
+            return (states[:, self.placeholders :], *more) if reads_tokens else None
+
+        for part in (getattr(model.get_submodule(backbone), "pooler", None), getattr(model, "classifier", None)):
+            if part is not None:
+                part.register_forward_pre_hook(text_alone)
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
         """The head reads where it reads."""
