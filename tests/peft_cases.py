@@ -10,13 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import generation_helpers
+import helpers
 import peft
 import torch
 from generation_helpers import make_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import capotune
+from capotune.adapters.store import save_adapter
 from capotune.data.batches import TokenRows
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
+from capotune.settings import TrainingSettings
 
 SIZES: dict[str, Any] = {"vocab_size": 360, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 0}
 BLOCKS: dict[str, Any] = {
@@ -87,6 +95,8 @@ class Feature:
     """Whether the embedding is among the targets."""
     tokens: bool = False
     """Whether some tokens' rows are trained."""
+    bare: bool = False
+    """Whether the tensors are renamed as loralib calls them: parameters of the layer itself."""
 
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
@@ -101,6 +111,7 @@ FEATURES = {
     "bias of B": Feature(options={**LORA, "lora_bias": True}),
     "modules_to_save": Feature(options=LORA, whole=("embedding", "norm", "output")),
     "embedding": Feature(options=LORA, embedding=True),
+    "loralib's names": Feature(options=LORA, embedding=True, bare=True),
     "trained tokens": Feature(options=LORA, tokens=True),
     "IA3": Feature(kind="IA3Config"),
     "prompt": Feature(kind="PromptTuningConfig", options={"num_virtual_tokens": 3}),
@@ -181,7 +192,16 @@ def make_adapter(base: Path, folder: Path, feature: Feature, task_type: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.save_pretrained(folder)
+    if feature.bare:
+        _rename_as_loralib(folder / "adapter_model.safetensors")
     return made
+
+
+def _rename_as_loralib(path: Path) -> None:
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(path).items()}
+    for key in [key for key in bare if ".lora_" in key]:
+        bare[key.removesuffix(".weight").replace(".lora_embedding_", ".lora_")] = bare.pop(key)
+    save_file(bare, path)
 
 
 @torch.no_grad()
@@ -210,3 +230,79 @@ def read_here(base: Path, folder: Path, feature: Feature, task_type: str) -> flo
     """Made by PEFT, read here."""
     made = make_adapter(base, folder, feature, task_type)
     return difference(made, capotune.load(folder, model=str(base)), task_type)
+
+
+# ------------------------------------------------------------------------------------------ made here, read by PEFT
+
+PROMPT: dict[str, Any] = {"num_virtual_tokens": 3, "init": "vocabulary", "learning_rate": 0.1, "epochs": 1}
+TRAINED_HERE: dict[str, TrainingSettings] = {
+    "LoRA": LoraSettings(rank=4, alpha=6),
+    "rsLoRA": LoraSettings(rank=4, alpha=6, rslora=True),
+    "DoRA": LoraSettings(rank=4, alpha=6, dora=True),
+    "one layer": LoraSettings(rank=4, alpha=6, layers=(1,)),
+    "QLoRA": QloraSettings(rank=4, alpha=6),
+    "prompt": PromptTuningSettings(**PROMPT),
+    "prefix": PromptTuningSettings(deep=True, **PROMPT),
+}
+
+
+def read_there(base: Path, folder: Path, settings: TrainingSettings, task_type: str) -> float:
+    """Made here, its weights moved from where they start, read by PEFT.
+
+    For labels PEFT reads it on ``capotune.load_base``, which has our head, and a base in 4 bits too; else on
+    Transformers' own model.
+    """
+    place = generation_helpers.on_base if task_type == "CAUSAL_LM" else helpers.on_base
+    assembled = place(base, settings)
+    helpers.shake(assembled)
+    save_adapter(folder, assembled, helpers.TRAINED | {"scores": {}})
+    on_ours = task_type == "SEQ_CLS" or isinstance(settings, QloraSettings)
+    model: Any = capotune.load_base(folder) if on_ours else load_plain(base, task_type)
+    made = peft.PeftModel.from_pretrained(model, folder).eval()
+    return difference(made, capotune.load(folder), task_type)
+
+
+# ----------------------------------------------------------------------------------------------------------- the matrix
+
+MADE_BY_PEFT, MADE_HERE = "made by PEFT, read here", "made here, read by PEFT"
+_NO_PREFIX = "PEFT puts prefixes only into models that take `past_key_values`, which this one does not."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One adapter on one model."""
+
+    direction: str
+    task_type: str
+    feature: str
+    family: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no such adapter; None where there is."""
+        if self.feature == "prefix" and self.family in ("DistilBERT", "DeBERTa-v3", "ModernBERT"):
+            return _NO_PREFIX
+        if (self.feature, self.family, self.direction) == ("prompt", "DeBERTa-v3", MADE_BY_PEFT):
+            return (
+                "Refused: PEFT stores no pooler with a soft prompt, and no pretrained DeBERTa has one, so what it was "
+                "trained with is lost."
+            )
+        return None
+
+    def measure(self, base: Path, folder: Path) -> float:
+        """The largest difference (``difference``), with the adapter written into ``folder``."""
+        if self.direction == MADE_BY_PEFT:
+            return read_here(base, folder, FEATURES[self.feature], self.task_type)
+        return read_there(base, folder, TRAINED_HERE[self.feature], self.task_type)
+
+
+def cells() -> list[Cell]:
+    """Architecture × feature × task × direction; encoders write no text."""
+    return [
+        Cell(direction, task_type, feature, family)
+        for direction, features in ((MADE_BY_PEFT, FEATURES), (MADE_HERE, TRAINED_HERE))
+        for task_type in ("CAUSAL_LM", "SEQ_CLS")
+        for feature in features
+        for family in FAMILIES
+        if task_type == "SEQ_CLS" or family not in ENCODERS
+    ]

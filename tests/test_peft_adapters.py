@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapter_matrix
 import peft_cases
 import pytest
 import torch
 from commands import capo
 from helpers import assert_same_bits, contents
-from peft_cases import FEATURES, make_adapter, make_base, read_here
+from peft_cases import FEATURES, MADE_BY_PEFT, MADE_HERE, Cell, make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
 import capotune
@@ -22,20 +24,24 @@ from capotune.errors import AdapterError, CapotuneError, ModelError, SettingErro
 
 TOLERANCE = 1e-5
 CELLS = [
-    *(("Llama", feature, "CAUSAL_LM") for feature in FEATURES),
-    ("GPT-2", "DoRA", "CAUSAL_LM"),
-    ("GPT-2", "IA3", "CAUSAL_LM"),
-    ("Qwen3", "embedding", "CAUSAL_LM"),
-    ("Qwen3", "trained tokens", "CAUSAL_LM"),
-    ("Gemma 3", "LoRA", "SEQ_CLS"),
-    ("GPT-2", "bias all", "SEQ_CLS"),
-    ("DistilBERT", "IA3", "SEQ_CLS"),
-    ("RoBERTa", "modules_to_save", "SEQ_CLS"),
-    ("DeBERTa-v3", "DoRA", "SEQ_CLS"),
-    ("ModernBERT", "patterns", "SEQ_CLS"),
-    ("BERT", "prompt", "SEQ_CLS"),
-    ("BERT", "prefix", "SEQ_CLS"),
-    ("RoBERTa", "prefix", "SEQ_CLS"),
+    *(Cell(MADE_BY_PEFT, "CAUSAL_LM", feature, "Llama") for feature in FEATURES),
+    Cell(MADE_BY_PEFT, "CAUSAL_LM", "DoRA", "GPT-2"),
+    Cell(MADE_BY_PEFT, "CAUSAL_LM", "IA3", "GPT-2"),
+    Cell(MADE_BY_PEFT, "CAUSAL_LM", "embedding", "Qwen3"),
+    Cell(MADE_BY_PEFT, "CAUSAL_LM", "trained tokens", "Qwen3"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "LoRA", "Gemma 3"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "bias all", "GPT-2"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "IA3", "DistilBERT"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "modules_to_save", "RoBERTa"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "DoRA", "DeBERTa-v3"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "patterns", "ModernBERT"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "prompt", "BERT"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "prefix", "BERT"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "prefix", "RoBERTa"),
+    Cell(MADE_HERE, "CAUSAL_LM", "LoRA", "Phi-3"),
+    Cell(MADE_HERE, "CAUSAL_LM", "QLoRA", "Qwen3"),
+    Cell(MADE_HERE, "CAUSAL_LM", "prefix", "Gemma 3"),
+    Cell(MADE_HERE, "SEQ_CLS", "DoRA", "ModernBERT"),
 ]
 
 pytestmark = pytest.mark.filterwarnings(
@@ -49,12 +55,17 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
-@pytest.mark.parametrize(("family", "feature", "task_type"), CELLS)
-def test_what_peft_wrote_gives_pefts_logits(
-    family: str, feature: str, task_type: str, bases: Path, tmp_path: Path
-) -> None:
-    base = make_base(family, bases / family)
-    assert read_here(base, tmp_path / "adapter", FEATURES[feature], task_type) < TOLERANCE
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.direction}: {cell.feature}, {cell.family}")
+def test_logits_here_are_pefts(cell: Cell, bases: Path, tmp_path: Path) -> None:
+    assert cell.measure(make_base(cell.family, bases / cell.family), tmp_path / "adapter") < TOLERANCE
+
+
+def test_page_holds_every_cell_and_none_differs() -> None:
+    written = adapter_matrix.written(adapter_matrix.PAGE.read_text(encoding="utf-8"))
+    expected = adapter_matrix.tables(dict.fromkeys(peft_cases.cells(), 0.0))
+    number = re.compile(r"\de[+-]\d\d")
+    assert number.sub("", written) == number.sub("", expected)
+    assert all(float(one) <= TOLERANCE for one in number.findall(written))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,33 @@ def test_base_is_as_it_was_when_the_adapter_is_taken_off(bases: Path, tmp_path: 
     found = loaded.model.state_dict()
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+MERGED = [
+    *(Cell(MADE_BY_PEFT, "CAUSAL_LM", feature, "Qwen3") for feature in ("modules_to_save", "trained tokens", "IA3")),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "DoRA", "GPT-2"),
+    Cell(MADE_BY_PEFT, "SEQ_CLS", "bias of B", "RoBERTa"),
+]
+
+
+@pytest.mark.parametrize("cell", MERGED, ids=lambda cell: f"{cell.feature}, {cell.family}")
+def test_merged_model_gives_pefts_logits_in_transformers(cell: Cell, bases: Path, tmp_path: Path) -> None:
+    """Conv1D, trained biases and heads; an output layer that shared the embedding's weight, and no longer does."""
+    base = make_base(cell.family, bases / cell.family)
+    made = make_adapter(base, tmp_path / "adapter", FEATURES[cell.feature], cell.task_type)
+    capotune.merge(tmp_path / "adapter", model=str(base), out=tmp_path / "merged")
+    merged = peft_cases.load_plain(tmp_path / "merged", cell.task_type)
+    ids = torch.tensor([[9, 8, 7, 40, 41, 6]])
+    with torch.no_grad():
+        assert (merged(input_ids=ids).logits - made(input_ids=ids).logits).abs().max() < TOLERANCE
+
+
+def test_bias_that_the_base_lacks_is_not_merged(bases: Path, tmp_path: Path) -> None:
+    base = make_base("Llama", bases / "Llama")
+    make_adapter(base, tmp_path / "adapter", FEATURES["bias of B"], "CAUSAL_LM")
+    with pytest.raises(AdapterError, match=r"a bias of model\.layers\.0\.mlp\.down_proj, "):
+        capotune.merge(tmp_path / "adapter", model=str(base), out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_several_are_switched_in_place(bases: Path, tmp_path: Path) -> None:
@@ -96,22 +134,6 @@ def test_several_are_switched_in_place(bases: Path, tmp_path: Path) -> None:
         assert (alone(input_ids=ids[:1]).logits[0] - row).abs().max() < TOLERANCE
     with pytest.raises(SettingError, match="more than linear layers"), adapters.rows(["IA3", None, None]):
         pass
-
-
-def test_loralibs_names_are_read(bases: Path, tmp_path: Path) -> None:
-    """``lora_A`` and ``lora_B`` are parameters of the layer there, of an embedding too; LoRA's are PEFT's otherwise."""
-    base = make_base("Llama", bases / "Llama")
-    made = make_adapter(base, tmp_path / "adapter", FEATURES["embedding"], "CAUSAL_LM")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    found = load_file(path)
-    bare = {
-        key.removeprefix("base_model.model.").removesuffix(".weight").replace("_embedding", ""): tensor
-        for key, tensor in found.items()
-    }
-    assert "model.embed_tokens.lora_A" in bare
-    save_file(bare, path)
-    loaded = capotune.load(tmp_path / "adapter", model=str(base))
-    assert peft_cases.difference(made, loaded, "CAUSAL_LM") < TOLERANCE
 
 
 def test_adapters_by_name_are_read_from_their_folders(bases: Path, tmp_path: Path) -> None:

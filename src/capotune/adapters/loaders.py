@@ -73,9 +73,11 @@ class Traits:
     scales: tuple[float, ...]
     """Factors of the deltas, each once."""
     blocks: bool
-    """Whether trained weights stand in place of the base's."""
+    """Whether it changes weights in another way than by deltas."""
     soft_prompt: bool
     head: bool
+    of_peft: bool = False
+    """Whether PEFT wrote it."""
 
     @property
     def plain(self) -> bool:
@@ -109,14 +111,16 @@ def traits(stored: StoredAdapter, has_head: bool) -> Traits:
     method = methods.get(stored.settings.method)
     deltas = method.low_rank(stored.settings, stored.tensors) or {}
     replaced = method.replaced_weights(stored.settings, stored.tensors)
+    virtual_tokens = stored.settings.virtual_tokens
     return Traits(
         tuple(sorted({one.rank for one in deltas.values()})),
         max((min(one.shape) for one in deltas.values()), default=0),
         any(one.magnitude is not None for one in deltas.values()),
         tuple(sorted({one.scale for one in deltas.values()})),
-        any(path.count(".") > 1 for path in replaced),
-        stored.settings.virtual_tokens > 0,
+        any(path.count(".") > 1 for path in replaced) or (stored.is_foreign and not deltas and not virtual_tokens),
+        virtual_tokens > 0,
         has_head,
+        stored.is_foreign,
     )
 
 
@@ -132,6 +136,8 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
     def refused(why: str, instead: str) -> Verdict:
         return Verdict(loader, None, False, why, instead)
 
+    if adapter.of_peft and loader.name == "peft":
+        return Verdict(loader, "adapter", True, "PEFT wrote it.")
     if adapter.head and not loader.heads:
         return refused(
             f"{loader.title} runs models that write text, and this adapter's head gives labels.",
@@ -168,7 +174,7 @@ def _prompt(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdi
 def _why_merged(adapter: Traits, loader: Loader) -> str | None:
     """Why no adapter can be written for it; None: one can."""
     if adapter.blocks:
-        return "whole blocks were trained, which have no LoRA delta"
+        return "weights were trained that have no LoRA delta"
     if not loader.deltas:
         return "it loads models without adapters"
     limit = loader.most_rank

@@ -207,10 +207,11 @@ def quantization_config(base: Base, quantization: Quantization, to_quantize: dic
     }
 
 
-def write_config(folder: Path, base: Base, stated: dict[str, Any] | None) -> None:
-    """``config.json`` of ``base`` with what is ``stated`` of the quantization; None: the weights are whole."""
+def write_config(folder: Path, base: Base, stated: dict[str, Any] | None, **changed: Any) -> None:
+    """``config.json`` of ``base`` with what is ``stated`` of the quantization (None: the weights are whole) and other
+    values where they have ``changed``."""
     stale = ("quantization_config", "transformers_weights")
-    config = {name: value for name, value in base.config_values.items() if name not in stale}
+    config = {name: value for name, value in base.config_values.items() if name not in stale} | changed
     if stated is not None:
         config["quantization_config"] = stated
     write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -8,13 +8,8 @@ from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
-import torch
-
-from capotune import methods
-from capotune.adapters.assemble import assemble, attach
 from capotune.adapters.fingerprint import fingerprint
-from capotune.adapters.merge import check_mergeable, write_merged
-from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter, save_adapter
+from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.divergence import (
@@ -27,15 +22,12 @@ from capotune.evaluation.divergence import (
 )
 from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress
 from capotune.files import output_folder, write_atomic
-from capotune.methods.base import Start
 from capotune.models.base import Base, Quantization, find
-from capotune.models.load import load_causal_lm
 from capotune.models.quantize import LayerError, write_quantized
-from capotune.settings import Context, MergeSettings, QuantizeSettings
-from capotune.tasks.loading import load_adapter, task_class, task_on
+from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, write_merged_model
+from capotune.settings import MergeSettings, QuantizeSettings
+from capotune.tasks.loading import load_adapter, task_class
 
-HEAD = "adapter"
-"""Folder of a merged model's head."""
 DIFFERENT_BASE = "different_base.json"
 """In a merged model whose base is not the one that the adapter was trained on: both fingerprints."""
 
@@ -96,23 +88,13 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     text = read_text(settings.text)
     stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
-    check_mergeable(stored, base, settings.requantize, report)
-    has_head = task_class(stored).has_head
-    if stored.is_foreign and has_head:
-        raise SettingError(
-            "PEFT wrote this classifier, whose head is Transformers' own: it is not merged here.",
-            where=str(stored.folder),
-            advice="Use it as it is, or merge it with merge_and_unload() in PEFT.",
-        )
+    check_can_merge(stored, base, settings.requantize, report)
     with output_folder(settings.out) as new:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
-        progress = bytes_as_progress(report)
-        changed = write_merged(stored, base, new, requantize=settings.requantize, progress=progress)
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
-        for notice in task_on(stored, base).write_merged_files(new):
+        changed, notices = write_merged_model(stored, base, merged, requantize=settings.requantize, report=report)
+        for notice in notices:
             report(Warned(text=notice))
-        if has_head:
-            save_head(stored, merged)
         is_own = is_own_base(stored, base)
         if not is_own:
             write_atomic(new / DIFFERENT_BASE, _different_base(stored, base))
@@ -125,11 +107,8 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
             "requantized": settings.requantize,
             "changed_layers": changed,
             "bytes": merged.weight_bytes,
-            "head": str(settings.out / HEAD) if has_head else None,
-            "answers": {
-                "text": settings.text,
-                **asdict(_merged_answers(stored, base, merged, text, has_head, alive(report))),
-            },
+            "head": str(settings.out / HEAD) if (new / HEAD / RECORD).is_file() else None,
+            "answers": {"text": settings.text, **asdict(_merged_answers(stored, base, merged, text, alive(report)))},
         }
 
 
@@ -138,40 +117,15 @@ def _different_base(stored: StoredAdapter, base: Base) -> str:
     return json.dumps({"trained_on": trained_on, "merged_into": fingerprint(base)}, indent=2) + "\n"
 
 
-def save_head(stored: StoredAdapter, merged: Base) -> None:
-    """A task's head as an adapter of the ``merged`` base.
-
-    The head was trained on the last layer; the stored one reads every layer and weighs all but the last with zero.
-    """
-    task = task_class(stored).restore(merged, stored.record)
-    context = Context(merged.hidden_size, has_head=True)
-    settings = methods.get("feature-extraction").Settings(trainable_layers=0).completed(context)  # type: ignore[call-arg]
-    assembled = assemble(task, settings, device=torch.device("cpu"))
-    prefix = methods.get(stored.settings.method).key_prefix
-    with torch.no_grad():
-        for path, weight in task.head_parameters(assembled.model).items():
-            trained = stored.tensors[prefix + path]
-            weight.zero_()
-            weight[..., -trained.shape[-1] :] = trained
-    attach(assembled, Start(torch.Generator()))
-    save_adapter(merged.folder / HEAD, assembled, stored.record["trained"])
-
-
 def _merged_answers(
-    stored: StoredAdapter, base: Base, merged: Base, text: str, has_head: bool, alive: Callable[[], object]
+    stored: StoredAdapter, base: Base, merged: Base, text: str, alive: Callable[[], object]
 ) -> Divergence:
     """The merged model's answers against those of the base with the adapter on it."""
-    windows = text_windows(base, text, by_line=has_head)
-    trust, device = base.trust_remote_code, pick_device()
-    on_base = load_adapter(stored, model=base.name, device=device, trust_remote_code=trust)
+    windows = text_windows(base, text, by_line=task_class(stored).has_head)
+    on_base = load_adapter(stored, model=base.name, device=pick_device(), trust_remote_code=base.trust_remote_code)
     before = answers_of(on_base.model, windows, alive)
     del on_base
-    if has_head:
-        head = read_adapter(merged.folder / HEAD)
-        after = answers_of(load_adapter(head, model=str(merged.folder), device=device).model, windows, alive)
-    else:
-        after = answers_of(load_causal_lm(merged, dtype=stored.dtype), windows, alive)
-    return compare_logits(before, after)
+    return compare_logits(before, answers_of(load_merged_model(stored, merged), windows, alive))
 
 
 def _errors(layers: tuple[LayerError, ...]) -> dict[str, Any]:

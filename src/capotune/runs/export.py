@@ -19,7 +19,6 @@ from capotune import methods
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
-from capotune.adapters.merge import write_merged
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
 from capotune.adapters.store import CARD, CONFIG, RECORD, WEIGHTS, StoredAdapter, read_adapter
 from capotune.data.batches import Encoded
@@ -27,7 +26,7 @@ from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.agreement import Agreement, agreement, cut_to_fit
 from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
-from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress, counter, ignore
+from capotune.events import Reporter, Stage, Warned, alive, counter, ignore
 from capotune.files import output_folder, write_atomic
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.base import Base
@@ -36,7 +35,7 @@ from capotune.models.gguf.converted import converted
 from capotune.models.gguf.metadata import architecture_in_gguf
 from capotune.models.gguf.write import write_model
 from capotune.models.load import load_causal_lm
-from capotune.runs.convert import save_head
+from capotune.runs.merging import HEAD, load_merged_model, write_merged_model
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.modelfile import modelfile
@@ -186,16 +185,13 @@ def _copy(making: _Export) -> str:
 def _write_folder(making: _Export) -> tuple[Tensor, str]:
     """A merged Transformers folder."""
     merged = _merge(making, making.new)
-    out = making.out
-    if making.assembled.task.has_head:
-        save_head(making.stored, merged)
-        head = load_adapter(read_adapter(making.new / "adapter"), model=str(making.new), device=pick_device())
-        return making.ask(head.model), f'capo predict {out / "adapter"} "your text"'
-    answers = making.ask(load_causal_lm(merged, dtype=making.stored.dtype))
+    out, answers = making.out, making.ask(load_merged_model(making.stored, merged))
+    if (merged.folder / HEAD).is_dir():
+        return answers, f'capo predict {out / HEAD} "your text"'
     commands = {
         "vllm": f"vllm serve {out}",
         "sglang": f"python -m sglang.launch_server --model-path {out}",
-        "transformers": f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        "transformers": f"transformers.{_auto_class(making)}.from_pretrained({str(out)!r})",
     }
     return answers, commands[making.loader.name]
 
@@ -206,10 +202,15 @@ def _merge(making: _Export, folder: Path) -> Base:
     folder.mkdir(exist_ok=True)
     base = making.base
     making.rounded = making.assembled.method.quantization is not None or any(one.dtype != "F32" for one in base.tensors)
-    write_merged(making.stored, base, folder, requantize=base.is_quantized, progress=bytes_as_progress(making.report))
     merged = Base(str(making.settings.out), folder, base.trust_remote_code)
-    making.said += making.assembled.task.write_merged_files(folder)
+    _, notices = write_merged_model(making.stored, base, merged, requantize=base.is_quantized, report=making.report)
+    making.said += notices
     return merged
+
+
+def _auto_class(making: _Export) -> str:
+    labels = making.assembled.task.has_head
+    return "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
 
 
 def _write_gguf_model(making: _Export) -> tuple[Tensor, str]:

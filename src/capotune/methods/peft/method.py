@@ -117,6 +117,23 @@ class Peft(Method):
         for path, layer in self.layers.items():
             swap(self.model, path, layer)
 
+    @torch.no_grad()
+    def write_into_base(self) -> int:
+        """Put every change into the base's own layers, for good; returns how many modules changed.
+
+        Raises ``AdapterError`` for a trained bias of a layer that has none: no configuration of the base asks for it.
+        """
+        names = {module: path for path, module in self.model.named_modules()}
+        added = sorted(names[owner].removesuffix(".base_layer") for owner, _, old in self._set_aside if old is None)
+        if added:
+            raise AdapterError(f"it trained a bias of {', '.join(added[:_SHOWN])}, which has none in the base.")
+        for path, layer in self.layers.items():
+            base_layer, weight = layer.base_layer, layer.merged_weight()
+            weight = weight.t().contiguous() if isinstance(base_layer, Conv1D) else weight
+            swap(self.model, path, base_layer)
+            self._put(base_layer, "weight", nn.Parameter(weight, requires_grad=False))
+        return len({owner for owner, _, _ in self._set_aside})
+
     @classmethod
     def weight_changes(cls, settings: Any, tensors: Mapping[str, Tensor]) -> dict[str, Change] | None:
         """Of every adapted layer, by its path; None where more than linear layers changes."""
@@ -127,7 +144,7 @@ class Peft(Method):
     def low_rank(cls, settings: Any, tensors: Mapping[str, Tensor]) -> dict[str, LowRank] | None:
         """The deltas; None where there is more, or a delta of a layer outside the backbone."""
         parts = read_parts(settings.config, tensors)
-        more = parts.changes or parts.replaced or parts.embeddings or parts.prompt is not None
+        more = parts.changes or parts.replaced or parts.embeddings or parts.bare or parts.prompt is not None
         return None if more or any("." not in path for path in parts.low_rank) else parts.low_rank
 
     def _check_places(self, parts: Parts) -> None:
@@ -204,6 +221,8 @@ class Peft(Method):
             old = weight.new_zeros(weight.shape[1 if isinstance(owner, Conv1D) else 0])
         transposed = isinstance(owner, Conv1D) and old.dim() > 1
         new = change((old.t() if transposed else old).float())
+        if getattr(owner, name) is None and not new.any():
+            return  # (IA)³'s factor of a bias that the layer does not have
         new = nn.Parameter((new.t() if transposed else new).to(old.dtype).contiguous(), requires_grad=False)
         sharing = (
             [part for part in self.model.modules() if part._parameters.get(name) is old] if everywhere else [owner]

@@ -52,6 +52,8 @@ class Parts:
     """By a parameter's path, laid out as the base stores it."""
     embeddings: dict[str, LowRank] = field(default_factory=dict)
     """By an embedding's path: A (rank, words), B (width, rank)."""
+    bare: bool = False
+    """Whether deltas have loralib's names, which an embedding's shares with a linear layer's."""
     tied: set[str] = field(default_factory=set)
     """Parameters whose change holds for every layer that shares them, as an output layer does the embedding."""
     prompt: Tensor | None = None
@@ -77,6 +79,7 @@ def read_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part
         elif found is not None:
             ending = ".bias" if found["rest"].endswith(".bias") else ""
             layers[_unwrapped(found["path"])][found["part"] + ending] = tensor
+            parts.bare |= found["part"] in ("lora_A", "lora_B") and not found["rest"]
         elif "original_module" not in name.split("."):  # the base's own, beside a copy that was trained
             parts.replaced[_unwrapped(name)] = tensor
     for path, found_parts in layers.items():
