@@ -84,6 +84,10 @@ def falcon_change(name: str, weights: Tensor, config: Any) -> Tensor:
     return torch.cat([part.reshape(-1, width * heads) for part in (q, k, v)])
 
 
+def mamba_change(name: str, weights: Tensor, _config: Any) -> Tensor:
+    return -torch.exp(weights) if name.endswith(".A_log") else weights
+
+
 def as_it_is(_name: str, weights: Tensor, _config: Any) -> Tensor:
     return weights
 
@@ -175,11 +179,20 @@ def _tensors(family: Family, model: Any) -> dict[str, Tensor]:
     names = get_tensor_name_map(arch, model.config.num_hidden_layers)
     found = {}
     for name, parameter in model.named_parameters():
-        form = name.removeprefix("transformer.") if family.architecture == "bloom" else name
-        called = names.get_name(form, try_suffixes=(".weight", ".bias"))
-        assert called is not None, name
-        found[called] = family.change(name, parameter.detach(), model.config)
+        for part, values in _parts(name, family.change(name, parameter.detach(), model.config)).items():
+            form = part.removeprefix("transformer.") if family.architecture == "bloom" else part
+            called = names.get_name(form, try_suffixes=(".weight", ".bias"))
+            assert called is not None, name
+            found[f"{called}.weight" if called.endswith("_exps") else called] = values.squeeze()
     return found
+
+
+def _parts(name: str, values: Tensor) -> dict[str, Tensor]:
+    """An expert's two matrices apart, as models' own files and llama.cpp have them."""
+    if not name.endswith("experts.gate_up_proj"):
+        return {name: values}
+    gate, up = values.chunk(2, dim=1)
+    return {name.replace("gate_up_proj", part): half for part, half in (("gate_proj", gate), ("up_proj", up))}
 
 
 def _add_tensor(writer: GGUFWriter, name: str, values: Tensor, quantization: str) -> None:
@@ -267,6 +280,7 @@ def rope_tensors(family: Family) -> dict[str, Tensor]:
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 WIDE = {"attention.key_length": 64, "rope.dimension_count": 64, "rope.freq_base": 500_000.0}
 WINDOW = {"attention.sliding_window": 8}
+EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 LONG = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 SHORT = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
 
@@ -336,5 +350,41 @@ FAMILIES = {
         falcon_change,
     ),
     "Bloom": Family("bloom", "bloom", {"n_layer": 2, "n_head": 4}, {}, bloom_change),
+    "Mixtral": Family("llama", "mixtral", {"num_local_experts": 4, **rope()}, EXPERTS, llama_change),
+    "Qwen2-MoE": Family(
+        "qwen2moe", "qwen2_moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        EXPERTS | {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+    ),
+    "Qwen3-MoE": Family(
+        "qwen3moe", "qwen3_moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32,
+            "norm_topk_prob": True,
+        },
+        EXPERTS | {"expert_feed_forward_length": 32, "attention.key_length": 32},
+    ),
+    "LFM2": Family(
+        "lfm2", "lfm2",
+        {
+            "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_bias": False,
+            "norm_eps": 1e-6, **rope(theta=1e6),
+        },
+        {
+            "attention.head_count_kv": [0, 2], "attention.layer_norm_rms_epsilon": 1e-6, "shortconv.l_cache": 3,
+            "rope.freq_base": 1e6,
+        },
+    ),
+    "Mamba": Family(
+        "mamba", "mamba", {"state_size": 8, "time_step_rank": 4},
+        {
+            "ssm.state_size": 8, "ssm.time_step_rank": 4, "ssm.inner_size": 96, "ssm.conv_kernel": 4,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+        },
+        mamba_change,
+    ),
 }  # fmt: skip
 """By name; each with something that a reader may lose."""

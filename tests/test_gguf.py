@@ -60,11 +60,16 @@ def test_converted_model_is_the_one_that_the_file_was_made_from(name: str, tmp_p
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("quantization", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_converted_model_computes_as_transformers_reads_the_file(quantization: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [("LFM2", "F32"), *(("Llama", kind) for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"))],
+)
+def test_converted_model_computes_as_transformers_reads_the_file(
+    family: str, quantization: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    write(LLAMA, tmp_path / "model.gguf", quantization=quantization)
+    write(FAMILIES[family], tmp_path / "model.gguf", quantization=quantization)
     with bases.quiet():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     base = find(str(tmp_path / "model.gguf"))
@@ -250,6 +255,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         "it holds blk.0.ffn_gate_exps.weight, for which the architecture llama has no place",
     ),
     "unknown architecture": (saying(general__architecture="rwkv9"), "'rwkv9' are not read .* llama, qwen2"),
+    "encoder-decoder": (saying(general__architecture="t5"), "'t5' are not read from GGUF: they read one text"),
     "more blocks": (saying(llama__block_count=4_000_000_000), "its metadata say 4000000000 blocks, and it holds 2"),
     "no blocks said": (saying(llama__block_count=None), "its metadata say None blocks, and it holds 2"),
     "width that is none": (saying(llama__embedding_length=1 << 31), "rotates 16 of each head's 536870912 dimensions"),

@@ -41,6 +41,8 @@ class Architecture:
     """The inverse of ``restore``: from the values in Transformers to those in a file."""
     restored: tuple[str, ...] = ()
     """Ends of the names of tensors that ``restore`` and ``store`` are for."""
+    is_written: bool = True
+    """Whether models are also written so."""
 
     def config(self, file: GgufFile) -> dict[str, Any]:
         """Settings for Transformers' config class. ``ModelError`` for a count that is none, or differs by block."""
@@ -219,6 +221,53 @@ def _starcoder2(file: GgufFile) -> dict[str, Any]:
     return {**_plain(file), "use_bias": has(file, "attn_q.bias")}
 
 
+def _experts(file: GgufFile) -> dict[str, Any]:
+    """A mixture of experts in the place of each block's MLP (Shazeer et al. 2017)."""
+    used, inner = number(file, "expert_used_count"), number(file, "feed_forward_length", 0)
+    return {
+        **_fully_rotary(file),
+        "head_dim": head_width(file),
+        "num_experts": number(file, "expert_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": number(file, "expert_feed_forward_length", inner // max(1, used)),
+    }
+
+
+def _qwen2_moe(file: GgufFile) -> dict[str, Any]:
+    shared = number(file, "expert_shared_feed_forward_length", number(file, "feed_forward_length", 0))
+    return {**_experts(file), "shared_expert_intermediate_size": shared, "qkv_bias": has(file, "attn_q.bias")}
+
+
+def _qwen3_moe(file: GgufFile) -> dict[str, Any]:
+    return {**_experts(file), "norm_topk_prob": True, "attention_bias": has(file, "attn_q.bias")}
+
+
+def _mixtral(file: GgufFile) -> dict[str, Any]:
+    return {**_experts(file), "num_local_experts": number(file, "expert_count")}
+
+
+def _lfm2(file: GgufFile) -> dict[str, Any]:
+    """Blocks without heads of keys are convolutions."""
+    by_block = file.get("attention.head_count_kv")
+    counts = by_block.tolist() if hasattr(by_block, "tolist") else [by_block] * number(file, "block_count")
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in counts],
+        "num_key_value_heads": max(counts),
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": False,
+        "rope_parameters": rope(file, 1e6),
+    }
+
+
+def _mamba(file: GgufFile) -> dict[str, Any]:
+    if file.get("ssm.dt_b_c_rms"):
+        raise file.error("it is a Falcon-Mamba, which is not read here.")
+    return {
+        "use_conv_bias": has(file, "ssm_conv1d.bias"),
+        "use_bias": False,
+    }
+
+
 def _falcon(file: GgufFile) -> dict[str, Any]:
     return {
         "num_kv_heads": kv_heads(file),
@@ -257,6 +306,11 @@ def _less_one(_file: GgufFile, _name: str, values: Tensor) -> Tensor:
 
 def _plus_one(_file: GgufFile, _name: str, values: Tensor) -> Tensor:
     return values + 1
+
+
+def _logarithms(_file: GgufFile, _name: str, values: Tensor) -> Tensor:
+    """A file holds −exp of Mamba's A_log."""
+    return torch.log(-values)
 
 
 def _bloom_qkv(file: GgufFile, _name: str, values: Tensor) -> Tensor:
@@ -351,28 +405,67 @@ ARCHITECTURES = {
         },
         _nothing,
     ),
+    "qwen2moe": Architecture("qwen2_moe", _RMS, _qwen2_moe, is_written=False),
+    "qwen3moe": Architecture("qwen3_moe", _RMS, _qwen3_moe, is_written=False),
+    "lfm2": Architecture(
+        "lfm2",
+        _DECODER | {"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"},
+        _lfm2,
+        is_written=False,
+    ),
+    "mamba": Architecture(
+        "mamba",
+        {
+            "hidden_size": "embedding_length",
+            "num_hidden_layers": "block_count",
+            "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+            "intermediate_size": "ssm.inner_size",
+            "conv_kernel": "ssm.conv_kernel",
+            "state_size": "ssm.state_size",
+            "time_step_rank": "ssm.time_step_rank",
+        },
+        _mamba,
+        _logarithms,
+        restored=("ssm_a",),
+        is_written=False,
+    ),
 }
 """By ``general.architecture``."""
 _MISTRAL = Architecture("mistral", _WINDOWED, _mistral, _unpermuted, _permuted, _QUERIES_AND_KEYS)
+_MIXTRAL = Architecture("mixtral", _WINDOWED, _mixtral, _unpermuted, restored=_QUERIES_AND_KEYS, is_written=False)
+_NOT_READ = {
+    **dict.fromkeys(("t5", "t5encoder", "umt5"), "they read one text and write another"),
+    "gpt-oss": "their experts stand otherwise in the file than in Transformers, and 4 bits are not for them",
+    "minimax-m2": "their experts' biases stand beside the model's weights in Transformers",
+    "gemma4": "heads and inputs differ from block to block",
+    "deci": "Transformers has no class of its own for them",
+}
+"""Why architectures that Transformers knows in GGUF are not read here, in words."""
 
 
 def named_in_gguf(model_type: str) -> tuple[str, Architecture] | None:
     """GGUF's name of a family of Transformers', and how it is stored; None for one that is not written."""
     if model_type == _MISTRAL.model_type:
         return "llama", _MISTRAL
-    return next(((name, one) for name, one in ARCHITECTURES.items() if one.model_type == model_type), None)
+    written = ((name, one) for name, one in ARCHITECTURES.items() if one.is_written)
+    return next(((name, one) for name, one in written if one.model_type == model_type), None)
 
 
 def architecture_of(file: GgufFile) -> Architecture:
     """The file's architecture. ``ModelError`` for one that is not read.
 
-    A Mistral calls itself a llama; it is one, unless its attention sees a window only.
+    A Mistral and a Mixtral call themselves a llama; it is one, unless it has experts, or its attention sees a window
+    only.
     """
+    if file.architecture == "llama" and number(file, "expert_count", 0):
+        return _MIXTRAL
     if file.architecture == "llama" and number(file, "attention.sliding_window", 0):
         return _MISTRAL
     if file.architecture not in ARCHITECTURES:
+        why = f": {_NOT_READ[file.architecture]}" if file.architecture in _NOT_READ else ""
         raise file.error(
-            f"models of the architecture '{file.architecture}' are not read from GGUF; {', '.join(ARCHITECTURES)} are.",
+            f"models of the architecture '{file.architecture}' are not read from GGUF{why}; "
+            f"{', '.join(ARCHITECTURES)} are.",
             advice="Give the Transformers folder of the model instead.",
         )
     return ARCHITECTURES[file.architecture]
