@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## compare the four techniques on examples/support_tickets.cs
 	rm -rf demo-out
 	$(BIN)/capo compare --data examples/support_tickets.csv --out demo-out --qlora.epochs 3 --prompt-tuning.epochs 2
 
-demo-generation: $(INSTALLED) ## the same for text that a small language model writes, into demo-generation-out/
+demo-generation: $(INSTALLED) ## compare two techniques on text that SmolLM2 writes, into demo-generation-out/
 	rm -rf demo-generation-out
 	$(BIN)/capo demo generation --out demo-generation-out
 

