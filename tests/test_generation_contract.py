@@ -14,6 +14,7 @@ from helpers import CPU, TRAINED, assert_same_bits, contents, fit, folder_digest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import capotune
 from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -27,9 +28,8 @@ from capotune.methods.lora.method import LoraLinear
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
-from capotune.models.base import find
 from capotune.settings import TrainingSettings
-from capotune.tasks.loading import load_adapter, load_plain, switch
+from capotune.tasks.loading import load_adapter
 
 QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8, "warmup": 0.0}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 3e-2, **QUICK}
@@ -400,14 +400,14 @@ def test_adapters_change_places_on_one_base(base: str, writers: dict[str, Path],
         shake(assembled, seed=number)
         expected[variant] = logits(assembled)
         save_adapter(tmp_path / variant, assembled, TRAINED)
-    running = load_plain(find(str(writers[base])), device=CPU)
-    plain, model = logits(running), running.model
+    generator = capotune.load_model(writers[base])
+    plain, model = logits(generator._assembled), generator.model
     for variant in ("lora", "prompt-vocabulary", "features-k1", "lora"):
-        running = switch(running, read_adapter(tmp_path / variant))
-        assert torch.equal(logits(running), expected[variant])
-    running = switch(running, None)
-    assert torch.equal(logits(running), plain)
-    assert running.model is model
+        generator.use(tmp_path / variant)
+        assert torch.equal(logits(generator._assembled), expected[variant])
+    generator.use(None)
+    assert torch.equal(logits(generator._assembled), plain)
+    assert generator.model is model
 
 
 def test_an_adapter_of_another_base_or_packing_is_refused_and_the_model_is_as_it_was(
@@ -421,12 +421,12 @@ def test_an_adapter_of_another_base_or_packing_is_refused_and_the_model_is_as_it
         assembled = on_base(folder, VARIANTS[variant])
         shake(assembled)
         save_adapter(tmp_path / name, assembled, TRAINED)
-    running = load_adapter(read_adapter(tmp_path / "mine"), model=None, device=CPU)
-    before = logits(running)
-    for name, words in (("other", "belongs to another base"), ("packed", "4 bits")):
+    running = capotune.load(tmp_path / "mine")
+    before = logits(running._assembled)
+    for name, words in (("other", "belongs to another base"), ("packed", "trained over nf4")):
         with pytest.raises(AdapterError, match=words):
-            switch(running, read_adapter(tmp_path / name))
-        assert torch.equal(logits(running), before)
+            running.use(tmp_path / name)
+        assert torch.equal(logits(running._assembled), before)
     with pytest.raises(AdapterError, match="belongs to another base"):
         load_adapter(read_adapter(tmp_path / "other"), model=str(writers["llama"]), device=CPU)
 

@@ -43,12 +43,11 @@ from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
-from capotune.models.base import find
 from capotune.runs import run as run_module
 from capotune.runs.run import run
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.generation.run import GenerationRun
-from capotune.tasks.loading import load_adapter, load_plain, switch
+from capotune.tasks.loading import load_adapter
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 METHODS: dict[str, TrainingSettings] = {
@@ -614,9 +613,9 @@ def test_an_adapter_of_the_other_task_is_refused(both_adapters: Callable[[str], 
         capotune.predict(both_adapters("writer"), ["a text"])
     with pytest.raises(AdapterError, match=r"gives labels and writes no text.*capo predict"):
         capotune.generate(both_adapters("classifier"), ["a prompt"])
-    running = load_plain(find(str(llama_writer)), device=CPU)
+    running = capotune.load_model(llama_writer)
     with pytest.raises(AdapterError, match=r"gives labels and writes no text"):
-        switch(running, read_adapter(both_adapters("classifier")))
+        running.use(both_adapters("classifier"))
     assert capotune.generate(both_adapters("writer"), ["a prompt"], max_tokens=3)
     assert capotune.predict(both_adapters("classifier"), ["a text"])
 

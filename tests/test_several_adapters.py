@@ -10,14 +10,18 @@ import pytest
 import torch
 
 import capotune
+from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, ModelError, SettingError
+from capotune.methods.base import Start
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
+from capotune.models.base import find
 from capotune.settings import TrainingSettings
 from capotune.tasks.several import Adapters
+from capotune.tasks.token_classification import TokenClassification
 
 METHODS: dict[str, TrainingSettings] = {
     "lora": LoraSettings(rank=4, rslora=True),
@@ -25,6 +29,7 @@ METHODS: dict[str, TrainingSettings] = {
     "dora": LoraSettings(rank=3, dora=True),
     "prompt": PromptTuningSettings(num_virtual_tokens=3, init="vocabulary", learning_rate=0.1, epochs=1),
     "last-block": FeatureExtractionSettings(trainable_layers=1),
+    "deep": PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary", learning_rate=0.1, epochs=1),
 }
 MIXED = ["dora", None, "lora", "one-block", "lora", None]
 IDS = torch.randint(8, 300, (len(MIXED), 12), generator=torch.Generator().manual_seed(5))
@@ -56,15 +61,17 @@ def test_switching_gives_the_bits_of_each_adapter_alone_and_the_base_back(
     folders: dict[str, Path], llama_writer: Path
 ) -> None:
     adapters = capotune.load_adapters(folders)
+    assert adapters.in_use == "lora"
+    adapters.use(None)
     weights, modules = helpers.contents(adapters.model), dict(adapters.model.named_modules())
     plain = logits(capotune.load_model(llama_writer).model)
     for name in [*folders, *reversed(folders)]:
-        assembled = adapters.use(name)
+        facade = adapters.use(name)
         assert adapters.in_use == name
         expected = capotune.load(folders[name])
         assert torch.equal(logits(adapters.model), logits(expected.model))
         prompt = "What colour is the sky?"
-        written = assembled.task.facade(assembled).generate([prompt], max_tokens=8)
+        written = facade.generate([prompt], max_tokens=8)
         assert written == expected.generate([prompt], max_tokens=8)
     adapters.use(None)
     assert torch.equal(logits(adapters.model), plain)
@@ -116,7 +123,7 @@ def test_methods_that_cannot_share_a_batch_say_why(name: str, folders: dict[str,
     adapters = capotune.load_adapters(folders)
     with pytest.raises(SettingError, match="changes more than linear layers"), adapters.rows([name, None]):
         pass
-    assert adapters.in_use is None
+    assert adapters.in_use == "lora"
 
 
 def test_batch_of_another_size_and_other_bases_are_refused(
@@ -129,15 +136,57 @@ def test_batch_of_another_size_and_other_bases_are_refused(
     refused(adapters, saved(writers["llama"], QloraSettings(rank=2), tmp_path / "qlora"), "trained over nf4")
     classifier = helpers.on_base(bert, LoraSettings(rank=2))
     save_adapter(tmp_path / "labels", classifier, helpers.TRAINED | {"scores": {}})
-    refused(adapters, tmp_path / "labels", "a head of its own")
-    deep = PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary", learning_rate=0.1, epochs=1)
-    refused(adapters, saved(writers["llama"], deep, tmp_path / "deep"), "a deep prompt")
+    refused(adapters, tmp_path / "labels", "gives labels.*capo predict")
 
 
 def refused(adapters: Adapters, folder: Path, said: str) -> None:
     with pytest.raises(AdapterError, match=said):
         adapters.add("another", read_adapter(folder))
     assert "another" not in adapters.names
+
+
+LABELS: dict[str, TrainingSettings] = {
+    "lora": LoraSettings(rank=4),
+    "dora": LoraSettings(rank=3, dora=True),
+    "head": FeatureExtractionSettings(),
+    "last-block": FeatureExtractionSettings(trainable_layers=1),
+    "prompt": PromptTuningSettings(num_virtual_tokens=3, init="vocabulary"),
+    "deep": PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary"),
+}
+
+
+def test_adapters_for_labels_and_tags_stand_on_one_base(bert: Path, tmp_path: Path) -> None:
+    """Each with a head of its own, on other features, for other labels."""
+    for seed, (name, settings) in enumerate(LABELS.items()):
+        labelled = helpers.on_base(bert, settings)
+        helpers.shake(labelled, seed)
+        save_adapter(tmp_path / name, labelled, helpers.TRAINED | {"scores": {}})
+    save_adapter(tmp_path / "tags", tagger(bert), helpers.TRAINED | {"scores": {}})
+    texts = ["my parcel is late", "the lamp is broken", "I paid twice please refund"]
+    adapters = capotune.load_adapters({name: tmp_path / name for name in [*LABELS, "tags"]})
+    for name in [*LABELS, *reversed(LABELS)]:
+        found = adapters.use(name).predict_proba(texts)
+        torch.testing.assert_close(
+            torch.tensor(found), torch.tensor(capotune.load(tmp_path / name).predict_proba(texts)), rtol=0, atol=1e-7
+        )
+        assert adapters.use("tags").predict(texts) == capotune.load(tmp_path / "tags").predict(texts)
+    with pytest.raises(SettingError, match="a base alone gives no labels"):
+        adapters.use(None)
+    with pytest.raises(SettingError, match="head and labels of its own"), adapters.rows(["lora", "dora"]):
+        pass
+    adapters.remove("tags")
+    assert adapters.in_use is None
+    plain = capotune.load(tmp_path / "head")._assembled.loaded
+    helpers.assert_same_bits(helpers.contents(adapters.model), helpers.contents(plain))
+
+
+def tagger(base: Path) -> Assembled:
+    settings = helpers.complete(LoraSettings(rank=2), find(str(base)))
+    task = TokenClassification.on(find(str(base)), ["PER", "LOC"], None, 0, 100)
+    assembled = assemble(task, settings, device=helpers.CPU)
+    attach(assembled, Start(torch.Generator().manual_seed(0)))
+    helpers.shake(assembled, 9)
+    return assembled
 
 
 def test_example_of_the_docs_runs(llama_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,11 +103,14 @@ class Regression(Task):
         options = {"truncation": True, "max_length": self.max_length, "verbose": False}
         return [list(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]] if texts else []
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
+    def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
+        """The backbone."""
+        return load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
+
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
         """The classifier of one "label", whose logit is the number."""
-        backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or readable_layers(backbone.config.num_hidden_layers, self.base.hidden_size)
-        model = SequenceClassifier(backbone, self.base.pooling, 1, layers)
+        layers = method.feature_layers or readable_layers(loaded.config.num_hidden_layers, self.base.hidden_size)
+        model = SequenceClassifier(loaded, self.base.pooling, 1, layers)
         return model, model.backbone_name
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:

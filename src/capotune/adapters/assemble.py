@@ -29,6 +29,8 @@ class Assembled:
 
     model: Any
     """The base with the task's head, or Transformers' own causal language model."""
+    loaded: Any
+    """The base as it was loaded, which the models of other adapters may share."""
     architecture: Architecture
     task: Any
     """A ``TaskModel``; typed so that a task's own code finds its own fields."""
@@ -124,10 +126,16 @@ def assemble(
     Raises ``ModelError`` when the base cannot be loaded or its parts cannot be told apart.
     """
     method = Untouched() if settings is None else make(settings)
-    model, backbone = task.load_model(method, dtype, progress)
-    model = model.to(device).eval()
+    loaded = task.load_base(method, dtype, progress).to(device)
+    return with_head(task, loaded, method)
+
+
+def with_head(task: TaskModel, loaded: Any, method: Method) -> Assembled:
+    """The task's head on its base, ``loaded``, to which others may belong too. The method is not attached yet."""
+    model, backbone = task.put_head(loaded, method)
+    model = model.to(loaded.device).eval()
     whole = model.get_submodule(backbone) if task.has_head else model
-    return Assembled(model, describe(model, backbone), task.with_model(model), method, parameter_count(whole))
+    return Assembled(model, loaded, describe(model, backbone), task.with_model(model), method, parameter_count(whole))
 
 
 def attach(assembled: Assembled, start: Start) -> None:

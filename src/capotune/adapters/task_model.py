@@ -68,6 +68,8 @@ class TaskModel(ABC):
     name: ClassVar[str]
     has_head: ClassVar[bool]
     """Whether it puts a head of its own on the base, whose weights train."""
+    shares_base: ClassVar[bool] = True
+    """Whether other heads can be put on what ``load_base`` gives, or it has its own."""
     peft_task_type: ClassVar[str]
     """What PEFT calls the task."""
     reads_packed: ClassVar[bool] = True
@@ -88,8 +90,13 @@ class TaskModel(ABC):
         return 0 if named is None or (size is not None and named >= size) else int(named)
 
     @abstractmethod
-    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
-        """The frozen base as ``method`` wants it, with the head on top, and the backbone's path in it."""
+    def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
+        """The frozen base as ``method`` wants it, without a head of the task's."""
+
+    @abstractmethod
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
+        """A model with a fresh head on what ``load_base`` gave, which other heads may share, and the backbone's path in
+        it."""
 
     def with_model(self, model: Any) -> TaskModel:  # noqa: ARG002 - most tasks need not look
         """The task with what only the loaded model can tell."""

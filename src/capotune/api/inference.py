@@ -53,25 +53,27 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Generat
 def load_adapters(
     adapters: Mapping[str, str | Path], *, model: str | None = None, report: Reporter = ignore
 ) -> Adapters:
-    """Several adapters on one language model in memory, by name: switched in place, or each row with its own.
+    """Several adapters on one base in memory, by name: switched in place, or each row of text with its own. The first
+    is in use.
 
     The base is that of the first, or ``model``. Raises ``AdapterError`` for an adapter of another base or quantization,
-    and for one whose task has a head of its own.
+    and for one that writes text beside one that gives labels.
 
     >>> adapters = capotune.load_adapters({"polite": "polite/adapter", "terse": "terse/adapter"})  # doctest: +SKIP
-    >>> adapters.use("polite")                                                                     # doctest: +SKIP
+    >>> adapters.use("terse").generate(["What colour is the sky?"])                                # doctest: +SKIP
     """
-    from capotune.adapters.store import find_base, read_adapter
+    _import_engine()
+    from capotune.adapters.store import read_adapter
     from capotune.device import pick_device
-    from capotune.tasks.loading import load_plain_for
+    from capotune.tasks.loading import load_adapter
     from capotune.tasks.several import Adapters
 
     stored = {name: read_adapter(folder) for name, folder in adapters.items()}
     if not stored:
         raise SettingError("name at least one adapter.", setting="adapters")
-    first = next(iter(stored.values()))
-    found = Adapters(load_plain_for(first, find_base(first, model, report=report), device=pick_device()))
-    for name, one in stored.items():
+    (first, on_base), *others = stored.items()
+    found = Adapters(load_adapter(on_base, model=model, device=pick_device(), report=report), first)
+    for name, one in others:
         found.add(name, one, report)
     return found
 

@@ -78,6 +78,14 @@ def observe_attention(backbone: Any, input_ids: torch.Tensor) -> list[AttentionS
     return seen
 
 
+def prefix_places(backbone: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where it stands whether ``backbone`` has prefixes, each a table and the name in it, so that who notes what stands
+    there can put prefixes in and take them away."""
+    configs = {id(part.config): part.config for part in backbone.modules() if hasattr(part, "config")}
+    names = [(vars(config), "_attn_implementation_internal") for config in configs.values()]
+    return [*((vars(module), "prefix") for module in backbone.modules()), *names]
+
+
 def _prefixed(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
 ) -> Any:

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from capotune.errors import AdapterError, ModelError, quoted
+from capotune.events import OnProgress
+from capotune.methods.base import Method
 from capotune.models.architecture import FAILURES, joined, text_part
 from capotune.models.base import first_line
+from capotune.models.load import load_backbone
 from capotune.tasks.base import Task
 from capotune.text import words
 
@@ -110,6 +113,10 @@ class LinearHeadTask(Task):
     base_label: ClassVar[str] = "base (frozen, nearest class mean)"
     has_head: ClassVar[bool] = True
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
+
+    def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
+        """The backbone, without any head."""
+        return load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
 
     def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - the head is written as an adapter
         """Nothing beside the weights; says so where the base has a head of its own."""

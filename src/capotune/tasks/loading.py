@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from capotune import tasks
@@ -12,8 +10,6 @@ from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_rec
 from capotune.errors import AdapterError, SettingError
 from capotune.events import Reporter, Warned, ignore
 from capotune.kernels.nf4 import Linear4bit
-from capotune.methods import make
-from capotune.methods.base import Untouched
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.base import Base
 from capotune.tasks.base import Task
@@ -63,44 +59,6 @@ def load_adapter(
 def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Assembled:
     """A language model without an adapter."""
     return assemble(Generation.of_model(base), None, device=device, dtype=dtype)
-
-
-def load_plain_for(stored: StoredAdapter, base: Base, *, device: torch.device) -> Assembled:
-    """A language model without an adapter, quantized and computing as ``stored`` asks."""
-    loaded = assemble(Generation.of_model(base), stored.settings, device=device, dtype=stored.dtype)
-    return replace(loaded, method=Untouched(loaded.method.quantization))
-
-
-def switch(assembled: Assembled, stored: StoredAdapter | None) -> Assembled:
-    """Take the adapter off a language model in place and put another one on; None leaves the base alone.
-
-    Raises ``AdapterError`` when the other one is for another task, base or quantization. The model is then as it was.
-    """
-    if stored is None:
-        assembled.method.detach()
-        task = Generation.of_model(assembled.base).with_model(assembled.model)
-        return replace(assembled, task=task, method=Untouched(assembled.method.quantization))
-    wanted = task_class(stored)
-    if stored.task != assembled.task.name:
-        raise AdapterError(
-            f"this adapter {wanted.gives}.",
-            where=str(stored.folder),
-            advice=f"Use it with `capo {wanted.command}`.",
-        )
-    check_base(stored, assembled.base)
-    method = make(stored.settings)
-    if method.quantization != assembled.method.quantization:
-        trained_over = "a base in 4 bits" if method.quantization else "a base in full precision"
-        raise AdapterError(
-            f"this adapter was trained over {trained_over}, and another one is loaded.",
-            where=str(stored.folder),
-            advice=f"Start again with: capo chat {stored.folder}",
-        )
-    restored = task_on(stored, assembled.base)
-    assembled.method.detach()
-    switched = replace(assembled, task=restored.with_model(assembled.model), method=method)
-    put_on(stored, switched)
-    return switched
 
 
 def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.device | None = None) -> Assembled:

@@ -1,7 +1,7 @@
-"""Several adapters on one language model in memory: switched in place, or each row of a batch with its own.
+"""Several adapters on one base in memory: switched in place, or each row of a batch with its own.
 
-The base is loaded once. An adapter's modules are made once, when it is added, and put in or taken out by reference, so
-that to switch takes no copy of any weight.
+The base is loaded once; heads stand on it side by side. An adapter's modules are made once, when it is added, and put
+in or taken out by reference, so that to switch takes no copy of any weight.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from capotune.adapters.assemble import Assembled
+from capotune.adapters.assemble import Assembled, with_head
 from capotune.adapters.store import StoredAdapter, check_base, put_on
 from capotune.errors import AdapterError, ModelError, SettingError
 from capotune.events import Reporter, ignore
 from capotune.methods import make
+from capotune.methods.base import Untouched
 from capotune.methods.lora.method import LoraLinear
 from capotune.models.architecture import swap
+from capotune.models.prefix import prefix_places
 from capotune.settings import nearest
+from capotune.tasks.facade import Facade
+from capotune.tasks.generation.task import Generation
 from capotune.tasks.loading import task_class, task_on
+
+_Place = tuple[dict[str, Any], str]
+"""A table of a module's modules, parameters or other parts, and a name in it."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +38,27 @@ class _Added:
     """An adapter that can be put in."""
 
     assembled: Assembled
-    slots: list[tuple[dict[str, Any], str, Any, Any]]
-    """Where it changes the model: a module's table of modules or of parameters, the name in it, what stands there with
-    the adapter and without. PyTorch's own way to set a module takes 30 microseconds, which makes 30 ms a switch in a
-    model of 200 layers."""
+    facade: Facade
+    parts: list[tuple[_Place, Any, Any]]
+    """Where it changes the base, with what stands there with the adapter and without. PyTorch's own way to set a module
+    takes 30 microseconds, which makes 30 ms a switch in a model of 200 layers."""
 
 
 class Adapters:
-    """Named adapters on one frozen language model, which the object owns: nobody else may change its modules.
+    """Named adapters on one frozen base, which the object owns: nobody else may change its modules.
 
     Batches are padded: (rows, tokens). One thread at a time.
     """
 
-    def __init__(self, base: Assembled) -> None:
-        """``base``: a language model without an adapter."""
-        self._base = base
+    def __init__(self, assembled: Assembled, name: str | None = None) -> None:
+        """``assembled``: a base, with an adapter on it that is known by ``name`` and in use, or a language model
+        alone."""
+        self._loaded, self._first = assembled.loaded, assembled
         self._known: dict[str, _Added] = {}
         self._in_use: str | None = None
+        if name is not None:
+            self._note(name, assembled)
+            self.use(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,76 +67,100 @@ class Adapters:
 
     @property
     def in_use(self) -> str | None:
-        """The adapter that the model computes with; None: the base alone."""
+        """The adapter that the base computes with; None: the base alone."""
         return self._in_use
 
     @property
     def model(self) -> Any:
-        """Transformers' language model, with the adapter in use inside."""
-        return self._base.model
+        """The PyTorch module with the adapter in use inside; the base as it was loaded where there is none."""
+        return self._loaded if self._in_use is None else self._known[self._in_use].assembled.model
+
+    @cached_property
+    def _alone(self) -> Facade:
+        if self._first.task.has_head:
+            raise SettingError(
+                "a base alone gives no labels.", setting="name", allowed=", ".join(self._known) or "none"
+            )
+        task = Generation.of_model(self._first.base).with_model(self._loaded)
+        return task.facade(replace(self._first, task=task, method=Untouched(self._first.method.quantization)))
 
     def add(self, name: str, stored: StoredAdapter, report: Reporter = ignore) -> None:
         """Read an adapter in under ``name``; the one in use stays in use.
 
         Raises ``SettingError`` for a name that is taken, ``AdapterError`` for an adapter of another base, another
-        quantization, or a task with a head of its own.
+        quantization, or a task that puts its head on the base in another way.
         """
         if name in self._known:
             raise SettingError("there is an adapter of that name.", setting="name", given=name, advice="Remove it.")
-        task = task_class(stored)
-        if task.has_head:
+        first = self._first
+        kind = task_class(stored)
+        if kind.has_head != first.task.has_head:
             raise AdapterError(
-                f"this adapter {task.gives}: it brings a head of its own, and a model has one.",
+                f"this adapter {kind.gives}, and those that are loaded do not.",
                 where=str(stored.folder),
-                advice="Load it apart, with `capotune.load`.",
+                advice=f'Use it apart: capo {kind.command} {stored.folder} "your text"',
             )
-        if getattr(stored.settings, "deep", False):
-            raise AdapterError(
-                "a deep prompt changes how the base's attention is called, so it is used alone, not one of several.",
-                where=str(stored.folder),
-                advice="Load it apart, with `capotune.load`.",
-            )
-        check_base(stored, self._base.base, report)
-        method = make(stored.settings)
-        if method.quantization != self._base.method.quantization:
-            held = self._base.method.quantization or "full precision"
+        check_base(stored, first.base, report)
+        task, method = task_on(stored, first.base), make(stored.settings)
+        if method.quantization != first.method.quantization:
+            held = first.method.quantization or "full precision"
             raise AdapterError(
                 f"this adapter was trained over {method.quantization or 'full precision'}, and the base is loaded in "
                 f"{held}.",
                 where=str(stored.folder),
+                advice=f"Load it apart: capo {kind.command} {stored.folder}",
+            )
+        if not (task.shares_base and first.task.shares_base):
+            raise AdapterError(
+                "PEFT wrote it for a classifier of Transformers' own, whose head is a part of the base.",
+                where=str(stored.folder),
+                advice="Load it apart, with `capotune.load`.",
             )
         before = self._in_use
-        self.use(None)
-        restored = task_on(stored, self._base.base).with_model(self.model)
-        added = replace(self._base, task=restored, method=method)
-        frozen = {(id(table), key): part for table, key, part in _parts(self.model)}
-        put_on(stored, added)
-        changed = [
-            (table, key, part, frozen[id(table), key])
-            for table, key, part in _parts(self.model)
-            if frozen.get((id(table), key), part) is not part
-        ]
-        method.detach()
-        self._known[name] = _Added(added, changed)
-        self.use(before)
+        self._put_in(None)
+        try:
+            assembled = with_head(task, self._loaded, method)
+            put_on(stored, assembled)
+            self._note(name, assembled)
+        finally:
+            self._put_in(before)
 
-    def use(self, name: str | None) -> Assembled:
-        """Switch to an adapter in place; None: the base alone. ``SettingError`` for an unknown name."""
-        chosen = None if name is None else self._get(name)
-        if name != self._in_use:
-            if self._in_use is not None:
-                for table, key, _, frozen in self._known[self._in_use].slots:
-                    table[key] = frozen
-            for table, key, own, _ in chosen.slots if chosen else ():
-                table[key] = own
-            self._in_use = name
-        return chosen.assembled if chosen else self._base
+    def use(self, name: str | None) -> Any:
+        """Switch to an adapter in place, and give what ``capotune.load`` gives; None: the base alone.
+
+        Raises ``SettingError`` for an unknown name, and where the base alone answers nothing.
+        """
+        chosen = self._alone if name is None else self._get(name).facade
+        self._put_in(name)
+        return chosen
+
+    def _put_in(self, name: str | None) -> None:
+        if name == self._in_use:
+            return
+        if self._in_use is not None:
+            for (table, key), _, frozen in self._known[self._in_use].parts:
+                table[key] = frozen
+        self._in_use = name
+        for (table, key), own, _ in () if name is None else self._known[name].parts:
+            table[key] = own
+
+    def _note(self, name: str, assembled: Assembled) -> None:
+        """What an attached adapter changed in the base, which is then as it was."""
+        with_it = _parts(self._loaded)
+        assembled.method.detach()
+        without = {(id(table), key): part for (table, key), part in _parts(self._loaded)}
+        changed = [
+            ((table, key), own, without[id(table), key])
+            for (table, key), own in with_it
+            if without.get((id(table), key), own) is not own
+        ]
+        self._known[name] = _Added(assembled, assembled.task.facade(assembled), changed)
 
     def remove(self, name: str) -> None:
         """Take an adapter off and forget it. ``SettingError`` for an unknown name."""
         self._get(name)
         if name == self._in_use:
-            self.use(None)
+            self._put_in(None)
         del self._known[name]
 
     @contextmanager
@@ -135,8 +171,13 @@ class Adapters:
         layers: it reads other tokens than the rows beside it, or has other blocks.
         """
         deltas = {name: self._deltas(name) for name in names if name is not None}
+        if self._first.task.has_head:
+            raise SettingError(
+                "each adapter has a head and labels of its own, so the rows of one batch cannot have several.",
+                advice="Switch with `use`, and give the rows of each apart.",
+            )
         before = self._in_use
-        self.use(None)
+        self._put_in(None)
         layers: dict[str, dict[str, LoraLinear]] = {}
         for name, own in deltas.items():
             for path, layer in own.items():
@@ -149,7 +190,7 @@ class Adapters:
         finally:
             for path, layer in frozen.items():
                 swap(self.model, path, layer)
-            self.use(before)
+            self._put_in(before)
 
     def _get(self, name: str) -> _Added:
         if name not in self._known:
@@ -202,7 +243,8 @@ class _RowsLinear(nn.Module):
         return y
 
 
-def _parts(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """Every module and parameter, after the table of the module around it that holds it, and its name there."""
-    tables = [table for module in model.modules() for table in (module._modules, module._parameters)]
-    return [(table, key, part) for table in tables for key, part in table.items()]
+def _parts(loaded: nn.Module) -> list[tuple[_Place, Any]]:
+    """What stands at each place of a base: its modules, its parameters, and what a prefix sets."""
+    tables = [table for module in loaded.modules() for table in (module._modules, module._parameters)]
+    places = [(table, key) for table in tables for key in table] + prefix_places(loaded)
+    return [((table, key), table.get(key)) for table, key in places]

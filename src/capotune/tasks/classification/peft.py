@@ -55,6 +55,7 @@ class PeftClassification(Classification):
     objective: OwnHeadCrossEntropy = field(default_factory=OwnHeadCrossEntropy)
 
     reads_packed: ClassVar[bool] = False
+    shares_base: ClassVar[bool] = False
 
     @classmethod
     def of_peft(cls, base: Base, stored: StoredAdapter) -> PeftClassification:
@@ -79,7 +80,7 @@ class PeftClassification(Classification):
         placeholders = settings.virtual_tokens if settings.deep else 0
         return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced), placeholders)
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
+    def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """The family's classifier; a head that the adapter brings is not in place yet."""
         config = _with_labels(self.base, len(self.labels))
         model = load_classifier(
@@ -87,10 +88,14 @@ class PeftClassification(Classification):
         )
         if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
             model.config.get_text_config().pad_token_id = _EVERY_TOKEN_COUNTS
-        backbone = text_part(model)
-        if self.placeholders and "past_key_values" not in signature(model.forward).parameters:
-            self._hide_placeholders(model, backbone)
-        return model, backbone
+        return model
+
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:  # noqa: ARG002
+        """The same model."""
+        backbone = text_part(loaded)
+        if self.placeholders and "past_key_values" not in signature(loaded.forward).parameters:
+            self._hide_placeholders(loaded, backbone)
+        return loaded, backbone
 
     def _hide_placeholders(self, model: Any, backbone: str) -> None:
         """From a head that counts tokens from the first: PEFT gives it the text's states alone."""

@@ -24,7 +24,6 @@ from capotune.errors import DataError
 from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
-from capotune.models.load import load_backbone
 from capotune.models.sentence_files import Pooling
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
@@ -170,11 +169,10 @@ class Classification(LinearHeadTask):
 
     # --------------------------------------------------------------------------------------------------------- the head
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
-        """A ``SequenceClassifier`` with a fresh head."""
-        backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or readable_layers(inner_states(backbone), self.base.hidden_size)
-        model = SequenceClassifier(backbone, self.pooling, len(self.labels), layers)
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
+        """A ``SequenceClassifier``."""
+        layers = method.feature_layers or readable_layers(inner_states(loaded), self.base.hidden_size)
+        model = SequenceClassifier(loaded, self.pooling, len(self.labels), layers)
         return model, model.text_part
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:

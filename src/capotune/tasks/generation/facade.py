@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import read_adapter
 from capotune.data.formats.layout import UnusableError
 from capotune.data.formats.message import read_turn
 from capotune.errors import DataError
 from capotune.evaluation.generate import context_length, generate, stream, tokens_left
+from capotune.methods.base import Untouched
 from capotune.settings import DecodingSettings, build
 from capotune.tasks.facade import Facade
 from capotune.tasks.texts import check_texts
@@ -32,6 +35,12 @@ class Generator(Facade):
     ``decoding`` are the settings of ``capo generate --help`` by name (``max_tokens=64``). Every method raises
     ``SettingError`` for a setting out of range and for a prompt that leaves no token in the model's context.
     """
+
+    def __init__(self, assembled: Assembled) -> None:
+        super().__init__(assembled)
+        self._adapters: Any = None
+        """What ``use`` switches with, once it was called."""
+        self._count = count()
 
     @property
     def chats(self) -> bool:
@@ -94,10 +103,19 @@ class Generator(Facade):
         conversation can go on. Raises ``AdapterError`` when it is for another task or base; the model is then as it
         was.
         """
-        from capotune.tasks.loading import switch
+        from capotune.tasks.several import Adapters
 
-        before = self._assembled.task
-        switched = switch(self._assembled, None if adapter is None else read_adapter(adapter))
+        stored = None if adapter is None else read_adapter(adapter)
+        if self._adapters is None:
+            first = None if isinstance(self._assembled.method, Untouched) else "first"
+            self._adapters = Adapters(self._assembled, first)
+        adapters, before, last = self._adapters, self._assembled.task, self._adapters.in_use
+        name = None if stored is None else f"{stored.folder} {next(self._count)}"
+        if stored is not None and name is not None:
+            adapters.add(name, stored)
+        switched = adapters.use(name)._assembled
+        if last is not None:
+            adapters.remove(last)
         if switched.task.chat_template is None:
             names = ("chat_template", "tool_template", "template_from", "end_ids")
             task = replace(switched.task, **{name: getattr(before, name) for name in names})

@@ -139,10 +139,13 @@ class Generation(TextEncoder, Task):
         """bf16 where the device is fast in it, else fp32."""
         return compute_dtype(device, quantized=quantized and self.base.hidden_size >= policy.BF16_HIDDEN_SIZE)
 
-    def load_model(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> tuple[Any, str]:
+    def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """Transformers' own causal language model."""
-        model = load_causal_lm(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        return model, text_part(model)
+        return load_causal_lm(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
+
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:  # noqa: ARG002
+        """The same model: its own output layer writes."""
+        return loaded, text_part(loaded)
 
     def with_model(self, model: Any) -> Generation:
         """Whether the output layer is plain shows in the loaded model. ``ModelError`` for one that looks ahead."""

@@ -17,10 +17,9 @@ from capotune.data.wording import quoted
 from capotune.data_blocks import Block
 from capotune.errors import DataError
 from capotune.evaluation.forward import Examples
-from capotune.events import OnProgress, Reporter, Warned, counter
+from capotune.events import Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
-from capotune.models.load import load_backbone
 from capotune.sections import Section
 from capotune.settings import DataSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, TaskRun, untested
@@ -145,11 +144,10 @@ class TokenClassification(LinearHeadTask):
 
     # --------------------------------------------------------------------------------------------------------- the head
 
-    def load_model(self, method: Method, dtype: Any, progress: OnProgress | None) -> tuple[Any, str]:
-        """A ``TokenClassifier`` with a fresh head."""
-        backbone = load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
-        layers = method.feature_layers or spread_layers(inner_states(backbone), self.layers)
-        model = TokenClassifier(backbone, len(self.labels), layers)
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
+        """A ``TokenClassifier``."""
+        layers = method.feature_layers or spread_layers(inner_states(loaded), self.layers)
+        model = TokenClassifier(loaded, len(self.labels), layers)
         return model, model.text_part
 
     # --------------------------------------------------------------------------------------------- to and from adapters
