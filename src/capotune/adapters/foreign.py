@@ -1,30 +1,23 @@
 """An adapter folder that PEFT wrote: read and checked, as far as that goes without its base.
 
-    adapter_config.json          PEFT's configuration
-    adapter_model.safetensors    the trained weights
-
-No file is believed: JSON is bounded in size and depth and may name a thing once, tensors are checked by their header,
-links may not leave the folder, nothing is executed, and what pickle wrote is not opened.
+adapter_config.json          PEFT's configuration
+adapter_model.safetensors    the trained weights
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors, read_text
 from capotune.errors import AdapterError, quoted
 from capotune.methods.peft.parts import Parts, read_parts
 from capotune.methods.peft.settings import PeftSettings
 from capotune.models.hub import hub_name
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_LARGEST_JSON = 16 * 2**20
 _KINDS = {"LORA", "IA3", "TRAINABLE_TOKENS", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 _TASKS = {"CAUSAL_LM": "generation", "SEQ_CLS": "classification"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -69,17 +62,18 @@ class ForeignAdapter:
 
 def is_foreign(folder: Path) -> bool:
     """Whether PEFT wrote the folder, and not this package, whose record may be lost."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = read_text(folder, "README.md") or ""
     ours = "library_name: capotune" in text or "\n- capotune\n" in text  # a tag of the card
     return (folder / CONFIG).is_file() and not ours
 
 
 def read_foreign(folder: Path) -> ForeignAdapter:
     """Read and check the folder. ``AdapterError`` says what cannot be used."""
-    config = read_json(inside(folder, CONFIG))
+    config = read_json(folder, CONFIG)
     notices = _check_config(folder, config)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
+    if not tensors:
+        raise AdapterError("it holds no tensor.", where=str(folder / WEIGHTS))
     try:
         parts = read_parts(config, tensors)
     except AdapterError as error:
@@ -92,45 +86,6 @@ def read_foreign(folder: Path) -> ForeignAdapter:
     if isinstance(revision, str) and hub_name(f"{named}@{revision}"):
         named = f"{named}@{revision}"
     return ForeignAdapter(PeftSettings(config=config), tensors, task, named, notices)
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The file of that name. ``AdapterError`` for a link that leaves the folder, but to the hub's cache, which keeps
-    files beside its folders of links."""
-    path = folder / name
-    target, home = path.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    if home not in target.parents and not (home.parent.name == "snapshots" and blobs in target.parents):
-        raise AdapterError(f"a link that leaves the folder: it goes to {target}.", where=str(path))
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ``AdapterError`` for one that is too large or deep or names a thing twice."""
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise AdapterError("too large to be a configuration.", where=str(path))
-        values = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise AdapterError(f"{path.name} is missing; the adapter is incomplete.", where=str(path.parent)) from None
-    except RecursionError:
-        raise AdapterError("not readable JSON (nested too deep).", where=str(path)) from None
-    except AdapterError as error:
-        raise AdapterError(error.problem, where=str(path)) from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"not readable JSON ({error}).", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"expected an object, found a {type(values).__name__}.", where=str(path))
-    return values
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise AdapterError(f"{quoted(twice)} stands in it twice.")
-    return found
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> list[str]:
@@ -170,32 +125,6 @@ def _check_config(folder: Path, config: dict[str, Any]) -> list[str]:
         if unknown
         else []
     )
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
-        raise AdapterError(
-            f"its weights are in {PICKLED}, which pickle wrote; such a file can run code and is not opened.",
-            where=str(folder),
-            advice='Convert it, with weights only: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{PICKLED}', weights_only=True, "
-            f"map_location='cpu').items()}}, '{WEIGHTS}')\"",
-        )
-    path = inside(folder, WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise AdapterError(f"{WEIGHTS} is missing; the adapter is incomplete.", where=str(folder)) from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"damaged or incomplete ({error}).", where=str(path), advice="Copy it again.") from None
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{quoted(key)} holds {str(tensor.dtype).removeprefix('torch.')}.", where=str(path))
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise AdapterError(f"{quoted(key)} holds values that are NaN or infinite.", where=str(path))
-    if not tensors:
-        raise AdapterError("it holds no tensor.", where=str(path))
-    return tensors
 
 
 def _notices(config: dict[str, Any], parts: Parts) -> list[str]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from capotune import methods
-from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base
+from capotune.adapters.files import WEIGHTS
+from capotune.adapters.store import StoredAdapter, check_base
 from capotune.errors import AdapterError, SettingError
 from capotune.events import OnProgress, Reporter, ignore
 from capotune.kernels.nf4 import QuantizedTensor, dequantize_4bit, to_checkpoint

@@ -23,8 +23,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from capotune.adapters.assemble import Assembled
+from capotune.adapters.files import CONFIG, WEIGHTS
 from capotune.adapters.loaders import Loader
-from capotune.adapters.store import CONFIG, WEIGHTS
 from capotune.errors import AdapterError
 from capotune.files import write_atomic
 from capotune.kernels.nf4 import Linear4bit

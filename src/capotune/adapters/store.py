@@ -14,20 +14,20 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from capotune import methods
 from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
+from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.adapters.foreign import is_foreign, read_foreign
 from capotune.adapters.locate import adapter_folder
-from capotune.errors import AdapterError, CapotuneError, ModelError
+from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError, quoted
 from capotune.events import Reporter, Warned, alive, ignore, nothing
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
@@ -37,7 +37,7 @@ from capotune.settings import TrainingSettings, build
 FORMAT = 1
 ABOVE = ".."
 """How an adapter names a base in whose folder its own folder is."""
-CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md"
+RECORD, CARD = "capotune.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,20 @@ class GoldenAnswer(pydantic.BaseModel):
     """Of each distribution the most probable choices and their probabilities."""
 
 
+class _Trained(pydantic.BaseModel):
+    """What is read again of how an adapter was trained; more may stand there."""
+
+    train_rows: pydantic.NonNegativeInt
+    test_rows: pydantic.NonNegativeInt
+    train_seconds: pydantic.FiniteFloat | None = None
+    metric: str | None = None
+    score: float | None = None
+    scores: dict[str, float | None] | None = None
+    held_out_score: float | None = None
+    held_out_metric: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+
+
 class StoredRecord(pydantic.BaseModel):
     """What must stand in ``capotune.json`` whatever the task; a task's own record adds to it."""
 
@@ -103,7 +117,7 @@ class StoredRecord(pydantic.BaseModel):
     settings: dict[str, Any]
     max_length: int = pydantic.Field(ge=1)
     base: _Base
-    trained: dict[str, Any]
+    trained: _Trained
     golden: list[GoldenAnswer] = []
     left_out: list[str] = []
     """What stayed where it was trained when it was pushed to the hub."""
@@ -145,22 +159,21 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
     folder = adapter_folder(folder)
     if not (folder / RECORD).is_file() and is_foreign(folder):
         return _foreign(folder)
-    record = _read_json(folder, RECORD)
+    if not (folder / RECORD).exists():
+        raise AdapterError(
+            f"{RECORD} is missing; this is not a complete capotune adapter.", where=str(folder), advice=_hint(folder)
+        )
+    record = read_json(folder, RECORD)
     if record.get("format") != FORMAT:
         raise AdapterError(
             f"format {record.get('format')!r}; this version reads format {FORMAT}.", where=str(folder / RECORD)
         )
     check_record(folder, record, StoredRecord)
+    config, tensors = read_json(folder, CONFIG), read_tensors(folder)
     try:
         method = methods.get(record["method"])
         settings = build(method.Settings, record["settings"])
-        tensors = method.trained(settings, load_file(folder / WEIGHTS), _read_json(folder, CONFIG))
-    except FileNotFoundError:
-        raise AdapterError(f"{WEIGHTS} is missing; the adapter is incomplete.", where=str(folder)) from None
-    except SafetensorError as error:
-        raise AdapterError(
-            f"damaged or incomplete ({error}).", where=str(folder / WEIGHTS), advice="Train or copy it again."
-        ) from None
+        tensors = method.trained(settings, tensors, config)
     except CapotuneError as error:
         raise AdapterError(str(error), where=str(folder / RECORD)) from None
     return StoredAdapter(folder, settings, record, tensors, allow_different_base)
@@ -196,6 +209,8 @@ def find_base(
     stored: StoredAdapter, model: str | None = None, *, trust_remote_code: bool = False, report: Reporter = ignore
 ) -> Base:
     """The adapter's base, or ``model``, not yet compared with it. ``AdapterError`` when it is not to be found."""
+    if not (model or stored.base):
+        raise AdapterError("it names no base.", where=str(stored.folder), advice="Name it with `model`.")
     try:
         return find(model or stored.base, trust_remote_code=trust_remote_code, report=report)
     except ModelError as error:
@@ -240,7 +255,10 @@ def check_base(stored: StoredAdapter, base: Base, report: Reporter = ignore) -> 
 
 def put_on(stored: StoredAdapter, assembled: Assembled) -> None:
     """Attach the method and put the stored weights in place. ``AdapterError`` when they do not fit."""
-    attach(assembled, Start(torch.Generator().manual_seed(0), token_ids=[0]))
+    try:
+        attach(assembled, Start(torch.Generator().manual_seed(0), token_ids=[0]))
+    except SettingError as error:
+        raise AdapterError(str(error), where=str(stored.folder / RECORD)) from None
     try:
         assembled.method.load(stored.tensors)
         with torch.no_grad():
@@ -249,6 +267,8 @@ def put_on(stored: StoredAdapter, assembled: Assembled) -> None:
                 if tensor.shape != weight.shape:
                     raise ValueError(f"{path} is {tuple(tensor.shape)}, expected {tuple(weight.shape)}")
                 weight.copy_(tensor)
+        if not stored.is_foreign:
+            _check_all_used(stored, assembled)
     except KeyError as error:
         raise AdapterError(f"the tensor {error} is missing.", where=str(stored.folder / WEIGHTS)) from None
     except AdapterError as error:
@@ -257,18 +277,12 @@ def put_on(stored: StoredAdapter, assembled: Assembled) -> None:
         raise AdapterError(str(error), where=str(stored.folder / WEIGHTS)) from None
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{name} is missing; this is not a complete capotune adapter.", where=str(folder), advice=_hint(folder)
-        ) from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"not readable JSON ({error}).", where=str(folder / name)) from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"expected an object, found a {type(values).__name__}.", where=str(folder / name))
-    return values
+def _check_all_used(stored: StoredAdapter, assembled: Assembled) -> None:
+    """``AdapterError`` for a stored tensor that has no place."""
+    extra = sorted(stored.tensors.keys() - assembled.stored().keys())
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise AdapterError(f"the tensor {quoted(extra[0])}{more} belongs to no part of the adapter.")
 
 
 def _hint(folder: Path) -> str | None:

@@ -117,8 +117,8 @@ class Session:
             _say(f"{self.name} answers.{others}")
             return
         places = [beside[name]] if name in beside else [Path(name), Path(name) / "adapter"]
-        folder = next((place for place in places if (place / "capotune.json").is_file()), None)
-        if folder is None and not api.is_adapter(name):
+        folder = next((place for place in places if (place / "adapter_config.json").is_file()), None)
+        if folder is None and (Path(name).exists() or not api.is_adapter(name)):
             known = f" Beside this one: {', '.join(beside)}." if beside else ""
             raise SettingError(f"/adapter {name}: no such adapter.{nearest(name, beside)}{known} Or give its folder.")
         self.generator.use(folder or name)

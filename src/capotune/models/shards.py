@@ -137,11 +137,15 @@ def _read_header(path: Path) -> list[StoredTensor]:
             entries.pop("__metadata__", None)
             start = HEADER_LENGTH + length
             found = [_stored(path, name, entry, start) for name, entry in entries.items()]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise _damaged(path) from None
-    for one in found:
+    end = start
+    for one in sorted(found, key=lambda one: (one.begin, one.nbytes)):
         if one.begin + one.nbytes > size:
             raise _cut_short(path, one.name)
+        if one.begin < end:  # each would take memory of its own
+            raise _damaged(path)
+        end = one.begin + one.nbytes
     return sorted(found, key=lambda one: one.begin)
 
 

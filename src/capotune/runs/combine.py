@@ -12,7 +12,8 @@ import torch
 from capotune import methods
 from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.combine import Combined, Deltas, combine
-from capotune.adapters.store import WEIGHTS, StoredAdapter, check_base, find_base, put_on, read_adapter, save_adapter
+from capotune.adapters.files import WEIGHTS
+from capotune.adapters.store import StoredAdapter, check_base, find_base, put_on, read_adapter, save_adapter
 from capotune.device import pick_device
 from capotune.errors import AdapterError, SettingError
 from capotune.events import Reporter, Stage, Warned, alive

@@ -18,7 +18,8 @@ import pydantic
 from safetensors.torch import save
 
 from capotune.adapters.card import card
-from capotune.adapters.store import CARD, CONFIG, FORMAT, RECORD, WEIGHTS, StoredAdapter
+from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
+from capotune.adapters.store import CARD, FORMAT, RECORD, StoredAdapter
 from capotune.errors import AdapterError, SettingError
 from capotune.models.base import EMBEDDED
 from capotune.models.hub import hub_name, peft_base
@@ -94,9 +95,7 @@ def publish(stored: StoredAdapter, repo: str, base: str, licence: str | None) ->
 
 def _weights(stored: StoredAdapter) -> bytes:
     """The stored tensors as they are in the file, without what else its header says."""
-    from safetensors.torch import load_file
-
-    return save(load_file(stored.folder / WEIGHTS), metadata={"format": "pt"})
+    return save(read_tensors(stored.folder), metadata={"format": "pt"})
 
 
 def _record(stored: StoredAdapter, base: str, left_out: list[str]) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def _record(stored: StoredAdapter, base: str, left_out: list[str]) -> dict[str, 
 
 def _config(stored: StoredAdapter, base: str) -> dict[str, Any]:
     """``adapter_config.json``, which names the base as PEFT finds it."""
-    values = json.loads((stored.folder / CONFIG).read_text(encoding="utf-8"))
+    values = read_json(stored.folder, CONFIG)
     kept = {name: value for name, value in values.items() if not name.endswith("_path")}
     return {**kept, **peft_base(EMBEDDED[base].hub or base if base in EMBEDDED else base)}
 

@@ -174,6 +174,10 @@ class Task(TaskModel):
         return restored
 
     @classmethod
+    def check_tensors(cls, stored: StoredAdapter) -> None:
+        """``AdapterError`` where the task's own weights do not fit the record, before memory is taken for them."""
+
+    @classmethod
     def of_peft(cls, base: Base, stored: StoredAdapter) -> Task:  # noqa: ARG003
         """The task of an adapter that PEFT wrote, which has no record. ``AdapterError`` where none are read."""
         raise AdapterError(f"PEFT's adapters are not read for {cls.title}.", where=str(stored.folder))

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from capotune import methods
+from capotune.adapters.files import WEIGHTS
+from capotune.adapters.store import StoredAdapter
 from capotune.errors import AdapterError, ModelError, quoted
 from capotune.events import OnProgress
 from capotune.methods.base import Method
@@ -117,6 +120,20 @@ class LinearHeadTask(Task):
     def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """The backbone, without any head."""
         return load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)
+
+    @classmethod
+    def check_tensors(cls, stored: StoredAdapter) -> None:
+        """A row of the head for each label."""
+        key, labels = methods.get(stored.settings.method).key_prefix + "classifier.weight", stored.record["labels"]
+        weight = stored.tensors.get(key)
+        if weight is not None and (weight.dim() != 2 or len(weight) != len(labels)):
+            shape = tuple(weight.shape)
+            raise AdapterError(
+                f"classifier.weight is {shape}, expected ({len(labels)}, {shape[-1] if shape else 1}).",
+                where=str(stored.folder / WEIGHTS),
+            )
+        if weight is None:
+            raise AdapterError(f"the tensor '{key}' is missing.", where=str(stored.folder / WEIGHTS))
 
     def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - the head is written as an adapter
         """Nothing beside the weights; says so where the base has a head of its own."""

@@ -30,13 +30,19 @@ def task_class(stored: StoredAdapter) -> type[Task]:
         ) from None
     if not stored.is_foreign:
         check_record(stored.folder, stored.record, task.Record)
+        task.check_tensors(stored)
     return task
 
 
 def task_on(stored: StoredAdapter, base: Base) -> Task:
-    """The task of a stored adapter on ``base``. Raises as ``task_class``."""
+    """The task of a stored adapter on ``base``. Raises as ``task_class``, also for a record that fits no such base."""
     task = task_class(stored)
-    return task.of_peft(base, stored) if stored.is_foreign else task.restore(base, stored.record)
+    if stored.is_foreign:
+        return task.of_peft(base, stored)
+    try:
+        return task.restore(base, stored.record)
+    except SettingError as error:
+        raise AdapterError(str(error), where=str(stored.folder / RECORD)) from None
 
 
 def load_adapter(

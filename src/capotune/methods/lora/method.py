@@ -33,6 +33,7 @@ from capotune.kernels.lora_linear import (
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import LowRank, Method, Start
 from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.patterns import check_pattern
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
 from capotune.settings import nearest
 
@@ -338,13 +339,22 @@ class Lora(Method):
     ) -> dict[str, torch.Tensor]:
         """The same with B as it was trained. Adapters written before have it so, and ``use_rslora`` in their config.
 
-        Raises ``AdapterError`` where the config states no scale.
+        Raises ``AdapterError`` where the config states no scale, for an A of another rank than the settings', and for
+        targets that are no pattern to try.
         """
+        for entry in settings.target_modules:
+            check_pattern("target_modules", entry)
+        for key, tensor in tensors.items():
+            if key.endswith(".lora_A.weight") and (tensor.dim() != 2 or len(tensor) != settings.rank):
+                raise AdapterError(f"{key} is {tuple(tensor.shape)}, and the settings say rank {settings.rank}.")
         try:
             scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
         except (KeyError, TypeError, ValueError, ArithmeticError):
             raise AdapterError("adapter_config.json must state r, lora_alpha and use_rslora.") from None
-        return _scaled(tensors, scale / settings.scale)
+        ratio = scale / settings.scale
+        if not 0 < ratio < math.inf:
+            raise AdapterError(f"adapter_config.json says a scale of {scale:g}.")
+        return _scaled(tensors, ratio)
 
     def _share_inputs(self) -> None:
         """Layers of one block part that have an input in common are computed together."""

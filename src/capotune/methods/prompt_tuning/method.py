@@ -8,12 +8,13 @@ wherever the row is padded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from capotune.errors import SettingError
+from capotune.errors import AdapterError, SettingError
 from capotune.methods.base import Method, Start
 from capotune.methods.prompt_tuning.deep import KEY, DeepPromptEmbedding, observe_start, observe_words
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
@@ -106,6 +107,22 @@ class PromptTuning(Method):
     def stored(self) -> dict[str, torch.Tensor]:
         """The prompt under PEFT's key."""
         return self.embedding.stored() if isinstance(self.embedding, DeepPromptEmbedding) else super().stored()
+
+    @classmethod
+    def trained(
+        cls,
+        settings: Any,
+        tensors: dict[str, torch.Tensor],
+        config: Mapping[str, Any],  # noqa: ARG003
+    ) -> dict[str, torch.Tensor]:
+        """As they are stored. ``AdapterError`` unless there are as many vectors as the settings say."""
+        if KEY not in tensors:
+            raise AdapterError(f"the tensor '{KEY}' is missing.")
+        if tensors[KEY].dim() != 2 or len(tensors[KEY]) != settings.virtual_tokens:
+            raise AdapterError(
+                f"{KEY} is {tuple(tensors[KEY].shape)}, and the settings say {settings.virtual_tokens} vectors."
+            )
+        return tensors
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put stored vectors in place of the initial ones."""

@@ -35,7 +35,16 @@ _CALL = {"role": "assistant", "content": "", "tool_calls": _CALLS}
 _BEGUN_MARKER = re.compile(r"[<\[][^<>\[\]\s]*$")
 """A marker that is plain text to the tokenizer, cut short: ``<|`` of ``<|return|>``."""
 _LAST_MARKER = re.compile(r"<[^<>\s]+>$")
-_OF_TEMPLATES = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_OF_TEMPLATES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
 """What a template may raise: it calls methods of texts and lists."""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.foreign import inside
+from capotune.adapters.files import read_text
 from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords
 from capotune.data.batches import Encoded
@@ -194,10 +194,9 @@ class Generation(TextEncoder, Task):
     def of_peft(cls, base: Base, stored: StoredAdapter) -> Generation:
         """The task on the base alone, with the chat template that may lie beside the adapter."""
         task = cls.on(base, None, stored.settings.virtual_tokens)
-        path = stored.folder / "chat_template.jinja"
-        if not path.is_file():
+        template = read_text(stored.folder, "chat_template.jinja")
+        if template is None:
             return task
-        template = inside(stored.folder, path.name).read_text(encoding="utf-8", errors="replace")
         ends = _with_turn_end(base.end_tokens, base, template, None)
         return replace(task, chat_template=template, template_from="beside the adapter", end_ids=ends, chat=True)
 

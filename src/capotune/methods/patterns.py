@@ -1,0 +1,20 @@
+"""Regular expressions in other people's adapters: Python's matcher may take for ever on some."""
+
+from __future__ import annotations
+
+import re
+
+from capotune.errors import AdapterError, quoted
+
+_LONGEST, _MOST_REPEATS = 200, 4
+_ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")
+"""What counts as one character: an escape, a set."""
+_REPEAT = re.compile(r"[*+{]")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """``AdapterError`` for a pattern that is not tried: one with a repeated group, or with many repeats, whose time
+    grows with that power of a path's length."""
+    bare = _ATOM.sub("x", pattern)
+    if len(pattern) > _LONGEST or re.search(r"\)[*+{]", bare) or len(_REPEAT.findall(bare)) > _MOST_REPEATS:
+        raise AdapterError(f"the {name} {quoted(pattern)} is no pattern that is tried here: it may take for ever.")
