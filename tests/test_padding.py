@@ -11,13 +11,14 @@ import torch
 from helpers import logits, on_base, sequences, shake
 
 from capotune.data.batches import Batch, TokenRows, collate, epoch_order, sorted_order, tokens_at_once
+from capotune.kernels.attention import Sequences
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import Pooling
 from capotune.settings import TrainingSettings
-from capotune.tasks.classification.model import pool, pooled_positions
+from capotune.tasks.classification.model import pool, pool_padded, pooled_positions
 
 VARIANTS: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(),
@@ -82,13 +83,14 @@ def test_pooling_ignores_padding_and_virtual_tokens(pooling: Pooling) -> None:
         "last": lambda rows: rows[-1],
     }[pooling]
     expected = torch.stack([by_hand(row[2:length]) for row, length in zip(states, lengths, strict=True)])
-    batch = Batch.of_padded(mask, mask)
+    batch = Batch(mask, Sequences(tuple(lengths)), mask)
     found = pooled(batch, states, pooling, 2)
     torch.testing.assert_close(found, expected)
     noisy = states.clone()
     noisy[:, :2] = 1e4
     noisy[mask == 0] = -1e4
     assert torch.equal(pooled(batch, noisy, pooling, 2), found)
+    torch.testing.assert_close(pool_padded(noisy, mask, pooling, 2), expected)
 
 
 @pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])

@@ -551,15 +551,6 @@ def test_to_another_device(first: int | None) -> None:
     assert batch.input_ids.device.type == "cpu"
 
 
-def test_of_padded() -> None:
-    ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 9, 0]])
-    for mask in (torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]), (ids > 0), (ids > 0).float()):
-        batch = Batch.of_padded(ids, mask)
-        assert batch.sequences.lengths == (3, 1, 2)
-        assert batch.flat(ids).tolist() == [5, 6, 7, 8, 9, 9]
-        assert torch.equal(batch.laid_out(batch.flat(ids)), ids)
-
-
 @pytest.mark.parametrize("budget", [1, 30, 64, 10_000])
 @pytest.mark.parametrize("seed", range(3))
 def test_parts(budget: int, seed: int) -> None:

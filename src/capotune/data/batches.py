@@ -80,11 +80,6 @@ class Batch:
     """Flat positions in the loss (n,), where targets are labels: found here, since to look for them on a GPU is to wait
     for it."""
 
-    @staticmethod
-    def of_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Batch:
-        """A batch that another program padded."""
-        return Batch(input_ids, Sequences(tuple(attention_mask.long().sum(1).tolist())), attention_mask)
-
     @property
     def inputs(self) -> dict[str, Any]:
         """What the model is called with."""
@@ -101,12 +96,9 @@ class Batch:
         """(rows, longest, …) or packed (1, tokens, …) → (tokens, …)."""
         return values[0] if self.attention_mask is None else values[self.attention_mask.bool()]
 
-    def states(self, backbone: Any, wanted: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> torch.Tensor:
-        """What ``backbone`` makes of the flat positions ``wanted`` (n,), rising, or of all: (n, hidden).
-
-        ``inputs`` stand in place of the batch's own.
-        """
-        inputs = inputs or self.inputs
+    def states(self, backbone: Any, wanted: torch.Tensor | None) -> torch.Tensor:
+        """What ``backbone`` makes of the flat positions ``wanted`` (n,), rising, or of all: (n, hidden)."""
+        inputs = self.inputs
         if wanted is None or self.attention_mask is not None:
             states = self.flat(backbone(**inputs).last_hidden_state)
             return states if wanted is None else states[wanted]

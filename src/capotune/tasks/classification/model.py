@@ -33,28 +33,17 @@ class SequenceClassifier(HeadedBackbone):
         self.pooling = pooling
         self.virtual_tokens = 0
 
-    def features(
-        self,
-        batch: Batch,
-        layers: tuple[int, ...] | None = None,
-        inputs: dict[str, Any] | None = None,
-        virtual_tokens: int | None = None,
-    ) -> torch.Tensor:
-        """Pooled vectors (batch, len(layers)·hidden); ``layers`` are the head's own when left out.
-
-        ``inputs`` stand in place of the batch's own, laid out the same: ``inputs_embeds`` instead of ``input_ids``.
-        ``virtual_tokens`` are those of these inputs, where not the model's.
-        """
-        skip = self.virtual_tokens if virtual_tokens is None else virtual_tokens
+    def features(self, batch: Batch, layers: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Pooled vectors (batch, len(layers)·hidden); ``layers`` are the head's own when left out."""
+        skip = self.virtual_tokens
         layers = layers or self.feature_layers
-        inputs = inputs or batch.inputs
         pooled = pooled_positions(batch.sequences.starts, self.pooling, skip)
         if pooled is not None:
             pooled = pooled.to(batch.input_ids.device)
         if layers == (-1,):
-            states = [batch.states(self.backbone, pooled, inputs)]
+            states = [batch.states(self.backbone, pooled)]
         else:
-            all_states = self.backbone(output_hidden_states=True, **inputs).hidden_states
+            all_states = self.backbone(output_hidden_states=True, **batch.inputs).hidden_states
             flat = [batch.flat(all_states[layer]) for layer in layers]
             states = flat if pooled is None else [state[pooled] for state in flat]
         return torch.cat([pool(state, batch.starts, self.pooling, skip) for state in states], dim=1)
@@ -74,19 +63,18 @@ class SequenceClassifier(HeadedBackbone):
         **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
     ) -> SequenceClassifierOutput:
         """Logits (batch, labels) as other programs ask for them, of right-padded ids (batch, tokens) or embeddings;
-        ``past_key_values`` are a deep prompt's, which the mask counts too.
+        ``past_key_values`` are a deep prompt's, which the mask counts too. No step depends on values: it can be traced.
 
         The mean cross-entropy too when ``labels`` (batch,) are given.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        name = "input_ids" if input_ids is not None else "inputs_embeds"
-        inputs = {name: given, "attention_mask": mask}
-        if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values
-        batch, stand_before = Batch.of_padded(given, mask[:, -given.shape[1] :]), past_key_values is not None
-        logits = self.classifier(self.features(batch, inputs=inputs, virtual_tokens=0 if stand_before else None))
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        states = self.states(attention_mask=mask, **inputs)
+        skip = 0 if past_key_values is not None else self.virtual_tokens
+        logits = self.classifier(pool_padded(states, mask[:, -given.shape[1] :], self.pooling, skip))
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -122,6 +110,23 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
         every, states, starts, mode="sum", per_sample_weights=weights.to(states.dtype), include_last_offset=True
     )
     return sums / whole.to(states.dtype)[:, None]
+
+
+def pool_padded(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor:
+    """One vector per row, (rows, hidden), of right-padded states (rows, tokens, hidden), of which ``mask`` (rows,
+    tokens) says where a token is; the first ``skip`` do not count."""
+    if pooling == "cls":
+        return states[:, skip]
+    states, mask = states[:, skip:], mask[:, skip:].to(states.dtype)
+    lengths = mask.sum(1, keepdim=True)
+    if pooling == "last":
+        last = (lengths.long() - 1)[..., None].expand(-1, 1, states.shape[-1])
+        return states.gather(1, last)[:, 0]
+    if pooling == "max":
+        return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+    weights = mask * mask.cumsum(1) if pooling == "weightedmean" else mask
+    whole = {"mean": lengths, "weightedmean": weights.sum(1, keepdim=True)}.get(pooling, lengths.sqrt())
+    return (weights[..., None] * states).sum(1) / whole
 
 
 _MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once

@@ -46,11 +46,6 @@ class TokenClassifier(HeadedBackbone):
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs["past_key_values"] = past_key_values
         given = {name: value for name, value in inputs.items() if value is not None}
-        if self.feature_layers == (-1,):
-            states = self.backbone(**given).last_hidden_state
-        else:
-            every = self.backbone(output_hidden_states=True, **given).hidden_states
-            states = torch.cat([every[layer] for layer in self.feature_layers], dim=-1)
-        logits = self.classifier(states)
+        logits = self.classifier(self.states(**given))
         loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss=loss, logits=logits)
