@@ -20,7 +20,7 @@ from capotune.models.base import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
-OPTIONAL = {"gguf", "hub", "parquet", "demo"}
+OPTIONAL = {"gguf", "hub", "onnx", "parquet", "demo"}
 """Extras for users; the others are for who works on capotune."""
 FOR_GPUS = "triton"
 """PyTorch brings it where there is a GPU that it can compile for; elsewhere nothing in src asks for it."""

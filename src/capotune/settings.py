@@ -238,7 +238,7 @@ class CombineSettings(Settings):
         return self.weights or (1.0,) * len(self.adapters)
 
 
-LoaderName = Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers"]
+LoaderName = Literal["peft", "vllm", "sglang", "llama.cpp", "ollama", "transformers", "onnx"]
 """A program that ``adapters.loaders`` knows."""
 
 

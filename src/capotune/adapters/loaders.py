@@ -44,6 +44,8 @@ class Loader:
     """Whether it takes the head that a task of labels puts on a base."""
     uniform: bool = False
     """Whether a layer's name must stand in every block."""
+    graphs: bool = False
+    """Whether it takes base, adapter and head as one graph, whatever was trained."""
 
 
 LOADERS = {
@@ -55,6 +57,7 @@ LOADERS = {
         Loader("llama.cpp", "llama.cpp", "running GGUF files", most_rank=512),
         Loader("ollama", "Ollama", "running GGUF files", most_rank=512),
         Loader("transformers", "Transformers", "loading in Python without an adapter", deltas=False, heads=True),
+        Loader("onnx", "ONNX Runtime", "running encoders without PyTorch", deltas=False, heads=True, graphs=True),
     )
 }  # fmt: skip
 """By name."""
@@ -143,6 +146,8 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
             f"{loader.title} runs models that write text, and this adapter's head gives labels.",
             "Give `loader=transformers`: the merged base, with the head as an adapter of it.",
         )
+    if loader.graphs:
+        return _graph(adapter, loader, refused)
     if not (adapter.deltas or adapter.blocks):
         return _prompt(adapter, loader, refused)
     if loader.magnitudes and (adapter.magnitudes or adapter.head) and adapter.deltas:
@@ -156,6 +161,16 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
             f"{loader.title} knows no such adapter: {merged}.", "Give `loader=transformers` for the merged model."
         )
     return Verdict(loader, "merged", False, f"the change is merged into a whole model: {merged}.")
+
+
+def _graph(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdict]) -> Verdict:
+    """Of a program that runs graphs: labels and tags take one forward pass, text takes a loop with a cache."""
+    if not adapter.head:
+        return refused(
+            f"a graph for {loader.title} gives labels or tags, and this adapter writes text.",
+            "Give `loader=peft`." if adapter.soft_prompt else "Give `loader=llama.cpp`, which needs no PyTorch either.",
+        )
+    return Verdict(loader, "merged", False, "base, adapter and head are written as one graph.")
 
 
 def _prompt(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdict]) -> Verdict:

@@ -20,6 +20,8 @@ class Places:
     none, as where a sequence goes on after what is cached."""
     tokens: int = 0
     """Positions of a row."""
+    leading: bool = False
+    """Whether every row begins with them, whatever ``rows`` says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class LayerPrefix:
         Without gradients they are changed in place: a cache of keys and values, which k and v may be a part of, holds
         the prefix from then on.
         """
+        if self.places.leading:
+            return _after(self.keys, k), _after(self.values, v)
         rows, tokens = self.places.rows, self.places.tokens
         if rows is None:
             return k, v
@@ -61,3 +65,9 @@ class LayerPrefix:
     def _for(self, rows: torch.Tensor, one: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """For all the sequences: (sequences · virtual tokens, key-value heads, head_dim)."""
         return one.to(like.dtype).repeat(len(rows) // len(one), 1, 1)
+
+
+def _after(prefix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x (batch, heads, tokens, head_dim) with the prefix (virtual tokens, heads, head_dim) in place of its start."""
+    start = prefix.to(x.dtype).transpose(0, 1).expand(x.shape[0], -1, -1, -1)
+    return torch.cat([start, x[:, :, len(prefix) :]], 2)

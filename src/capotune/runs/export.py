@@ -8,7 +8,7 @@ reads it, and asked the same. The folder is complete and compared, or absent.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
 from capotune.adapters.store import CARD, RECORD, StoredAdapter, read_adapter
-from capotune.data.batches import Encoded
+from capotune.data.batches import IGNORE_INDEX, Encoded, without_loss
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.agreement import Agreement, agreement, cut_to_fit
 from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
-from capotune.events import Reporter, Stage, Warned, alive, counter, ignore
+from capotune.events import Reporter, Stage, alive, counter, ignore
 from capotune.files import output_folder, write_atomic
 from capotune.models.architecture import plain_linear, swap
 from capotune.models.base import Base
@@ -36,6 +36,7 @@ from capotune.models.gguf.converted import converted
 from capotune.models.gguf.metadata import architecture_in_gguf
 from capotune.models.gguf.write import write_model
 from capotune.models.load import load_causal_lm
+from capotune.runs import onnx
 from capotune.runs.merging import HEAD, load_merged_model, write_merged_model
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
@@ -94,12 +95,16 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
     )
     if loader.name in _GGUF:
         architecture_in_gguf(assembled.base)  # refused before anything is written
+    if loader.graphs:
+        onnx.check_libraries()
     rows = _rows(assembled, settings)
     with output_folder(settings.out) as new:
         making = _Export(settings, loader, stored, assembled, rows, new, report)
         report(Stage(text=f"writing for {loader.title}"))
         if verdict.as_it_is:
             found, command = None, _copy(making)
+        elif loader.graphs:
+            found, command = _write_graph(making, verdict)
         else:
             report(Stage(text="asking the adapter and the base"))
             adapter = making.ask(assembled.model)
@@ -108,8 +113,6 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
             result, command = _write(making, verdict)
             found = agreement(rows, adapter, base, result)
             found.check(making.rounded, str(settings.out))
-    for text in making.said:
-        report(Warned(text=text))
     return _described(making, verdict, found, command)
 
 
@@ -127,13 +130,14 @@ def _verdict(settings: ExportSettings, stored: StoredAdapter, loader: Loader) ->
 
 
 def _rows(assembled: Assembled, settings: ExportSettings) -> list[Encoded]:
-    longest = min(WINDOW, assembled.base.max_length)
+    longest = min(WINDOW, assembled.base.max_length, assembled.task.max_length)
     if settings.data is not None:
         rows = assembled.task.rows_to_compare(settings.data, 32)
     else:
         windows = text_windows(assembled.base, SHORT_TEXT, by_line=True)
-        ids = [window[0].tolist() for window in windows]
-        rows = [Encoded(one, [-100, *one[1:]], len(one)) for one in ids]
+        rows = without_loss([window[0].tolist() for window in windows])
+        if not assembled.task.has_head:
+            rows = [replace(one, labels=[IGNORE_INDEX, *one.ids[1:]]) for one in rows]
     return cut_to_fit(rows, longest)
 
 
@@ -195,6 +199,22 @@ def _write_folder(making: _Export) -> tuple[Tensor, str]:
         "transformers": f"transformers.{_auto_class(making)}.from_pretrained({str(out)!r})",
     }
     return answers, commands[making.loader.name]
+
+
+def _write_graph(making: _Export, verdict: Verdict) -> tuple[Agreement, str]:
+    """Base, adapter and head as an ONNX graph, asked by ONNX Runtime what ``predict`` is asked."""
+    assembled, ids = making.assembled, [one.ids for one in making.rows]
+    making.said.append(verdict.why[0].upper() + verdict.why[1:])
+    adapter = assembled.task.logits_of_ids(assembled, ids)
+    onnx.write_onnx(assembled, making.new)
+    base = onnx.answers_of_base(assembled, ids)
+    result = onnx.read_onnx(making.new, ids, assembled.task.pad_id, alive(making.report))
+    onnx.check_tokens(making.new, making.base, SHORT_TEXT.splitlines())
+    difference = onnx.check_logits(adapter, result)
+    making.said.append(f"ONNX Runtime's logits differ from the adapter's by at most {difference:.2g}.")
+    found = agreement(making.rows, adapter, base, result)
+    found.check(making.rounded, str(making.settings.out))
+    return found, f'onnxruntime.InferenceSession("{making.out / onnx.MODEL}")'
 
 
 def _merge(making: _Export, folder: Path) -> Base:

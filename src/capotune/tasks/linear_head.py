@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from capotune import methods
+from capotune.adapters.assemble import Assembled
 from capotune.adapters.files import WEIGHTS
 from capotune.adapters.store import StoredAdapter
 from capotune.errors import AdapterError, ModelError, quoted
@@ -56,6 +58,14 @@ class HeadedBackbone(nn.Module):
     def width_of(self, layers: tuple[int, ...]) -> int:
         """Features of these layers' states, side by side."""
         return sum(self._widths[layer] for layer in layers)
+
+    def states(self, **inputs: Any) -> torch.Tensor:
+        """What the head reads of every token, (rows, tokens, features), of padded ``inputs`` of the backbone."""
+        if self.feature_layers == (-1,):
+            last: torch.Tensor = self.backbone(**inputs).last_hidden_state
+            return last
+        every = self.backbone(output_hidden_states=True, **inputs).hidden_states
+        return torch.cat([every[layer] for layer in self.feature_layers], dim=-1)
 
     @property
     def depth(self) -> int:
@@ -134,6 +144,11 @@ class LinearHeadTask(Task):
             )
         if weight is None:
             raise AdapterError(f"the tensor '{key}' is missing.", where=str(stored.folder / WEIGHTS))
+
+    @abstractmethod
+    def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
+        """What the head gives for token ids as ``predict`` reads them: (rows, labels), or where each token has a label
+        (all tokens, labels)."""
 
     def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - the head is written as an adapter
         """Nothing beside the weights; says so where the base has a head of its own."""

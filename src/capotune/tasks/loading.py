@@ -74,11 +74,16 @@ def bare_base(stored: StoredAdapter, *, model: str | None = None, device: torch.
     """
     assembled = _on_base(stored, model, device or torch.device("cpu"), False)
     assembled.task.prompt_attached(assembled.model, stored.settings.virtual_tokens)
+    dequantize_layers(assembled)
+    return assembled
+
+
+def dequantize_layers(assembled: Assembled) -> None:
+    """Put a plain layer of the same values in place of every one in 4 bits, in fp32."""
     for path in assembled.architecture.linears:
         layer = assembled.model.get_submodule(path)
         if isinstance(layer, Linear4bit):
             swap(assembled.model, path, plain_linear(layer.dense_weight(torch.float32), layer.bias))
-    return assembled
 
 
 def _on_base(

@@ -54,8 +54,10 @@ class DeepPromptEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, tokens) → vectors (batch, tokens, hidden); nothing that is read comes from the placeholders'."""
         virtual = input_ids >= self.vocab_size
-        rows = virtual.flatten().nonzero()[:, 0]
-        self._places.rows, self._places.tokens = (rows if len(rows) else None), input_ids.shape[1]
+        self._places.leading = torch.compiler.is_exporting()  # a graph's shapes come from no values
+        if not self._places.leading:
+            rows = virtual.flatten().nonzero()[:, 0]
+            self._places.rows, self._places.tokens = (rows if len(rows) else None), input_ids.shape[1]
         vectors: torch.Tensor = self.base_layer(input_ids.masked_fill(virtual, 0))
         return vectors
 

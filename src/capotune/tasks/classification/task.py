@@ -213,7 +213,11 @@ class Classification(LinearHeadTask):
 
     def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
         """(1, labels)."""
-        return logits_of(assembled, TokenRows(self.encode([text]), self.pad_id, assembled.method.virtual_token_ids))
+        return self.logits_of_ids(assembled, self.encode([text]))
+
+    def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
+        """(rows, labels)."""
+        return self.logits(assembled, TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids))
 
     def evaluate(
         self,

@@ -179,6 +179,11 @@ class TokenClassification(LinearHeadTask):
         examples = self.examples(self.align([text.split()]), None, assembled.method.virtual_token_ids)
         return logits_of(assembled, examples)
 
+    def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
+        """(all tokens, tags)."""
+        rows = TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids)
+        return logits_of(assembled, Examples(rows, [[0] * len(ids) for ids in sequences]))
+
     def evaluate(
         self,
         assembled: Assembled,
