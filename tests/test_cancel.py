@@ -268,9 +268,9 @@ def test_a_model_written_anew_stops_while_answers_are_compared(
         if isinstance(event, Stage) and event.text.startswith("comparing"):
             monkeypatch.setattr(BertEmbeddings, "forward", stop.counting(BertEmbeddings.forward))
 
-    given = {"out": tmp_path / "out", "text": str(tmp_path / "text.txt"), "progress": report}
+    given = {"out": tmp_path / "out", "progress": report}
     if command == "quantize":
-        stop.stopped(capotune.quantize, str(bert), report=True, **given)
+        stop.stopped(capotune.quantize, str(bert), report=True, text=str(tmp_path / "text.txt"), **given)
     else:
         stop.stopped(capotune.merge, adapters["labels"], **given)
     assert not (tmp_path / "out").exists()

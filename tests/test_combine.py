@@ -46,7 +46,7 @@ WEIGHTS = (1.0, -0.5, 0.75)
 
 
 def settings(**values: Any) -> CombineSettings:
-    return CombineSettings(adapters=(Path("a"), Path("b"), Path("c")), out=Path("out"), weights=WEIGHTS, **values)
+    return CombineSettings(adapters=("a", "b", "c"), out=Path("out"), weights=WEIGHTS, **values)
 
 
 def dense(adapter: Deltas, path: str) -> Tensor:

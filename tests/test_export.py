@@ -266,12 +266,12 @@ def test_result_like_the_base_is_refused(
 def test_result_unlike_the_adapter_is_refused() -> None:
     far = Agreement(32, 100, 0.3, 0.9, 1.0, 0.5, None)
     with pytest.raises(AdapterError, match="otherwise than the adapter"):
-        far.check(True, "out")
-    Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check(True, "out")
+        far.check("4-bit", "out")
+    Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check("4-bit", "out")
     with pytest.raises(AdapterError, match="otherwise than the adapter"):
-        Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check(False, "out")
+        Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check("F32", "out")
     with pytest.raises(AdapterError, match="otherwise than the adapter"):
-        Agreement(32, 100, float("nan"), 0.9, 1.0, 0.5, None).check(False, "out")
+        Agreement(32, 100, float("nan"), 0.9, 1.0, 0.5, None).check("F32", "out")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

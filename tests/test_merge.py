@@ -20,6 +20,7 @@ from capotune.adapters.store import save_adapter
 from capotune.errors import AdapterError, CapotuneError, DataError, OutputError, SettingError
 from capotune.events import Event, Progress
 from capotune.kernels.nf4 import Linear4bit, dequantize_4bit, quantize_4bit
+from capotune.methods.base import LowRank
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.method import LoraLinear
 from capotune.methods.lora.settings import LoraSettings
@@ -27,6 +28,7 @@ from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
 from capotune.models.load import load_causal_lm
+from capotune.runs import merging
 from capotune.settings import TrainingSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
@@ -78,21 +80,22 @@ def test_transformers_answers_as_the_adapter_does(
     assembled = generation_helpers.on_base(writers[base], VARIANTS[variant])
     plain = answers(assembled)
     adapter = save(assembled, tmp_path / "adapter")
-    result = capotune.merge(adapter, out=tmp_path / "merged", text=str(text))
+    result = capotune.merge(adapter, out=tmp_path / "merged", data=str(text))
     assert (answers(assembled) - plain).abs().max() > 1e-2
     torch.testing.assert_close(by_transformers(tmp_path / "merged"), answers(assembled), rtol=1e-4, atol=1e-4)
-    assert result["answers"]["kl_divergence"] < 1e-8
+    assert result["answers"]["to_adapter"] < 1e-8
+    assert result["answers"]["to_base"] > 1e-3
     assert result["answers"]["top1_agreement"] == 1
     assert result["changed_layers"] == len(assembled.method.layers)  # type: ignore[attr-defined]
     assert helpers.folder_digest(writers[base]) == before
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
-def test_a_classifier_keeps_its_head_beside_the_merged_model(bert: Path, text: Path, tmp_path: Path) -> None:
+def test_a_classifier_keeps_its_head_beside_the_merged_model(bert: Path, tickets: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
     adapter = save(helpers.on_base(bert, LoraSettings(**LORA)), tmp_path / "adapter")
-    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--text", text)
+    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--data", tickets)
     assert ran.code == 0, ran.err
     assert "head" in ran.said
     texts = ["my parcel is late", "the lamp is broken", "I paid twice please refund"]
@@ -108,10 +111,10 @@ def test_a_base_in_bf16_stays_in_bf16(writers: dict[str, Path], text: Path, tmp_
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     assembled = generation_helpers.on_base(base, LoraSettings(**LORA))
-    result = capotune.merge(save(assembled, tmp_path / "adapter"), out=tmp_path / "merged", text=str(text))
+    result = capotune.merge(save(assembled, tmp_path / "adapter"), out=tmp_path / "merged", data=str(text))
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-    assert 0 < result["answers"]["kl_divergence"] < 1e-2  # what the rounding to bf16 costs
+    assert 0 < result["answers"]["to_adapter"] < 1e-3  # what the rounding to bf16 costs
     path, layer = next(iter(assembled.method.layers.items()))  # type: ignore[attr-defined]
     assert torch.equal(merged[f"{path}.weight"], layer.merged_weight().bfloat16())
 
@@ -148,7 +151,8 @@ def test_qlora_goes_into_the_full_base_unless_told_otherwise(writers: dict[str, 
         expected = base[f"{path}.weight"] + layer.scale * layer.lora_B @ layer.lora_A
         torch.testing.assert_close(merged[f"{path}.weight"], expected.detach())
     assert not find(str(tmp_path / "merged")).is_quantized
-    assert result["answers"]["kl_divergence"] > 1e-5
+    assert result["answers"]["to_adapter"] < 1e-8
+    assert result["answers"]["over_4_bits"] > 1e-5
 
 
 @pytest.mark.parametrize("stored", ["full", "packed"])
@@ -163,9 +167,9 @@ def test_dequantised_added_requantised(
         capotune.quantize(str(writers[base]), out=folder)
     assembled = generation_helpers.on_base(folder, QloraSettings(layers=(0, 2), **LORA))
     adapter = save(assembled, tmp_path / "adapter")
-    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--text", text)
+    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--data", text)
     assert ran.code == 0, ran.err
-    assert "KL divergence" in ran.said
+    assert "nats from the adapter's" in ran.said
     assert "quantized again" in ran.said
     merged = load_causal_lm(find(str(tmp_path / "merged")))
     for path, layer in assembled.model.named_modules():
@@ -184,18 +188,46 @@ def test_dequantised_added_requantised(
 def test_what_the_merge_cost_is_what_is_printed(writers: dict[str, Path], text: Path, tmp_path: Path) -> None:
     assembled = generation_helpers.on_base(writers["llama"], QloraSettings(**LORA))
     adapter = save(assembled, tmp_path / "adapter")
-    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--text", text, "--json")
+    ran = capo("merge", adapter, "--out", tmp_path / "merged", "--requantize", "--data", text, "--json")
     printed = json.loads(ran.out)["answers"]
-    ids = assembled.task.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    (row,) = assembled.task.rows_to_compare(str(text), 32)
+    ids = torch.tensor([row.ids])
     merged = load_causal_lm(find(str(tmp_path / "merged")))
     with torch.no_grad():
         p, q = (model(input_ids=ids).logits[0].double().log_softmax(1) for model in (assembled.model, merged))
-    assert printed["kl_divergence"] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+    assert printed["to_adapter"] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
     assert printed["top1_agreement"] == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()))
     assert printed["compared"] == ids.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0.0, "answers as the base does"), (1.1, "answers otherwise")])
+def test_model_that_answers_otherwise_is_not_left(
+    factor: float, said: str, writers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A delta that does not arrive, and one that is a tenth too large."""
+    adapter = save(generation_helpers.on_base(writers["llama"], LoraSettings(**LORA)), tmp_path / "adapter")
+    right = LowRank.merged
+
+    def wrong(self: LowRank, weight: torch.Tensor) -> torch.Tensor:
+        return weight + factor * (right(self, weight) - weight)
+
+    monkeypatch.setattr(merging, "write_merged", with_wrong(wrong, monkeypatch))
+    refuse(adapter, AdapterError, said, tmp_path / "merged")
+
+
+def with_wrong(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``write_merged`` with deltas of another kind, which the adapter itself does not have."""
+    write = merging.write_merged
+
+    def written(*given: Any, **options: Any) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRank, "merged", wrong)
+            return write(*given, **options)
+
+    return written
 
 
 def refuse(adapter: Path, error: type[CapotuneError], said: str, out: Path, **options: Any) -> None:
@@ -218,7 +250,7 @@ def test_bad_input_leaves_nothing(writers: dict[str, Path], bert: Path, tmp_path
     (tmp_path / "there").mkdir()
     refuse(lora, SettingError, "`requantize`: it is for adapters that were trained over 4 bits", out, requantize=True)
     refuse(lora, AdapterError, "belongs to another base", out, model=str(writers["gpt2"]))
-    refuse(lora, DataError, "holds no text", out, text=str(tmp_path / "empty.txt"))
+    refuse(lora, DataError, "no text|no row|empty", out, data=str(tmp_path / "empty.txt"))
     refuse(lora, OutputError, "exists already", tmp_path / "there")
     refuse(tmp_path / "nothing", AdapterError, "no such adapter folder", out)
     refuse(bert, AdapterError, "capotune.json is missing", out)

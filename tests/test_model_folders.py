@@ -112,9 +112,8 @@ def test_merging_leaves_second_copies_behind(bert: Path, messy: Path, tmp_path: 
     adapter = on_base(messy, LoraSettings(rank=2))
     shake(adapter)
     save_adapter(tmp_path / "adapter", adapter, TRAINED)
-    (tmp_path / "lines.txt").write_text("\n".join(TEXTS))
     expected = capotune.load(tmp_path / "adapter").predict_proba(TEXTS)
-    capotune.merge(tmp_path / "adapter", out=tmp_path / "merged", text=str(tmp_path / "lines.txt"))
+    capotune.merge(tmp_path / "adapter", out=tmp_path / "merged")
     found = capotune.load(tmp_path / "merged" / "adapter").predict_proba(TEXTS)
     assert abs(found - expected).max() < 1e-5
     names = {path.name for path in (tmp_path / "merged").iterdir()}

@@ -170,6 +170,11 @@ class TrainingSettings(Settings):
         """Whether any weight is trained."""
         return True
 
+    @property
+    def over_full_precision(self) -> TrainingSettings:
+        """The same over a base in full precision, where these are for one in 4 bits."""
+        return self
+
     def candidate_prompts(self) -> list[str]:
         """Prompts written by people, the best of which is to be found before training; none for most methods."""
         return []
@@ -199,9 +204,9 @@ class MergeSettings(BaseSettings):
     requantize: bool = False
     """qlora: add the change to what the 4 bits stand for, and quantize the sum again, instead of adding it to the base
     in full precision."""
-    text: str | None = None
-    """A text file of your own, on which the merged model's answers are compared with the adapter's. Left out: a few
-    lines of ours."""
+    data: DataSource | None = None
+    """Rows of your own, as in training: adapter and merged model are compared on 32 of them. Left out: some lines of
+    ours."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
 
@@ -209,8 +214,8 @@ class MergeSettings(BaseSettings):
 class CombineSettings(Settings):
     """Several adapters of one base made into one."""
 
-    adapters: tuple[Path, ...]
-    """Adapter folders, of lora or qlora, on one base: two or more."""
+    adapters: tuple[str, ...]
+    """Adapter folders, of lora or qlora, on one base, or adapters on the hub (`owner/name@revision`): two or more."""
     out: Path
     """Folder for the combined adapter. Must not exist."""
     method: Literal["linear", "svd", "ties", "dare", "dare-ties"] = "linear"
@@ -276,6 +281,17 @@ class PushSettings(Settings):
     """The commit's message."""
     model: str | None = None
     """The adapter's base as it is called on the hub, where it was trained on a folder of this machine."""
+
+
+class DiffSettings(BaseSettings):
+    """Two adapters beside each other."""
+
+    adapter: str
+    """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
+    other: str
+    """The one that it is compared with."""
+    data: DataSource | None = None
+    """Rows of your own, as in training: both answer 32 of them, and are compared."""
 
 
 class QuantizeSettings(Settings):

@@ -40,11 +40,15 @@ def merge(
     """Write a lora or qlora adapter's change into its base: a Transformers checkpoint in the new folder ``out``.
 
     Returns what changed, and how far the merged model's answers are from the adapter's. ``settings`` are those of
-    ``capo merge --help`` by name (``requantize=True``, ``text="mine.txt"``, ``model="where/the/base/is"``). A
-    classifier's head is at ``out/adapter``, an adapter of the merged model. Raises as ``train``.
+    ``capo merge --help`` by name (``requantize=True``, ``data="mine.csv"``, ``model="where/the/base/is"``). A
+    classifier's head is at ``out/adapter``, an adapter of the merged model. Raises as ``train``, and ``AdapterError``
+    where the merged model answers otherwise than rounding explains.
     """
+    from capotune.data.readers import as_source
     from capotune.runs import convert
 
+    if settings.get("data") is not None:
+        settings["data"] = as_source(settings["data"])
     built = build(MergeSettings, {"adapter": str(adapter), "out": out, **settings})
     return convert.merge(built, (cancel or CancelToken()).watching(progress))
 
@@ -66,7 +70,7 @@ def combine(
     """
     from capotune.runs import combine as combining
 
-    built = build(CombineSettings, {"adapters": tuple(map(Path, adapters)), "out": out, **settings})
+    built = build(CombineSettings, {"adapters": tuple(map(str, adapters)), "out": out, **settings})
     return combining.combine_adapters(built, (cancel or CancelToken()).watching(progress))
 
 

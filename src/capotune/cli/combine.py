@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -17,8 +16,8 @@ from capotune.settings import CombineSettings
 class Combine(CombineSettings):
     """Make one adapter of several that were trained on one base."""
 
-    adapters: tyro.conf.Positional[tuple[Path, ...]]
-    """Adapter folders, of lora or qlora, on one base: two or more."""
+    adapters: tyro.conf.Positional[tuple[str, ...]]
+    """Adapter folders, of lora or qlora, on one base, or adapters on the hub (`owner/name@revision`): two or more."""
     as_json: Json = False
     """Print one JSON object."""
 

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from capotune.cli.export import describe_agreement
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
 from capotune.files import human_bytes
@@ -92,7 +93,10 @@ def _show_merged(result: dict[str, Any]) -> None:
     grid = two_columns()
     how = "in 4 bits: dequantized, changed, quantized again" if result["requantized"] else "as the base is stored"
     grid.add_row("merged", f"{result['changed_layers']} layers of {result['base']}, {how}")
-    grid.add_row("answers", f"{describe_answers(result['answers'])}, against the adapter on its base")
+    answers = result["answers"]
+    grid.add_row("answers", describe_agreement(answers))
+    if "over_4_bits" in answers:
+        grid.add_row("", f"{answers['over_4_bits']:.3g} nats from the adapter over 4 bits, as it was trained")
     grid.add_row("written to", f"{result['out']}, {human_bytes(result['bytes'])}")
     if result["head"]:
         grid.add_row("head", f"{result['head']}, an adapter of the merged model")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn import functional
 from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.errors import AdapterError
 from capotune.evaluation.divergence import compare_logits
+from capotune.models.base import Base
 
 ROWS = 32
 """Rows that are compared."""
@@ -23,10 +25,34 @@ MOST_TOKENS = 1024
 """Tokens of all rows: for each, three whole distributions are in memory."""
 SAME = 1e-6
 """Distance below which two models are the same in fp32."""
-EXACT, ROUNDED = 1e-4, 0.25
-"""Most that the result may be from the adapter, as a part of the adapter's distance from the base: where nothing is
-rounded but fp32, and where weights are rounded to fewer bits. KL grows with the square of a change in the logits: 1e-4
-stands for a hundredth of the adapter's change, 0.25 for half of it."""
+Precision = Literal["F32", "F16", "BF16", "Q8_0", "4-bit"]
+"""How weights are stored, or computed with, from the most bits of a fraction to the fewest."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Most that a result may be from the adapter: the larger of the two."""
+
+    share: float
+    """Of the adapter's own distance from the base. KL grows with the square of a change in the logits: 1e-4 stands for
+    a hundredth of the adapter's change."""
+    nats: float
+    """What rounding costs an adapter that changes little."""
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "F32": Tolerance(1e-4, SAME),
+    "F16": Tolerance(1e-4, 1e-4),
+    "BF16": Tolerance(1e-3, 1e-3),
+    "Q8_0": Tolerance(0.01, 0.01),
+    "4-bit": Tolerance(0.25, 0.05),
+}
+
+
+_REPORT = "Please report this, with the base's name and the command."
+_ADVICE: dict[Precision, str] = {
+    "4-bit": "The steps of 4 bits may be larger than the change: keep the adapter, or merge into full precision."
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +71,10 @@ class Agreement:
     """Part of the adapter's gain in loss that the result has; None where the adapter gains nothing on these rows, or
     they have no loss over tokens."""
 
-    def check(self, rounded: bool, where: str) -> None:
-        """``AdapterError`` when the result answers as the base, or not as the adapter. ``rounded``: whether its weights
-        have fewer bits than those that the adapter was asked with."""
-        advice = "It was not written. Please report this, with the base's name and the command."
+    def check(self, precision: Precision, where: str) -> None:
+        """``AdapterError`` when the result answers as the base, or not as the adapter. ``precision`` is that of the
+        result, where it is less than what the adapter was asked with."""
+        advice = f"It was not written. {_ADVICE.get(precision, _REPORT)}"
         if self.adapter_to_base > SAME and self.to_adapter >= self.to_base:
             raise AdapterError(
                 f"what was written answers as the base does: {self.to_base:.3g} nats from it, and "
@@ -56,11 +82,12 @@ class Agreement:
                 where=where,
                 advice=advice,
             )
-        most = max((ROUNDED if rounded else EXACT) * self.adapter_to_base, 1e-3 if rounded else SAME)
+        allowed = TOLERANCES[precision]
+        most = max(allowed.share * self.adapter_to_base, allowed.nats)
         if not self.to_adapter <= most:
             raise AdapterError(
                 f"what was written answers otherwise than the adapter: {self.to_adapter:.3g} nats from it, where "
-                f"{most:.3g} would be rounding.",
+                f"rounding to {precision} explains {most:.3g}.",
                 where=where,
                 advice=advice,
             )
@@ -70,11 +97,29 @@ def agreement(rows: Sequence[Encoded], adapter: Tensor, base: Tensor, result: Te
     """Of three models' logits (tokens or rows, choices), as ``answers_of`` gives them for the ``rows``."""
     near = compare_logits(adapter, result)
     to_base, gap = compare_logits(base, result), compare_logits(base, adapter)
-    losses = [_loss(rows, logits) for logits in (base, adapter, result)]
+    losses = [loss_of(rows, logits) for logits in (base, adapter, result)]
     return Agreement(
         len(rows), near.compared, near.kl_divergence, to_base.kl_divergence, gap.kl_divergence, near.top1_agreement,
         _recovered(*losses),
     )  # fmt: skip
+
+
+def precision_of(base: Base) -> Precision:
+    """The least one that weights of ``base`` are stored in."""
+    if base.is_quantized:
+        return "4-bit"
+    stored = {tensor.dtype for tensor in base.tensors}
+    return next((one for one in ("BF16", "F16") if one in stored), "F32")
+
+
+def computes_in(dtype: torch.dtype) -> Precision:
+    """The precision of what is computed in ``dtype``."""
+    return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(dtype, "F32")  # type: ignore[return-value]
+
+
+def least(*precisions: Precision) -> Precision:
+    """The one with the fewest bits."""
+    return max(precisions, key=list(TOLERANCES).index)
 
 
 def cut_to_fit(rows: Sequence[Encoded], longest: int) -> list[Encoded]:
@@ -96,7 +141,7 @@ def _recovered(base: float | None, adapter: float | None, result: float | None) 
     return (base - result) / (base - adapter)
 
 
-def _loss(rows: Sequence[Encoded], logits: Tensor) -> float | None:
+def loss_of(rows: Sequence[Encoded], logits: Tensor) -> float | None:
     """Mean cross-entropy of the tokens in the loss, in nats; None where there are none."""
     wanted = torch.tensor([label for one in rows for label in (*one.labels[1:], IGNORE_INDEX)])
     if len(wanted) != len(logits) or bool((wanted == IGNORE_INDEX).all()):

@@ -63,7 +63,7 @@ def combine_adapters(settings: CombineSettings, report: Reporter) -> dict[str, A
 def _check_settings(settings: CombineSettings) -> None:
     count = len(settings.adapters)
     if count < 2:
-        given = str(settings.adapters[0]) if settings.adapters else "none"
+        given = settings.adapters[0] if settings.adapters else "none"
         raise SettingError(f"two adapters or more are combined, and {given} was given.")
     if settings.weights and len(settings.weights) != count:
         given = " ".join(f"{weight:g}" for weight in settings.weights)

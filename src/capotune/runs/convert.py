@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import sqrt
 from typing import Any
 
+from capotune.adapters.assemble import Assembled
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter
 from capotune.device import pick_device
 from capotune.errors import SettingError
+from capotune.evaluation.agreement import agreement, computes_in, least, precision_of
 from capotune.evaluation.divergence import (
-    Divergence,
-    answers_of,
     compare_logits,
     compare_models,
     read_text,
-    text_windows,
 )
 from capotune.events import Reporter, Stage, Warned, alive, bytes_as_progress
 from capotune.files import output_folder, write_atomic
 from capotune.models.base import Base, Quantization, find
 from capotune.models.quantize import LayerError, write_quantized
+from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, write_merged_model
 from capotune.settings import MergeSettings, QuantizeSettings
-from capotune.tasks.loading import load_adapter, task_class
+from capotune.tasks.loading import load_adapter
 
 DIFFERENT_BASE = "different_base.json"
 """In a merged model whose base is not the one that the adapter was trained on: both fingerprints."""
@@ -85,7 +84,6 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
 
     Raises ``CapotuneError`` subclasses for everything the user can mend, also for methods that cannot be merged.
     """
-    text = read_text(settings.text)
     stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     check_can_merge(stored, base, settings.requantize, report)
@@ -99,6 +97,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         if not is_own:
             write_atomic(new / DIFFERENT_BASE, _different_base(stored, base))
         report(Stage(text="comparing answers with the adapter's"))
+        answers = _compared(stored, base, merged, settings, report)
         return {
             "adapter": str(settings.adapter),
             "base": base.name,
@@ -108,7 +107,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
             "changed_layers": changed,
             "bytes": merged.weight_bytes,
             "head": str(settings.out / HEAD) if (new / HEAD / RECORD).is_file() else None,
-            "answers": {"text": settings.text, **asdict(_merged_answers(stored, base, merged, text, alive(report)))},
+            "answers": answers,
         }
 
 
@@ -117,15 +116,33 @@ def _different_base(stored: StoredAdapter, base: Base) -> str:
     return json.dumps({"trained_on": trained_on, "merged_into": fingerprint(base)}, indent=2) + "\n"
 
 
-def _merged_answers(
-    stored: StoredAdapter, base: Base, merged: Base, text: str, alive: Callable[[], object]
-) -> Divergence:
-    """The merged model's answers against those of the base with the adapter on it."""
-    windows = text_windows(base, text, by_line=task_class(stored).has_head)
-    on_base = load_adapter(stored, model=base.name, device=pick_device(), trust_remote_code=base.trust_remote_code)
-    before = answers_of(on_base.model, windows, alive)
+def _compared(
+    stored: StoredAdapter, base: Base, merged: Base, settings: MergeSettings, report: Reporter
+) -> dict[str, Any]:
+    """How far the merged model, read back from disk, answers from the adapter on the weights that it was merged into,
+    and from these alone. ``AdapterError`` where it is farther than rounding explains.
+
+    An adapter that was trained over 4 bits and is merged into full precision answers otherwise as it was trained:
+    ``over_4_bits`` says how far that is from the merged model, and is what the base's quantization costs.
+    """
+    there = base.is_quantized or settings.requantize
+    own = stored.settings if there else stored.settings.over_full_precision
+    on_base = _on_base(replace(stored, settings=own), base)
+    rows = rows_to_ask(on_base, settings.data)
+    adapter, alone = ask_with_and_without(on_base, rows, report)
     del on_base
-    return compare_logits(before, answers_of(load_merged_model(stored, merged), windows, alive))
+    result = ask(load_merged_model(stored, merged), rows, report)
+    found = agreement(rows, adapter, alone, result)
+    found.check("4-bit" if there else least(precision_of(base), computes_in(stored.dtype)), str(settings.out))
+    values = {"data": str(settings.data) if settings.data is not None else None, **asdict(found)}
+    if own is not stored.settings:
+        trained = ask(_on_base(stored, base).model, rows, report)
+        values["over_4_bits"] = compare_logits(trained, result).kl_divergence
+    return values
+
+
+def _on_base(stored: StoredAdapter, base: Base) -> Assembled:
+    return load_adapter(stored, model=base.name, device=pick_device(), trust_remote_code=base.trust_remote_code)
 
 
 def _errors(layers: tuple[LayerError, ...]) -> dict[str, Any]:

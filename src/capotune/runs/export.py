@@ -8,7 +8,7 @@ reads it, and asked the same. The folder is complete and compared, or absent.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
 from capotune.adapters.store import CARD, RECORD, StoredAdapter, read_adapter
-from capotune.data.batches import IGNORE_INDEX, Encoded, without_loss
+from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError
-from capotune.evaluation.agreement import Agreement, agreement, cut_to_fit
-from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
+from capotune.evaluation.agreement import Agreement, Precision, agreement, least, precision_of
+from capotune.evaluation.divergence import SHORT_TEXT
 from capotune.events import Reporter, Stage, alive, counter, ignore
 from capotune.files import output_folder, write_atomic
 from capotune.models.architecture import plain_linear, swap
@@ -37,6 +37,7 @@ from capotune.models.gguf.metadata import architecture_in_gguf
 from capotune.models.gguf.write import write_model
 from capotune.models.load import load_causal_lm
 from capotune.runs import onnx
+from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, load_merged_model, write_merged_model
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
@@ -64,8 +65,8 @@ class _Export:
     report: Reporter
     said: list[str] = field(default_factory=list)
     """What was changed, a sentence each."""
-    rounded: bool = False
-    """Whether the result's weights have fewer bits than the adapter was asked with."""
+    precision: Precision = "F32"
+    """Of the result, where it is less than what the adapter was asked with."""
 
     @property
     def base(self) -> Base:
@@ -76,8 +77,7 @@ class _Export:
         return self.settings.out.absolute()
 
     def ask(self, model: Any) -> Tensor:
-        windows = [torch.tensor([one.ids]) for one in self.rows]
-        return answers_of(model, windows, alive(self.report))
+        return ask(model, self.rows, self.report)
 
 
 def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
         architecture_in_gguf(assembled.base)  # refused before anything is written
     if loader.graphs:
         onnx.check_libraries()
-    rows = _rows(assembled, settings)
+    rows = rows_to_ask(assembled, settings.data)
     with output_folder(settings.out) as new:
         making = _Export(settings, loader, stored, assembled, rows, new, report)
         report(Stage(text=f"writing for {loader.title}"))
@@ -107,12 +107,10 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
             found, command = _write_graph(making, verdict)
         else:
             report(Stage(text="asking the adapter and the base"))
-            adapter = making.ask(assembled.model)
-            assembled.method.detach()
-            base = making.ask(assembled.model)
+            adapter, base = ask_with_and_without(assembled, rows, report)
             result, command = _write(making, verdict)
             found = agreement(rows, adapter, base, result)
-            found.check(making.rounded, str(settings.out))
+            found.check(making.precision, str(settings.out))
     return _described(making, verdict, found, command)
 
 
@@ -127,18 +125,6 @@ def _verdict(settings: ExportSettings, stored: StoredAdapter, loader: Loader) ->
     if settings.merged and verdict.form == "adapter":
         return Verdict(loader, "merged", False, "the change is merged into a whole model, as asked.")
     return verdict
-
-
-def _rows(assembled: Assembled, settings: ExportSettings) -> list[Encoded]:
-    longest = min(WINDOW, assembled.base.max_length, assembled.task.max_length)
-    if settings.data is not None:
-        rows = assembled.task.rows_to_compare(settings.data, 32)
-    else:
-        windows = text_windows(assembled.base, SHORT_TEXT, by_line=True)
-        rows = without_loss([window[0].tolist() for window in windows])
-        if not assembled.task.has_head:
-            rows = [replace(one, labels=[IGNORE_INDEX, *one.ids[1:]]) for one in rows]
-    return cut_to_fit(rows, longest)
 
 
 def _write(making: _Export, verdict: Verdict) -> tuple[Tensor, str]:
@@ -213,7 +199,7 @@ def _write_graph(making: _Export, verdict: Verdict) -> tuple[Agreement, str]:
     difference = onnx.check_logits(adapter, result)
     making.said.append(f"ONNX Runtime's logits differ from the adapter's by at most {difference:.2g}.")
     found = agreement(making.rows, adapter, base, result)
-    found.check(making.rounded, str(making.settings.out))
+    found.check(making.precision, str(making.settings.out))
     return found, f'onnxruntime.InferenceSession("{making.out / onnx.MODEL}")'
 
 
@@ -222,7 +208,7 @@ def _merge(making: _Export, folder: Path) -> Base:
     the merged weights are rounded."""
     folder.mkdir(exist_ok=True)
     base = making.base
-    making.rounded = making.assembled.method.quantization is not None or any(one.dtype != "F32" for one in base.tensors)
+    making.precision = "4-bit" if making.assembled.method.quantization is not None else precision_of(base)
     merged = Base(str(making.settings.out), folder, base.trust_remote_code)
     _, notices = write_merged_model(making.stored, base, merged, requantize=base.is_quantized, report=making.report)
     making.said += notices
@@ -238,7 +224,7 @@ def _write_gguf_model(making: _Export) -> tuple[Tensor, str]:
     path = making.new / MODEL_FILE
     merged = _merge(making, making.new / ".merged")
     _write_gguf(making, path, merged)
-    making.rounded = making.rounded or making.settings.gguf_type != "F32"
+    making.precision = least(making.precision, making.settings.gguf_type)
     shutil.rmtree(merged.folder)
     answers = making.ask(_read_gguf(making, path))
     return answers, _gguf_command(making, None)

@@ -17,3 +17,8 @@ class QloraSettings(LoraSettings):
     """Weights that share one scale."""
     double_quant: bool = True
     """Quantise the scales as well, to 8 bits."""
+
+    @property
+    def over_full_precision(self) -> LoraSettings:
+        """LoRA of the same layers, ranks and scales."""
+        return LoraSettings(**self.model_dump(include=set(LoraSettings.model_fields)))

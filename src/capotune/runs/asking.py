@@ -1,0 +1,41 @@
+"""An adapter, its base and what became of it, asked the same rows: how merge and export know what they wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capotune.adapters.assemble import Assembled
+from capotune.data.batches import IGNORE_INDEX, Encoded, without_loss
+from capotune.evaluation.agreement import ROWS, cut_to_fit
+from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
+from capotune.events import Reporter, alive
+
+
+def rows_to_ask(assembled: Assembled, data: Any) -> list[Encoded]:
+    """The first rows of ``data``, read as in training; some lines of ours for None. ``DataError`` where they cannot be
+    read."""
+    if data is not None:
+        rows = assembled.task.rows_to_compare(data, ROWS)
+    else:
+        windows = text_windows(assembled.base, SHORT_TEXT, by_line=True)
+        rows = without_loss([window[0].tolist() for window in windows])
+        if not assembled.task.has_head:
+            rows = [replace(one, labels=[IGNORE_INDEX, *one.ids[1:]]) for one in rows]
+    return cut_to_fit(rows, min(WINDOW, assembled.base.max_length, assembled.task.max_length))
+
+
+def ask(model: Any, rows: Sequence[Encoded], report: Reporter) -> Tensor:
+    """Logits (tokens or rows, choices)."""
+    return answers_of(model, [torch.tensor([one.ids]) for one in rows], alive(report))
+
+
+def ask_with_and_without(assembled: Assembled, rows: Sequence[Encoded], report: Reporter) -> tuple[Tensor, Tensor]:
+    """The adapter's answers, and its base's alone; the adapter is off afterwards."""
+    adapter = ask(assembled.model, rows, report)
+    assembled.method.detach()
+    return adapter, ask(assembled.model, rows, report)
