@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from capotune.api import (
         combine,
         compare,
+        diff,
         evaluate,
         generate,
         info,
@@ -40,6 +41,7 @@ __all__ = [
     "Tagger",
     "combine",
     "compare",
+    "diff",
     "evaluate",
     "export",
     "generate",

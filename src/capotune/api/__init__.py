@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from capotune.api.comparison import compare, compare_run, compare_settings
-from capotune.api.conversion import combine, export, merge, push, quantize
+from capotune.api.conversion import combine, diff, export, merge, push, quantize
 from capotune.api.inference import (
     evaluate,
     generate,
@@ -51,6 +51,7 @@ __all__ = [
     "compare_run",
     "compare_settings",
     "describe_data",
+    "diff",
     "evaluate",
     "export",
     "generate",

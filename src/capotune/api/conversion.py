@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from capotune.events import CancelToken, Reporter, ignore
-from capotune.settings import CombineSettings, ExportSettings, MergeSettings, PushSettings, QuantizeSettings, build
+from capotune.settings import (
+    CombineSettings,
+    DiffSettings,
+    ExportSettings,
+    MergeSettings,
+    PushSettings,
+    QuantizeSettings,
+    build,
+)
 
 
 def quantize(
@@ -51,6 +59,29 @@ def merge(
         settings["data"] = as_source(settings["data"])
     built = build(MergeSettings, {"adapter": str(adapter), "out": out, **settings})
     return convert.merge(built, (cancel or CancelToken()).watching(progress))
+
+
+def diff(
+    adapter: str | Path,
+    other: str | Path,
+    *,
+    progress: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What differs between two adapters: ``differing`` settings, weights, and the norms of their ``deltas`` with the
+    angle between them, of all and of each block.
+
+    With ``data`` (rows as in training) also their ``answers``: how far the distributions are apart, in nats, and the
+    losses of base, first and second. ``settings`` are those of ``capo diff --help`` by name. Raises as ``train``.
+    """
+    from capotune.data.readers import as_source
+    from capotune.runs import differ
+
+    if settings.get("data") is not None:
+        settings["data"] = as_source(settings["data"])
+    built = build(DiffSettings, {"adapter": str(adapter), "other": str(other), **settings})
+    return differ.diff(built, (cancel or CancelToken()).watching(progress))
 
 
 def combine(

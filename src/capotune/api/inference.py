@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from capotune.device import collector_at_rest
 from capotune.errors import AdapterError, ModelError, SettingError
-from capotune.events import CancelToken, Reporter, Stage, ignore
+from capotune.events import CancelToken, Reporter, Stage, alive, ignore
 from capotune.settings import DataSettings, build
 
 if TYPE_CHECKING:
@@ -275,7 +275,9 @@ def info(
 
     A soft prompt comes with its vectors' nearest real tokens, a hard one with its words. ``in_words`` holds the task's
     own facts as lines for people, ``exports`` what ``capo export`` writes for each program: an ``adapter``, a
-    ``merged`` model, or nothing (None).
+    ``merged`` model, or nothing (None). ``tensors`` holds the shape of each, ``delta`` the LoRA deltas' ranks, scales
+    and norms, of all and of each block, None where there are none. ``base`` ``matches`` where it is on this machine: by
+    content, None where it is not.
 
     With ``check`` the adapter is put on its base and asked what it was asked where it was trained: ``check`` holds the
     largest ``distance`` of a probability, the ``tolerance``, and whether it ``agrees``. Raises ``AdapterError`` then
@@ -289,6 +291,7 @@ def info(
 
     stored = read_adapter(adapter)
     task = task_class(stored)
+    matches = _base_here(stored, model, report)
     facts = {} if stored.is_foreign else task.facts(stored.record)
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     checked: dict[str, Any] = {}
@@ -301,18 +304,53 @@ def info(
         "adapter": str(stored.folder),
         "task": stored.task,
         "method": stored.settings.method,
-        "base": {**stored.record["base"], "name": stored.base},
+        "base": {**stored.record["base"], "name": stored.base, "matches": matches},
         **facts,
         "in_words": task.facts_in_words(facts) if facts else [("task", task.name)],
         "notices": list(stored.notices),
         "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),
         "bytes": stored.nbytes,
+        "tensors": {key: list(tensor.shape) for key, tensor in stored.tensors.items()},
+        "delta": _delta(stored),
         "settings": stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json"),
         "trained": stored.record["trained"],
         "left_out": stored.record.get("left_out", []),
         "exports": {one.loader.name: one.form for one in verdicts(stored, task.has_head)},
         **own,
         **checked,
+    }
+
+
+def _base_here(stored: StoredAdapter, model: str | None, report: Reporter) -> bool | None:
+    """Whether the base on this machine is the adapter's own; None where none is, or it is not known which is."""
+    from capotune.adapters.store import find_base, is_own_base
+    from capotune.models.base import EMBEDDED
+
+    name = model or stored.base
+    if stored.is_foreign or not (name in EMBEDDED or Path(name).expanduser().exists()):
+        return None
+    try:
+        return is_own_base(stored, find_base(stored, model, report=report), alive(report))
+    except (AdapterError, ModelError):
+        return None
+
+
+def _delta(stored: StoredAdapter) -> dict[str, Any] | None:
+    from capotune import methods
+    from capotune.adapters.deltas import block_norms
+
+    found = methods.get(stored.settings.method).low_rank(stored.settings, stored.tensors)
+    if found is None:
+        return None
+    blocks = block_norms(found)
+    return {
+        "targets": sorted({path.rpartition(".")[2] for path in found}),
+        "layers": len(found),
+        "ranks": sorted({one.rank for one in found.values()}),
+        "scales": sorted({one.scale for one in found.values()}),
+        "norm": sum(norm**2 for norm in blocks.values()) ** 0.5,
+        "blocks": blocks,
+        "magnitudes": any(one.magnitude is not None for one in found.values()),
     }
 
 

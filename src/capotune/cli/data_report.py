@@ -14,7 +14,7 @@ from rich.text import Text
 from capotune.data_blocks import Bars, Block, Counts, Findings, MarkedRows
 from capotune.sections import Part
 
-__all__ = ["draw"]
+__all__ = ["bar", "draw"]
 
 BAR: Final = 30  # columns of the longest bar
 
@@ -67,12 +67,12 @@ def _bars(block: Bars) -> RenderableType:
     table.add_column(no_wrap=True)
     most = max((one.count for one in block.bars), default=1)
     for one in block.bars:
-        bar = Text(_bar(one.count / most), style="yellow" if one.needs_a_look else "cyan")
-        table.add_row(one.name, f"{one.count:,}", bar)
+        drawn = Text(bar(one.count / most), style="yellow" if one.needs_a_look else "cyan")
+        table.add_row(one.name, f"{one.count:,}", drawn)
     return table
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
     """A bar in eighths of a column; what is not nothing shows."""
     eighths = max(round(8 * BAR * share), share > 0)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

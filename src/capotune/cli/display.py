@@ -22,7 +22,6 @@ from rich.text import Text
 
 from capotune import api
 from capotune.cli import data_report
-from capotune.cli.combine import describe_combined
 from capotune.cli.comparison_table import comparison_table
 from capotune.cli.grid import two_columns
 from capotune.events import (
@@ -137,7 +136,7 @@ class _Lines(_Watcher):
         elif isinstance(event, Stage | Failed) or (isinstance(event, Warned) and self.is_new(event)):
             self._line(event, event.text)
         elif isinstance(event, EpochEnded):
-            held_out = f"held-out {_score(event.metric, event.score)}"
+            held_out = f"held-out {score_text(event.metric, event.score)}"
             self._line(event, f"epoch {event.epoch}: loss {event.loss:.4f}, {held_out}")
         elif isinstance(event, Finished):
             seconds = (event.result or {})["train_seconds"]
@@ -201,10 +200,10 @@ def watch_bytes() -> Iterator[Reporter]:
 
 def _scored(event: Finished) -> str:
     result = event.result or {}
-    return _score(result["metric"], result["score"]) if result["test_rows"] else "done"
+    return score_text(result["metric"], result["score"]) if result["test_rows"] else "done"
 
 
-def _score(name: str, value: float) -> str:
+def score_text(name: str, value: float) -> str:
     """A score with its metric's name."""
     return f"{api.metric(name).words} {_number(name, value)}"
 
@@ -287,53 +286,3 @@ def _number(name: str, value: float) -> str:
 
 def _main_first(metric: str, scores: dict[str, float]) -> dict[str, float]:
     return {metric: scores[metric], **scores} if metric in scores else scores
-
-
-def show_info(facts: dict[str, Any]) -> None:
-    """An adapter's facts, settings, and a prompt's words or its vectors' nearest tokens."""
-    grid = two_columns()
-    grid.add_row("method", facts["method"])
-    fingerprint = facts["base"]["fingerprint"]
-    known = "no fingerprint" if fingerprint is None else f"fingerprint {fingerprint[:16]}…"
-    grid.add_row("base", f"{facts['base']['name']} ({known})")
-    for name, text in facts["in_words"]:
-        grid.add_row(name, text)
-    grid.add_row("weights", f"{facts['trained_weights']:,} ({human_bytes(facts['bytes'])} on disk)")
-    grid.add_row("trained", _trained(facts["trained"]) if facts["trained"] else "by another program")
-    for notice in facts["notices"]:
-        grid.add_row("note", notice)
-    grid.add_row("settings", ", ".join(f"{name} {value}" for name, value in facts["settings"].items()))
-    grid.add_row("exports as", _exports(facts["exports"]))
-    if facts["left_out"]:
-        grid.add_row("left out", f"when it was pushed: {', '.join(facts['left_out'])}")
-    if "check" in facts:
-        check = facts["check"]
-        words = "answers as where it was trained" if check["agrees"] else "answers otherwise than where it was trained"
-        distance, tolerance = f"{check['distance']:.2g}", f"{check['tolerance']:g}"
-        probabilities = f"{check['compared']} probabilities differ by at most {distance}, {tolerance} is allowed"
-        grid.add_row("check", f"{words}: {probabilities}")
-    if "hard_prompt" in facts:
-        grid.add_row("prompt", repr(facts["hard_prompt"]))
-    if "deep_prompt" in facts:
-        vectors = f"{facts['deep_prompt']} vectors before every block's keys and values, which are near no token"
-        grid.add_row("prompt", vectors)
-    for number, near in enumerate(facts.get("nearest_tokens", [])):
-        words = ", ".join(f"{token} {similarity:.2f}" for token, similarity in near)
-        grid.add_row(f"vector {number}", f"near {words}")
-    Console(markup=False).print(grid)
-
-
-def _trained(trained: dict[str, Any]) -> str:
-    if "combined" in trained:
-        return f"combined: {describe_combined(trained['combined'])}; not scored since"
-    score = "no test"
-    if trained["test_rows"]:
-        score = f"{_score(trained['metric'], trained['score'])} on {trained['test_rows']:,} rows"
-    return f"{trained['train_rows']:,} rows, {trained['train_seconds']:.1f} s, {score}"
-
-
-def _exports(forms: dict[str, str | None]) -> str:
-    """What `capo export` writes, and for which programs."""
-    words = (("adapter", "an adapter for"), ("merged", "a merged model for"), (None, "nothing for"))
-    named = [(text, [name for name, form in forms.items() if form == wanted]) for wanted, text in words]
-    return "; ".join(f"{text} {', '.join(names)}" for text, names in named if names)

@@ -35,6 +35,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo generate ADAPTER "some text"        what the model writes after it
   capo chat ADAPTER                        a conversation; /adapter switches
   capo info ADAPTER                        what an adapter is
+  capo diff A B                            what differs between two adapters
   capo data tickets.csv                    what a data file holds, and what is wrong with it
   capo demo generation                     a comparison on data that is already here
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
@@ -94,6 +95,8 @@ class Info(BaseSettings):
     """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     check: bool = False
     """Put it on its base and ask it again what it was asked where it was trained: the answers must be the same."""
+    plot: bool = False
+    """Draw how large the adapter's change of the weights is in each block."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -301,14 +304,15 @@ def _say_cut(cut: int, texts: int) -> None:
 def _info(rest: list[str]) -> int:
     settings = parse(Info, rest, "capo info")
     from capotune import api
-    from capotune.cli.display import show_info, watch_bytes
+    from capotune.cli.display import watch_bytes
+    from capotune.cli.info import show_info
 
     with watch_bytes() as report:
         facts = api.info(settings.adapter, check=settings.check, report=report, **base_of(settings))
     if settings.as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
-        show_info(facts)
+        show_info(facts, settings.plot)
     return 0 if facts.get("check", {}).get("agrees", True) else 1
 
 
@@ -373,6 +377,12 @@ def _push(rest: list[str]) -> int:
     return push(rest)
 
 
+def _diff(rest: list[str]) -> int:
+    from capotune.cli.diff import diff
+
+    return diff(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -393,6 +403,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": _merge,
     "export": _export,
     "combine": _combine,
+    "diff": _diff,
     "push": _push,
 }
 
