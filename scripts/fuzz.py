@@ -15,6 +15,7 @@ docs/fuzzing.md holds the counts.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ import atheris
 from fuzz_mutations import mutate_json, mutate_safetensors
 
 with atheris.instrument_imports(include=["capotune"]):
-    from capotune.adapters import files, foreign, locate, store
-    from capotune.methods.peft import parts
+    from capotune.adapters import files, store
+    from capotune.api import inference
+    from capotune.cli.display import show_info
     from capotune.models import shards
     from capotune.models.gguf import file as gguf_file
     from capotune.tasks import golden, loading
@@ -56,7 +59,6 @@ from capotune.tasks.generation.task import Generation
 SLOW, MEMORY_MB, LONGEST_INPUT = 10.0, 3000, 1 << 16
 TRAINED = {"train_rows": 8, "test_rows": 0, "held_out_score": 0.5, "score": None, "train_seconds": 1.0}
 SETTINGS = LoraSettings(rank=2, target_modules=("q_proj",), layers=(3,))
-_INSTRUMENTED = (files, foreign, locate, store, parts, shards, gguf_file, golden, loading)
 
 
 def make_adapter(folder: Path, task: Any) -> Any:
@@ -94,6 +96,11 @@ class Fuzzed:
         """The adapter's golden answers against those of the model."""
         golden.check_golden(store.read_adapter(self.folder), self.assembled)
 
+    def info(self) -> None:
+        """What ``capo info`` prints."""
+        with redirect_stdout(io.StringIO()):
+            show_info(inference.info(self.folder))
+
     def gguf(self) -> None:
         """A GGUF adapter, every tensor read."""
         found = gguf_file.open_gguf(self.folder / "adapter.gguf", "adapter")
@@ -123,11 +130,11 @@ class Reader:
 
 READERS = {
     "safetensors": Reader(files.WEIGHTS, Fuzzed.read, mutate_safetensors),
-    "safetensors-labels": Reader(files.WEIGHTS, Fuzzed.read, mutate_safetensors, "labels"),
     "shards": Reader(files.WEIGHTS, Fuzzed.shards, mutate_safetensors),
     "config": Reader(files.CONFIG, Fuzzed.read, mutate_json),
     "record": Reader(store.RECORD, Fuzzed.read, mutate_json),
     "record-labels": Reader(store.RECORD, Fuzzed.read, mutate_json, "labels"),
+    "info": Reader(store.RECORD, Fuzzed.info, mutate_json),
     "golden": Reader(store.RECORD, Fuzzed.check_golden, mutate_json, "labels", part="golden"),
     "template": Reader(store.RECORD, Fuzzed.read, None, part="chat_template"),
     "gguf": Reader("adapter.gguf", Fuzzed.gguf, None),
@@ -209,16 +216,17 @@ def fuzz(name: str, runs: int, out: Path) -> None:
     corpus.mkdir()
     (corpus / "seed").write_bytes(seed)
     options = [sys.argv[0], str(corpus), f"-max_len={LONGEST_INPUT}", f"-rss_limit_mb={MEMORY_MB}", "-verbosity=0"]
-    mutator = {} if reader.mutate is None else {"custom_mutator": mutator_of(reader.mutate)}
+    mutator = {} if reader.mutate is None else {"custom_mutator": mutator_of(reader.mutate, seed)}
     atheris.Setup(options, one, **mutator)
     atheris.Fuzz()
 
 
-def mutator_of(change: Callable[..., bytes]) -> Callable[[bytes, int, int], bytes]:
-    """Two in three inputs have a value changed, the others bytes."""
+def mutator_of(change: Callable[..., bytes], whole: bytes) -> Callable[[bytes, int, int], bytes]:
+    """Three in four inputs have a value changed, one of them in the whole file; the others have bytes changed."""
 
     def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        mutated = change(data, seed) if seed % 3 else atheris.Mutate(data, len(data))
+        kind = seed % 4
+        mutated = change(whole if kind == 0 else data, seed) if kind < 3 else atheris.Mutate(data, len(data))
         return bytes(mutated[:longest])
 
     return mutate

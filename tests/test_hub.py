@@ -350,6 +350,12 @@ def test_name_that_is_neither_says_that_both_were_tried(
             assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("name", ["~nobody-is-called-so/x", "a" * 300, "a/" * 300, "a\0b"])
+def test_name_that_no_file_can_have_is_refused(name: str) -> None:
+    assert "no such adapter folder" in error_of(read_adapter, name, kind=AdapterError)
+    assert "no such folder" in error_of(find, name, kind=ModelError)
+
+
 @pytest.mark.usefixtures("hub")
 def test_hub_that_fails_is_said_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_server._Handler, "_route", lambda self, _: self._error(418, "", "I am a teapot."))

@@ -92,7 +92,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> list[str]:
     """``AdapterError`` for what is not read; else what is passed over, a sentence each."""
     where = str(folder / CONFIG)
     kind = config.get("peft_type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise AdapterError(
             f"its peft_type is {quoted(kind)}, which is not read here.",
             where=where,
@@ -136,12 +136,12 @@ def _notices(config: dict[str, Any], parts: Parts) -> list[str]:
     absent = [one for one in named if not any(path == one or path.endswith(f".{one}") for path in touched)]
     if not absent:
         return []
-    return [f"adapter_config.json names {', '.join(map(quoted, sorted(absent)))}; no tensor of it is stored."]
+    return [f"adapter_config.json names {', '.join(sorted(map(quoted, absent)))}; no tensor of it is stored."]
 
 
 def _task(folder: Path, config: dict[str, Any], parts: Parts, notices: list[str]) -> str:
     stated = config.get("task_type")
-    if stated in _TASKS:
+    if isinstance(stated, str) and stated in _TASKS:
         return _TASKS[stated]
     if stated is not None and stated != "FEATURE_EXTRACTION":
         raise AdapterError(

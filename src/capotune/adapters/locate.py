@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from capotune.errors import AdapterError, HubError
-from capotune.models.base import EMBEDDED
+from capotune.models.base import EMBEDDED, existing
 from capotune.models.folder import ADAPTER
 from capotune.models.hub import HubName, download, holds, hub_name
 
@@ -30,10 +30,10 @@ def adapter_folder(name: str | Path) -> Path:
 
     A folder wins. Raises ``AdapterError``, which says that both were tried.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    named = _on_hub(name)
+    place = existing(str(name))
+    if place is not None and place.is_dir():
+        return place
+    named = None if place is not None else _on_hub(name)
     if named is None:
         raise _nowhere(str(name), "")
     try:
@@ -73,7 +73,7 @@ def find_adapter(name: str | Path) -> Path | None:
 
 def _on_hub(name: str | Path) -> HubName | None:
     """A name with an owner: a word alone is a folder that is not there."""
-    named = None if Path(name).expanduser().exists() else hub_name(str(name))
+    named = hub_name(str(name))
     return named if named is not None and "/" in named.repo else None
 
 

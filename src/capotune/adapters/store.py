@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -87,11 +87,15 @@ class _Base(pydantic.BaseModel):
     fingerprint: str
 
 
+_Choice = tuple[pydantic.NonNegativeInt, pydantic.FiniteFloat]
+_Choices = Annotated[list[_Choice], pydantic.Field(min_length=1)]
+
+
 class GoldenAnswer(pydantic.BaseModel):
     """What an adapter answered to a text where it was trained."""
 
     text: str
-    rows: list[list[tuple[pydantic.NonNegativeInt, pydantic.FiniteFloat]]] = pydantic.Field(min_length=1)
+    rows: list[_Choices] = pydantic.Field(min_length=1)
     """Of each distribution the most probable choices and their probabilities."""
 
 

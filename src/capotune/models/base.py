@@ -353,7 +353,7 @@ def find(name: str, *, trust_remote_code: bool = False, report: Reporter = ignor
     """
     if name in EMBEDDED:
         return _embedded(name, report)
-    path = _path(name)
+    path = existing(name)
     if path is not None and (file := gguf_file(path)) is not None:
         return _from_gguf(name, file, sha256_of(file), report)
     if path is not None and not path.is_dir():
@@ -368,13 +368,13 @@ def find(name: str, *, trust_remote_code: bool = False, report: Reporter = ignor
     return base
 
 
-def _path(name: str) -> Path | None:
+def existing(name: str) -> Path | None:
     """The folder or file called ``name``; None where there is none."""
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # ~ of nobody
+        return path if path.exists() else None
+    except (RuntimeError, OSError):  # ~ of nobody; a name that is too long for one
         return None
-    return path if path.exists() else None
 
 
 def _from_gguf(name: str, file: Path, sha256: str, report: Reporter) -> Base:

@@ -15,6 +15,7 @@ from capotune.models.base import Base
 from capotune.settings import DecodingSettings
 from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE
 from capotune.tasks.generation.encoding import TextEncoder
+from capotune.tasks.generation.score import StoredScoredAs
 from capotune.tasks.generation.tokens import added_tokens
 
 _CARRIED: Final = (
@@ -33,7 +34,7 @@ class AskedAs(pydantic.BaseModel):
     learn: Literal["all", "last"]
     separator: str
     max_length: int = pydantic.Field(ge=1)
-    scored_as: dict[str, Any]
+    scored_as: StoredScoredAs
 
 
 def plain_template(tokenizer: Any) -> str:

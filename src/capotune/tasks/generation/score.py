@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import Encoded, TokenRows
@@ -38,6 +40,19 @@ class ScoredAs:
         """What ``to_json`` gave, with the ``metric`` that stands beside it."""
         metric = values.get("metric", "perplexity")
         return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], metric)
+
+
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    """``ValueError`` for what ``ScoredAs.from_json`` cannot read."""
+    answers = values.get("answers")
+    if not isinstance(values.get("decoding"), dict) or type(answers) is not int or answers < 0:
+        raise ValueError("decoding and the number of answers are expected")
+    DecodingSettings(**values["decoding"])
+    return values
+
+
+StoredScoredAs = Annotated[dict[str, Any], pydantic.AfterValidator(_readable)]
+"""What ``ScoredAs.to_json`` gave, in a file."""
 
 
 def score_samples(

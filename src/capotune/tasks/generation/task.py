@@ -39,7 +39,7 @@ from capotune.tasks.generation.facade import Generator
 from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain, looks_ahead
-from capotune.tasks.generation.score import ScoredAs, score_samples
+from capotune.tasks.generation.score import ScoredAs, StoredScoredAs, score_samples
 from capotune.tasks.room import text_length
 
 PLAIN_FORM: Final = "a plain form 'User: … Assistant: …', as the model has no chat template"
@@ -53,7 +53,7 @@ class _Record(StoredRecord):
     chat: bool
     tool_template: str | None = None
     """Missing in adapters written before models' several templates were used."""
-    scored_as: dict[str, Any] | None = None
+    scored_as: StoredScoredAs | None = None
     """Missing in adapters written before decoding was stored."""
 
 
