@@ -99,6 +99,7 @@ class Feature:
     """Whether the tensors are renamed as loralib calls them: parameters of the layer itself."""
 
 
+_PROMPTS = ("PromptTuningConfig", "PromptEncoderConfig")
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
 FEATURES = {
     "LoRA": Feature(options=LORA),
@@ -111,10 +112,13 @@ FEATURES = {
     "bias of B": Feature(options={**LORA, "lora_bias": True}),
     "modules_to_save": Feature(options=LORA, whole=("embedding", "norm", "output")),
     "embedding": Feature(options=LORA, embedding=True),
+    "embedding, DoRA": Feature(options={**LORA, "use_dora": True}, embedding=True),
     "loralib's names": Feature(options=LORA, embedding=True, bare=True),
     "trained tokens": Feature(options=LORA, tokens=True),
+    "trained tokens alone": Feature(kind="TrainableTokensConfig"),
     "IA3": Feature(kind="IA3Config"),
     "prompt": Feature(kind="PromptTuningConfig", options={"num_virtual_tokens": 3}),
+    "p-tuning": Feature(kind="PromptEncoderConfig", options={"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
     "prefix": Feature(kind="PrefixTuningConfig", options={"num_virtual_tokens": 3}),
 }
 
@@ -140,10 +144,13 @@ def peft_config(feature: Feature, model: nn.Module, task_type: str) -> Any:
     """The configuration for this model."""
     names, options = names_of(model), dict(feature.options)
     last = sorted({path.rpartition(".")[2] for path in names["linears"]})
-    if feature.kind == "PromptTuningConfig":
+    if feature.kind in _PROMPTS:
         width = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,operator]
         sizes = {"token_dim": width, "num_layers": 2, "num_attention_heads": 4}
-        return peft.PromptTuningConfig(task_type=task_type, **sizes, **options)
+        return getattr(peft, feature.kind)(task_type=task_type, **sizes, **options)
+    if feature.kind == "TrainableTokensConfig":
+        last = names["embedding"].rpartition(".")[2]
+        return peft.TrainableTokensConfig(task_type=task_type, target_modules=[last], token_indices=[7, 40, 41])
     if feature.kind == "PrefixTuningConfig":
         return peft.PrefixTuningConfig(task_type=task_type, num_layers=2, **options)
     if feature.kind == "IA3Config":
@@ -180,7 +187,7 @@ def make_adapter(base: Path, folder: Path, feature: Feature, task_type: str) -> 
     """An adapter that PEFT writes, its weights moved from where they start; PEFT's model with it."""
     model = load_plain(base, task_type)
     config = peft_config(feature, model, task_type)
-    if task_type == "SEQ_CLS" and feature.kind != "PromptTuningConfig":
+    if task_type == "SEQ_CLS" and feature.kind not in _PROMPTS:
         brought = [name for name in ("pre_classifier", "pooler") if hasattr(model, name)]
         config.modules_to_save = [*(config.modules_to_save or ()), *brought] or None
     made = peft.get_peft_model(model, config).eval()
@@ -282,7 +289,10 @@ class Cell:
         """Why there is no such adapter; None where there is."""
         if self.feature == "prefix" and self.family in ("DistilBERT", "DeBERTa-v3", "ModernBERT"):
             return _NO_PREFIX
-        if (self.feature, self.family, self.direction) == ("prompt", "DeBERTa-v3", MADE_BY_PEFT):
+        if self.feature == "trained tokens alone" and self.task_type == "SEQ_CLS":
+            return "PEFT stores no head beside them."
+        lost = self.feature in ("prompt", "p-tuning") and self.direction == MADE_BY_PEFT
+        if lost and self.family == "DeBERTa-v3":
             return (
                 "Refused: PEFT stores no pooler with a soft prompt, and no pretrained DeBERTa has one, so what it was "
                 "trained with is lost."

@@ -109,7 +109,7 @@ def test_merged_model_gives_pefts_logits_in_transformers(cell: Cell, bases: Path
 def test_bias_that_the_base_lacks_is_not_merged(bases: Path, tmp_path: Path) -> None:
     base = make_base("Llama", bases / "Llama")
     make_adapter(base, tmp_path / "adapter", FEATURES["bias of B"], "CAUSAL_LM")
-    with pytest.raises(AdapterError, match=r"a bias of model\.layers\.0\.mlp\.down_proj, "):
+    with pytest.raises(AdapterError, match=r"a bias of 'model\.layers\.0\.mlp\.down_proj', "):
         capotune.merge(tmp_path / "adapter", model=str(base), out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -152,9 +152,19 @@ def test_commands_take_it(written: Path, bases: Path) -> None:
     told = capo("info", str(written))
     assert told.code == 0, told.err
     assert "no fingerprint" in " ".join(told.out.split())
+    assert "megatron_config" not in told.out  # which is null
     wrote = capo("generate", str(written), "now", "--model", str(bases / "Llama"), "--max-tokens", 3)
     assert wrote.code == 0, wrote.err
     assert "not checked" in wrote.err
+
+
+def test_head_is_read_by_its_tensors_whatever_the_configuration_names(bases: Path, tmp_path: Path) -> None:
+    """PEFT takes ``pre_classifier`` for a ``classifier`` and stores both; some write a head and name none."""
+    base = make_base("DistilBERT", bases / "DistilBERT")
+    made = make_adapter(base, tmp_path / "adapter", FEATURES["LoRA"], "SEQ_CLS")
+    config(modules_to_save=None)(tmp_path / "adapter")
+    loaded = capotune.load(tmp_path / "adapter", model=str(base))
+    assert peft_cases.difference(made, loaded, "SEQ_CLS") < TOLERANCE
 
 
 def test_weights_lost_by_peft_are_not_drawn_at_random(bases: Path, tmp_path: Path) -> None:
@@ -207,6 +217,12 @@ def lying(folder: Path) -> None:
     path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
 
 
+def twice(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    names = ("base_model.model.lm_head.weight", "base_model.model.lm_head.modules_to_save.weight")
+    save_file(load_file(path) | {name: torch.full((360, 32), float(at)) for at, name in enumerate(names)}, path)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep JSON": (text("[" * 10_000 + "]" * 10_000), "nested too deep|not readable JSON"),
     "a name twice": (text('{"peft_type": "LORA", "peft_type": "IA3"}'), "'peft_type' stands in it twice"),
@@ -215,6 +231,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed base": (config(init_lora_weights="pissa"), "changed the base's weights"),
     "huge rank": (config(r=10**9), "do not fit together"),
     "no alpha": (config(lora_alpha=None), "lora_alpha above 0"),
+    "few tensors for a prompt": (config(num_virtual_tokens=10**9), "1000000000 virtual tokens, and 0 are stored"),
     "slow pattern": (config(alpha_pattern={"(a+)+b": 3}), "may take for ever"),
     "pickle": (pickled, "weights_only=True"),
     "link": (linked, "a link that leaves the folder"),
@@ -222,6 +239,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (tensors(lambda key, one: (key, one * float("nan"))), "NaN or infinite"),
     "a half is missing": (tensors(lambda key, one: None if "lora_B" in key else (key, one)), "the other is missing"),
     "wrong shape": (tensors(lambda key, one: (key, one[:, 1:].clone() if "lora_A" in key else one)), "fits the base"),
+    "a weight twice": (twice, "stored twice, with other values"),
     "extra tensor": (tensors(lambda key, one: (key.replace("layers.1", "layers.7"), one)), "does not have"),
     "path upwards": (tensors(lambda key, one: (key.replace("layers", "../x"), one)), "does not have"),
 }
@@ -238,6 +256,38 @@ def test_damage_is_one_message(name: str, written: Path, bases: Path, tmp_path: 
     assert isinstance(error.value, AdapterError)
     assert str(folder) in str(error.value)
     assert os.linesep not in str(error.value)
+
+
+def also(**more: torch.Tensor) -> Callable[[Path], object]:
+    def changed(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        added = {f"base_model.model.{key.replace('__', '.')}": tensor for key, tensor in more.items()}
+        save_file(load_file(path) | added, path)
+
+    return changed
+
+
+A, B = torch.ones(4, 32), torch.zeros(32, 4)
+IDLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a delta of zeros": (
+        also(model__layers__7__q_proj__lora_A__weight=A, model__layers__7__q_proj__lora_B__weight=B),
+        r"'model\.layers\.7\.q_proj\.weight'",
+    ),
+    "a buffer": (also(model__rotary_emb__inv_freq=torch.ones(4)), r"'model\.rotary_emb\.inv_freq'"),
+    "the base's own": (also(model__norm__original_module__weight=torch.ones(32)), "a copy of the base's own"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_what_does_nothing_is_passed_over_and_named(name: str, written: Path, bases: Path, tmp_path: Path) -> None:
+    change, message = IDLE[name]
+    folder, said = tmp_path / "adapter", list[str]()
+    shutil.copytree(written, folder)
+    change(folder)
+    loaded = capotune.load(folder, model=str(bases / "Llama"), report=lambda event: said.append(str(event)))
+    assert re.search(message, " ".join(said))
+    plain = capotune.load(written, model=str(bases / "Llama"))
+    assert_same_bits(contents(loaded.model), contents(plain.model))
 
 
 def test_unknown_settings_and_absent_targets_are_named(written: Path, bases: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors, read_text
+from capotune.data.wording import shorten
 from capotune.errors import AdapterError, quoted
 from capotune.methods.peft.parts import Parts, read_parts
 from capotune.methods.peft.settings import PeftSettings
@@ -78,6 +79,11 @@ def read_foreign(folder: Path) -> ForeignAdapter:
         parts = read_parts(config, tensors)
     except AdapterError as error:
         raise AdapterError(error.problem, where=str(folder), advice=error.advice) from None
+    count, stored = config.get("num_virtual_tokens") or 0, 0 if parts.prompt is None else len(parts.prompt)
+    if count != stored:
+        raise AdapterError(
+            f"adapter_config.json says {count} virtual tokens, and {stored} are stored.", where=str(folder)
+        )
     notices += _notices(config, parts)
     task = _task(folder, config, parts, notices)
     base = config.get("base_model_name_or_path")
@@ -128,15 +134,19 @@ def _check_config(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _notices(config: dict[str, Any], parts: Parts) -> list[str]:
-    """Which layers the configuration names that hold no trained tensor."""
-    named = config.get("target_modules")
-    if not isinstance(named, list):
-        return []
+    """What is passed over: layers that the configuration names and no tensor trains, and copies of the base's own."""
+    notices = []
+    targets = config.get("target_modules")
+    named = [one for one in targets if isinstance(one, str)] if isinstance(targets, list) else []
     touched = {path.rpartition(".")[0] for path in parts.paths()}
     absent = [one for one in named if not any(path == one or path.endswith(f".{one}") for path in touched)]
-    if not absent:
-        return []
-    return [f"adapter_config.json names {', '.join(sorted(map(quoted, absent)))}; no tensor of it is stored."]
+    if absent:
+        notices.append(f"adapter_config.json names {shorten(absent)}; no tensor of it is stored.")
+    if parts.copies:
+        notices.append(
+            f"the adapter stores {shorten(sorted(parts.copies), 3)}, a copy of the base's own, which is not read."
+        )
+    return notices
 
 
 def _task(folder: Path, config: dict[str, Any], parts: Parts, notices: list[str]) -> str:

@@ -189,7 +189,9 @@ def _foreign(folder: Path) -> StoredAdapter:
     record = {
         "task": found.task,
         "method": found.settings.method,
-        "settings": found.settings.config,
+        "settings": {
+            name: value for name, value in found.settings.config.items() if value not in (None, False, {}, [])
+        },
         "base": {"name": found.base, "fingerprint": None},
         "trained": {},
     }

@@ -293,6 +293,7 @@ def info(
     task = task_class(stored)
     matches = _base_here(stored, model, report)
     facts = {} if stored.is_foreign else task.facts(stored.record)
+    settings = stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json")
     own = methods.get(stored.settings.method).stored_facts(stored.settings)
     checked: dict[str, Any] = {}
     if own is None or check:
@@ -306,13 +307,15 @@ def info(
         "method": stored.settings.method,
         "base": {**stored.record["base"], "name": stored.base, "matches": matches},
         **facts,
-        "in_words": task.facts_in_words(facts) if facts else [("task", task.name)],
+        "in_words": [("task", task.name), ("kind", settings["peft_type"])]
+        if stored.is_foreign
+        else task.facts_in_words(facts),
         "notices": list(stored.notices),
         "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),
         "bytes": stored.nbytes,
         "tensors": {key: list(tensor.shape) for key, tensor in stored.tensors.items()},
         "delta": _delta(stored),
-        "settings": stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json"),
+        "settings": settings,
         "trained": stored.record["trained"],
         "left_out": stored.record.get("left_out", []),
         "exports": {one.loader.name: one.form for one in verdicts(stored, task.has_head)},

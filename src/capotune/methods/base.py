@@ -52,6 +52,11 @@ class LowRank:
         """(out, in) of the weight that it belongs to."""
         return int(self.b.shape[0]), int(self.a.shape[1])
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it leaves every weight as it is."""
+        return self.magnitude is None and not bool(self.b.any())
+
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """weight (out, in) + scale·BA, with DoRA each row rescaled to its magnitude."""
         changed = torch.addmm(weight, self.b, self.a, alpha=self.scale)

@@ -91,7 +91,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
         changed, notices = write_merged_model(stored, base, merged, requantize=settings.requantize, report=report)
-        for notice in notices:
+        for notice in (*stored.notices, *notices):
             report(Warned(text=notice))
         is_own = is_own_base(stored, base)
         if not is_own:

@@ -19,7 +19,7 @@ from capotune.errors import AdapterError, SettingError
 from capotune.events import Reporter, bytes_as_progress, ignore
 from capotune.methods.base import Start
 from capotune.methods.peft.method import Peft
-from capotune.models.base import Base
+from capotune.models.base import Base, quiet
 from capotune.models.load import load_causal_lm, load_classifier
 from capotune.models.quantize import copy_other_files, write_config
 from capotune.models.shards import DTYPES
@@ -104,7 +104,8 @@ def _write_from_memory(stored: StoredAdapter, base: Base, merged: Base) -> int:
     stated = {"architectures": [type(model).__name__], **_as_tied(model)}
     if task.has_head:
         stated |= {"id2label": model.config.id2label, "label2id": model.config.label2id}
-    model.save_pretrained(merged.folder)
+    with quiet():
+        model.save_pretrained(merged.folder)
     copy_other_files(base, merged.folder)
     write_config(merged.folder, base, None, **stated)
     return changed

@@ -67,7 +67,7 @@ def check_golden(stored: StoredAdapter, assembled: Assembled) -> GoldenCheck:
         raise AdapterError(
             "no golden answers are stored with it, so there is nothing to check."
             f"{' When it was pushed, ' + left_out + ' stayed behind.' if left_out else ''}",
-            where=str(stored.folder / RECORD),
+            where=str(stored.folder if stored.is_foreign else stored.folder / RECORD),
             advice="Adapters that `train` and `compare` write hold some.",
         )
     compared, distance = 0, 0.0

@@ -59,7 +59,15 @@ def load_adapter(
     """
     assembled = _on_base(stored, model, device, trust_remote_code, report)
     put_on(stored, assembled)
+    report_notices(stored, assembled, report)
     return assembled
+
+
+def report_notices(stored: StoredAdapter, assembled: Assembled, report: Reporter) -> None:
+    """Say what the user should know of how an adapter of another program was read and put on its base."""
+    if stored.is_foreign:
+        for notice in (*stored.notices, *assembled.method.notices()):
+            report(Warned(text=notice))
 
 
 def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Assembled:
@@ -95,7 +103,5 @@ def _on_base(
 ) -> Assembled:
     base = find_base(stored, model, trust_remote_code=trust_remote_code, report=report)
     check_base(stored, base, report)
-    for notice in stored.notices:
-        report(Warned(text=notice))
     task = task_on(stored, base)
     return assemble(task, stored.settings, device=device, dtype=stored.dtype)

@@ -27,7 +27,7 @@ from capotune.models.prefix import prefix_places
 from capotune.settings import nearest
 from capotune.tasks.facade import Facade
 from capotune.tasks.generation.task import Generation
-from capotune.tasks.loading import task_class, task_on
+from capotune.tasks.loading import report_notices, task_class, task_on
 
 _Place = tuple[dict[str, Any], str]
 """A table of a module's modules, parameters or other parts, and a name in it."""
@@ -121,6 +121,7 @@ class Adapters:
         try:
             assembled = with_head(task, self._loaded, method)
             put_on(stored, assembled)
+            report_notices(stored, assembled, report)
             self._note(name, assembled)
         finally:
             self._put_in(before)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from capotune.data.wording import shorten
 from capotune.errors import AdapterError, SettingError
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import LowRank, Method, Start
@@ -39,6 +40,7 @@ class Peft(Method):
         self.model, self.architecture = model, architecture
         self.layers: dict[str, LoraLinear] = {}
         self._set_aside: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._idle: list[str] = []
         self.prompt: PromptTuning | None = None
         if self.settings.virtual_tokens:
             count, deep = self.settings.virtual_tokens, self.settings.deep
@@ -85,6 +87,13 @@ class Peft(Method):
         """Those of the vectors before the text."""
         return range(0) if self.prompt is None else self.prompt.virtual_token_ids
 
+    def notices(self) -> list[str]:
+        """What is stored and does nothing here."""
+        if not self._idle:
+            return []
+        stored = shorten(self._idle, _SHOWN)
+        return [f"the adapter stores {stored}: the base has no such weights, and they would change nothing."]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """None: nothing trains."""
         return {}
@@ -126,7 +135,7 @@ class Peft(Method):
         names = {module: path for path, module in self.model.named_modules()}
         added = sorted(names[owner].removesuffix(".base_layer") for owner, _, old in self._set_aside if old is None)
         if added:
-            raise AdapterError(f"it trained a bias of {', '.join(added[:_SHOWN])}, which has none in the base.")
+            raise AdapterError(f"it trained a bias of {shorten(added, _SHOWN)}, which has none in the base.")
         for path, layer in self.layers.items():
             base_layer, weight = layer.base_layer, layer.merged_weight()
             weight = weight.t().contiguous() if isinstance(base_layer, Conv1D) else weight
@@ -142,21 +151,31 @@ class Peft(Method):
 
     @classmethod
     def low_rank(cls, settings: Any, tensors: Mapping[str, Tensor]) -> dict[str, LowRank] | None:
-        """The deltas; None where there is more, or a delta of a layer outside the backbone."""
+        """The deltas but those of zeros; None where there is more, or a delta of a layer outside the backbone."""
         parts = read_parts(settings.config, tensors)
         more = parts.changes or parts.replaced or parts.embeddings or parts.bare or parts.prompt is not None
-        return None if more or any("." not in path for path in parts.low_rank) else parts.low_rank
+        if more or any("." not in path for path in parts.low_rank):
+            return None
+        return {path: low for path, low in parts.low_rank.items() if not low.is_zero}
 
     def _check_places(self, parts: Parts) -> None:
-        """``AdapterError`` for trained tensors that the base has no place for."""
+        """``AdapterError`` for trained tensors that the base has no place for; what does nothing is left out."""
         lost = sorted(path for path in parts.paths() if not self._has(path))
-        if not lost:
-            return
-        shown = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
-        raise AdapterError(
-            f"it trained {shown}, which a {type(self.model).__name__} does not have.",
-            advice="It belongs to another base: give that with `model`.",
-        )
+        self._idle = [path for path in lost if self._does_nothing(path, parts)]
+        for path in self._idle:
+            parts.leave_out(path)
+        if trained := [path for path in lost if path not in self._idle]:
+            raise AdapterError(
+                f"it trained {shorten(trained, _SHOWN)}, which a {type(self.model).__name__} does not have.",
+                advice="It belongs to another base: give that with `model`.",
+            )
+
+    def _does_nothing(self, path: str, parts: Parts) -> bool:
+        """Whether it is a buffer, which the base computes for itself, or a delta of zeros."""
+        owner, name = self._owner(path)
+        low = parts.low_rank.get(path.rpartition(".")[0])
+        is_zero = low is not None and low.is_zero
+        return is_zero or (path in parts.replaced and owner is not None and name in owner._buffers)
 
     def _has(self, path: str) -> bool:
         owner, name = self._owner(path)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capotune.errors import AdapterError
+from capotune.errors import AdapterError, quoted
 from capotune.methods.base import LowRank
 from capotune.methods.patterns import check_pattern
 
@@ -38,6 +38,7 @@ _ENDING = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
     r"|trainable_tokens_delta)(?P<rest>(\.default)?(\.weight|\.bias)?)$"
 )
+_LONGEST_PATH = 200
 
 
 @dataclass
@@ -58,11 +59,19 @@ class Parts:
     """Parameters whose change holds for every layer that shares them, as an output layer does the embedding."""
     prompt: Tensor | None = None
     """(virtual tokens, width): vectors before every text."""
+    copies: list[str] = field(default_factory=list)
+    """Keys of weights of the base that PEFT stores beside a copy that was trained; they change nothing."""
 
     def paths(self) -> set[str]:
         """Every parameter that is touched."""
         layers = (*self.low_rank, *self.embeddings)
         return {*(f"{path}.weight" for path in layers), *self.changes, *self.replaced}
+
+    def leave_out(self, path: str) -> None:
+        """Forget what is done to a parameter."""
+        layer = path.rpartition(".")[0]
+        for table, key in ((self.low_rank, layer), (self.changes, path), (self.replaced, path)):
+            table.pop(key, None)
 
 
 def read_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parts:
@@ -80,8 +89,10 @@ def read_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part
             ending = ".bias" if found["rest"].endswith(".bias") else ""
             layers[_unwrapped(found["path"])][found["part"] + ending] = tensor
             parts.bare |= found["part"] in ("lora_A", "lora_B") and not found["rest"]
-        elif "original_module" not in name.split("."):  # the base's own, beside a copy that was trained
-            parts.replaced[_unwrapped(name)] = tensor
+        elif "original_module" in name.split("."):
+            parts.copies.append(key)
+        elif not torch.equal(parts.replaced.setdefault(_unwrapped(name), tensor), tensor):
+            raise AdapterError(f"{_unwrapped(name)} is stored twice, with other values.")
     for path, found_parts in layers.items():
         _read_layer(parts, path, found_parts, config)
     return parts
@@ -151,6 +162,8 @@ def _matrix(path: str, tensor: Tensor) -> Tensor:
 
 def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
     """The value of the first pattern that the path ends in, as PEFT matches them, else ``default``."""
+    if len(path) > _LONGEST_PATH:
+        raise AdapterError(f"{quoted(path)} is too long for a layer's name.")
     for pattern, value in (config.get(name) or {}).items():
         check_pattern(name, pattern)
         try:
@@ -173,8 +186,13 @@ def _token_ids(config: Mapping[str, Any], path: str, count: int) -> Tensor:
 
 
 def embedding_delta(low: LowRank, path: str) -> Change:
-    """W (words, width) → W + scale·(BA)ᵀ."""
-    return lambda weight: _added((low.b @ low.a).t() * low.scale, path, weight)
+    """W (words, width) → Wᵀ + scale·BA, transposed back; with DoRA each component of the vectors has a magnitude."""
+
+    def change(weight: Tensor) -> Tensor:
+        _check_shape(path, low.shape[::-1], weight.shape)
+        return low.merged(weight.t()).t()
+
+    return change
 
 
 def _added(delta: Tensor, path: str, weight: Tensor) -> Tensor:
