@@ -29,7 +29,6 @@ from capotune.evaluation.divergence import SHORT_TEXT, compare_logits
 from capotune.methods.base import Start
 from capotune.methods.lora.settings import LoraSettings
 from capotune.models.base import find
-from capotune.models.gguf.write import gguf_source
 from capotune.settings import Context
 from capotune.tasks.generation import Generation
 from capotune.tasks.loading import load_adapter, load_plain
@@ -84,8 +83,8 @@ def main(python: str) -> None:
         ids = base.tokenizer(SHORT_TEXT)["input_ids"]
         plain = ours(load_plain(base, device=CPU).model, ids)
         changed = ours(load_adapter(read_adapter(adapter), model=None, device=CPU).model, ids)
-        source = gguf_source(base)
-        assert source is not None
+        assert base.gguf is not None
+        source = base.gguf.path
         lora = work / "lora" / "adapter.gguf"
         rows = [("base, its own file (Q4_1)", source, None, plain), ("base + adapter.gguf", source, lora, changed)]
         for kind in ("F32", "F16", "Q8_0"):

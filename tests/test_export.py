@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.loaders import LOADERS
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, SettingError
-from capotune.evaluation.agreement import Agreement
+from capotune.evaluation.agreement import Agreement, agreement
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
@@ -52,6 +53,22 @@ def made(base: Path, folder: Path, settings: Any = VARIANTS["lora"]) -> tuple[Pa
     """An adapter's folder, and what it answers."""
     assembled = generation_helpers.on_base(base, settings)
     return save(assembled, folder / "adapter"), answers(assembled.model)
+
+
+@pytest.fixture(scope="module")
+def lora(writers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A LoRA adapter of the small Llama, and what it answers."""
+    return made(writers["llama"], tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture(scope="module")
+def merged_llama(lora: tuple[Path, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its merged model in F16."""
+    pytest.importorskip("gguf")
+    out = tmp_path_factory.mktemp("merged") / "out"
+    result = capotune.export(lora[0], loader="llama.cpp", out=out, merged=True)
+    assert result["files"] == ["model.gguf"]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ vLLM, SGLang, PEFT
@@ -153,19 +170,27 @@ class LoraMethod:
         return methods.get("lora").low_rank(stored.settings, stored.tensors)
 
 
-@pytest.mark.parametrize(("kind", "within"), [("F32", 1e-4), ("F16", 1e-2), ("Q8_0", 0.5)])
-@pytest.mark.parametrize("base", ["llama", "qwen2"])
-def test_merged_gguf_computes_as_transformers_reads_it(
-    base: str, kind: str, within: float, writers: dict[str, Path], tmp_path: Path
-) -> None:
+def read_by_transformers(folder: Path) -> Any:
     """Transformers' own reader of GGUF is the judge."""
-    pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+
+
+def test_merged_gguf_in_half_precision_answers_as_the_adapter(
+    lora: tuple[Path, torch.Tensor], merged_llama: Path
+) -> None:
+    torch.testing.assert_close(answers(read_by_transformers(merged_llama)), lora[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("base", "kind", "within"), [("qwen2", "F32", 1e-4), ("llama", "Q8_0", 0.5)])
+def test_merged_gguf_answers_as_the_adapter(
+    base: str, kind: str, within: float, writers: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
     adapter, expected = made(writers[base], tmp_path)
-    result = capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True, gguf_type=kind)
-    assert result["files"] == ["model.gguf"]
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+    capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True, gguf_type=kind)
+    read = read_by_transformers(tmp_path / "out")
     torch.testing.assert_close(answers(read), expected, rtol=within, atol=within)
 
 
@@ -186,28 +211,56 @@ def test_written_model_is_read_as_it_was(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     generation_helpers.make_tokenizer(pad=None).save_pretrained(tmp_path / "model")
     base = find(str(tmp_path / "model"))
-    write_model(tmp_path / "model.gguf", model, base, "F32", end_ids=(0,), chat_template=None, progress=lambda *_: None)
+    write_model(tmp_path / "model.gguf", base, base, "F32", end_ids=(0,), chat_template=None, progress=lambda *_: None)
     ids = IDS % 280
     with torch.no_grad():
         found = load_causal_lm(find(str(tmp_path / "model.gguf")))(ids).logits
         torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_tokenizer_and_template_come_back_from_the_file(writers: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    adapter, _ = made(writers["llama"], tmp_path)
-    capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True)
-    read, own = (capotune.load_model(path).tokenizer for path in (tmp_path / "out", writers["llama"]))
+def test_tokenizer_and_template_come_back_from_the_file(merged_llama: Path, writers: dict[str, Path]) -> None:
+    read, own = (capotune.load_model(path).tokenizer for path in (merged_llama, writers["llama"]))
     for text in ("What colour is 12 the sky?", "<|im_start|>user\nhi<|im_end|>", " Ünïcode 👍\n\n x"):
         assert read(text)["input_ids"] == own(text)["input_ids"]
     assert read.chat_template == own.chat_template
     assert read.eos_token == own.eos_token
 
 
-def test_ollama_gets_the_trained_template_and_stop_tokens(writers: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["normalizer", "pre-tokenizer", "none"])
+def test_sentencepiece_tokenizer_comes_back_from_the_file(prefix: str, tmp_path: Path) -> None:
+    """Llama 2's kind, by the three ways in which its space before a text is stored; scores stand for its merges."""
     pytest.importorskip("gguf")
-    adapter, _ = made(writers["llama"], tmp_path)
-    capotune.export(adapter, loader="ollama", out=tmp_path / "out")
+    from gguf_files import FAMILIES, TEXT, sentencepiece
+    from tokenizers import normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from capotune.models.base import find
+    from capotune.models.gguf.write import write_model
+
+    written = sentencepiece()
+    if prefix == "pre-tokenizer":
+        written.normalizer, written.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif prefix == "none":
+        written.normalizer = normalizers.Replace(" ", "▁")
+    written.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    model = FAMILIES["Mistral"].model()
+    model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=written, **special).save_pretrained(tmp_path / "model")
+    base = find(str(tmp_path / "model"))
+    write_model(tmp_path / "model.gguf", base, base, "F16", end_ids=(2,), chat_template=None, progress=lambda *_: None)
+    read = find(str(tmp_path / "model.gguf")).tokenizer
+    texts = [TEXT, "a", "two  spaces", "日本語 with bytes 👍"]
+    if prefix != "pre-tokenizer":  # which adds no space where there is one; SentencePiece and llama.cpp do
+        texts.append(" leading")
+    for text in texts:
+        assert read(text)["input_ids"] == written.encode(text).ids, text
+    assert read.decode(read(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
+
+
+def test_ollama_gets_the_trained_template_and_stop_tokens(lora: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    capotune.export(lora[0], loader="ollama", out=tmp_path / "out")
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert text.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
     assert '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n' in text
@@ -251,11 +304,24 @@ def test_users_rows_are_compared_and_the_gain_is_measured(
     assert "nats from the adapter's" in ran.said
 
 
+def test_recovered_gain_is_that_of_the_mean_loss_over_the_tokens_in_it() -> None:
+    from capotune.data.batches import Encoded
+
+    rows = [Encoded([5, 1, 2], [-100, 1, 2], 3), Encoded([5, 3], [-100, 3], 2)]
+    base, adapter, result = torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5, 4)
+    for position, token in ((0, 1), (1, 2), (3, 3)):  # what the model writes after each token
+        adapter[position, token], result[position, token] = 2.0, 1.0
+    result[2], result[4] = 9.0, -9.0  # after the last token of a row
+    gained = [math.log(4) - math.log(3 + math.exp(by)) + by for by in (2.0, 1.0)]
+    assert agreement(rows, adapter, base, result).recovered == pytest.approx(gained[1] / gained[0])
+    assert agreement(rows, base, base, result).recovered is None
+
+
 def test_result_like_the_base_is_refused(
-    writers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a program scaled every delta by zero."""
-    adapter, _ = made(writers["llama"], tmp_path)
+    adapter, _ = lora
     monkeypatch.setattr("capotune.runs.export._add", lambda *_: None)
     before = tree(tmp_path)
     with pytest.raises(AdapterError, match="answers as the base does"):
@@ -311,15 +377,16 @@ def test_wide_dora_and_high_rank_are_merged_and_said_why(writers: dict[str, Path
     assert (high.form, "rank is 1024" in high.why) == ("merged", True)
 
 
-def test_info_says_what_export_writes_for_each_program(writers: dict[str, Path], tmp_path: Path) -> None:
-    adapter, _ = made(writers["llama"], tmp_path)
-    forms = capotune.info(adapter)["exports"]
+def test_info_says_what_export_writes_for_each_program(lora: tuple[Path, torch.Tensor]) -> None:
+    forms = capotune.info(lora[0])["exports"]
     assert list(forms) == list(LOADERS)
     assert (forms["vllm"], forms["transformers"]) == ("adapter", "merged")
 
 
-def test_damaged_adapter_and_other_base_leave_nothing(writers: dict[str, Path], tmp_path: Path) -> None:
-    adapter, _ = made(writers["llama"], tmp_path)
+def test_damaged_adapter_and_other_base_leave_nothing(
+    lora: tuple[Path, torch.Tensor], writers: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter, _ = lora
     with pytest.raises(AdapterError, match="another base"):
         capotune.export(adapter, loader="vllm", out=tmp_path / "out", model=str(writers["qwen2"]))
     tensors = load_file(adapter / "adapter_model.safetensors")

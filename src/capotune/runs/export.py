@@ -8,7 +8,7 @@ reads it, and asked the same. The folder is complete and compared, or absent.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,7 @@ def _auto_class(making: _Export) -> str:
 
 def _write_gguf_model(making: _Export) -> tuple[Tensor, str]:
     path = making.new / MODEL_FILE
+    making.assembled.model.to("meta")  # it was asked: its memory is free for the model that is read back
     merged = _merge(making, making.new / ".merged")
     _write_gguf(making, path, merged)
     making.precision = least(making.precision, making.settings.gguf_type)
@@ -234,7 +235,7 @@ def _write_gguf(making: _Export, path: Path, weights: Base) -> None:
     task: TextEncoder = making.assembled.task
     write_model(
         path,
-        load_causal_lm(weights, dtype=torch.float32),
+        weights,
         making.base,
         making.settings.gguf_type,
         end_ids=task.end_ids,
@@ -298,6 +299,8 @@ def _python_command(making: _Export) -> str:
 
 def _described(making: _Export, verdict: Verdict, found: Agreement | None, command: str) -> dict[str, Any]:
     settings = making.settings
+    if found is not None and settings.data is None:
+        found = replace(found, recovered=None)  # a gain on lines of ours would mean nothing
     return {
         "adapter": str(settings.adapter),
         "loader": making.loader.name,

@@ -1,5 +1,7 @@
 """A causal language model as a GGUF file that llama.cpp runs: F32, F16 or Q8_0 by the package gguf's own quantiser.
 
+Tensors go from file to file one at a time: no more than a few copies of the largest one are in memory.
+
 Matrices are stored so; vectors (norms, biases) and the rotary factors stay in fp32, as llama.cpp has them. Metadata
 come from the model's config and tokenizer, or from the GGUF file that the base itself came from, word for word.
 """
@@ -18,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from capotune.errors import needs_extra
 from capotune.events import OnProgress
 from capotune.models.base import Base
-from capotune.models.gguf.architectures import Architecture
-from capotune.models.gguf.file import GgufFile, open_gguf
+from capotune.models.gguf.file import open_gguf
 from capotune.models.gguf.metadata import architecture_in_gguf, head_of, rope_tensors
 from capotune.models.gguf.rope import TENSORS as ROPE_TENSORS
 from capotune.models.gguf.vocabulary import of_tokenizer
+from capotune.models.stored_names import StoredNames
+from capotune.models.stream import empty_model
 
 Kind = Literal["F32", "F16", "Q8_0"]
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
@@ -40,7 +43,7 @@ _BLOCK = 32
 
 def write_model(
     path: Path,
-    model: Any,
+    merged: Base,
     base: Base,
     kind: Kind,
     *,
@@ -48,18 +51,19 @@ def write_model(
     chat_template: str | None,
     progress: OnProgress,
 ) -> None:
-    """Write ``model``, of the family of ``base`` and with its tokenizer, to ``path``.
+    """Write the weights of ``merged`` with the metadata and the tokenizer of ``base``, one family, to ``path``.
 
-    Raises ``ModelError`` for a family or a tokenizer that is not written.
+    Raises ``ModelError`` for a family or a tokenizer that is not written, and for a weight that is not stored.
     """
     with needs_extra("gguf"):
         import gguf
     source = None if base.gguf is None else base.gguf.path
     name, architecture = architecture_in_gguf(base)
+    weights = _Weights(merged)
     writer = gguf.GGUFWriter(path, name)
     if source is None:
         file = head_of(base)
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = weights.model.get_input_embeddings().weight.shape[0]
         entries = {**file.metadata, **of_tokenizer(base, rows, end_ids, chat_template)}
         for key, value in entries.items():
             if key != "general.architecture":
@@ -73,22 +77,46 @@ def write_model(
         more = {one: file.read(one) for one in ROPE_TENSORS if one in file.tensors}
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    names = gguf_names(base, model, name)
-    parameters = dict(model.named_parameters())
+    names = gguf_names(base, weights.model, name)
+    kinds = {called: _kind_of(called, weights.model.get_parameter(one), kind) for called, one in names.items()}
     for called, one in names.items():
-        writer.add_tensor_info(called, *_info(_stored_shape(model, one), _kind_of(called, parameters[one], kind)))
+        writer.add_tensor_info(called, *_info(_stored_shape(weights.model, one), kinds[called]))
     for called, values in more.items():
         writer.add_tensor_info(called, *_info(tuple(values.shape), "F32"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, (called, one) in enumerate(names.items()):
-        values = stored_values(file, architecture, model, called, one)
-        writer.write_tensor_data(_encoded(values, _kind_of(called, parameters[one], kind)))
+        values = weights.read(one)
+        stored = architecture.store(file, called, values) if architecture.changes(called) else values
+        writer.write_tensor_data(_encoded(stored, kinds[called]))
         progress(done + 1, len(names))
     for values in more.values():
         writer.write_tensor_data(_encoded(values.float(), "F32"))
     writer.close()
+
+
+class _Weights:
+    """A causal language model's parameters, read from its files one at a time; ``model`` holds none of them."""
+
+    def __init__(self, base: Base) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = empty_model(AutoModelForCausalLM, base.config)
+        self.model.tie_weights()
+        self._base, self._tensors = base, base.tensors
+        names = StoredNames(self.model, [one.name for one in self._tensors])
+        self._keys = {name: key for key, name in names.whole.items()}
+
+    def read(self, name: str) -> Tensor:
+        """In fp32, (out, in) where it is a matrix of a linear layer."""
+        parameter = self.model.get_parameter(name)
+        tied = [one for one, same in self.model.named_parameters(remove_duplicate=False) if same is parameter]
+        key = next((self._keys[one] for one in (name, *tied) if one in self._keys), None)
+        if key is None:
+            raise self._base.error(f"the weight {name} is not stored as one tensor.")
+        values = self._tensors.read(key).float()
+        return values.t() if _is_transposed(self.model, name) else values
 
 
 def gguf_names(base: Base, model: Any, architecture: str) -> dict[str, str]:
@@ -110,14 +138,6 @@ def gguf_name(model: Any, architecture: str, name: str) -> str | None:
     known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     forms = (name, name.removeprefix(f"{model.base_model_prefix}."))  # Bloom's tensors are known without
     return next((one for form in forms if (one := known.get_name(form, (".weight", ".bias"))) is not None), None)
-
-
-def stored_values(file: GgufFile, architecture: Architecture, model: Any, called: str, name: str) -> Tensor:
-    """A parameter's values as a file holds them, fp32."""
-    values = model.get_parameter(name).detach().float().cpu()
-    if _is_transposed(model, name):
-        values = values.t()
-    return architecture.store(file, called, values) if architecture.changes(called) else values
 
 
 def add_entry(writer: Any, key: str, value: Any) -> None:
