@@ -24,6 +24,7 @@ from capotune.evaluation.agreement import Agreement, agreement
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.methods.qlora.settings import QloraSettings
 from capotune.settings import ExportSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
@@ -120,6 +121,21 @@ def test_whole_blocks_become_a_merged_folder_for_vllm(writers: dict[str, Path], 
     assert result["command"] == f"vllm serve {tmp_path / 'out'}"
     found = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_qlora_is_compared_on_the_weights_that_it_is_merged_into(
+    writers: dict[str, Path], tmp_path: Path
+) -> None:
+    """What quantizing the base cost is no fault of the merge: a small change would drown in it."""
+    assembled = generation_helpers.on_base(writers["llama"], QloraSettings(**LORA))
+    helpers.shake(assembled)
+    with torch.no_grad():
+        for weight in assembled.trainable().values():
+            weight *= 0.3
+    save_adapter(tmp_path / "adapter", assembled, helpers.TRAINED | {"held_out_score": 2.0, "scores": {}})
+    found = capotune.export(tmp_path / "adapter", loader="transformers", out=tmp_path / "out")["agreement"]
+    assert found["to_adapter"] < 1e-8 < 1e-5 < found["to_base"]
+    assert capotune.merge(tmp_path / "adapter", out=tmp_path / "merged")["answers"]["over_4_bits"] > found["to_base"]
 
 
 def test_classifier_is_merged_for_transformers_with_its_head_beside(bert: Path, tmp_path: Path) -> None:

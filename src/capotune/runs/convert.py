@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
@@ -23,7 +23,7 @@ from capotune.files import output_folder, write_atomic
 from capotune.models.base import Base, Quantization, find
 from capotune.models.quantize import LayerError, write_quantized
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
-from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, write_merged_model
+from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, on_merged_weights, write_merged_model
 from capotune.settings import MergeSettings, QuantizeSettings
 from capotune.tasks.loading import load_adapter
 
@@ -125,17 +125,17 @@ def _compared(
     An adapter that was trained over 4 bits and is merged into full precision answers otherwise as it was trained:
     ``over_4_bits`` says how far that is from the merged model, and is what the base's quantization costs.
     """
-    there = base.is_quantized or settings.requantize
-    own = stored.settings if there else stored.settings.over_full_precision
-    on_base = _on_base(replace(stored, settings=own), base)
+    there = on_merged_weights(stored, base, settings.requantize)
+    on_base = _on_base(there, base)
     rows = rows_to_ask(on_base, settings.data)
     adapter, alone = ask_with_and_without(on_base, rows, report)
     del on_base
     result = ask(load_merged_model(stored, merged), rows, report)
     found = agreement(rows, adapter, alone, result)
-    found.check("4-bit" if there else least(precision_of(base), computes_in(stored.dtype)), str(settings.out))
+    precision = least(precision_of(merged), computes_in(stored.dtype))
+    found.check(precision, str(settings.out))
     values = {"data": str(settings.data) if settings.data is not None else None, **asdict(found)}
-    if own is not stored.settings:
+    if there.settings is not stored.settings:
         trained = ask(_on_base(stored, base).model, rows, report)
         values["over_4_bits"] = compare_logits(trained, result).kl_divergence
     return values

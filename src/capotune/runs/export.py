@@ -21,11 +21,11 @@ from capotune.adapters.files import CONFIG, WEIGHTS
 from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
-from capotune.adapters.store import CARD, RECORD, StoredAdapter, read_adapter
+from capotune.adapters.store import CARD, RECORD, StoredAdapter, find_base, read_adapter
 from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError
-from capotune.evaluation.agreement import Agreement, Precision, agreement, least, precision_of
+from capotune.evaluation.agreement import Agreement, Precision, agreement, computes_in, least, precision_of
 from capotune.evaluation.divergence import SHORT_TEXT
 from capotune.events import Reporter, Stage, alive, counter, ignore
 from capotune.files import output_folder, write_atomic
@@ -38,7 +38,7 @@ from capotune.models.gguf.write import write_model
 from capotune.models.load import load_causal_lm
 from capotune.runs import onnx
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
-from capotune.runs.merging import HEAD, load_merged_model, write_merged_model
+from capotune.runs.merging import HEAD, load_merged_model, on_merged_weights, write_merged_model
 from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.modelfile import modelfile
@@ -63,10 +63,10 @@ class _Export:
     new: Path
     """The folder while it is filled."""
     report: Reporter
+    precision: Precision
+    """Of the result."""
     said: list[str] = field(default_factory=list)
     """What was changed, a sentence each."""
-    precision: Precision = "F32"
-    """Of the result, where it is less than what the adapter was asked with."""
 
     @property
     def base(self) -> Base:
@@ -90,16 +90,19 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
     stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     verdict = _verdict(settings, stored, loader)
     device = pick_device()
-    assembled = load_adapter(
-        stored, model=settings.model, device=device, trust_remote_code=settings.trust_remote_code, report=report
-    )
+    trust = settings.trust_remote_code
+    asked = stored
+    if verdict.form == "merged":
+        base = find_base(stored, settings.model, trust_remote_code=trust, report=report)
+        asked = on_merged_weights(stored, base, base.is_quantized)
+    assembled = load_adapter(asked, model=settings.model, device=device, trust_remote_code=trust, report=report)
     if loader.name in _GGUF:
         architecture_in_gguf(assembled.base)  # refused before anything is written
     if loader.graphs:
         onnx.check_libraries()
     rows = rows_to_ask(assembled, settings.data)
     with output_folder(settings.out) as new:
-        making = _Export(settings, loader, stored, assembled, rows, new, report)
+        making = _Export(settings, loader, stored, assembled, rows, new, report, computes_in(stored.dtype))
         report(Stage(text=f"writing for {loader.title}"))
         if verdict.as_it_is:
             found, command = None, _copy(making)
@@ -107,9 +110,9 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
             found, command = _write_graph(making, verdict)
         else:
             report(Stage(text="asking the adapter and the base"))
-            adapter, base = ask_with_and_without(assembled, rows, report)
+            adapter, alone = ask_with_and_without(assembled, rows, report)
             result, command = _write(making, verdict)
-            found = agreement(rows, adapter, base, result)
+            found = agreement(rows, adapter, alone, result)
             found.check(making.precision, str(settings.out))
     return _described(making, verdict, found, command)
 
@@ -204,11 +207,10 @@ def _write_graph(making: _Export, verdict: Verdict) -> tuple[Agreement, str]:
 
 
 def _merge(making: _Export, folder: Path) -> Base:
-    """The merged model as a Transformers folder. Where the base is not in fp32, or the adapter was trained over 4 bits,
-    the merged weights are rounded."""
+    """The merged model as a Transformers folder, in the precision of the base."""
     folder.mkdir(exist_ok=True)
     base = making.base
-    making.precision = "4-bit" if making.assembled.method.quantization is not None else precision_of(base)
+    making.precision = least(making.precision, precision_of(base))
     merged = Base(str(making.settings.out), folder, base.trust_remote_code)
     _, notices = write_merged_model(making.stored, base, merged, requantize=base.is_quantized, report=making.report)
     making.said += notices

@@ -6,6 +6,7 @@ else PEFT trains, a classifier of Transformers among it, is put into the model i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,14 @@ def write_merged_model(
     if task_class(stored).has_head and not stored.is_foreign:
         _save_head(stored, merged)
     return changed, notices
+
+
+def on_merged_weights(stored: StoredAdapter, base: Base, requantize: bool) -> StoredAdapter:
+    """The adapter as it answers on the weights that it is merged into: one that was trained over 4 bits does so over
+    full precision, unless the sum is quantized again."""
+    if requantize or base.is_quantized:
+        return stored
+    return replace(stored, settings=stored.settings.over_full_precision)
 
 
 def load_merged_model(stored: StoredAdapter, merged: Base) -> Any:
