@@ -138,7 +138,7 @@ def _answers(answers: list[dict[str, str]]) -> list[str]:
     if not answers:
         return []
     cells = ["| asked | the base | with LoRA |", "| --- | --- | --- |"]
-    cells += [f"| {one['prompt']} | {one['base']} | `{one['lora']}` |" for one in answers]
+    cells += [f"| {one['prompt']} | {' '.join(one['base'].split())} | `{one['lora']}` |" for one in answers]
     return ["", *cells]
 
 
@@ -148,7 +148,8 @@ def _ending(content: dict[str, Any]) -> list[str]:
     kernels = f", kernels {machine['kernels']}" if "kernels" in machine else ""  # not in the oldest results
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     recommended = f"Recommended: **{content['recommended']}**. {content['why']}"
-    return ["", recommended, "", f"On {machine['cpu']}{kernels}; {versions}."]
+    note = f" {content['note']}" if "note" in content else ""
+    return ["", recommended, "", f"On {machine['cpu']}{kernels}; {versions}.{note}"]
 
 
 def generation(content: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ from capotune.settings import TrainingSettings, TrainSettings
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 RESULTS = HERE / "results" / "generation.json"
-SHOWN = 3
+SHOWN = 5
 
 
 class FullSettings(FeatureExtractionSettings):
