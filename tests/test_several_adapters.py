@@ -172,8 +172,20 @@ def test_adapters_for_labels_and_tags_stand_on_one_base(bert: Path, tmp_path: Pa
         assert adapters.use("tags").predict(texts) == capotune.load(tmp_path / "tags").predict(texts)
     with pytest.raises(SettingError, match="a base alone gives no labels"):
         adapters.use(None)
-    with pytest.raises(SettingError, match="head and labels of its own"), adapters.rows(["lora", "dora"]):
+    names = ["lora", "tags", "dora", "lora"]
+    ids, mask = IDS[:4] % 28, MASK[:4].flip(1)
+    with torch.no_grad(), adapters.rows(names) as model:
+        mixed = model(input_ids=ids, attention_mask=mask)
+    for row, name in enumerate(names):
+        adapters.use(name)
+        with torch.no_grad():
+            alone = adapters.model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0]
+        torch.testing.assert_close(mixed[row], alone, rtol=0, atol=1e-6)
+    with pytest.raises(SettingError, match="a base alone gives no labels"), adapters.rows(["lora", None]):
         pass
+    with pytest.raises(SettingError, match="more than linear layers"), adapters.rows(["lora", "prompt"]):
+        pass
+    adapters.use("tags")
     adapters.remove("tags")
     assert adapters.in_use is None
     plain = capotune.load(tmp_path / "head")._assembled.loaded

@@ -67,6 +67,12 @@ class HeadedBackbone(nn.Module):
         every = self.backbone(output_hidden_states=True, **inputs).hidden_states
         return torch.cat([every[layer] for layer in self.feature_layers], dim=-1)
 
+    def logits_of(self, states: torch.Tensor, mask: torch.Tensor, skip: int = 0) -> torch.Tensor:  # noqa: ARG002
+        """The head on what ``states`` gave, of which ``mask`` (rows, tokens) says where a token is and ``skip`` are a
+        soft prompt's: by default of every token."""
+        found: torch.Tensor = self.classifier(states)
+        return found
+
     @property
     def depth(self) -> int:
         """Hidden states beside the embeddings' output."""

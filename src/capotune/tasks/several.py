@@ -168,30 +168,35 @@ class Adapters:
     def rows(self, names: Sequence[str | None]) -> Iterator[Any]:
         """Inside, the model reads batches of ``len(names)`` rows, each with the adapter of its name (None: the base).
 
-        Gives the model. Raises ``SettingError`` for an unknown name, and for a method that changes more than linear
-        layers: it reads other tokens than the rows beside it, or has other blocks.
+        Gives the model; for labels one that takes ``input_ids`` and ``attention_mask`` and returns each row's logits,
+        as each has labels of its own. Raises ``SettingError`` for an unknown name, and for a method that changes more
+        than linear layers: it reads other tokens than the rows beside it, or has other blocks.
         """
         deltas = {name: self._deltas(name) for name in names if name is not None}
-        if self._first.task.has_head:
-            raise SettingError(
-                "each adapter has a head and labels of its own, so the rows of one batch cannot have several.",
-                advice="Switch with `use`, and give the rows of each apart.",
-            )
+        model = self._rows_model(names)
+        whole = self._first.model
         before = self._in_use
         self._put_in(None)
         layers: dict[str, dict[str, LoraLinear]] = {}
         for name, own in deltas.items():
             for path, layer in own.items():
                 layers.setdefault(path, {})[name] = layer
-        frozen = {path: self.model.get_submodule(path) for path in layers}
+        frozen = {path: whole.get_submodule(path) for path in layers}
         try:
             for path, by_name in layers.items():
-                swap(self.model, path, _RowsLinear(frozen[path], by_name, names))
-            yield self.model
+                swap(whole, path, _RowsLinear(frozen[path], by_name, names))
+            yield model
         finally:
             for path, layer in frozen.items():
-                swap(self.model, path, layer)
+                swap(whole, path, layer)
             self._put_in(before)
+
+    def _rows_model(self, names: Sequence[str | None]) -> Any:
+        if not self._first.task.has_head:
+            return self._loaded
+        if None in names or not self._first.task.shares_base:
+            raise SettingError("every row needs an adapter with a head of ours: a base alone gives no labels.")
+        return _RowsHeads([self._known[name].assembled.model for name in names if name is not None])
 
     def _get(self, name: str) -> _Added:
         if name not in self._known:
@@ -242,6 +247,21 @@ class _RowsLinear(nn.Module):
                 delta = (own @ layer.lora_A.to(x.dtype).t()) @ layer.lora_B.to(x.dtype).t()
                 y.index_add_(0, rows, delta.to(y.dtype), alpha=layer.scale)
         return y
+
+
+class _RowsHeads(nn.Module):
+    """A base whose states of each row the head of the row's own adapter reads. The heads of such adapters read the last
+    states alone."""
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        super().__init__()
+        self.models = list(models)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        """Right-padded ids and mask (rows, tokens) → logits of each row, (labels,) or (tokens, labels)."""
+        states = self.models[0].states(input_ids=input_ids, attention_mask=attention_mask)
+        rows = zip(self.models, torch.split(states, 1), torch.split(attention_mask, 1), strict=True)
+        return [model.logits_of(state, mask)[0] for model, state, mask in rows]
 
 
 def _parts(loaded: nn.Module) -> list[tuple[_Place, Any]]:

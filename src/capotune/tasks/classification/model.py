@@ -53,6 +53,11 @@ class SequenceClassifier(HeadedBackbone):
         found: torch.Tensor = self.classifier(self.features(batch))
         return found
 
+    def logits_of(self, states: torch.Tensor, mask: torch.Tensor, skip: int = 0) -> torch.Tensor:
+        """The head on the pooled vector of each row, (rows, labels)."""
+        found: torch.Tensor = self.classifier(pool_padded(states, mask, self.pooling, skip))
+        return found
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -74,7 +79,7 @@ class SequenceClassifier(HeadedBackbone):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         states = self.states(attention_mask=mask, **inputs)
         skip = 0 if past_key_values is not None else self.virtual_tokens
-        logits = self.classifier(pool_padded(states, mask[:, -given.shape[1] :], self.pooling, skip))
+        logits = self.logits_of(states, mask[:, -given.shape[1] :], skip)
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
