@@ -243,14 +243,18 @@ def test_methods_without_a_change_of_weights(settings: TrainingSettings, bert: P
     refuse(adapter, SettingError, f"{settings.method} has no change.*Adapters of lora, qlora", tmp_path / "merged")
 
 
-def test_bad_input_leaves_nothing(writers: dict[str, Path], bert: Path, tmp_path: Path) -> None:
+def test_bad_input_leaves_nothing(
+    writers: dict[str, Path], bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "merged"
     lora = save(generation_helpers.on_base(writers["llama"], LoraSettings(**LORA)), tmp_path / "lora")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "there").mkdir()
     refuse(lora, SettingError, "`requantize`: it is for adapters that were trained over 4 bits", out, requantize=True)
     refuse(lora, AdapterError, "belongs to another base", out, model=str(writers["gpt2"]))
-    refuse(lora, DataError, "no text|no row|empty", out, data=str(tmp_path / "empty.txt"))
+    with monkeypatch.context() as patch:  # said before anything is written
+        patch.setattr(merging, "write_merged", None)
+        refuse(lora, DataError, "no text|no row|empty", out, data=str(tmp_path / "empty.txt"))
     refuse(lora, OutputError, "exists already", tmp_path / "there")
     refuse(tmp_path / "nothing", AdapterError, "no such adapter folder", out)
     refuse(bert, AdapterError, "capotune.json is missing", out)

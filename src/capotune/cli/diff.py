@@ -61,7 +61,8 @@ def _show(result: dict[str, Any]) -> None:
     )
     grid.add_row("weights", f"{first} against {second}")
     deltas = result["deltas"]
-    grid.add_row("delta", _delta(deltas) if deltas else "not compared: one of them has no LoRA deltas")
+    why = "one of them has no LoRA deltas" if same else "they are of different bases"
+    grid.add_row("delta", _delta(deltas) if deltas else f"not compared: {why}")
     if "answers" in result:
         for number, text in enumerate(_answers(result["answers"])):
             grid.add_row("" if number else "answers", text)

@@ -16,17 +16,19 @@ from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_
 from capotune.events import Reporter, alive
 
 
-def rows_to_ask(assembled: Assembled, data: Any) -> list[Encoded]:
-    """The first rows of ``data``, read as in training; some lines of ours for None. ``DataError`` where they cannot be
-    read."""
+def rows_to_ask(task: Any, data: Any) -> list[Encoded]:
+    """The first rows of ``data``, read as ``task`` reads them in training; some lines of ours for None.
+
+    Raises ``DataError`` where they cannot be read.
+    """
     if data is not None:
-        rows = assembled.task.rows_to_compare(data, ROWS)
+        rows = task.rows_to_compare(data, ROWS)
     else:
-        windows = text_windows(assembled.base, SHORT_TEXT, by_line=True)
+        windows = text_windows(task.base, SHORT_TEXT, by_line=True)
         rows = without_loss([window[0].tolist() for window in windows])
-        if not assembled.task.has_head:
+        if not task.has_head:
             rows = [replace(one, labels=[IGNORE_INDEX, *one.ids[1:]]) for one in rows]
-    return cut_to_fit(rows, min(WINDOW, assembled.base.max_length, assembled.task.max_length))
+    return cut_to_fit(rows, min(WINDOW, task.base.max_length, task.max_length))
 
 
 def ask(model: Any, rows: Sequence[Encoded], report: Reporter) -> Tensor:

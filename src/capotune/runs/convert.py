@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import sqrt
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter
+from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.agreement import agreement, computes_in, least, precision_of
@@ -25,7 +27,7 @@ from capotune.models.quantize import LayerError, write_quantized
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, on_merged_weights, write_merged_model
 from capotune.settings import MergeSettings, QuantizeSettings
-from capotune.tasks.loading import load_adapter
+from capotune.tasks.loading import load_adapter, task_on
 
 DIFFERENT_BASE = "different_base.json"
 """In a merged model whose base is not the one that the adapter was trained on: both fingerprints."""
@@ -87,6 +89,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
     stored = read_adapter(settings.adapter, allow_different_base=settings.allow_different_base)
     base = find_base(stored, settings.model, trust_remote_code=settings.trust_remote_code, report=report)
     check_can_merge(stored, base, settings.requantize, report)
+    rows = rows_to_ask(task_on(stored, base), settings.data)
     with output_folder(settings.out) as new:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
@@ -97,7 +100,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         if not is_own:
             write_atomic(new / DIFFERENT_BASE, _different_base(stored, base))
         report(Stage(text="comparing answers with the adapter's"))
-        answers = _compared(stored, base, merged, settings, report)
+        answers = _compared(stored, base, merged, rows, settings, report)
         return {
             "adapter": str(settings.adapter),
             "base": base.name,
@@ -117,7 +120,12 @@ def _different_base(stored: StoredAdapter, base: Base) -> str:
 
 
 def _compared(
-    stored: StoredAdapter, base: Base, merged: Base, settings: MergeSettings, report: Reporter
+    stored: StoredAdapter,
+    base: Base,
+    merged: Base,
+    rows: Sequence[Encoded],
+    settings: MergeSettings,
+    report: Reporter,
 ) -> dict[str, Any]:
     """How far the merged model, read back from disk, answers from the adapter on the weights that it was merged into,
     and from these alone. ``AdapterError`` where it is farther than rounding explains.
@@ -127,7 +135,6 @@ def _compared(
     """
     there = on_merged_weights(stored, base, settings.requantize)
     on_base = _on_base(there, base)
-    rows = rows_to_ask(on_base, settings.data)
     adapter, alone = ask_with_and_without(on_base, rows, report)
     del on_base
     result = ask(load_merged_model(stored, merged), rows, report)

@@ -55,7 +55,10 @@ def _weights(stored: StoredAdapter) -> int:
 
 
 def _deltas(one: StoredAdapter, other: StoredAdapter) -> dict[str, Any] | None:
-    """Norms and angles; None where one of them has no LoRA deltas."""
+    """Norms and angles; None where one of them has no LoRA deltas, or they are of different bases."""
+    bases = {stored.record["base"]["fingerprint"] for stored in (one, other)} - {None}
+    if len(bases) > 1:
+        return None
     first, second = (
         methods.get(stored.settings.method).low_rank(stored.settings, stored.tensors) for stored in (one, other)
     )
@@ -79,7 +82,7 @@ def _answers(one: StoredAdapter, other: StoredAdapter, settings: DiffSettings, r
     _check_comparable(one, other)
     report(Stage(text="asking the first adapter and the base"))
     on_base = load_adapter(one, model=settings.model, device=pick_device(), report=report)
-    rows = rows_to_ask(on_base, settings.data)
+    rows = rows_to_ask(on_base.task, settings.data)
     first, alone = ask_with_and_without(on_base, rows, report)
     del on_base
     report(Stage(text="asking the second adapter"))

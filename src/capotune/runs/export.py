@@ -100,7 +100,7 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
         architecture_in_gguf(assembled.base)  # refused before anything is written
     if loader.graphs:
         onnx.check_libraries()
-    rows = rows_to_ask(assembled, settings.data)
+    rows = rows_to_ask(assembled.task, settings.data)
     with output_folder(settings.out) as new:
         making = _Export(settings, loader, stored, assembled, rows, new, report, computes_in(stored.dtype))
         report(Stage(text=f"writing for {loader.title}"))
