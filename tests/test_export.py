@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.loaders import LOADERS
+from capotune.adapters.loaders import LOADERS, Traits, judge, traits
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, SettingError
 from capotune.evaluation.agreement import Agreement, agreement
@@ -363,6 +364,65 @@ def test_loaders_of_the_setting_are_those_of_the_table() -> None:
     assert get_args(ExportSettings.model_fields["loader"].annotation) == tuple(LOADERS)
 
 
+PLAIN: dict[str, Any] = {
+    "ranks": (16,), "narrowest": 256, "magnitudes": False, "scales": (2.0,), "blocks": False, "soft_prompt": False,
+    "head": False, "of_peft": False,
+}  # fmt: skip
+NO_DELTA: dict[str, Any] = {"ranks": (), "scales": (), "narrowest": 0}
+TRAITS: dict[str, dict[str, Any]] = {
+    "LoRA, QLoRA": {},
+    "rsLoRA": {"scales": (2.83,)},
+    "alpha by layer": {"scales": (1.0, 2.0)},
+    "rank by layer": {"ranks": (4, 16)},
+    "DoRA": {"magnitudes": True},
+    "DoRA on wide layers": {"magnitudes": True, "narrowest": 4096},
+    "bias, whole layers": {**NO_DELTA, "blocks": True},
+    "whole layers": {**NO_DELTA, "blocks": True},
+    "rank above 512": {"ranks": (1024,)},
+    "rank below 8": {"ranks": (4,)},
+    "some blocks alone": {},
+    "soft prompt": {**NO_DELTA, "soft_prompt": True},
+    "labels": {"head": True},
+    "labels, LoRA": {"head": True},
+    "labels, soft prompt": {**NO_DELTA, "head": True, "soft_prompt": True},
+    "labels, a head alone": {**NO_DELTA, "head": True},
+    "labels, whole layers": {**NO_DELTA, "head": True, "blocks": True},
+}
+UNJUDGED = {"alpha", "rank allowed", "file", "another base"}
+
+
+def outcome(verdict: Any) -> str:
+    """How the docs' tables begin what they say of it."""
+    if verdict.form is None:
+        (way_out,) = re.findall(r"loader=([\w.]+)", verdict.instead)
+        return f"refused: `{way_out}`"
+    if verdict.as_it_is:
+        return "copied"
+    if verdict.form == "merged":
+        return "one graph" if verdict.loader.graphs else "merged"
+    return "folded|padded|exact delta|zeros|as it is|written anew|a folder|GGUF adapter"
+
+
+def test_tables_of_the_docs_say_what_becomes_of_an_adapter() -> None:
+    rows = re.findall(
+        r"^\| (.*) \|$", (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8"), re.MULTILINE
+    )
+    tables, judged = [row.split(" | ") for row in rows], 0
+    programs: list[str] = []
+    for name, *cells in tables:
+        if name == "an adapter with":
+            programs = [one.replace("LoRAX", "vLLM").lower() for one in cells]
+        elif name in TRAITS:
+            for program, cell in zip(programs, cells, strict=True):
+                said = cell.rpartition(" → ")[2]
+                for one in program.split(", "):
+                    expected = outcome(judge(Traits(**PLAIN | TRAITS[name]), LOADERS[one]))
+                    assert re.match(expected, said), (name, one, said, expected)
+                    judged += 1
+    assert {name for name, *_ in tables} >= TRAITS.keys() | UNJUDGED
+    assert judged == 11 * 5 + 12 * 7
+
+
 def test_soft_prompt_is_refused_where_no_vectors_are_taken(writers: dict[str, Path], tmp_path: Path) -> None:
     adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3))
     ran = capo("export", adapter, "--for", "llama.cpp", "--out", tmp_path / "out")
@@ -381,8 +441,6 @@ def test_labels_are_refused_where_text_is_written(bert: Path, tmp_path: Path) ->
 
 def test_wide_dora_and_high_rank_are_merged_and_said_why(writers: dict[str, Path], tmp_path: Path) -> None:
     from dataclasses import replace
-
-    from capotune.adapters.loaders import judge, traits
 
     adapter, _ = made(writers["llama"], tmp_path, VARIANTS["dora"])
     found = traits(read_adapter(adapter), has_head=False)

@@ -133,6 +133,9 @@ def verdicts(stored: StoredAdapter, has_head: bool) -> list[Verdict]:
     return [judge(found, loader) for loader in LOADERS.values()]
 
 
+_AS_GRAPH = "Give `loader=onnx`: base, adapter and head as one graph."
+
+
 def judge(adapter: Traits, loader: Loader) -> Verdict:
     """What becomes of an adapter with these traits for ``loader``."""
 
@@ -144,7 +147,9 @@ def judge(adapter: Traits, loader: Loader) -> Verdict:
     if adapter.head and not loader.heads:
         return refused(
             f"{loader.title} runs models that write text, and this adapter's head gives labels.",
-            "Give `loader=transformers`: the merged base, with the head as an adapter of it.",
+            "Give `loader=transformers`: the merged base, with the head as an adapter of it."
+            if adapter.deltas or adapter.blocks
+            else _AS_GRAPH,
         )
     if loader.graphs:
         return _graph(adapter, loader, refused)
@@ -178,12 +183,8 @@ def _prompt(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdi
     if adapter.soft_prompt and loader.prompts:
         return Verdict(loader, "adapter", True, "it takes the soft prompt as it is.")
     what = "vectors stand before the text" if adapter.soft_prompt else "no weight changes"
-    nearest = "Give `loader=peft`" if adapter.soft_prompt else "Use it here"
-    return refused(
-        f"{loader.title} takes changes of weights, and here {what}.",
-        f"{nearest} (`capo {'predict' if adapter.head else 'generate'}` uses it as it is); or train lora, which every "
-        "program takes.",
-    )
+    nearest = "Give `loader=peft` (`capo generate` uses it as it is); or train lora, which every program takes."
+    return refused(f"{loader.title} takes changes of weights, and here {what}.", _AS_GRAPH if adapter.head else nearest)
 
 
 def _why_merged(adapter: Traits, loader: Loader) -> str | None:
