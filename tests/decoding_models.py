@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from capotune.methods.prompt_tuning.deep import DeepPromptEmbedding, observe_start
 from capotune.methods.prompt_tuning.method import PromptEmbedding
 from capotune.models.prefix import put_prefixes
+from capotune.models.sequence_packing import try_packing
 from capotune.settings import DecodingSettings
 
 VOCABULARY, CONTEXT, PAD, END = 40, 48, 0, 1
@@ -59,7 +60,11 @@ def stand_in(model: Any, virtual: int = 0, ends: tuple[int, ...] = (END,), decod
         special_ids=lambda texts: [SPECIAL[text] for text in texts if text in SPECIAL],
     )
     return SimpleNamespace(
-        model=model, task=task, method=SimpleNamespace(virtual_token_ids=range(VOCABULARY, VOCABULARY + virtual))
+        model=model,
+        task=task,
+        method=SimpleNamespace(virtual_token_ids=range(VOCABULARY, VOCABULARY + virtual)),
+        backbone=model.base_model,
+        packing=try_packing(model.base_model),
     )
 
 

@@ -15,10 +15,16 @@ from decoding_models import CONTEXT, END, LETTERS, PAD, SPECIAL, VOCABULARY, mak
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from capotune.adapters.assemble import assemble, attach
 from capotune.errors import SettingError
 from capotune.evaluation import generate as module
+from capotune.evaluation import prefill
 from capotune.evaluation.generate import context_length, generate, stream
 from capotune.kernels import policy
+from capotune.methods.base import Start
+from capotune.methods.lora.settings import LoraSettings
+from capotune.models.base import EMBEDDED, embedded_file, find
+from capotune.tasks.generation.task import Generation
 
 
 @torch.no_grad()
@@ -31,7 +37,7 @@ def argmax_loop(assembled: Any, prompt: list[int], tokens: int) -> str:
         if choice in assembled.task.end_ids:
             break
         ids.append(choice)
-    decoded: str = assembled.task.decode(ids[len(start) :])
+    decoded: str = assembled.task.decode_after(prompt, ids[len(start) :])
     return decoded
 
 
@@ -59,6 +65,60 @@ def test_batched_one_by_one_streamed_and_without_cache_equal_a_plain_loop(
 
     monkeypatch.setattr(module, "_configuration", without_cache)
     assert generate(assembled, rows, settings()) == expected
+
+
+@pytest.mark.parametrize(("kind", "virtual"), [("llama", 0), ("llama", 4), ("gpt2", 0)])
+def test_prompts_of_a_batch_are_read_without_padding(kind: str, virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembled, rows = make(kind, virtual, ends=()), prompts(9)
+    computed: list[int] = []
+    assembled.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, given: computed.append(given[0].numel())
+    )
+    written = generate(assembled, rows, settings(max_tokens=3))
+    of_prompts = sum(len(row) + virtual - 1 for row in rows)  # all but each one's last token, which writes the first
+    assert computed[-4:] == [of_prompts, len(rows), len(rows), len(rows)]
+    monkeypatch.setattr(policy, "LEAVING_FROM_ROWS", 10)
+    assert written == generate(assembled, rows, settings(max_tokens=3))
+    assert computed[-3:] == [len(rows) * (virtual + max(map(len, rows))), len(rows), len(rows)]
+
+
+def test_prompts_are_padded_where_packing_changes_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assembled, rows = make("llama", ends=()), prompts(9)
+    expected = generate(assembled, rows, settings())
+    read = prefill.read_packed
+
+    def wrong(*arguments: Any) -> Any:
+        cache = read(*arguments)
+        cache.layers[1].values.mul_(1.01)
+        return cache
+
+    monkeypatch.setattr(prefill, "read_packed", wrong)
+    assert not prefill.can_read_packed(assembled)
+    monkeypatch.setattr(module, "read_packed", wrong)
+    assert generate(assembled, rows, settings()) == expected
+
+
+SMOLLM2 = embedded_file("smollm2") is not None
+
+
+@pytest.mark.skipif(not SMOLLM2, reason=f"not installed: {EMBEDDED['smollm2'].command}")
+def test_smollm2_with_an_adapter_writes_the_same_batched_one_by_one_and_without_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = Generation.on(find("smollm2"), None, 0)
+    assembled = assemble(task, LoraSettings(learning_rate=1e-3, epochs=1), device=torch.device("cpu"))
+    attach(assembled, Start(torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for weight in assembled.method.parameters().values():
+            weight.normal_(0, 0.002, generator=torch.Generator().manual_seed(len(weight)))
+    texts = ("The capital of France is", "1, 2, 3,", "A poem about the sea, in four short lines:")
+    rows = [task.encode_prompt(text) for text in texts]
+    monkeypatch.setattr(policy, "LEAVING_FROM_ROWS", 2)
+    assert prefill.can_read_packed(assembled)
+    written = generate(assembled, rows, settings(max_tokens=4))
+    assert [generate(assembled, [row], settings(max_tokens=4))[0] for row in rows] == written
+    expected = [argmax_loop(assembled, row, 4) for row in rows]
+    assert written == expected
 
 
 def test_a_soft_prompt_changes_the_text() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from decoding_models import END, PAD, make, prompts, settings
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
+from capotune.evaluation import roomy_cache
 from capotune.evaluation.generate import generate
 from capotune.evaluation.leaving import can_leave
+from capotune.evaluation.roomy_cache import RoomyCache
 from capotune.kernels import policy
 
 
@@ -39,6 +41,23 @@ def test_answers_are_those_of_rows_that_stay(
     monkeypatch.setattr(policy, "LEAVING_FROM_ROWS", 17)
     assert left == generate(assembled, rows, settings(max_tokens=24, **asked))
     assert with_leaving < computed[0], "nobody left"
+
+
+def test_a_cache_with_room_holds_what_a_dynamic_cache_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roomy_cache, "ROOM", 3)
+    caches = (DynamicCache(), RoomyCache())
+    generator = torch.Generator().manual_seed(0)
+    before = 4
+    for rows, tokens in [(4, 5), (4, 1), (4, 1), (4, 2), (4, 6), (2, 1), (2, 1), (1, 4), (1, 1)]:
+        if rows < before:
+            for cache in caches:
+                cache.batch_select_indices(torch.arange(before)[-rows:])
+        new = [torch.randn(rows, 2, tokens, 3, generator=generator) for _ in range(2)]
+        expected, found = (cache.update(*new, 0) for cache in caches)
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+        before = rows
 
 
 def test_a_model_is_tried_before_rows_leave() -> None:

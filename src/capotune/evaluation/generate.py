@@ -7,7 +7,8 @@ A batch is padded on the left; a soft prompt's virtual tokens stand inside the p
 
     pad pad virtual virtual text text text → answer
 
-The next token is chosen as ``choosing`` says.
+The padding is not computed where a model can do without (``prefill``), and rows leave a batch once they are done
+(``leaving``). The next token is chosen as ``choosing`` says.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.errors import SettingError
 from capotune.evaluation.choosing import check_choosing, processors
 from capotune.evaluation.leaving import ByRow, can_leave, write_leaving
+from capotune.evaluation.prefill import can_read_packed, read_packed
 from capotune.kernels import policy
 from capotune.models.base import longest_input
 from capotune.models.sequence_packing import TOLERANCE, changes_beyond
@@ -49,10 +51,10 @@ def generate(
     """
     _check(decoding)
     answers = [""] * len(prompts)
-    done, leaving = 0, _may_leave(assembled, len(prompts), decoding)
-    for rows, tokens in _batches(assembled, prompts, decoding):
+    done, how = 0, _ways(assembled, prompts, decoding)
+    for rows, tokens in _batches(assembled, prompts, decoding, how):
         alive = [_Alive(partial(progress, done, len(prompts)))] if progress else []
-        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive, leaving=leaving)
+        written = _write(assembled, [prompts[row] for row in rows], rows, decoding, tokens, *alive, how=how)
         for row, ids in zip(rows, written, strict=True):
             answers[row] = _Cut(assembled.task, prompts[row], decoding.stop).text(ids)
         done += len(rows)
@@ -88,7 +90,7 @@ def tokens_left(assembled: Assembled, prompt: list[int]) -> int:
 def _pieces(assembled: Assembled, prompt: list[int], decoding: DecodingSettings, tokens: int) -> Iterator[str]:
     relay, cut, shown, ids = _Relay(), _Cut(assembled.task, prompt, decoding.stop), "", list[int]()
     with ThreadPoolExecutor(1, thread_name_prefix="capotune-stream") as pool:  # waits for the thread when left
-        writing = pool.submit(relay.run, lambda: _write(assembled, [prompt], [0], decoding, tokens, relay))
+        writing = pool.submit(relay.run, lambda: _write(assembled, [prompt], [0], decoding, tokens, relay, how=_Ways()))
         try:
             while (token := relay.queue.get()) is not None:
                 ids.append(token)
@@ -197,6 +199,32 @@ class _AtStop(StoppingCriteria, ByRow):  # type: ignore[misc]
         return torch.tensor(done, device=input_ids.device)
 
 
+@dataclass(frozen=True)
+class _Ways:
+    """How prompts are answered together."""
+
+    equal_lengths: bool = False
+    """Only equally long ones are: the model reads padding."""
+    leaving: bool = False
+    """Rows leave their batch when they are done."""
+    packed: bool = False
+    """Prompts are read without padding."""
+
+
+def _ways(assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings) -> _Ways:
+    """Found by trying, what is best first. With beams rows belong together, and few are not worth more than they
+    need."""
+    padded = len(set(map(len, prompts))) > 1
+    many = len(prompts) >= policy.LEAVING_FROM_ROWS and decoding.num_beams == 1
+    with _own_configuration(assembled.model):
+        if many and padded and can_read_packed(assembled):
+            return _Ways(leaving=True, packed=True)
+        return _Ways(
+            equal_lengths=padded and _reads_padding(assembled),
+            leaving=many and can_leave(assembled.model, assembled.task.pad_id),
+        )
+
+
 def _check(decoding: DecodingSettings) -> None:
     check_choosing(decoding)
     if "" in decoding.stop:
@@ -226,20 +254,19 @@ def _allowed(
 
 
 def _batches(
-    assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings
+    assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings, how: _Ways
 ) -> Iterator[tuple[list[int], int]]:
     """(positions of the prompts, most tokens to write), longest first; a batch's prompts have as many tokens left."""
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
     others = sum(tokens_left(assembled, prompt) < 1 for prompt in prompts) - 1
     advice = f"Shorten it, and {others:,} more of the {len(prompts):,} prompts." if others > 0 else "Shorten it."
     tokens = [_allowed(assembled, prompt, decoding, name, advice) for prompt, name in zip(prompts, names, strict=True)]
-    equal_lengths = len(set(map(len, prompts))) > 1 and _reads_padding(assembled)
     virtual, batch = len(assembled.method.virtual_token_ids), list[int]()
     for row in sorted(range(len(prompts)), key=lambda row: (tokens[row], -len(prompts[row]))):
         if batch:
             width = virtual + len(prompts[batch[0]]) + tokens[row]
             together = (len(batch) + 1) * width * decoding.num_beams
-            apart = equal_lengths and len(prompts[row]) != len(prompts[batch[0]])
+            apart = how.equal_lengths and len(prompts[row]) != len(prompts[batch[0]])
             if apart or tokens[row] != tokens[batch[0]] or together > policy.GENERATE_TOKENS_AT_ONCE:
                 yield batch, tokens[batch[0]]
                 batch = []
@@ -258,17 +285,16 @@ def _reads_padding(assembled: Assembled) -> bool:
         return True
     twice = GenerationConfig(max_new_tokens=2, pad_token_id=pad, output_logits=True, return_dict_in_generate=True)
     words, found = [token for token in range(1, 11) if token != pad], list[torch.Tensor]()
-    with _own_configuration(model):
-        for padding in (0, 2):
-            ids = torch.tensor([[pad] * padding + words], device=model.device)
-            mask = torch.tensor([[0] * padding + [1] * len(words)], device=model.device)
-            written = model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=twice,
-                prefix_allowed_tokens_fn=lambda *_: words[:1],  # the same first token, so that the second compares
-            )
-            found.append(torch.cat(written.logits).float())
+    for padding in (0, 2):
+        ids = torch.tensor([[pad] * padding + words], device=model.device)
+        mask = torch.tensor([[0] * padding + [1] * len(words)], device=model.device)
+        written = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=twice,
+            prefix_allowed_tokens_fn=lambda *_: words[:1],  # the same first token, so that the second compares
+        )
+        found.append(torch.cat(written.logits).float())
     alone, padded = found
     return bool(((alone - padded).abs().amax(1) > TOLERANCE.get(model.dtype, 1e-4) * alone.std(1)).any())
 
@@ -280,12 +306,9 @@ def _write(
     decoding: DecodingSettings,
     tokens: int,
     *criteria: StoppingCriteria,
-    leaving: bool = False,
+    how: _Ways,
 ) -> list[list[int]]:
-    """The ids that the model writes after each prompt of a batch; padding or more may follow an answer's end.
-
-    ``leaving``: rows may leave the batch when they are done.
-    """
+    """The ids that the model writes after each prompt of a batch; padding or more may follow an answer's end."""
     task: Any = assembled.task
     model: Any = assembled.model
     whole = [[*assembled.method.virtual_token_ids, *prompt] for prompt in prompts]
@@ -299,25 +322,20 @@ def _write(
     chosen = processors(decoding, rows, [width - len(prompt) for prompt in prompts])
     input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     with _own_configuration(model):
-        if leaving and configuration.use_cache:
-            return write_leaving(model, input_ids, mask, configuration, chosen, criteria)
+        is_padded = len(set(map(len, whole))) > 1
+        cache = read_packed(assembled, whole) if how.packed and is_padded and configuration.use_cache else None
+        if how.leaving and configuration.use_cache:
+            return write_leaving(model, input_ids, mask, configuration, chosen, criteria, cache)
         written = model.generate(
             input_ids,
             attention_mask=mask,
             generation_config=configuration,
             logits_processor=LogitsProcessorList(chosen),
             stopping_criteria=StoppingCriteriaList(criteria),
+            past_key_values=cache,
         )
     ids: list[list[int]] = written[:, width:].tolist()
     return ids
-
-
-def _may_leave(assembled: Assembled, prompts: int, decoding: DecodingSettings) -> bool:
-    """Whether rows may leave their batch: with beams they belong together, and few are not worth trying the model."""
-    if decoding.num_beams > 1 or prompts < policy.LEAVING_FROM_ROWS:
-        return False
-    with _own_configuration(assembled.model):
-        return can_leave(assembled.model, assembled.task.pad_id)
 
 
 def _configuration(task: Any, decoding: DecodingSettings, tokens: int) -> GenerationConfig:

@@ -37,14 +37,17 @@ def write_leaving(
     configuration: GenerationConfig,
     processors: Sequence[Any],
     criteria: Sequence[Any],
+    cache: Any = None,
 ) -> list[list[int]]:
     """What ``model.generate`` writes after ``ids`` (rows, width), of each row; more may follow its end.
+
+    ``cache`` holds the keys and values of all but the last of ``ids``; None: of none.
 
     ``configuration`` draws nothing and follows no beams. ``processors`` and ``criteria`` that are ``ByRow`` are asked
     for the rows that are still there.
     """
     width, most = ids.shape[1], int(configuration.max_new_tokens)
-    rows, cache = list(range(len(ids))), None
+    rows = list(range(len(ids)))
     written: list[list[int]] = [[] for _ in rows]
     while rows:
         leave = _Leave(configuration.eos_token_id, _of(criteria, rows))
