@@ -104,6 +104,9 @@ def test_merged_model_gives_pefts_logits_in_transformers(cell: Cell, bases: Path
     ids = torch.tensor([[9, 8, 7, 40, 41, 6]])
     with torch.no_grad():
         assert (merged(input_ids=ids).logits - made(input_ids=ids).logits).abs().max() < TOLERANCE
+    output, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if output is not None:
+        assert merged.config.tie_word_embeddings == torch.equal(output.weight, embedding.weight)
 
 
 def test_bias_that_the_base_lacks_is_not_merged(bases: Path, tmp_path: Path) -> None:
@@ -158,13 +161,30 @@ def test_commands_take_it(written: Path, bases: Path) -> None:
     assert "not checked" in wrote.err
 
 
-def test_head_is_read_by_its_tensors_whatever_the_configuration_names(bases: Path, tmp_path: Path) -> None:
-    """PEFT takes ``pre_classifier`` for a ``classifier`` and stores both; some write a head and name none."""
+@pytest.fixture(scope="module")
+def labelling(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
+    """PEFT's model on a DistilBERT, its adapter, whose configuration names no head, and the base."""
+    folder = tmp_path_factory.mktemp("labelling") / "adapter"
     base = make_base("DistilBERT", bases / "DistilBERT")
-    made = make_adapter(base, tmp_path / "adapter", FEATURES["LoRA"], "SEQ_CLS")
-    config(modules_to_save=None)(tmp_path / "adapter")
-    loaded = capotune.load(tmp_path / "adapter", model=str(base))
-    assert peft_cases.difference(made, loaded, "SEQ_CLS") < TOLERANCE
+    made = make_adapter(base, folder, FEATURES["LoRA"], "SEQ_CLS")
+    config(modules_to_save=None)(folder)
+    return made, folder, str(base)
+
+
+def test_head_is_read_by_its_tensors_whatever_the_configuration_names(labelling: tuple[Any, Path, str]) -> None:
+    """PEFT takes ``pre_classifier`` for a ``classifier`` and stores both; some write a head and name none."""
+    made, folder, base = labelling
+    assert peft_cases.difference(made, capotune.load(folder, model=base), "SEQ_CLS") < TOLERANCE
+
+
+def test_numbers_in_data_are_positions_of_labels(labelling: tuple[Any, Path, str]) -> None:
+    _, folder, base = labelling
+    answers = capotune.predict(folder, peft_cases.TEXTS, model=base)
+    rows = [
+        {"text": text, "label": int(answer.label.removeprefix("LABEL_"))}
+        for text, answer in zip(peft_cases.TEXTS, answers, strict=True)
+    ]
+    assert capotune.evaluate(folder, data=rows, model=base)["accuracy"] == 1
 
 
 def test_weights_lost_by_peft_are_not_drawn_at_random(bases: Path, tmp_path: Path) -> None:

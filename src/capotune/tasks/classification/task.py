@@ -228,11 +228,15 @@ class Classification(LinearHeadTask):
     ) -> Scored:
         """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
         rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
-        rows = with_known_labels(rows, self.labels)
+        rows = self.with_own_labels(rows)
         self.check_labels(rows)
         for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
             report(Warned(text=text))
         return score_texts(assembled, rows, progress=counter(report))
+
+    def with_own_labels(self, rows: LabelledText) -> LabelledText:
+        """The rows with each label as the task spells it; one that it does not know stays as it is."""
+        return with_known_labels(rows, self.labels)
 
     def check_labels(self, rows: LabelledText) -> None:
         """``DataError`` for the first label that is not one of the task's."""
