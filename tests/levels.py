@@ -30,16 +30,14 @@ KERNELS = (
     "native_block", "nf4", "prepacked", "prologue", "saved_activations", "short_attention",
 )  # fmt: skip
 CONTRACTS = {
-    "contract": (
-        "loss_falls", "same_seed_same_bits", "saved_and_loaded_gives_equal_outputs", "merged_is_unmerged",
-    ),
-    "generation_contract": (
-        "the_held_out_loss_falls", "same_seed_same_bits", "saved_and_loaded_gives_equal_outputs",
-        "merged_is_unmerged",
-    ),
-}  # fmt: skip
+    "contract": ("loss_falls", "same_seed_same_bits", "merged_is_unmerged"),
+    "generation_contract": ("the_held_out_loss_falls", "same_seed_same_bits", "merged_is_unmerged"),
+}
 """Of the contracts those that hang on what computes: the others are about files, counts, messages
 and what a checkpoint holds."""
+FAMILIES = "not (contract and (gpt2 or qwen2))"
+"""Which cases, in pytest's words: one family a kind of block that the kernels compute whole. The others' blocks are
+composed of the same kernels."""
 
 
 class Level(NamedTuple):
@@ -76,7 +74,7 @@ def run(level: Level) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         shared = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
-        command = [sys.executable, "-m", "pytest", "-q", *shared, f"--junitxml={report}", *paths]
+        command = [sys.executable, "-m", "pytest", "-q", "-k", FAMILIES, *shared, f"--junitxml={report}", *paths]
         code = subprocess.run(command, env=plain | level.environment, check=False).returncode
         cases = list(ElementTree.parse(report).iter("testcase"))
     names = {f"{case.get('classname')}::{case.get('name')}": case.find("skipped") is not None for case in cases}
