@@ -35,9 +35,15 @@ def pytest_report_header() -> str:
     return "kernels: " + (" ".join(f"{name}={os.environ[name]}" for name in asked if name in os.environ) or "all")
 
 
+LONGEST = ("readme", "interrupt", "sequence_packing", "generation_parity", "triton", "packaging", "toy_method",
+           "token_classification", "toy_task", "token_classification_contract")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: where processes share the files out, one would end with it while the others wait."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first: where processes share the files out, one would end with one of them while the others
+    wait."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

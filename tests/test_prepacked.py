@@ -201,16 +201,15 @@ SIZES = [
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("input_gradient", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "terms", "columns"), SIZES)
-def test_int16_product_matches_reference(
-    rows: int, terms: int, columns: int, threads: int, input_gradient: bool
-) -> None:
-    """To the last bits of fp32."""
+def test_int16_product_matches_reference(rows: int, terms: int, columns: int, input_gradient: bool) -> None:
+    """To the last bits of fp32, whatever the number of threads."""
     weight = normal(terms, columns) if input_gradient else normal(columns, terms)
     made = Product(parts_of(normal(rows, terms, seed=1)), weight, input_gradient=input_gradient)
     expected = int16_product_reference(made.x, made.columns)
-    assert ((made.run(threads).double() - expected).abs() <= 2.0**-22 * made.size()).all()
+    for threads in (1, 2, 3):
+        made.y.fill_(torch.nan)
+        assert ((made.run(threads).double() - expected).abs() <= 2.0**-22 * made.size()).all(), threads
     truth = made.x.double() @ made.columns.double().t()
     if rows * columns > 500:
         # less than with TF32, which rounds each number by up to 2^-12 of its own
