@@ -117,6 +117,7 @@ LABELS: dict[str, tuple[Damage, str]] = {
     "a name twice in the configuration": (content(CONFIG, '{"r": 1, "r": 2}'), "'r' stands in it twice"),
     "an endless number": (content(CONFIG, '{"r": ' + "9" * 5000 + "}"), "not readable JSON"),
     "a huge record": (content(RECORD, " " * (16 * 2**20 + 1)), "too large"),
+    "half of a character": (of_json(RECORD, task="\ud800"), "surrogates not allowed"),
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG} is missing"),
     # links
     "link to a file elsewhere": (linked(RECORD, "/etc/hostname"), "a link that leaves the folder"),

@@ -117,7 +117,7 @@ def test_nothing_of_the_machine_or_the_data_is_pushed(hub: Hub, adapter: Path, t
     for text in [*SECRETS, "a row of the user's", "notes of the user's", str(Path.home()), str(tmp_path), *rows]:
         assert text.encode() not in pushed, text
     assert sorted(hub.files("ours/tickets")) == FILES
-    left_out = ["the base's folder", "its folder", "the prompts that were tried", "the data's hash"]
+    left_out = ["the base's folder", "the adapter's folder", "the prompts that were tried", "the data's hash"]
     assert result["left_out"] == [*left_out, "golden answers to 1 texts that are not capotune's"]
     record = json.loads(hub.files("ours/tickets")[RECORD])
     assert record["trained"]["numbers"] == [1.0, 2.0]

@@ -92,6 +92,7 @@ def _parse(content: bytes) -> dict[str, Any]:
         values = json.loads(content, object_pairs_hook=_once)
         if _depth(values) > _DEEPEST:
             raise RecursionError
+        json.dumps(values, ensure_ascii=False).encode()  # which half of a surrogate pair cannot be
     except RecursionError:
         raise AdapterError("not readable JSON (nested too deep).") from None
     except AdapterError:

@@ -133,9 +133,9 @@ def _adapter_or_model(name: str | Path, on: _On, command: str | None = None, rep
             raise SettingError(
                 f"belongs to an adapter, and '{name}' is none.", setting=setting, given=given, advice="Leave it out."
             )
-    from capotune.models.base import EMBEDDED, find
+    from capotune.models.base import EMBEDDED, existing, find
 
-    if str(name) not in EMBEDDED and not Path(name).expanduser().exists():
+    if str(name) not in EMBEDDED and existing(str(name)) is None:
         try:
             find(str(name))
         except ModelError as error:
@@ -327,10 +327,10 @@ def info(
 def _base_here(stored: StoredAdapter, model: str | None, report: Reporter) -> bool | None:
     """Whether the base on this machine is the adapter's own; None where none is, or it is not known which is."""
     from capotune.adapters.store import find_base, is_own_base
-    from capotune.models.base import EMBEDDED
+    from capotune.models.base import EMBEDDED, existing
 
     name = model or stored.base
-    if stored.is_foreign or not (name in EMBEDDED or Path(name).expanduser().exists()):
+    if stored.is_foreign or not name or (name not in EMBEDDED and existing(name) is None):
         return None
     try:
         return is_own_base(stored, find_base(stored, model, report=report), alive(report))

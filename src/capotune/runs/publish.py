@@ -21,7 +21,7 @@ from capotune.adapters.card import card
 from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
 from capotune.adapters.store import CARD, FORMAT, RECORD, StoredAdapter
 from capotune.errors import AdapterError, SettingError
-from capotune.models.base import EMBEDDED
+from capotune.models.base import EMBEDDED, existing
 from capotune.models.hub import hub_name, peft_base
 from capotune.tasks.golden import TEXTS
 from capotune.tasks.loading import task_class
@@ -55,7 +55,7 @@ def public_base(stored: StoredAdapter, model: str | None) -> str:
     cached = _IN_CACHE.search(name)
     if cached:
         return f"{cached[1]}/{cached[2]}@{cached[3]}"
-    if name in EMBEDDED or (hub_name(name) is not None and not Path(name).expanduser().exists()):
+    if name in EMBEDDED or (hub_name(name) is not None and existing(name) is None):
         return name
     whose = "the adapter's base is" if model is None else ""
     raise SettingError(
@@ -108,7 +108,11 @@ def _record(stored: StoredAdapter, base: str, left_out: list[str]) -> dict[str, 
     if base != stored.record["base"]["name"]:
         left_out.append("the base's folder")
     more = sorted({"data_sha256", "candidates", "adapter"} & stored.record["trained"].keys())
-    names = {"data_sha256": "the data's hash", "candidates": "the prompts that were tried", "adapter": "its folder"}
+    names = {
+        "data_sha256": "the data's hash",
+        "candidates": "the prompts that were tried",
+        "adapter": "the adapter's folder",
+    }
     left_out += [names[name] for name in more]
     golden = len(stored.record.get("golden", [])) - len(ours)
     if golden:

@@ -63,10 +63,10 @@ def check_golden(stored: StoredAdapter, assembled: Assembled) -> GoldenCheck:
     """Ask the adapter on its base again. ``AdapterError`` where no answers are stored, or such as it cannot give."""
     answers = [GoldenAnswer.model_validate(one) for one in stored.record.get("golden", [])]
     if not answers:
-        left_out = ", ".join(stored.record.get("left_out", []))
+        left_out = next((one for one in stored.record.get("left_out", []) if one.startswith("golden")), None)
         raise AdapterError(
             "no golden answers are stored with it, so there is nothing to check."
-            f"{' When it was pushed, ' + left_out + ' stayed behind.' if left_out else ''}",
+            f"{f' When it was pushed, {left_out} stayed behind.' if left_out else ''}",
             where=str(stored.folder if stored.is_foreign else stored.folder / RECORD),
             advice="Adapters that `train` and `compare` write hold some.",
         )
