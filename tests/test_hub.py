@@ -152,6 +152,16 @@ def test_card_says_base_licence_and_scores_as_the_hub_reads_them(hub: Hub, adapt
     assert (config["base_model_name_or_path"], config["revision"]) == ("ours/bert", "main")
 
 
+def test_combined_adapter_is_pushed_without_what_it_was_made_of(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    made_of = {"name": SECRETS[0], "weight": 0.5, "trained": {"data_sha256": SECRETS[1]}, "settings": {}}
+    combined = {"method": "ties", "rank": 2, "held": 1.0, "density": 0.5, "adapters": [made_of, made_of]}
+    folder = copy(adapter, tmp_path / "both", trained={"combined": combined, "test_rows": 0})
+    capotune.push(folder, "ours/both", model="ours/bert")
+    assert not any(secret.encode() in b"".join(hub.files("ours/both").values()) for secret in SECRETS)
+    shown = capo("info", "ours/both")
+    assert "adapter 1 × 0.5, adapter 2 × 0.5 by ties" in shown.said
+
+
 def test_embedded_base_is_named_as_on_the_hub_for_other_programs(hub: Hub) -> None:
     fixture = Path(__file__).parent / "fixtures" / "adapters" / "labels-lora"
     capotune.push(fixture, "ours/old")

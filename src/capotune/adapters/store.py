@@ -99,6 +99,21 @@ class GoldenAnswer(pydantic.BaseModel):
     """Of each distribution the most probable choices and their probabilities."""
 
 
+class _CombinedFrom(pydantic.BaseModel):
+    name: str
+    weight: float
+
+
+class _Combined(pydantic.BaseModel):
+    """How an adapter was combined of others, in place of a training."""
+
+    method: str
+    rank: pydantic.NonNegativeInt
+    held: float
+    density: float = 1.0
+    adapters: list[_CombinedFrom]
+
+
 class _Trained(pydantic.BaseModel):
     """What is read again of how an adapter was trained; more may stand there."""
 
@@ -110,6 +125,7 @@ class _Trained(pydantic.BaseModel):
     scores: dict[str, float | None] | None = None
     held_out_score: float | None = None
     held_out_metric: str | None = None
+    combined: _Combined | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
 
 

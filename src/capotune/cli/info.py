@@ -93,12 +93,17 @@ def _bars(blocks: Mapping[str, float]) -> Table:
 
 
 def _trained(trained: dict[str, Any]) -> str:
-    if "combined" in trained:
+    if trained.get("combined"):
         return f"combined: {describe_combined(trained['combined'])}; not scored since"
-    score = "no test"
-    if trained["test_rows"]:
-        score = f"{score_text(trained['metric'], trained['score'])} on {trained['test_rows']:,} rows"
-    return f"{trained['train_rows']:,} rows, {trained['train_seconds']:.1f} s, {score}"
+    parts = [f"{trained['train_rows']:,} rows"]
+    if trained.get("train_seconds") is not None:
+        parts.append(f"{trained['train_seconds']:.1f} s")
+    metric, score = trained.get("metric"), trained.get("score")
+    if trained["test_rows"] and metric is not None and score is not None:
+        parts.append(f"{score_text(metric, score)} on {trained['test_rows']:,} rows")
+    else:
+        parts.append("no test")
+    return ", ".join(parts)
 
 
 def _exports(forms: dict[str, str | None]) -> str:

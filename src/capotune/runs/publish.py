@@ -121,11 +121,22 @@ def _record(stored: StoredAdapter, base: str, left_out: list[str]) -> dict[str, 
         **{name: value for name, value in stored.record.items() if name in known.model_fields},
         "settings": settings,
         "base": {"name": base, "fingerprint": stored.record["base"]["fingerprint"]},
-        "trained": dict(_public(stored.record["trained"])),
+        "trained": {**dict(_public(stored.record["trained"])), **_combined(stored.record["trained"], left_out)},
         "golden": ours,
         "left_out": left_out,
     }
     return {"format": FORMAT, **values}
+
+
+def _combined(trained: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """How it was combined of other adapters, if it was, without their folders' names and their own records."""
+    combined = trained.get("combined")
+    if combined is None:
+        return {}
+    left_out.append("names and records of the adapters that it was combined of")
+    weights = [one["weight"] for one in combined["adapters"]]
+    named = [{"name": f"adapter {number}", "weight": weight} for number, weight in enumerate(weights, start=1)]
+    return {"combined": {**dict(_public(combined)), "method": combined["method"], "adapters": named}}
 
 
 def _config(stored: StoredAdapter, base: str) -> dict[str, Any]:
