@@ -326,7 +326,8 @@ def decoding(content: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Medians of {content['rounds']} alternating rounds in one process, {content['threads']} thread, fp32; "
+        f"Medians of {content['rounds']} alternating rounds in one process, {content['threads']} thread, fp32, by the "
+        f"processor's seconds; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
     ]
 
