@@ -337,7 +337,11 @@ def defaults(content: dict[str, Any]) -> list[str]:
     machine = content["environment"]
     sets = {name: part for name, part in content.items() if name != "environment"}
     rows = " and ".join(sorted({str(part["train_rows"]) for part in sets.values()}))
-    scored = ", ".join(f"{name} {part['runs']['base']['rows']}" for name, part in sets.items())
+    chosen = _by_set(sets, lambda label: label.startswith("choose"))
+    if chosen:
+        words = "Other settings of Capotune, on rows held out of the training data, by which defaults were chosen:"
+        chosen = [words, "", *chosen, ""]
+    scored = ", ".join(f"{name} {next(iter(part['runs'].values()))['rows']}" for name, part in sets.items())
     return [
         "SmolLM2-135M-Instruct, LoRA of rank 16 and alpha 32 on all linear layers, fp32, one pass over "
         f"{rows} rows. Loss of the answers' tokens in nats on test rows ({scored}); in brackets the part of the rows "
@@ -346,16 +350,15 @@ def defaults(content: dict[str, Any]) -> list[str]:
         "",
         *_by_set(sets, lambda label: not label.startswith("choose")),
         "",
-        "Other settings of Capotune, on rows held out of the training data, by which defaults were chosen:",
-        "",
-        *_by_set(sets, lambda label: label.startswith("choose")),
-        "",
+        *chosen,
         f"One run each, one thread; torch {machine['torch']}, transformers {machine['transformers']}.",
     ]
 
 
 def _by_set(sets: dict[str, Any], wanted: Callable[[str], bool]) -> list[str]:
     labels = dict.fromkeys(label for part in sets.values() for label in part["runs"] if wanted(label))
+    if not labels:
+        return []
     lines = [f"| | {' | '.join(sets)} |", f"| --- |{' --- |' * len(sets)}"]
     for label in labels:
         found = [part["runs"].get(label) for part in sets.values()]
