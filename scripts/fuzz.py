@@ -134,6 +134,7 @@ class Reader:
 
 READERS = {
     "safetensors": Reader(files.WEIGHTS, Fuzzed.read, mutate_safetensors),
+    "safetensors-labels": Reader(files.WEIGHTS, Fuzzed.read, mutate_safetensors, "labels"),
     "shards": Reader(files.WEIGHTS, Fuzzed.shards, mutate_safetensors),
     "config": Reader(files.CONFIG, Fuzzed.read, mutate_json),
     "record": Reader(store.RECORD, Fuzzed.read, mutate_json),
