@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from capotune.methods.prompt_tuning.deep import DeepPromptEmbedding, observe_start
 from capotune.methods.prompt_tuning.method import PromptEmbedding
@@ -24,12 +24,14 @@ def make(kind: str, virtual: int = 0, ends: tuple[int, ...] = (END,), *, deep: b
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.6, "bos_token_id": None}
     shape |= {"eos_token_id": None, "pad_token_id": None}
-    if kind == "llama":
-        config: Any = LlamaConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-            max_position_embeddings=CONTEXT, **shape,
-        )  # fmt: skip
-        model: Any = LlamaForCausalLM(config)
+    if kind in ("llama", "windowed"):
+        shape |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        shape |= {"intermediate_size": 48, "max_position_embeddings": CONTEXT}
+        model: Any = (
+            LlamaForCausalLM(LlamaConfig(**shape))
+            if kind == "llama"
+            else MistralForCausalLM(MistralConfig(sliding_window=4, **shape))
+        )
     else:
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **shape))
     model.eval().requires_grad_(False)

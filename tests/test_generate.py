@@ -44,8 +44,11 @@ def argmax_loop(assembled: Any, prompt: list[int], tokens: int) -> str:
 # Greedy: every way to the same text
 
 
-@pytest.mark.parametrize(("virtual", "deep"), [(0, False), (5, False), (5, True)])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "virtual", "deep"),
+    [*((kind, *prompt) for kind in ("llama", "gpt2") for prompt in ((0, False), (5, False), (5, True))),
+     ("windowed", 0, False)],
+)  # fmt: skip
 def test_batched_one_by_one_streamed_and_without_cache_equal_a_plain_loop(
     kind: str, virtual: int, deep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +70,7 @@ def test_batched_one_by_one_streamed_and_without_cache_equal_a_plain_loop(
     assert generate(assembled, rows, settings()) == expected
 
 
-@pytest.mark.parametrize(("kind", "virtual"), [("llama", 0), ("llama", 4), ("gpt2", 0)])
+@pytest.mark.parametrize(("kind", "virtual"), [("llama", 0), ("llama", 4), ("gpt2", 0), ("windowed", 0)])
 def test_prompts_of_a_batch_are_read_without_padding(kind: str, virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assembled, rows = make(kind, virtual, ends=()), prompts(9)
     computed: list[int] = []
