@@ -27,6 +27,7 @@ import capotune
 from capotune.errors import CapotuneError
 from capotune.evaluation.generate import _write
 from capotune.models.base import find
+from capotune.models.gguf.converted import converted
 from capotune.tasks.generation.conversation import ConversationRenderer
 
 RESULTS = Path(__file__).parent / "results" / "conversations.json"
@@ -128,7 +129,7 @@ def turns(case: Case, country: str, capital: str, language: str) -> list[dict[st
 def base_with(template: str | None, folder: Path) -> Path:
     """SmolLM2's folder with this template in it."""
     folder.mkdir()
-    for path in find("smollm2").folder.iterdir():
+    for path in converted(find("smollm2"), None).folder.iterdir():
         (folder / path.name).symlink_to(path.resolve())
     if template is not None:
         (folder / "chat_template.jinja").unlink()
