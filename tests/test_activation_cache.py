@@ -38,7 +38,7 @@ from capotune.models.sequence_packing import Packing, packed
 from capotune.runs import run as run_module
 from capotune.runs.run import run
 from capotune.settings import TrainSettings
-from capotune.tasks.classification import task as task_module
+from capotune.tasks import linear_head as head_module
 from capotune.tasks.classification.features import compute_features
 
 BASES = ("bert", "llama", "gpt2")
@@ -55,7 +55,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Every base loaded from now on raises when it is called with more than the one token that a head tries it on. No
     golden answers: they are asked of the whole model, whatever is cached."""
     monkeypatch.setattr(run_module, "golden_answers", lambda _assembled: [])
-    real, loaded = task_module.load_backbone, []
+    real, loaded = head_module.load_backbone, []
 
     def load(*args: Any, **options: Any) -> Any:
         backbone = real(*args, **options)
@@ -68,7 +68,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         loaded.append(backbone)
         return backbone
 
-    monkeypatch.setattr(task_module, "load_backbone", load)
+    monkeypatch.setattr(head_module, "load_backbone", load)
     return loaded
 
 

@@ -24,7 +24,6 @@ from capotune.kernels.nf4 import Linear4bit, quantize_4bit
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models import base as base_module
-from capotune.models import stream
 from capotune.models.architecture import LINEAR_TYPES, parameter_count
 from capotune.models.base import EMBEDDED, Quantization, find
 from capotune.models.load import load_backbone
@@ -109,12 +108,12 @@ def test_at_most_one_weight_is_whole_while_streaming(
 ) -> None:
     if base == "minilm" and not MINILM_IS_THERE:
         pytest.skip(f"the extra 'demo' ({PACKAGE}) is not installed")
-    source = find(base if base == "minilm" else str(request.getfixturevalue(base)))
-    whole = load_backbone(source)
+    name = base if base == "minilm" else str(request.getfixturevalue(base))
+    whole = load_backbone(find(name))
     WatchedShards.linears = {f"{path}.weight" for path, part in whole.named_modules() if isinstance(part, LINEAR_TYPES)}
     WatchedShards.alive, WatchedShards.most = [], 0
-    monkeypatch.setattr(stream, "Shards", WatchedShards)
-    backbone = load_backbone(source, quantization=NF4)
+    monkeypatch.setattr(base_module, "Shards", WatchedShards)
+    backbone = load_backbone(find(name), quantization=NF4)
     assert len(WatchedShards.alive) == len(packed_layers(backbone)) == len(WatchedShards.linears)
     assert WatchedShards.most == 1
     assert not [one for one in WatchedShards.alive if one() is not None]
