@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import generation_helpers
@@ -143,6 +144,36 @@ def refused(adapters: Adapters, folder: Path, said: str) -> None:
     with pytest.raises(AdapterError, match=said):
         adapters.add("another", read_adapter(folder))
     assert "another" not in adapters.names
+
+
+@pytest.mark.parametrize("name", ["lora", "deep"])
+def test_refused_adapter_leaves_base_and_adapter_in_use_as_they_were(
+    name: str, llama_writer: Path, tmp_path: Path
+) -> None:
+    adapters = capotune.load_adapters({"one": saved(llama_writer, METHODS["one-block"], tmp_path / "one")})
+    adapters.use("one")
+    before = logits(adapters.model)
+    bad = read_adapter(saved(llama_writer, METHODS[name], tmp_path / "bad", 1))
+    last = sorted(bad.tensors)[-1]
+    with pytest.raises(AdapterError):
+        adapters.add("bad", replace(bad, tensors=bad.tensors | {last: bad.tensors[last][:1, :1].clone()}))
+    assert torch.equal(logits(adapters.model), before)
+    adapters.use(None)
+    assert torch.equal(logits(adapters.model), logits(capotune.load_model(llama_writer).model))
+
+
+def test_report_that_raises_leaves_the_model_as_it_was(llama_writer: Path, tmp_path: Path) -> None:
+    def stop(event: object) -> None:
+        raise RuntimeError(event)
+
+    adapters = capotune.load_adapters({"one": saved(llama_writer, METHODS["one-block"], tmp_path / "one")})
+    before = logits(adapters.model)
+    folder = saved(llama_writer, METHODS["lora"], tmp_path / "peft")
+    (folder / "capotune.json").unlink()
+    (folder / "README.md").unlink()
+    with pytest.raises(RuntimeError):
+        adapters.add("peft", read_adapter(folder), stop)
+    assert torch.equal(logits(adapters.model), before)
 
 
 LABELS: dict[str, TrainingSettings] = {

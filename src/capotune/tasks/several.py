@@ -88,7 +88,7 @@ class Adapters:
         """Read an adapter in under ``name``; the one in use stays in use.
 
         Raises ``SettingError`` for a name that is taken, ``AdapterError`` for an adapter of another base, another
-        quantization, or a task that puts its head on the base in another way.
+        quantization, or a task that puts its head on the base in another way; the base is then as it was.
         """
         if name in self._known:
             raise SettingError("there is an adapter of that name.", setting="name", given=name, advice="Remove it.")
@@ -118,12 +118,16 @@ class Adapters:
             )
         before = self._in_use
         self._put_in(None)
+        frozen = _parts(self._loaded)
         try:
             assembled = with_head(task, self._loaded, method)
             put_on(stored, assembled)
             report_notices(stored, assembled, report)
             self._note(name, assembled)
         finally:
+            if name not in self._known:  # it was refused, maybe when half of it was in place
+                for (table, key), part in frozen:
+                    table[key] = part
             self._put_in(before)
 
     def use(self, name: str | None) -> Any:
