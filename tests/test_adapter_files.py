@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 import capotune
 from capotune.adapters.files import CONFIG, WEIGHTS
 from capotune.adapters.store import RECORD, save_adapter
-from capotune.errors import AdapterError, CapotuneError, ModelError
+from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
+from capotune.methods.lora.method import find_targets
 from capotune.methods.lora.settings import LoraSettings
-from capotune.methods.patterns import check_pattern
+from capotune.methods.patterns import path_pattern
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.models.architecture import Architecture
 from capotune.models.gguf.file import open_gguf
 from capotune.models.shards import Shards
 from capotune.tasks.golden import golden_answers
@@ -219,15 +221,40 @@ def test_template_of_nonsense_is_one_message_when_it_is_asked(prompt: Path, tmp_
         ("(a|aa)*b", False),
         ("(a+){9}b", False),
         (".*" * 9 + "x", False),
+        (".*" * 4 + "x", False),
+        ("(|||||)" * 4 + "x", False),
+        ("(a|b|c|d|e|f|g|h|i|j)" * 6, False),
         ("a" * 201, False),
     ],
 )
 def test_patterns_that_may_take_for_ever_are_not_tried(pattern: str, is_tried: bool) -> None:
     if is_tried:
-        check_pattern("target_modules", pattern)
+        path_pattern("rank_pattern", pattern)
         return
     with pytest.raises(AdapterError, match="may take for ever"):
-        check_pattern("target_modules", pattern)
+        path_pattern("rank_pattern", pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_slow"),
+    [
+        (r".*layer.*attention.*q.*", False),
+        (r".*\.(?:[0-9])\.(?:attention)\.(?:self)\.(?:query|key|value)(?:)", False),
+        ("|".join(f"encoder.layer.{number}.attention.self.query" for number in range(200)), False),
+        ("|".join(rf".*\.{number}\..*query" for number in range(48)), False),
+        (rf".*\.({'|'.join(map(str, range(48)))})\.attention\.self\.(query|key|value)", False),
+        ("(e+)+x", True),
+        (".*" * 6 + "x", True),
+    ],
+)
+def test_slow_targets_are_refused_where_they_are_chosen(pattern: str, is_slow: bool) -> None:
+    path = "encoder.layer.0.attention.self.query"
+    architecture = Architecture("", "", (), None, (path,), (), (), 1, 1, 1)
+    if not is_slow:
+        assert find_targets(architecture, (pattern,), None) == (path,)
+        return
+    with pytest.raises(SettingError, match="may take for ever"):
+        find_targets(architecture, (pattern,), None)
 
 
 def test_tensors_of_a_base_over_each_other_are_refused_before_they_are_read(labels: Path, tmp_path: Path) -> None:

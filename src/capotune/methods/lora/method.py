@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from capotune.errors import AdapterError, SettingError
+from capotune.errors import AdapterError, SettingError, quoted
 from capotune.kernels.lora_linear import (
     LinearLayer,
     LoraModule,
@@ -33,7 +33,7 @@ from capotune.kernels.lora_linear import (
 from capotune.kernels.nf4 import Linear4bit
 from capotune.methods.base import LowRank, Method, Start
 from capotune.methods.lora.settings import LoraSettings
-from capotune.methods.patterns import check_pattern
+from capotune.methods.patterns import is_slow_target
 from capotune.models.architecture import Architecture, linear_shape, plain_linear, swap
 from capotune.settings import nearest
 
@@ -339,11 +339,8 @@ class Lora(Method):
     ) -> dict[str, torch.Tensor]:
         """The same with B as it was trained. Adapters written before have it so, and ``use_rslora`` in their config.
 
-        Raises ``AdapterError`` where the config states no scale, for an A of another rank than the settings', and for
-        targets that are no pattern to try.
+        Raises ``AdapterError`` where the config states no scale, and for an A of another rank than the settings'.
         """
-        for entry in settings.target_modules:
-            check_pattern("target_modules", entry)
         for key, tensor in tensors.items():
             if key.endswith(".lora_A.weight") and (tensor.dim() != 2 or len(tensor) != settings.rank):
                 raise AdapterError(f"{key} is {tuple(tensor.shape)}, and the settings say rank {settings.rank}.")
@@ -427,9 +424,15 @@ def _matches(entry: str, path: str) -> bool:
         return True
     if re.fullmatch(r"[\w.\-]+", entry):
         return False
+    if is_slow_target(entry):
+        raise SettingError(
+            f"{quoted(entry)} is no pattern that is tried here: it may take for ever.",
+            setting="target_modules",
+            advice="Name the layers by the endings of their paths.",
+        )
     try:
         return re.fullmatch(entry, path) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SettingError(
-            f"'{entry}' is not a valid regular expression ({error}).", setting="target_modules"
+            f"{quoted(entry)} is not a valid regular expression ({error}).", setting="target_modules"
         ) from None

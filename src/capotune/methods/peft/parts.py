@@ -26,7 +26,7 @@ from torch import Tensor
 
 from capotune.errors import AdapterError, quoted
 from capotune.methods.base import LowRank
-from capotune.methods.patterns import check_pattern
+from capotune.methods.patterns import path_pattern
 
 Change = Callable[[Tensor], Tensor]
 """From a weight (out, in), an embedding (words, width) or a bias (out,), fp32, to what it becomes."""
@@ -38,7 +38,7 @@ _ENDING = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
     r"|trainable_tokens_delta)(?P<rest>(\.default)?(\.weight|\.bias)?)$"
 )
-_LONGEST_PATH = 200
+_LONGEST_PATH, _MOST_PATTERNS = 200, 1_000
 
 
 @dataclass
@@ -164,14 +164,10 @@ def _by_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -
     """The value of the first pattern that the path ends in, as PEFT matches them, else ``default``."""
     if len(path) > _LONGEST_PATH:
         raise AdapterError(f"{quoted(path)} is too long for a layer's name.")
-    for pattern, value in (config.get(name) or {}).items():
-        check_pattern(name, pattern)
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise AdapterError(f"the {name} {pattern[:60]!r} is not a valid pattern ({error}).") from None
-    return default
+    table = config.get(name) or {}
+    if len(table) > _MOST_PATTERNS:
+        raise AdapterError(f"{name} has {len(table):,} entries; at most {_MOST_PATTERNS:,} are tried.")
+    return next((value for pattern, value in table.items() if path_pattern(name, pattern).match(path)), default)
 
 
 def _token_ids(config: Mapping[str, Any], path: str, count: int) -> Tensor:
