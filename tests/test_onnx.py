@@ -97,10 +97,10 @@ def test_graph_computes_what_predict_reads(method: str, bert: Path) -> None:
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """A LoRA adapter for labels, its graph, and what the command said. One block: exporting takes seconds for each."""
+    """A QLoRA adapter for labels, its graph, and what the command said. One block: exporting takes seconds for each."""
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("onnx")
-    adapter = saved(on_base(_save(folder / "bert", BertConfig(**SIZES)), METHODS["lora"]), folder / "adapter")
+    adapter = saved(on_base(_save(folder / "bert", BertConfig(**SIZES)), METHODS["qlora"]), folder / "adapter")
     ran = capo("export", adapter, "--for", "onnx", "--out", folder / "out")
     assert ran.code == 0, ran.err
     return adapter, folder / "out", ran.out

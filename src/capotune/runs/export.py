@@ -92,7 +92,7 @@ def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
     device = pick_device()
     trust = settings.trust_remote_code
     asked = stored
-    if verdict.form == "merged":
+    if verdict.form == "merged" and not loader.graphs:  # a graph is of what ``predict`` computes
         base = find_base(stored, settings.model, trust_remote_code=trust, report=report)
         asked = on_merged_weights(stored, base, base.is_quantized)
     assembled = load_adapter(asked, model=settings.model, device=device, trust_remote_code=trust, report=report)
