@@ -70,6 +70,22 @@ def pooled(batch: Batch, states: torch.Tensor, pooling: Pooling, skip: int) -> t
     return pool(flat if at is None else flat[at], batch.starts, pooling, skip)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pooling", ["last", "weightedmean", "mean_sqrt_len_tokens"])
+def test_long_rows_in_16_bits_are_pooled_as_in_fp32(pooling: Pooling, dtype: torch.dtype) -> None:
+    """Positions above 256 have no exact value in bf16, and their sum above 362 none in fp16."""
+    generator, lengths = torch.Generator().manual_seed(0), torch.tensor([512, 301])
+    states = torch.randn(2, 512, 4, generator=generator).to(dtype)
+    mask = (torch.arange(512) < lengths[:, None]).long()
+    expected = pool_padded(states.float(), mask, pooling, 0)
+    flat, starts = states[mask.bool()], torch.tensor([0, 512, 813])
+    at = pooled_positions(starts, pooling, 0)
+    packed = pool(flat if at is None else flat[at], starts, pooling, 0)
+    for found in (pool_padded(states, mask, pooling, 0), packed):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_ignores_padding_and_virtual_tokens(pooling: Pooling) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -112,17 +112,18 @@ def pool(states: torch.Tensor, starts: torch.Tensor, pooling: Pooling, skip: int
     weights = every - first + 1 if pooling == "weightedmean" else torch.ones_like(every)
     whole = lengths * (lengths + 1) / 2 if pooling == "weightedmean" else lengths.sqrt()
     sums = functional.embedding_bag(
-        every, states, starts, mode="sum", per_sample_weights=weights.to(states.dtype), include_last_offset=True
+        every, states.float(), starts, mode="sum", per_sample_weights=weights.float(), include_last_offset=True
     )
-    return sums / whole.to(states.dtype)[:, None]
+    return (sums / whole[:, None]).to(states.dtype)
 
 
 def pool_padded(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor:
     """One vector per row, (rows, hidden), of right-padded states (rows, tokens, hidden), of which ``mask`` (rows,
-    tokens) says where a token is; the first ``skip`` do not count."""
+    tokens) says where a token is; the first ``skip`` do not count. Positions are counted in fp32, whatever dtype the
+    states have."""
     if pooling == "cls":
         return states[:, skip]
-    states, mask = states[:, skip:], mask[:, skip:].to(states.dtype)
+    states, mask = states[:, skip:], mask[:, skip:].float()
     lengths = mask.sum(1, keepdim=True)
     if pooling == "last":
         last = (lengths.long() - 1)[..., None].expand(-1, 1, states.shape[-1])
@@ -131,7 +132,7 @@ def pool_padded(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling, skip
         return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
     weights = mask * mask.cumsum(1) if pooling == "weightedmean" else mask
     whole = {"mean": lengths, "weightedmean": weights.sum(1, keepdim=True)}.get(pooling, lengths.sqrt())
-    return (weights[..., None] * states).sum(1) / whole
+    return ((weights[..., None] * states).sum(1) / whole).to(states.dtype)
 
 
 _MOST_FEATURES = 8192  # a head's features are held in memory for all rows at once
