@@ -26,6 +26,7 @@ from capotune.methods.feature_extraction.settings import FeatureExtractionSettin
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
+from capotune.models.gguf import write
 from capotune.settings import ExportSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
@@ -209,6 +210,12 @@ def test_merged_gguf_answers_as_the_adapter(
     capotune.export(adapter, loader="llama.cpp", out=tmp_path / "out", merged=True, gguf_type=kind)
     read = read_by_transformers(tmp_path / "out")
     torch.testing.assert_close(answers(read), expected, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((33, 64), "Q8_0"), ((64, 33), "F16"), ((3, 33, 64), "Q8_0"),
+                                             ((64,), "F32")])  # fmt: skip
+def test_length_of_a_row_says_whether_it_is_stored_in_8_bits(shape: tuple[int, ...], kind: str) -> None:
+    assert write._kind_of("blk.0.attn_q.weight", shape, "Q8_0") == kind
 
 
 @pytest.mark.parametrize("name", ["Llama 3", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3, long", "StableLM",

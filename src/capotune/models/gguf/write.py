@@ -78,7 +78,7 @@ def write_model(
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = gguf_names(base, weights.model, name)
-    kinds = {called: _kind_of(called, weights.model.get_parameter(one), kind) for called, one in names.items()}
+    kinds = {called: _kind_of(called, _stored_shape(weights.model, one), kind) for called, one in names.items()}
     for called, one in names.items():
         writer.add_tensor_info(called, *_info(_stored_shape(weights.model, one), kinds[called]))
     for called, values in more.items():
@@ -174,11 +174,11 @@ def _stored_shape(model: Any, name: str) -> tuple[int, ...]:
     return shape[::-1] if _is_transposed(model, name) else shape
 
 
-def _kind_of(called: str, values: Tensor, kind: Kind) -> Kind:
-    """Vectors stay in fp32, and rows that Q8_0's blocks do not fit in half precision."""
-    if values.dim() == 1 or called.startswith(("position_embd", "token_types")):
+def _kind_of(called: str, shape: tuple[int, ...], kind: Kind) -> Kind:
+    """Vectors stay in fp32, and rows whose length is no multiple of Q8_0's block in half precision."""
+    if len(shape) == 1 or called.startswith(("position_embd", "token_types")):
         return "F32"
-    return "F16" if kind == "Q8_0" and (values.shape[-1] % _BLOCK or values.shape[0] % _BLOCK) else kind
+    return "F16" if kind == "Q8_0" and shape[-1] % _BLOCK else kind
 
 
 def _info(shape: tuple[int, ...], kind: Kind) -> tuple[Any, ...]:
