@@ -101,6 +101,12 @@ def test_prompts_are_padded_where_packing_changes_what_is_written(monkeypatch: p
     assert generate(assembled, rows, settings()) == expected
 
 
+def test_deep_prompts_are_padded_without_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    assembled = make("llama", 5, ends=(), deep=True)
+    monkeypatch.setattr(prefill, "read_packed", lambda *_: pytest.fail("it was tried"))
+    assert not prefill.can_read_packed(assembled)
+
+
 SMOLLM2 = embedded_file("smollm2") is not None
 
 

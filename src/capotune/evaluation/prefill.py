@@ -17,6 +17,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.evaluation.roomy_cache import RoomyCache
 from capotune.kernels.attention import Sequences
 from capotune.models.architecture import FAILURES
+from capotune.models.prefix import has_prefix
 from capotune.models.sequence_packing import TOLERANCE, packed
 
 
@@ -55,8 +56,11 @@ def read_packed(assembled: Assembled, prompts: Sequence[Sequence[int]]) -> Roomy
 @torch.no_grad()
 def can_read_packed(assembled: Assembled) -> bool:
     """Whether the short one of two prompts that are read so, which goes on without the other (``leaving``), gets the
-    scores that it gets alone."""
+    scores that it gets alone. Never with a deep prompt: what is cached of a packed row are the keys and values that
+    the model computes at its placeholders."""
     if assembled.packing.first_position is None or assembled.packing.changes_beyond is not None:
+        return False
+    if has_prefix(assembled.backbone):
         return False
     model, pad, virtual = assembled.model, assembled.task.pad_id, assembled.method.virtual_token_ids
     words = [token for token in range(1, 11) if token != pad]

@@ -41,6 +41,11 @@ def prefix_of(attention: nn.Module) -> LayerPrefix | None:
     return found
 
 
+def has_prefix(backbone: Any) -> bool:
+    """Whether any attention module of ``backbone`` has one."""
+    return any(prefix_of(module) is not None for module in backbone.modules())
+
+
 def put_prefixes(backbone: Any, prefixes: Sequence[tuple[nn.Module, LayerPrefix]]) -> list[tuple[Any, str]]:
     """Give attention modules of ``backbone`` their prefixes; returns what ``take_prefixes`` needs."""
     _register(PREFIXED, _prefixed)
