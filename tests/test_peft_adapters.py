@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import capotune
 from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
+from capotune.events import Event, Warned
 
 TOLERANCE = 1e-5
 CELLS = [
@@ -94,12 +95,35 @@ MERGED = [
 ]
 
 
+def called_a_classifier(base: Path, folder: Path) -> Path:
+    """A copy whose configuration names its family's classifier."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["architectures"] = [re.sub(r"For\w+|LMHead\w+", "ForSequenceClassification", config["architectures"][0])]
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def notices_of_merge(adapter: Path, base: Path, out: Path) -> list[str]:
+    said = list[str]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Warned):
+            said.append(event.text)
+
+    capotune.merge(adapter, model=str(base), out=out, progress=note)
+    return said
+
+
 @pytest.mark.parametrize("cell", MERGED, ids=lambda cell: f"{cell.feature}, {cell.family}")
 def test_merged_model_gives_pefts_logits_in_transformers(cell: Cell, bases: Path, tmp_path: Path) -> None:
     """Conv1D, trained biases and heads; an output layer that shared the embedding's weight, and no longer does."""
     base = make_base(cell.family, bases / cell.family)
+    if cell.task_type == "SEQ_CLS":
+        base = called_a_classifier(base, tmp_path / "base")
     made = make_adapter(base, tmp_path / "adapter", FEATURES[cell.feature], cell.task_type)
-    capotune.merge(tmp_path / "adapter", model=str(base), out=tmp_path / "merged")
+    (said,) = notices_of_merge(tmp_path / "adapter", base, tmp_path / "merged")
+    assert "no fingerprint" in said
     merged = peft_cases.load_plain(tmp_path / "merged", cell.task_type)
     ids = torch.tensor([[9, 8, 7, 40, 41, 6]])
     with torch.no_grad():
@@ -308,6 +332,15 @@ def test_what_does_nothing_is_passed_over_and_named(name: str, written: Path, ba
     assert re.search(message, " ".join(said))
     plain = capotune.load(written, model=str(bases / "Llama"))
     assert_same_bits(contents(loaded.model), contents(plain.model))
+
+
+def test_merge_names_what_does_nothing(written: Path, bases: Path, tmp_path: Path) -> None:
+    change, message = IDLE["a delta of zeros"]
+    folder = tmp_path / "adapter"
+    shutil.copytree(written, folder)
+    change(folder)
+    _, said = notices_of_merge(folder, bases / "Llama", tmp_path / "merged")
+    assert re.search(message, said)
 
 
 def test_unknown_settings_and_absent_targets_are_named(written: Path, bases: Path, tmp_path: Path) -> None:

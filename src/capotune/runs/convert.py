@@ -27,7 +27,7 @@ from capotune.models.quantize import LayerError, write_quantized
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, on_merged_weights, write_merged_model
 from capotune.settings import MergeSettings, QuantizeSettings
-from capotune.tasks.loading import load_adapter, task_on
+from capotune.tasks.loading import load_adapter, report_notices, task_on
 
 DIFFERENT_BASE = "different_base.json"
 """In a merged model whose base is not the one that the adapter was trained on: both fingerprints."""
@@ -94,7 +94,7 @@ def merge(settings: MergeSettings, report: Reporter) -> dict[str, Any]:
         report(Stage(text=f"merging into {base.name}{' in 4 bits' if settings.requantize else ''}"))
         merged = Base(str(settings.out.absolute()), new, settings.trust_remote_code)
         changed, notices = write_merged_model(stored, base, merged, requantize=settings.requantize, report=report)
-        for notice in (*stored.notices, *notices):
+        for notice in notices:
             report(Warned(text=notice))
         is_own = is_own_base(stored, base)
         if not is_own:
@@ -135,6 +135,7 @@ def _compared(
     """
     there = on_merged_weights(stored, base, settings.requantize)
     on_base = _on_base(there, base)
+    report_notices(stored, on_base, report)
     adapter, alone = ask_with_and_without(on_base, rows, report)
     del on_base
     result = ask(load_merged_model(stored, merged), rows, report)

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -125,6 +126,10 @@ class PeftClassification(Classification):
     def expected_head(self, model: Any) -> int:  # noqa: ARG002
         """0."""
         return 0
+
+    def write_merged_files(self, folder: Path) -> list[str]:  # noqa: ARG002
+        """Nothing: the merged model's own head is the trained one."""
+        return []
 
     def logits(
         self,
