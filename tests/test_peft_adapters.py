@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import capotune
 from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
 from capotune.events import Event, Warned
+from capotune.methods.peft.parts import read_parts
 
 TOLERANCE = 1e-5
 CELLS = [
@@ -267,6 +268,13 @@ def twice(folder: Path) -> None:
     save_file(load_file(path) | {name: torch.full((360, 32), float(at)) for at, name in enumerate(names)}, path)
 
 
+def spelled_twice(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    found = load_file(path)
+    key = next(key for key in found if key.endswith("lora_B.weight"))
+    save_file(found | {key.replace("lora_B.weight", "lora_B.default.weight"): found[key] + 1}, path)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep JSON": (text("[" * 10_000 + "]" * 10_000), "nested too deep|not readable JSON"),
     "a name twice": (text('{"peft_type": "LORA", "peft_type": "IA3"}'), "'peft_type' stands in it twice"),
@@ -284,6 +292,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a half is missing": (tensors(lambda key, one: None if "lora_B" in key else (key, one)), "the other is missing"),
     "wrong shape": (tensors(lambda key, one: (key, one[:, 1:].clone() if "lora_A" in key else one)), "fits the base"),
     "a weight twice": (twice, "stored twice, with other values"),
+    "a half twice": (spelled_twice, "lora_B is stored twice, with other values"),
+    "endless repeat": (config(rank_pattern={"a{99999999999}": 1}), "not a valid pattern"),
+    "huge table": (config(rank_pattern={f"no_{number}": 1 for number in range(1001)}), "1,001 entries"),
+    "huge alpha": (config(lora_alpha=10**400), "lora_alpha above 0"),
+    "no magnitudes": (config(use_dora=True), "no lora_magnitude_vector"),
+    "no bias of B": (config(lora_bias=True), "no lora_B.bias"),
     "extra tensor": (tensors(lambda key, one: (key.replace("layers.1", "layers.7"), one)), "does not have"),
     "path upwards": (tensors(lambda key, one: (key.replace("layers", "../x"), one)), "does not have"),
 }
@@ -300,6 +314,17 @@ def test_damage_is_one_message(name: str, written: Path, bases: Path, tmp_path: 
     assert isinstance(error.value, AdapterError)
     assert str(folder) in str(error.value)
     assert os.linesep not in str(error.value)
+
+
+def test_adapter_of_zeros_is_described_and_ids_beyond_all_are_refused(written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(written, folder)
+    tensors(lambda key, one: (key, one * ("lora_B" not in key)))(folder)
+    (folder / "README.md").write_text("x" * 2**21)
+    assert capotune.info(folder)["delta"]["norm"] == 0
+    rows = {"base_model.model.embed.trainable_tokens_delta": torch.ones(1, 4)}
+    with pytest.raises(AdapterError, match="must state the ids"):
+        read_parts({"token_indices": [10**30]}, rows)
 
 
 def also(**more: torch.Tensor) -> Callable[[Path], object]:

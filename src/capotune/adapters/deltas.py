@@ -54,7 +54,7 @@ def block_norms(deltas: Deltas) -> dict[str, float]:
     for path, one in deltas.items():
         block = block_of(path)
         squares[block] = squares.get(block, 0.0) + inner(one, one)
-    return {block: math.sqrt(square) for block, square in in_order(squares).items()}
+    return {block: _norm(square) for block, square in in_order(squares).items()}
 
 
 def compare_blocks(one: Deltas, other: Deltas) -> dict[str, Norms]:
@@ -65,7 +65,7 @@ def compare_blocks(one: Deltas, other: Deltas) -> dict[str, Norms]:
 
 def compare(one: Deltas, other: Deltas) -> Norms:
     """Of all layers together."""
-    norms = [math.sqrt(sum(inner(delta, delta) for delta in deltas.values())) for deltas in (one, other)]
+    norms = [_norm(sum(inner(delta, delta) for delta in deltas.values())) for deltas in (one, other)]
     product = sum(inner(delta, other[path]) for path, delta in one.items() if path in other)
     size = norms[0] * norms[1]
     return Norms(norms[0], norms[1], max(-1.0, min(1.0, product / size)) if size else None)
@@ -79,6 +79,11 @@ def in_order(blocks: Mapping[str, float]) -> dict[str, float]:
         return block == OUTSIDE, name, int(number) if number.isdecimal() else 0
 
     return {block: blocks[block] for block in sorted(blocks, key=place)}
+
+
+def _norm(square: float) -> float:
+    """Of a delta whose factors cancel, rounding may leave a square below zero."""
+    return math.sqrt(max(0.0, square))
 
 
 def _within(deltas: Deltas, block: str) -> Deltas:

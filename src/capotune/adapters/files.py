@@ -56,13 +56,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_text(folder: Path, name: str) -> str | None:
-    """A text file, of which what is no UTF-8 is replaced; None where there is none."""
+    """The first MiB of a text file, of which what is no UTF-8 is replaced; None where there is none."""
     path = inside(folder, name)
     if not path.is_file():
         return None
-    if path.stat().st_size > _LARGEST_TEXT:
-        raise AdapterError("too large.", where=str(path))
-    return path.read_text(encoding="utf-8", errors="replace")
+    with path.open("rb") as file:
+        return file.read(_LARGEST_TEXT).decode("utf-8", errors="replace")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -151,12 +151,13 @@ class Peft(Method):
 
     @classmethod
     def low_rank(cls, settings: Any, tensors: Mapping[str, Tensor]) -> dict[str, LowRank] | None:
-        """The deltas but those of zeros; None where there is more, or a delta of a layer outside the backbone."""
+        """The deltas but those of zeros, unless all are; None where there is more or nothing, or a delta of a layer
+        outside the backbone."""
         parts = read_parts(settings.config, tensors)
         more = parts.changes or parts.replaced or parts.embeddings or parts.bare or parts.prompt is not None
         if more or any("." not in path for path in parts.low_rank):
             return None
-        return {path: low for path, low in parts.low_rank.items() if not low.is_zero}
+        return {path: low for path, low in parts.low_rank.items() if not low.is_zero} or parts.low_rank or None
 
     def _check_places(self, parts: Parts) -> None:
         """``AdapterError`` for trained tensors that the base has no place for; what does nothing is left out."""

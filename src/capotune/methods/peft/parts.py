@@ -38,6 +38,7 @@ _ENDING = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
     r"|trainable_tokens_delta)(?P<rest>(\.default)?(\.weight|\.bias)?)$"
 )
+_LARGEST_ALPHA = 1e30
 _LONGEST_PATH, _MOST_PATTERNS = 200, 1_000
 
 
@@ -79,23 +80,32 @@ def read_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part
 
     Raises ``AdapterError`` for tensors that lack a part, have no or unequal ranks, or whose scale is not stated.
     """
-    parts, layers = Parts(), defaultdict[str, dict[str, Tensor]](dict)
+    parts, prompts, layers = Parts(), dict[str, Tensor](), defaultdict[str, dict[str, Tensor]](dict)
     for key, tensor in tensors.items():
         name = _without_prefix(key)
         found = _ENDING.match(name)
         if name == PROMPT:
+            _store_once(prompts, name, tensor, name)
             parts.prompt = _matrix(key, tensor)
         elif found is not None:
             ending = ".bias" if found["rest"].endswith(".bias") else ""
-            layers[_unwrapped(found["path"])][found["part"] + ending] = tensor
+            path, part = _unwrapped(found["path"]), found["part"] + ending
+            _store_once(layers[path], part, tensor, f"{path}.{part}")
             parts.bare |= found["part"] in ("lora_A", "lora_B") and not found["rest"]
         elif "original_module" in name.split("."):
             parts.copies.append(key)
-        elif not torch.equal(parts.replaced.setdefault(_unwrapped(name), tensor), tensor):
-            raise AdapterError(f"{_unwrapped(name)} is stored twice, with other values.")
+        else:
+            _store_once(parts.replaced, _unwrapped(name), tensor, _unwrapped(name))
     for path, found_parts in layers.items():
         _read_layer(parts, path, found_parts, config)
     return parts
+
+
+def _store_once(table: dict[str, Tensor], key: str, tensor: Tensor, name: str) -> None:
+    """Under ``key``. ``AdapterError`` where other values stand there: two keys of a file may be spellings of one."""
+    first = table.setdefault(key, tensor)
+    if first.shape != tensor.shape or not torch.equal(first.float(), tensor.float()):
+        raise AdapterError(f"{name} is stored twice, with other values.")
 
 
 def _without_prefix(key: str) -> str:
@@ -129,8 +139,13 @@ def _read_layer(parts: Parts, path: str, found: dict[str, Tensor], config: Mappi
         if pair[0] is None or pair[1] is None:
             raise AdapterError(f"{path} has one of {kind}A and {kind}B, and the other is missing.")
         magnitude = found.pop("lora_magnitude_vector", None)
+        if magnitude is None and config.get("use_dora") is True:
+            raise AdapterError(f"{path} has no lora_magnitude_vector, and adapter_config.json says use_dora.")
         where[path] = _low_rank(path, pair[0], pair[1], magnitude, config)
-    if (bias := found.pop("lora_B.bias", None)) is not None and path in parts.low_rank:
+    bias = found.pop("lora_B.bias", None)
+    if bias is None and path in parts.low_rank and config.get("lora_bias") is True:
+        raise AdapterError(f"{path} has no lora_B.bias, and adapter_config.json says lora_bias.")
+    if bias is not None and path in parts.low_rank:
         parts.changes[f"{path}.bias"].append(partial(_added, bias.float() * parts.low_rank[path].scale, f"{path}.bias"))
     if found:
         raise AdapterError(f"{path}: {', '.join(sorted(found))} without lora_A and lora_B.")
@@ -145,8 +160,8 @@ def _low_rank(path: str, a: Tensor, b: Tensor, magnitude: Tensor | None, config:
             f"{stated}; they do not fit together."
         )
     alpha = _by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise AdapterError(f"{path}: adapter_config.json must state a lora_alpha above 0, and says {alpha!r}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < _LARGEST_ALPHA:
+        raise AdapterError(f"{path}: adapter_config.json must state a lora_alpha above 0, and says {quoted(alpha)}.")
     if magnitude is not None and magnitude.numel() != len(b):
         raise AdapterError(f"{path}: lora_magnitude_vector is {tuple(magnitude.shape)}; ({len(b)},) is expected.")
     wide = None if magnitude is None else magnitude.float().flatten()
@@ -176,7 +191,7 @@ def _token_ids(config: Mapping[str, Any], path: str, count: int) -> Tensor:
     if isinstance(stated, dict):
         stated = next((ids for name, ids in stated.items() if path == name or path.endswith(f".{name}")), None)
     whole = isinstance(stated, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in stated)
-    if not whole or len(stated or ()) != count or min(stated or [0]) < 0:
+    if not whole or len(stated or ()) != count or not all(0 <= one < 2**63 for one in stated or ()):
         raise AdapterError(f"{path}: adapter_config.json must state the ids of the {count} trained tokens.")
     return torch.tensor(stated, dtype=torch.long)
 
