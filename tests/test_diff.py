@@ -11,10 +11,12 @@ import helpers
 import pytest
 import torch
 from commands import capo
+from safetensors.torch import save_file
 from torch.nn import functional
 
 import capotune
 from capotune.adapters.deltas import OUTSIDE, block_norms, compare, compare_blocks
+from capotune.adapters.files import CONFIG, WEIGHTS
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import SettingError
 from capotune.methods.base import LowRank
@@ -69,6 +71,15 @@ def test_same_deltas_are_no_angle_apart_and_opposite_ones_half_a_turn() -> None:
     opposite = {path: LowRank(one.a, -one.b, one.scale) for path, one in ONE.items()}
     assert compare(ONE, ONE).degrees == pytest.approx(0, abs=1e-3)
     assert compare(ONE, opposite).degrees == pytest.approx(180, abs=1e-3)
+
+
+def test_delta_whose_factors_cancel_has_a_norm_of_zero() -> None:
+    for seed in range(20):
+        made = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(3, 12, generator=made).double(), torch.randn(12, 3, generator=made).double()
+        turn = torch.randn(3, 3, generator=made).double()
+        none = LowRank(torch.cat([a, turn @ a]), torch.cat([b, -b @ torch.linalg.inv(turn)], 1), 1.0)
+        assert block_norms({"m.0.q": none})["m.0"] == pytest.approx(0, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -126,6 +137,32 @@ def test_diff_with_a_prompt_compares_no_deltas_and_no_answers(
     assert "one of them has no LoRA deltas" in capo("diff", pair[0], prompt).said
     with pytest.raises(SettingError, match="vectors before a text"):
         capotune.diff(pair[0], prompt, data=str(colour_pairs))
+
+
+def by_peft(folder: Path, width: int, base: str) -> Path:
+    folder.mkdir()
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    save_file({f"{key}A.weight": torch.ones(2, width), f"{key}B.weight": torch.ones(width, 2)}, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "base_model_name_or_path": base}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def test_diff_of_adapters_of_other_bases_compares_no_deltas_and_no_answers(
+    pair: tuple[Path, Path], gpt2_writer: Path, colour_pairs: Path, tmp_path: Path
+) -> None:
+    one = by_peft(tmp_path / "one", 8, "some/base")
+    for name, width, base, same in (
+        ("a", 8, "some/base", True),
+        ("b", 8, "other/base", False),
+        ("c", 16, "some/base", False),
+    ):
+        found = capotune.diff(one, by_peft(tmp_path / name, width, base))
+        assert (found["same_base"], found["deltas"] is not None) == (same, same)
+    assert "of different bases" in capo("diff", one, tmp_path / "b").said
+    other = saved(gpt2_writer, LoraSettings(rank=2), tmp_path / "gpt2")
+    with pytest.raises(SettingError, match="they are of different bases"):
+        capotune.diff(pair[0], other, data=str(colour_pairs))
 
 
 def test_info_shows_tensors_norms_and_whether_the_base_matches(pair: tuple[Path, Path], gpt2_writer: Path) -> None:

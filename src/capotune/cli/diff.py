@@ -48,7 +48,7 @@ def diff(rest: list[str]) -> int:
 def _show(result: dict[str, Any]) -> None:
     grid = two_columns()
     one, other = result["bases"]
-    same = one["fingerprint"] == other["fingerprint"] and one["fingerprint"] is not None
+    same = result["same_base"]
     grid.add_row("base", one["name"] if same else f"{one['name']} against {other['name']}")
     if not result["differing"]:
         grid.add_row("settings", "equal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,9 +14,13 @@ from capotune.errors import SettingError
 from capotune.evaluation.agreement import loss_of
 from capotune.evaluation.divergence import compare_logits
 from capotune.events import Reporter, Stage
+from capotune.methods.base import LowRank
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.settings import DiffSettings
 from capotune.tasks.loading import load_adapter, task_class
+
+_Found = Mapping[str, LowRank] | None
+"""Of an adapter, its deltas by their layers' paths."""
 
 
 def diff(settings: DiffSettings, report: Reporter) -> dict[str, Any]:
@@ -24,15 +29,19 @@ def diff(settings: DiffSettings, report: Reporter) -> dict[str, Any]:
         read_adapter(folder, allow_different_base=settings.allow_different_base)
         for folder in (settings.adapter, settings.other)
     )
+    deltas = [methods.get(stored.settings.method).low_rank(stored.settings, stored.tensors) for stored in (one, other)]
+    same = _same_base(one, other, settings.model) and _same_shapes(*deltas)
     found: dict[str, Any] = {
         "adapters": [str(settings.adapter), str(settings.other)],
         "bases": [{**stored.record["base"], "name": stored.base} for stored in (one, other)],
+        "same_base": same,
         "differing": _differing(one, other),
         "trained_weights": [_weights(stored) for stored in (one, other)],
         "bytes": [stored.nbytes for stored in (one, other)],
-        "deltas": _deltas(one, other),
+        "deltas": _deltas(*deltas) if same else None,
     }
     if settings.data is not None:
+        _check_comparable(one, other, same)
         found["answers"] = _answers(one, other, settings, report)
     return found
 
@@ -54,14 +63,23 @@ def _weights(stored: StoredAdapter) -> int:
     return sum(tensor.numel() for tensor in stored.tensors.values())
 
 
-def _deltas(one: StoredAdapter, other: StoredAdapter) -> dict[str, Any] | None:
-    """Norms and angles; None where one of them has no LoRA deltas, or they are of different bases."""
-    bases = {stored.record["base"]["fingerprint"] for stored in (one, other)} - {None}
-    if len(bases) > 1:
-        return None
-    first, second = (
-        methods.get(stored.settings.method).low_rank(stored.settings, stored.tensors) for stored in (one, other)
-    )
+def _same_base(one: StoredAdapter, other: StoredAdapter, model: str | None) -> bool:
+    """By content; where another program wrote one of them and noted none, by name, or both are of the ``model`` that
+    the user names."""
+    if one.is_foreign or other.is_foreign:
+        return model is not None or one.base == other.base
+    return bool(one.record["base"]["fingerprint"] == other.record["base"]["fingerprint"])
+
+
+def _same_shapes(first: _Found, second: _Found) -> bool:
+    """Of the layers that both change."""
+    if first is None or second is None:
+        return True
+    return all(first[path].shape == second[path].shape for path in first.keys() & second.keys())
+
+
+def _deltas(first: _Found, second: _Found) -> dict[str, Any] | None:
+    """Norms and angles; None where one of them has no LoRA deltas."""
     if first is None or second is None:
         return None
     blocks = compare_blocks(first, second)
@@ -79,7 +97,6 @@ def _described(norms: Norms) -> dict[str, Any]:
 
 def _answers(one: StoredAdapter, other: StoredAdapter, settings: DiffSettings, report: Reporter) -> dict[str, Any]:
     """How far the distributions of both are apart on the rows, as the first one's task reads them."""
-    _check_comparable(one, other)
     report(Stage(text="asking the first adapter and the base"))
     on_base = load_adapter(one, model=settings.model, device=pick_device(), report=report)
     rows = rows_to_ask(on_base.task, settings.data)
@@ -97,11 +114,13 @@ def _answers(one: StoredAdapter, other: StoredAdapter, settings: DiffSettings, r
     }
 
 
-def _check_comparable(one: StoredAdapter, other: StoredAdapter) -> None:
+def _check_comparable(one: StoredAdapter, other: StoredAdapter, same_base: bool) -> None:
     """``SettingError`` where the answers are not to one question."""
     problem = None
     if one.task != other.task:
         problem = f"one {task_class(one).gives}, the other {task_class(other).gives}"
+    elif not same_base:
+        problem = "they are of different bases"
     elif one.record.get("labels") != other.record.get("labels"):
         problem = "their labels differ"
     elif one.settings.virtual_tokens or other.settings.virtual_tokens:
