@@ -12,6 +12,7 @@ import helpers
 import pytest
 import torch
 from commands import capo, tree
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import capotune
@@ -233,6 +234,12 @@ def test_adapter_that_peft_wrote_is_combined_with_ours(pair: tuple[Path, Path], 
     with torch.no_grad():
         found, expected = (capotune.load(folder).model(input_ids=IDS).logits for folder in (tmp_path / "both", pair[0]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    record = json.loads((tmp_path / "both" / "capotune.json").read_text("utf-8"))
+    assert record["trained"]["combined"]["adapters"][1]["trained"] == {"score": None, "train_rows": 48}
+    shutil.rmtree(tmp_path / "both")
+    weights = by_peft / "adapter_model.safetensors"
+    save_file({key.replace("layers.1", "layers.7"): one for key, one in load_file(weights).items()}, weights)
+    refused(AdapterError, r"has no linear layer 'model\.layers\.7", tmp_path, pair[0], by_peft)
 
 
 def labels(base: Path, settings: TrainingSettings, folder: Path, seed: int = 7, order: str = "") -> Path:

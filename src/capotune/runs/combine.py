@@ -14,6 +14,7 @@ from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.combine import Combined, Deltas, combine
 from capotune.adapters.files import WEIGHTS
 from capotune.adapters.store import StoredAdapter, check_base, find_base, put_on, read_adapter, save_adapter
+from capotune.data.wording import shorten
 from capotune.device import pick_device
 from capotune.errors import AdapterError, SettingError
 from capotune.events import Reporter, Stage, Warned, alive
@@ -25,6 +26,8 @@ from capotune.tasks.golden import golden_answers
 from capotune.tasks.loading import task_class, task_on
 from capotune.text import words
 
+_SCORED = ("train_rows", "metric", "score")
+"""What is stored of how each of the adapters was trained."""
 MOST_PORTABLE_RANK = 64
 """Above it some of the programs that serve adapters have to be told, or do not take one."""
 
@@ -148,6 +151,12 @@ def _assembled(
     made = _made(first.settings, combined.rank)
     assembled = assemble(task, made, device=pick_device(), dtype=first.dtype)
     architecture = assembled.architecture
+    lacking = sorted(combined.layers.keys() - set(architecture.linears))
+    if lacking:
+        raise AdapterError(
+            f"'{base.name}' has no linear layer {shorten(lacking, 3)} that an adapter of them changes.",
+            advice="Combine adapters of one base.",
+        )
     everywhere = combined.layers.keys() == set(architecture.linears)
     targets = ["all-linear"] if everywhere else architecture.short_names(combined.layers)
     made = made.model_copy(update={"target_modules": tuple(targets)})
@@ -198,7 +207,7 @@ def _trained(
     randomly = settings.method.startswith("dare")
     return {
         "train_rows": sum(one.record["trained"].get("train_rows", 0) for one in adapters),
-        "train_seconds": sum(one.record["trained"].get("train_seconds", 0.0) for one in adapters),
+        "train_seconds": sum(one.record["trained"].get("train_seconds") or 0.0 for one in adapters),
         "test_rows": 0,
         "dtype": first.record["trained"].get("dtype", "float32"),
         "combined": {
@@ -221,7 +230,7 @@ def _named(stored: StoredAdapter, weight: float) -> dict[str, Any]:
         "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         "method": stored.settings.method,
         "settings": {} if stored.is_foreign else stored.record["settings"],
-        "trained": stored.record["trained"],
+        "trained": {name: value for name, value in stored.record["trained"].items() if name in _SCORED},
     }
 
 
