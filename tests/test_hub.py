@@ -22,6 +22,7 @@ from capotune.methods.feature_extraction.settings import FeatureExtractionSettin
 from capotune.methods.lora.settings import LoraSettings
 from capotune.models.base import find
 from capotune.models.hub import HubName, hub_name
+from capotune.runs.publish import public_base, publish
 from capotune.tasks.golden import TEXTS, golden_answers
 
 ASKED = ["my lamp is broken", "the parcel was late", "paid twice"]
@@ -199,6 +200,27 @@ def test_copy_that_names_a_home_folder_or_a_token_is_refused(hub: Hub, adapter: 
     assert not hub.repositories
 
 
+@pytest.mark.parametrize(
+    ("label", "is_refused"),
+    [
+        (r"C:\Users\bob\x", True),
+        ("see /root/x", True),
+        ("next\n/home/é", True),
+        ("square/root", False),
+        ("https://some.org/home/page", False),
+    ],
+)
+def test_home_folders_are_found_in_values_and_not_in_other_words(
+    label: str, is_refused: bool, adapter: Path, tmp_path: Path
+) -> None:
+    stored = read_adapter(copy(adapter, tmp_path / "mine", labels=["broken", "late", label]))
+    if not is_refused:
+        publish(stored, "ours/tickets", "ours/bert", None)
+        return
+    with pytest.raises(AdapterError, match="home folder stands in 'labels'"):
+        publish(stored, "ours/tickets", "ours/bert", None)
+
+
 # What is refused when pushing
 
 
@@ -257,7 +279,15 @@ def test_push_of_what_others_could_not_find_is_refused(
 
 def test_base_in_the_hubs_cache_is_named_as_on_the_hub(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     base = {"name": f"/home/me/.cache/huggingface/hub/models--ours--bert/snapshots/{'1' * 40}"}
-    capotune.push(copy(adapter, tmp_path / "mine", base=base), "ours/tickets")
+    folder = copy(adapter, tmp_path / "mine", base=base)
+    capotune.push(folder, "ours/tickets")
+    pushed = publish(read_adapter(folder), "ours/tickets", "ours/bert@v2", None).files["adapter_config.json"]
+    (folder / "adapter_config.json").write_bytes(pushed)
+    again = publish(read_adapter(folder), "ours/tickets", "ours/other", None).files["adapter_config.json"]
+    assert "revision" in json.loads(pushed)
+    assert "revision" not in json.loads(again)
+    with pytest.raises(SettingError, match="a folder of this machine"):
+        public_base(read_adapter(folder), base["name"] + "/model-Q4.gguf")
     record = json.loads(hub.files("ours/tickets")[RECORD])
     assert record["base"]["name"] == "ours/bert@" + "1" * 40
 

@@ -20,18 +20,18 @@ from safetensors.torch import save
 from capotune.adapters.card import card
 from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
 from capotune.adapters.store import CARD, FORMAT, RECORD, StoredAdapter
-from capotune.errors import AdapterError, SettingError
+from capotune.errors import AdapterError, SettingError, quoted
 from capotune.models.base import EMBEDDED, existing
 from capotune.models.hub import hub_name, peft_base
 from capotune.tasks.golden import TEXTS
 from capotune.tasks.loading import task_class
 
-_IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)[/\\]snapshots[/\\](\w+)")
+_IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)[/\\]snapshots[/\\](\w+)[/\\]?$")
 _OUR_WORDS = {"metric", "held_out_metric", "dtype", "sequences", "blocks", "words"}
 """Texts about a run that this package made."""
 _SECRETS = {
     "a token of the hub": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    "a home folder": re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\)\w+|/root/\w"),
+    "a home folder": re.compile(r"(?<![\w.])(?:(?:/home/|/Users/|[A-Za-z]:\\Users\\)\w+|/root/\w)"),
 }
 
 
@@ -142,8 +142,8 @@ def _combined(trained: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
 def _config(stored: StoredAdapter, base: str) -> dict[str, Any]:
     """``adapter_config.json``, which names the base as PEFT finds it."""
     values = read_json(stored.folder, CONFIG)
-    kept = {name: value for name, value in values.items() if not name.endswith("_path")}
-    return {**kept, **peft_base(EMBEDDED[base].hub or base if base in EMBEDDED else base)}
+    own = {name: value for name, value in values.items() if not name.endswith("_path") and name != "revision"}
+    return {**own, **peft_base(EMBEDDED[base].hub or base if base in EMBEDDED else base)}
 
 
 def _public(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -161,13 +161,28 @@ def _public(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _check_secrets(stored: StoredAdapter, file: str, text: str) -> None:
     home = str(Path.home())
-    patterns = {**_SECRETS, **({"your home folder": re.compile(re.escape(home) + r"\b")} if len(home) > 1 else {})}
-    for what, pattern in patterns.items():
-        found = pattern.search(text)
-        if found:
-            line = text.count("\n", 0, found.start()) + 1
+    own = {"your home folder": re.compile(rf"(?<![\w.]){re.escape(home)}\b")} if len(home) > 1 else {}
+    lines = ((f"line {number}", line) for number, line in enumerate(text.splitlines(), start=1))
+    places = [*(_texts(json.loads(text), "") if file.endswith(".json") else lines)]
+    for what, pattern in {**_SECRETS, **own}.items():
+        place = next((place for place, one in places if pattern.search(one)), None)
+        if place is not None:
             raise AdapterError(
-                f"{what} stands in line {line} of the {file} that would be pushed; nothing was.",
+                f"{what} stands in {place} of the {file} that would be pushed; nothing was.",
                 where=str(stored.folder),
                 advice="Look for it among labels, prompts and the chat template, and train without it.",
             )
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every text in a JSON value, names included, as it is without JSON's escapes, each with its place."""
+    if isinstance(value, str):
+        yield quoted(place), value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            inside = f"{place}.{name}" if place else name
+            yield quoted(inside), name
+            yield from _texts(one, inside)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one, place)
