@@ -362,6 +362,9 @@ def test_result_unlike_the_adapter_is_refused() -> None:
         Agreement(32, 100, 0.1, 0.9, 1.0, 0.5, None).check("F32", "out")
     with pytest.raises(AdapterError, match="otherwise than the adapter"):
         Agreement(32, 100, float("nan"), 0.9, 1.0, 0.5, None).check("F32", "out")
+    Agreement(32, 100, 0.0137, 2.1, 2.1, 0.9, None).check("BF16", "out")
+    with pytest.raises(AdapterError, match=r"rounding to BF16 explains.*Merge into a copy of the base in float32"):
+        Agreement(32, 100, 0.1, 2.1, 2.1, 0.9, None).check("BF16", "out")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -43,8 +43,8 @@ class Tolerance:
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "F32": Tolerance(1e-4, SAME),
-    "F16": Tolerance(1e-4, 1e-5),
-    "BF16": Tolerance(1e-3, 1e-3),
+    "F16": Tolerance(2e-3, 1e-5),
+    "BF16": Tolerance(0.02, 1e-3),
     "16-bit sums": Tolerance(0.02, 0.01),
     "Q8_0": Tolerance(0.02, 0.01),
     "4-bit": Tolerance(0.25, 0.01),
@@ -61,13 +61,20 @@ LoRA, and QLoRA into full precision; the adapter 0.6 to 4 nats from the base), c
     Q8_0         1.2e-3, 2.4e-2 (GSM8K, 0.05 from the base)
     4-bit        2.1,   1.2        0.30,  0.16       0.03,  0.43
 
-Some ten times that is allowed; for 4 bits half of the change. There SmolLM2's and MiniLM's sums answer as the base
-alone: a delta that is smaller than the steps is lost when the sum is quantized again."""
+Some ten times that is allowed, and more in F16 and BF16, where sums with large deltas are rounded in larger steps:
+random LoRA on capo-tiny with ``lora_alpha`` from 4 to 256, 1.8 to 2.1 nats from the base, costs a share of at most
+1e-8 in F32, 1e-3 in F16 and 1.4e-2 in BF16. A delta wrong by a hundredth costs 5e-4 to 3e-3 there up to 128 (at 256
+the answers hardly change any more): F32 refuses it, and in BF16 it cannot be told from rounding.
+
+For 4 bits half of the change is allowed. There SmolLM2's and MiniLM's sums answer as the base alone: a delta that is
+smaller than the steps is lost when the sum is quantized again."""
 
 
 _REPORT = "Please report this, with the base's name and the command."
 _ADVICE: dict[Precision, str] = {
-    "4-bit": "The steps of 4 bits may be larger than the change: keep the adapter, or merge into full precision."
+    "F16": "Merge into a copy of the base in float32; for a GGUF file give `gguf_type=F32` too.",
+    "BF16": "Merge into a copy of the base in float32.",
+    "4-bit": "The steps of 4 bits may be larger than the change: keep the adapter, or merge into full precision.",
 }
 
 
