@@ -20,6 +20,7 @@ from peft_cases import FEATURES, MADE_BY_PEFT, MADE_HERE, Cell, make_adapter, ma
 from safetensors.torch import load_file, save_file
 
 import capotune
+from capotune.cli.chat import Session
 from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
 from capotune.events import Event, Warned
 from capotune.methods.peft.parts import read_parts
@@ -357,6 +358,17 @@ def test_what_does_nothing_is_passed_over_and_named(name: str, written: Path, ba
     assert re.search(message, " ".join(said))
     plain = capotune.load(written, model=str(bases / "Llama"))
     assert_same_bits(contents(loaded.model), contents(plain.model))
+
+
+def test_chat_names_what_does_nothing(
+    written: Path, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = IDLE["a delta of zeros"]
+    folder = tmp_path / "adapter"
+    shutil.copytree(written, folder)
+    change(folder)
+    Session(capotune.load(written, model=str(bases / "Llama")), str(written), {}).take(f"/adapter {folder}")
+    assert re.search(message + ".*\nnow .* answers", capsys.readouterr().err)
 
 
 def test_merge_names_what_does_nothing(written: Path, bases: Path, tmp_path: Path) -> None:

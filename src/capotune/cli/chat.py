@@ -19,6 +19,7 @@ from capotune.cli.flags import base_of, parse_repeating
 from capotune.cli.generate import decoding_of, show
 from capotune.cli.messages import in_flags
 from capotune.errors import CapotuneError, DataError, SettingError
+from capotune.events import Event, Warned
 from capotune.settings import BaseSettings, DecodingSettings, nearest
 
 HELP = """\
@@ -121,7 +122,7 @@ class Session:
         if folder is None and (Path(name).exists() or not api.is_adapter(name)):
             known = f" Beside this one: {', '.join(beside)}." if beside else ""
             raise SettingError(f"/adapter {name}: no such adapter.{nearest(name, beside)}{known} Or give its folder.")
-        self.generator.use(folder or name)
+        self.generator.use(folder or name, report=_say_warning)
         self.name = name
         _say(f"now {name} answers; the conversation goes on, /reset begins anew.")
 
@@ -197,6 +198,11 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _say_warning(event: Event) -> None:
+    if isinstance(event, Warned):
+        _say(event.text)
 
 
 def _say(text: str) -> None:

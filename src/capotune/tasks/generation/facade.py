@@ -15,6 +15,7 @@ from capotune.data.formats.layout import UnusableError
 from capotune.data.formats.message import read_turn
 from capotune.errors import DataError
 from capotune.evaluation.generate import context_length, generate, stream, tokens_left
+from capotune.events import Reporter, ignore
 from capotune.methods.base import Untouched
 from capotune.settings import DecodingSettings, build
 from capotune.tasks.facade import Facade
@@ -96,12 +97,12 @@ class Generator(Facade):
         """Tokens that the context leaves for the next turn of a conversation; none or fewer when it is too long."""
         return tokens_left(self._assembled, self._encode_chat(messages, tools))
 
-    def use(self, adapter: str | Path | None) -> None:
+    def use(self, adapter: str | Path | None, *, report: Reporter = ignore) -> None:
         """Put another adapter on in place of the one there is; None: the base alone.
 
         Without a chat template of its own the new one is asked in the template of the one before, so that a
-        conversation can go on. Raises ``AdapterError`` when it is for another task or base; the model is then as it
-        was.
+        conversation can go on. ``report`` is told what the user should know of how it was read. Raises ``AdapterError``
+        when it is for another task or base; the model is then as it was.
         """
         from capotune.tasks.several import Adapters
 
@@ -112,7 +113,7 @@ class Generator(Facade):
         adapters, before, last = self._adapters, self._assembled.task, self._adapters.in_use
         name = None if stored is None else f"{stored.folder} {next(self._count)}"
         if stored is not None and name is not None:
-            adapters.add(name, stored)
+            adapters.add(name, stored, report)
         switched = adapters.use(name)._assembled
         if last is not None:
             adapters.remove(last)
