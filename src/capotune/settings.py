@@ -198,7 +198,8 @@ class MergeSettings(BaseSettings):
     """An adapter's change in its base's weights."""
 
     adapter: str
-    """Adapter folder, of lora or qlora, or an adapter on the hub (`owner/name@revision`)."""
+    """Adapter folder, of lora, qlora, feature-extraction with trained blocks, or PEFT's own, or an adapter on the hub
+    (`owner/name@revision`)."""
     out: Path
     """Folder for the merged model. Must not exist."""
     requantize: bool = False

@@ -45,7 +45,7 @@ def merge(
     cancel: CancelToken | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Write a lora or qlora adapter's change into its base: a Transformers checkpoint in the new folder ``out``.
+    """Write an adapter's change (no soft prompt) into its base: a Transformers checkpoint in the new folder ``out``.
 
     Returns what changed, and how far the merged model's answers are from the adapter's. ``settings`` are those of
     ``capo merge --help`` by name (``requantize=True``, ``data="mine.csv"``, ``model="where/the/base/is"``). A

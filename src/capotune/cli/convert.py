@@ -45,10 +45,11 @@ def quantize(rest: list[str]) -> int:
 
 
 class Merge(MergeSettings):
-    """Write a lora or qlora adapter's change into its base: a Transformers checkpoint that needs no adapter."""
+    """Write an adapter's change into its base: a Transformers checkpoint that needs none. Not for soft prompts."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, of lora or qlora, or an adapter on the hub (`owner/name@revision`)."""
+    """Adapter folder, of lora, qlora, feature-extraction with trained blocks, or PEFT's own, or an adapter on the hub
+    (`owner/name@revision`)."""
     as_json: Json = False
     """Print one JSON object."""
 

@@ -41,8 +41,8 @@ def demo(out: Path, show_page: bool, epochs: int | None = None) -> int:
 
 
 def on_messages(out: Path, chosen: dict[str, Any]) -> CompareSettings:
-    """SmolLM2 turns customers' messages into tickets, by the defaults of two techniques: all four would take more than
-    some minutes on two cores."""
+    """SmolLM2 writes a ticket for each customer's message, by the defaults of two techniques: all four would take more
+    than some minutes on two cores."""
     each = dict.fromkeys(("feature_extraction", "lora"), chosen)
     methods = tuple(name.replace("_", "-") for name in each)
     return api.compare_settings()(data=str(MESSAGES), model="smollm2", out=out, methods=methods, **each)
