@@ -156,6 +156,7 @@ LABELS: dict[str, tuple[Damage, str]] = {
     "more labels than the head has": (of_json(RECORD, labels=["a"] * 10**5), r"expected \(100000, 32\)"),
     "a rank beyond numbers": (of_json(CONFIG, r=10**400), "must state r, lora_alpha|scale of|not readable JSON"),
     "no scale": (of_json(CONFIG, lora_alpha=float("nan")), "scale of nan"),
+    "a number in quotes": (of_json(RECORD, trained={"train_rows": "48"}), "'trained.train_rows' is not as"),
     "a pattern that takes for ever": (of_json(RECORD, settings={"target_modules": ["(a+)+b"]}), "may take for ever"),
     "an unknown method": (of_json(RECORD, method="os.system"), "unknown method"),
     "an unknown task": (of_json(RECORD, task="../x"), "'task' is"),

@@ -218,7 +218,7 @@ def _foreign(folder: Path) -> StoredAdapter:
 def check_record(folder: Path, record: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
     """``AdapterError`` unless the record holds what ``kind`` asks for."""
     try:
-        kind.model_validate(record)
+        kind.model_validate_json(json.dumps(record), strict=True)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
