@@ -208,7 +208,7 @@ class _Ways:
     leaving: bool = False
     """Rows leave their batch when they are done."""
     packed: bool = False
-    """Prompts are read without padding."""
+    """Prompts are read without padding; rows then leave, which was tried with it."""
 
 
 def _ways(assembled: Assembled, prompts: Sequence[list[int]], decoding: DecodingSettings) -> _Ways:
@@ -322,9 +322,9 @@ def _write(
     chosen = processors(decoding, rows, [width - len(prompt) for prompt in prompts])
     input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     with _own_configuration(model):
-        is_padded = len(set(map(len, whole))) > 1
-        cache = read_packed(assembled, whole) if how.packed and is_padded and configuration.use_cache else None
         if how.leaving and configuration.use_cache:
+            is_padded = len(set(map(len, whole))) > 1
+            cache = read_packed(assembled, whole) if how.packed and is_padded else None
             return write_leaving(model, input_ids, mask, configuration, chosen, criteria, cache)
         written = model.generate(
             input_ids,
@@ -332,7 +332,6 @@ def _write(
             generation_config=configuration,
             logits_processor=LogitsProcessorList(chosen),
             stopping_criteria=StoppingCriteriaList(criteria),
-            past_key_values=cache,
         )
     ids: list[list[int]] = written[:, width:].tolist()
     return ids
