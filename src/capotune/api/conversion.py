@@ -70,7 +70,8 @@ def diff(
     **settings: Any,
 ) -> dict[str, Any]:
     """What differs between two adapters: ``differing`` settings, weights, and the norms of their ``deltas`` with the
-    angle between them, of all and of each block.
+    angle between them, of all and of each block; None where one has none, or they are not of the ``same_base``: by
+    content, by name where PEFT wrote one of them.
 
     With ``data`` (rows as in training) also their ``answers``: how far the distributions are apart, in nats, and the
     losses of base, first and second. ``settings`` are those of ``capo diff --help`` by name. Raises as ``train``.
