@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -457,6 +458,8 @@ def architecture_of(file: GgufFile) -> Architecture:
     A Mistral and a Mixtral call themselves a llama; it is one, unless it has experts, or its attention sees a window
     only.
     """
+    import gguf
+
     if file.architecture == "llama" and number(file, "expert_count", 0):
         return _MIXTRAL
     if file.architecture == "llama" and number(file, "attention.sliding_window", 0):
@@ -467,5 +470,10 @@ def architecture_of(file: GgufFile) -> Architecture:
             f"models of the architecture '{file.architecture}' are not read from GGUF{why}; "
             f"{', '.join(ARCHITECTURES)} are.",
             advice="Give the Transformers folder of the model instead.",
+        )
+    if file.architecture not in gguf.MODEL_ARCH_NAMES.values():
+        raise file.error(
+            f"the installed gguf {version('gguf')} does not know the tensors of '{file.architecture}'.",
+            advice="Run: pip install --upgrade gguf",
         )
     return ARCHITECTURES[file.architecture]
