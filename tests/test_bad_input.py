@@ -391,7 +391,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
         lambda place: place.adapter(capotune_json=edited(format=99)), "info mine", ("format 99", "reads format 1")
     ),
     "adapter with a wrong label list": (
-        lambda place: place.adapter(capotune_json=edited(labels=3)), "predict mine hello", ("'labels'", "valid list")
+        lambda place: place.adapter(capotune_json=edited(labels=3)), "predict mine hello", ("'labels'", "valid array")
     ),
     "adapter with an unknown pooling": (
         lambda place: place.adapter(capotune_json=edited(pooling="odd")), "predict mine hello", ("'pooling'", "'mean'")
