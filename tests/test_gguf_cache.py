@@ -20,7 +20,6 @@ from capotune.errors import ModelError, OutputError
 from capotune.events import Event, Progress, Stage
 from capotune.files import cache_folder
 from capotune.models.base import Base, Quantization, find
-from capotune.models.gguf import cache
 from capotune.models.gguf.converted import converted
 from capotune.models.gguf.file import open_gguf
 from capotune.models.load import load_backbone, load_causal_lm
@@ -187,9 +186,3 @@ def test_what_a_killed_process_left_is_removed_after_days(tmp_path: Path) -> Non
     find(str(tmp_path / "model.gguf"))
     assert (old.exists(), new.exists()) == (False, True)
     assert open_gguf(tmp_path / "model.gguf").tensors
-
-
-def test_folder_that_another_process_finished_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was seen half-written, and has its own name when it is looked at."""
-    monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / ".described.partial"]))
-    cache._remove_abandoned(tmp_path)

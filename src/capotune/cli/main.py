@@ -43,6 +43,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo combine A B --out DIR               several adapters of one base as one
   capo push ADAPTER OWNER/NAME             the adapter on the Hugging Face hub, with its card
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
+  capo cache                               what the cache holds; --clear empties it
 
 Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
 with completions, plain text. generate, chat and evaluate also take a model alone. `capo COMMAND --help` lists a
@@ -383,6 +384,12 @@ def _diff(rest: list[str]) -> int:
     return diff(rest)
 
 
+def _cache(rest: list[str]) -> int:
+    from capotune.cli.cache import show_cache
+
+    return show_cache(rest)
+
+
 def _quantize(rest: list[str]) -> int:
     from capotune.cli.convert import quantize
 
@@ -405,6 +412,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "combine": _combine,
     "diff": _diff,
     "push": _push,
+    "cache": _cache,
 }
 
 

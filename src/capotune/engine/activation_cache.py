@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,16 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from capotune import cache
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.errors import OutputError
-from capotune.evaluation.boundary import compute_boundary
+from capotune.evaluation.boundary import boundary_bytes, compute_boundary
 from capotune.evaluation.resume import BoundaryStates
-from capotune.events import OnProgress
+from capotune.events import OnProgress, Reporter, Warned, ignore
+from capotune.files import human_bytes
 from capotune.kernels.execution import reduced_precision, reusing_memory
 
 _FORMAT = 5
-_ABANDONED_SECONDS = 2 * 24 * 3600
 
 
 @dataclass
@@ -44,10 +45,17 @@ class ActivationCache:
     folder: Path | None
     identity: dict[str, Any]
     """All that the values depend on besides the tokens: base fingerprint, quantization, prompt."""
+    made_of: dict[str, str] = field(default_factory=dict)
+    """The names of ``base`` and ``data``, for people who look at the entries."""
+    report: Reporter = ignore
+    """Told once when something is too large to be stored."""
     forward_rows: int = 0
     """TokenRows that had to go through the model."""
     reused_seconds: float = 0.0
     """What the entries that were found had cost."""
+    _used: set[Path] = field(default_factory=set)
+    """Entries that this run has found or made: none of them leaves for another."""
+    _said: bool = False
 
     def boundary(
         self,
@@ -57,35 +65,63 @@ class ActivationCache:
         progress: OnProgress | None = None,
         *,
         outputs: int = 0,
-    ) -> BoundaryStates:
+    ) -> BoundaryStates | None:
         """States that enter ``block``, for every row, computed in reduced precision where training is; ``outputs`` as
-        ``BoundaryStates`` has it."""
+        ``BoundaryStates`` has it. None where they would be more than the cache may hold."""
 
         def compute() -> torch.Tensor:
             with reusing_memory(), reduced_precision():
                 return compute_boundary(assembled, block, rows, progress)
 
         name = self._name("boundary", rows, block=block)
-        values = self._once(name, rows, compute)
-        if stored := self._read(name):  # mapped from disk from now on
-            values = stored[0]
+        values = self._found(name)
+        if values is None:
+            if not self._fits(boundary_bytes(assembled, rows), "the frozen layers are computed anew in every epoch"):
+                return None
+            values = self._computed("boundary", name, rows, compute)
+            if stored := self._read(name):  # mapped from disk from now on
+                values = stored[0]
         return BoundaryStates(values, rows.starts, outputs)
 
     def features(self, rows: TokenRows, compute: Callable[[], torch.Tensor], **parts: Any) -> torch.Tensor:
         """A task's features of ``rows``, from disk or by ``compute``; ``parts`` is all that they depend on beside base
         and tokens (JSON values)."""
-        return self._once(self._name("features", rows, **parts), rows, compute)
+        name = self._name("features", rows, **parts)
+        values = self._found(name)
+        return self._computed("features", name, rows, compute) if values is None else values
 
-    def _once(self, name: str, rows: TokenRows, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if found := self._read(name):
-            values, seconds = found
-            self.reused_seconds += seconds
-            return values
+    def _found(self, name: str) -> torch.Tensor | None:
+        found = self._read(name)
+        if found is None:
+            return None
+        values, seconds = found
+        self.reused_seconds += seconds
+        self._use(name)
+        return values
+
+    def _computed(self, kind: str, name: str, rows: TokenRows, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         started = time.perf_counter()
         values = compute()
         self.forward_rows += len(rows.sequences)
-        self._write(name, values, time.perf_counter() - started)
+        seconds = f"{time.perf_counter() - started:.3f}"
+        if self._fits(values.nbytes, "the next run computes it again"):
+            self._write(name, values, {**self.made_of, "kind": kind, "seconds": seconds})
         return values
+
+    def _fits(self, nbytes: int, otherwise: str) -> bool:
+        """Whether so many bytes may be stored, for which older entries leave; else says once what happens."""
+        if self.folder is None or cache.make_room(nbytes, self._used):
+            return True
+        if not self._said:
+            sizes = f"{human_bytes(nbytes)}, more than the cache has room for (at most {human_bytes(cache.limit())})"
+            self.report(Warned(text=f"what the frozen layers compute takes {sizes}: {otherwise}."))
+        self._said = True
+        return False
+
+    def _use(self, name: str) -> None:
+        if self.folder:
+            self._used.add(self.folder / f"{name}.safetensors")
+            cache.hold(self.folder / f"{name}.safetensors")
 
     def _name(self, kind: str, rows: TokenRows, **parts: Any) -> str:
         text = json.dumps([_FORMAT, kind, self.identity, parts, rows.digest()], sort_keys=True)
@@ -102,14 +138,14 @@ class ActivationCache:
         except (OSError, SafetensorError):  # damaged, or taken away by someone a moment ago
             return None
 
-    def _write(self, name: str, values: torch.Tensor, seconds: float) -> None:
+    def _write(self, name: str, values: torch.Tensor, facts: dict[str, str]) -> None:
         if self.folder is None:
             return
         temporary = self.folder / f".{name}.{uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.folder)
-            save_file({"values": values.contiguous()}, temporary, metadata={"seconds": f"{seconds:.3f}"})
+            cache.tidy(self.folder)
+            save_file({"values": values.contiguous()}, temporary, metadata=facts)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(self.folder / f"{name}.safetensors")
@@ -121,11 +157,4 @@ class ActivationCache:
                 where=str(self.folder),
                 advice="Free space, set CAPOTUNE_CACHE to another folder, or give `cache=False`.",
             ) from None
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Entries that a killed process left half-written, days ago."""
-    for path in folder.glob(".*"):
-        with suppress(OSError):  # someone else removed it
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
+        self._use(name)

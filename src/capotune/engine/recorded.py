@@ -82,14 +82,15 @@ def train_recorded(
 
 
 def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Examples:
-    """Compute once what is below the lowest trainable block, when something is and the model can go on from there."""
+    """Compute once what is below the lowest trainable block, when something is, the model can go on from there, and the
+    cache has room for it."""
     block = assembled.method.first_trainable_block()
     outputs = resumes_with(assembled, block) if block else None
     if outputs is None:
         return examples
     report(Stage(text="computing the frozen layers once"))
     states = cache.boundary(assembled, block, examples.rows, counter(report), outputs=outputs)
-    return Examples(examples.rows, examples.targets, states)
+    return examples if states is None else Examples(examples.rows, examples.targets, states)
 
 
 def _open_log(path: Path, state: TrainingState) -> TextIO:

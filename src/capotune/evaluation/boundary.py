@@ -26,7 +26,7 @@ def compute_boundary(
     """One forward pass up to ``block``: the states that enter it, (all tokens, hidden), without padding."""
     backbone, architecture = assembled.backbone, assembled.architecture
     starts = rows.starts
-    values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=next(backbone.parameters()).dtype)
+    values = torch.empty(int(starts[-1]), architecture.hidden_size, dtype=_dtype(assembled))
     unknown = Examples(rows, torch.zeros(len(rows.sequences), dtype=torch.long))
     with assembled.reading(), stop_at(assembled.model, architecture.blocks[block]) as caught:
         for chosen, batch in batches(assembled, unknown, progress):
@@ -36,6 +36,17 @@ def compute_boundary(
             for row, of_row in zip(chosen, batch.split(states), strict=True):
                 values[starts[row] : starts[row + 1]] = of_row
     return values
+
+
+def boundary_bytes(assembled: Assembled, rows: TokenRows) -> int:
+    """Size of what ``compute_boundary`` would compute."""
+    return int(rows.starts[-1]) * assembled.architecture.hidden_size * _dtype(assembled).itemsize
+
+
+def _dtype(assembled: Assembled) -> torch.dtype:
+    """Of the states that a block passes on."""
+    weight: torch.Tensor = next(assembled.backbone.parameters())
+    return weight.dtype
 
 
 @torch.no_grad()

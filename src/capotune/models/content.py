@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from capotune.cache import hold
 from capotune.errors import OutputError
 from capotune.files import cache_folder, write_atomic
 
@@ -82,4 +83,4 @@ def _stored(path: Path) -> tuple[_Stamps, str] | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-    return (stamps, value) if is_hash else None
+    return (stamps, value) if is_hash and hold(path) else None

@@ -121,9 +121,9 @@ class _Run:
         self.record["environment"] = environment() | {"kernels": described(device)}
         write_atomic(self.settings.out / "run.json", _json(self.record))
         assembled, dtype = self._load(device)
-        cache = ActivationCache(self._cache_folder(), self._identity(assembled, dtype))
+        cache = self._cache(assembled, dtype)
         base = self._score_base(assembled, cache) if base_score else None
-        self.task_run.measure_base(assembled, ActivationCache(cache.folder, cache.identity), self.report)
+        self.task_run.measure_base(assembled, self._cache(assembled, dtype), self.report)
         cache.reused_seconds, started = 0.0, time.perf_counter()
         assembled = self.task_run.choose_prompt(assembled, self.report)
         self.task_run.before_attach(assembled, cache, self.report)
@@ -147,8 +147,10 @@ class _Run:
         progress = bytes_as_progress(self.report)
         return assemble(task, self.method, device=device, dtype=dtype, progress=progress), dtype
 
-    def _cache_folder(self) -> Path | None:
-        return cache_folder() / "activations" if self.settings.cache else None
+    def _cache(self, assembled: Assembled, dtype: torch.dtype) -> ActivationCache:
+        folder = cache_folder() / "activations" if self.settings.cache else None
+        made_of = {"base": self.base.name, "data": str(self.settings.data)}
+        return ActivationCache(folder, self._identity(assembled, dtype), made_of, self.report)
 
     def _identity(self, assembled: Assembled, dtype: torch.dtype) -> dict[str, Any]:
         """All that cached activations depend on, besides the tokens."""

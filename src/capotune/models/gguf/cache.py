@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capotune import cache
 from capotune.errors import ModelError, OutputError
-from capotune.events import Reporter
-from capotune.files import cache_folder, output_folder
+from capotune.events import Reporter, Warned
+from capotune.files import cache_folder, human_bytes, output_folder
 from capotune.models.folder import is_pointer
 from capotune.models.gguf.file import is_gguf, open_gguf, refused, split_number
 from capotune.models.shards import Shards, Tensors
 
 _FORMAT = 1
 """Goes up when the same file is converted to something else than before."""
-_ABANDONED_SECONDS = 2 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -54,27 +51,46 @@ class GgufModel:
         file = open_gguf(self.path)
         return GgufTensors(file, place(file, architecture_of(file), config))
 
-    def once(self, kind: str, make: Callable[[Path], None]) -> Path:
-        """The folder by the name of ``whole`` with ``kind`` after it, which ``make`` fills where it is not there yet.
+    def once(self, kind: str, make: Callable[[Path], None], nbytes: int = 0) -> Path:
+        """The folder by the name of ``whole`` with ``kind`` after it, which ``make`` fills with about ``nbytes`` where
+        it is not there yet.
 
         Raises ``OutputError`` when there is no room.
         """
         folder = self.whole.with_name(self.whole.name + kind)
-        if folder.is_dir():
+        if cache.hold(folder):
             return folder
-        _remove_abandoned(folder.parent)
+        in_cache = folder.parent == _models()
+        if in_cache:
+            self._make_room(nbytes)
         try:
             with output_folder(folder) as new:
                 make(new)
+                cache.sign(new, base=self.path.name)
         except OutputError:
-            if not folder.is_dir():  # else another process was faster
+            if not cache.hold(folder):  # else another process was faster
                 raise
+        cache.hold(folder)
+        if in_cache:
+            cache.make_room(0, {folder})  # it may be larger than was thought
         return folder
+
+    def _make_room(self, nbytes: int) -> None:
+        """What has to be there to go on is written however large it is."""
+        cache.tidy(_models())
+        if not cache.make_room(nbytes):
+            sizes = f"{human_bytes(nbytes)}, and the cache may hold {human_bytes(cache.limit())}"
+            advice = f"set {cache.LIMIT_VARIABLE} for more, `capo cache` shows what is there"
+            self.report(Warned(text=f"{self.path.name} takes about {sizes}: it is converted all the same; {advice}."))
+
+
+def _models() -> Path:
+    return cache_folder() / "models"
 
 
 def in_cache(path: Path, sha256: str, report: Reporter) -> GgufModel:
     """The model in the file ``path`` of that content: what is made of it is in the cache, once for all such files."""
-    return GgufModel(path, cache_folder() / "models" / f"{sha256[:32]}-{_FORMAT}", report)
+    return GgufModel(path, _models() / f"{sha256[:32]}-{_FORMAT}", report)
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -92,11 +108,3 @@ def gguf_file(path: Path) -> Path | None:
             f"{path} holds several GGUF files: {', '.join(one.name for one in found)}.", advice="Give one of them."
         )
     return found[0]
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """What a killed process left half-written, days ago."""
-    for left in folder.glob(".*.partial"):
-        with suppress(FileNotFoundError):  # another process was faster
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)

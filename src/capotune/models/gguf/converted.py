@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from transformers.pytorch_utils import Conv1D
@@ -31,9 +32,10 @@ def converted(base: Base, quantization: Quantization | None) -> Base:
     if file is None:
         return base
     if quantization is None:
-        folder = file.once("", lambda new: _write(file, base, new))
+        folder = file.once("", partial(_write, file, base), base.tensors.nbytes)
     else:
-        folder = file.once(_kind(quantization), lambda new: _quantize(file, base, quantization, new))
+        make = partial(_quantize, file, base, quantization)
+        folder = file.once(_kind(quantization), make, base.weight_bytes)  # few files are of fewer bits
     return replace(base, folder=folder, gguf=None)
 
 
