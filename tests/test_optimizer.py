@@ -14,6 +14,7 @@ from capotune.engine.optimizer import FlatAdamW, set_learning_rate
 SHAPES = {"a": (8, 5), "b": (1,), "c": (3, 4, 2), "d": (7, 8)}
 RATES = {"a": 1e-2, "b": 5e-2, "c": 1e-2, "d": 5e-2}
 DECAY, MOST_NORM = 0.1, 0.5
+FINITE = torch.tensor(1.0)
 
 
 def weights() -> dict[str, nn.Parameter]:
@@ -45,7 +46,7 @@ def test_it_is_adamw_with_clipping(size: float) -> None:
                 group["lr"] = rate * factor
             give_gradients(found, step, size)
             give_gradients(expected, step, size)
-            optimizer.step(MOST_NORM)
+            optimizer.step(MOST_NORM, FINITE)
             nn.utils.clip_grad_norm_(expected.values(), MOST_NORM)
             plain.step()
             assert all(weight.grad is None for weight in found.values())
@@ -61,7 +62,7 @@ def test_no_gradient_counts_as_one_of_zero() -> None:
             give_gradients(found, step)
             give_gradients(expected, step)
             found["c"].grad, expected["c"].grad = None, torch.zeros(SHAPES["c"])
-            optimizer.step(1e9)
+            optimizer.step(1e9, FINITE)
             plain.step()
     for key in SHAPES:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
@@ -78,7 +79,7 @@ def test_moments_go_on_to_the_same_bits() -> None:
                 optimizer.set_moments(moments)
                 for step in range(first, last):
                     give_gradients(own, step)
-                    optimizer.step(MOST_NORM)
+                    optimizer.step(MOST_NORM, FINITE)
                 moments = optimizer.moments()
             first = last
         assert {key: one["exp_avg"].shape for key, one in moments.items()} == {key: w.shape for key, w in own.items()}
@@ -96,11 +97,11 @@ def test_moments_before_the_first_step_are_none_and_later_ones_are_copies() -> N
         assert optimizer.moments() == {key: {} for key in SHAPES}
         optimizer.set_moments(optimizer.moments())
         give_gradients(own, 0)
-        optimizer.step(MOST_NORM)
+        optimizer.step(MOST_NORM, FINITE)
         kept = optimizer.moments()
         before = kept["a"]["exp_avg"].clone()
         give_gradients(own, 1)
-        optimizer.step(MOST_NORM)
+        optimizer.step(MOST_NORM, FINITE)
         assert torch.equal(kept["a"]["exp_avg"], before)
         assert float(kept["a"]["step"]) == 1
 

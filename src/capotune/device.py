@@ -23,6 +23,11 @@ CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
 CPU_LEVEL_VARIABLE = "CAPOTUNE_CPU_LEVEL"
 _AMX_FLAGS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
 """Of /proc/cpuinfo; Linux lists them where it can hand out AMX's registers."""
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",
+    "bad_alloc",
+)  # fmt: skip
+"""What PyTorch says (on Linux, on Windows, of a GPU), cuBLAS, C++ and the system."""
 
 
 def pick_device() -> torch.device:
@@ -91,6 +96,11 @@ def compute_dtype(device: torch.device, *, quantized: bool = False) -> torch.dty
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or on the GPU. PyTorch says so of a CPU in a ``RuntimeError``'s words only."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def reset_peak_memory() -> None:

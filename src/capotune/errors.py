@@ -7,6 +7,7 @@
     ├── AdapterError         an adapter is incomplete, damaged, or belongs to another base or task
     ├── HubError             the hub cannot be reached, does not have it, or refuses
     ├── OutputError          a result cannot be written
+    ├── OutOfMemoryError     the machine's memory does not suffice
     └── MissingLibraryError  an optional library is needed
 
 An error carries what was wrong in parts, and each face renders them in its own words. Below the faces a setting is
@@ -28,6 +29,7 @@ __all__ = [
     "HubError",
     "MissingLibraryError",
     "ModelError",
+    "OutOfMemoryError",
     "OutputError",
     "SettingError",
     "cut",
@@ -119,6 +121,10 @@ class HubError(CapotuneError):
 
 class OutputError(CapotuneError):
     """A result cannot be written: the folder exists, is not writable, or the disk is full."""
+
+
+class OutOfMemoryError(CapotuneError):
+    """The machine's memory does not suffice; says what to lower."""
 
 
 class MissingLibraryError(CapotuneError):

@@ -129,6 +129,8 @@ class TrainingSettings(Settings):
     micro_batch_tokens: Count = 4096
     """Tokens that go through the model at a time. A step's rows are shared out over as many passes as that takes: less
     memory, the same gradient."""
+    auto_micro_batch: bool = False
+    """Where memory runs out in a step, halve `micro_batch_tokens` and take the step again, instead of stopping."""
     gradient_checkpointing: bool = False
     """Save only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
 

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from capotune.cli.flags import Json, base_of, parse, take_config, without_out
 from capotune.cli.messages import in_flags
+from capotune.device import is_out_of_memory
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.settings import BaseSettings, CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
 
@@ -158,6 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("capo: memory ran out. Close other programs, or take a smaller model or fewer rows.", file=sys.stderr)
+        return 2
 
 
 def _own_process() -> None:

@@ -15,7 +15,10 @@ from capotune.engine.state import TrainingState
 from capotune.errors import OutputError
 from capotune.files import output_folder, write_atomic
 
-_COUNTERS = ("epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum")
+_COUNTERS = (
+    "epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum",
+    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens",
+)  # fmt: skip
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> None:

@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.data.batches import epoch_order, parts_of
+from capotune.device import is_out_of_memory
+from capotune.engine import state as states
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
-from capotune.engine.state import TrainingState, capture, end_epoch, restore, restore_best, start
+from capotune.engine.state import TrainingState, capture, restore, restore_best, start
 from capotune.evaluation.forward import Examples, batch_of
 from capotune.evaluation.resume import starting_at
 from capotune.kernels import policy
@@ -33,7 +35,8 @@ from capotune.settings import TrainingSettings
 OnEpoch = Callable[[TrainingState, float, float], None]
 """Called with (state, mean training loss, held-out score as people read it)."""
 OnStep = Callable[[TrainingState, int, float], bool]
-"""Called after each step with (state, total steps, loss); True: stop here and return, state complete."""
+"""Called after each step with (state, total steps, loss), also one that was skipped (``state.skipped_in_a_row``); True:
+stop here and return, state complete."""
 
 
 def train(
@@ -88,14 +91,14 @@ def train(
             with _dropout(assembled), reduced_precision():
                 for chosen in batches(state.epoch)[state.batch :]:
                     set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
-                    loss = _step(assembled, examples, chosen, optimizer, settings)
-                    state.batch, state.step, state.loss_sum = state.batch + 1, state.step + 1, state.loss_sum + loss
+                    loss, taken = _step(assembled, examples, chosen, optimizer, settings, state)
+                    states.count_step(state, loss, taken)
                     if on_step and on_step(state, total, loss):
                         return capture(state, weights, optimizer, device)
-            score, mean_loss = evaluate(), state.loss_sum / per_epoch
-            end_epoch(state, weights, score)
+            score, loss = evaluate(), states.mean_loss(state)
+            states.end_epoch(state, weights, score)
             if on_epoch:
-                on_epoch(capture(state, weights, optimizer, device), mean_loss, assembled.task.objective.shown(score))
+                on_epoch(capture(state, weights, optimizer, device), loss, assembled.task.objective.shown(score))
     restore_best(state, weights)
     return state
 
@@ -137,12 +140,55 @@ def _step(
     chosen: np.ndarray,
     optimizer: FlatAdamW,
     settings: TrainingSettings,
-) -> float:
-    """Forward and backward on the rows of one step, part by part, then clip and update; the step's loss, for which a
-    GPU is waited for once, when it has been given all there is to do."""
-    total = accumulate(assembled, examples, chosen, settings)
-    optimizer.step(settings.max_grad_norm)
-    return float(total)
+    state: TrainingState,
+) -> tuple[float, bool]:
+    """Forward and backward on the rows of one step, part by part, then clip and update. Returns the step's loss and
+    whether the weights were updated: not where loss or gradient is not finite. A GPU is waited for once, when it has
+    been given all there is to do."""
+    total = _accumulate_in_memory(assembled, examples, chosen, settings, state)
+    taken = optimizer.step(settings.max_grad_norm, total)
+    loss, was_taken = torch.stack([total, taken.double()]).tolist()
+    return loss, bool(was_taken)
+
+
+def _accumulate_in_memory(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings, state: TrainingState
+) -> torch.Tensor:
+    """``accumulate``. Where memory runs out and ``auto_micro_batch`` allows it, ``state.micro_batch_tokens`` becomes
+    half of the largest part, and the step is begun anew with the same random numbers."""
+    if not settings.auto_micro_batch:
+        return accumulate(assembled, examples, chosen, settings)
+    device = assembled.model.device
+    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    while True:
+        now = settings.model_copy(
+            update={"micro_batch_tokens": state.micro_batch_tokens or settings.micro_batch_tokens}
+        )
+        try:
+            return accumulate(assembled, examples, chosen, now)
+        except (RuntimeError, MemoryError) as error:
+            smaller = _half_of_largest(assembled, examples, chosen, now)
+            if smaller is None or not is_out_of_memory(error):
+                raise
+        # not in the handler: while the error is at hand, so are the activations
+        state.micro_batch_tokens = smaller
+        for weight in assembled.trainable().values():
+            weight.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(drawn, device)
+        else:
+            torch.set_rng_state(drawn)
+
+
+def _half_of_largest(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings
+) -> int | None:
+    """Half the padded tokens of the step's largest part; None when each is one row."""
+    lengths = examples.rows.lengths
+    parts = _parts(assembled, examples, chosen, settings)
+    sizes = [len(part) * max(lengths[row] for row in part) for part in parts if len(part) > 1]
+    return max(sizes) // 2 if sizes else None
 
 
 def accumulate(
@@ -156,13 +202,20 @@ def accumulate(
     objective, total = assembled.task.objective, torch.zeros((), dtype=torch.float64, device=assembled.model.device)
     units = objective.units(examples.targets, chosen.tolist())
     with starting_at(assembled, examples.boundary) as give:
-        for part in parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens, assembled.packing.group):
+        for part in _parts(assembled, examples, chosen, settings):
             batch = batch_of(assembled, examples, part, give)
             with _saving_less(examples.rows.lengths, part):
                 loss = objective.loss(assembled.model, batch, settings.label_smoothing) / units
             loss.backward()
             total += loss.detach()
     return total
+
+
+def _parts(
+    assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings
+) -> list[np.ndarray]:
+    """The rows of a step as they go through the model together."""
+    return parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens, assembled.packing.group)
 
 
 def _saving_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ class FlatAdamW:
             groups.setdefault(rates[key], {})[key] = weight
         self._members = list(groups.values())
         flats = [nn.Parameter(_joined(members.values())) for members in self._members]
-        self._adamw = torch.optim.AdamW(
+        self._adamw: Any = torch.optim.AdamW(
             [{"params": [flat], "lr": rate, "peak": rate} for rate, flat in zip(groups, flats, strict=True)],
             weight_decay=decay,
             fused=True,
@@ -38,7 +38,8 @@ class FlatAdamW:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """PyTorch's, one for each learning rate, in the order of the weights."""
-        return self._adamw.param_groups
+        groups: list[dict[str, Any]] = self._adamw.param_groups
+        return groups
 
     def __enter__(self) -> FlatAdamW:
         for flat, members in self._groups():
@@ -53,9 +54,13 @@ class FlatAdamW:
             for weight in members.values():
                 weight.data = weight.data.clone()
 
-    def step(self, max_norm: float) -> None:
+    def step(self, max_norm: float, loss: torch.Tensor) -> torch.Tensor:
         """Clip the gradients at ``max_norm``, all together as ``nn.utils.clip_grad_norm_`` does, update the weights and
-        forget the gradients."""
+        forget the gradients.
+
+        Where the ``loss`` or the gradients' norm is not finite, weights and moments stay as they are, to the bit.
+        Returns whether they were updated, a boolean scalar on the device: a GPU is not waited for.
+        """
         for flat, members in self._groups():
             flat.grad = _joined(torch.zeros_like(one) if one.grad is None else one.grad for one in members.values())
             for weight in members.values():
@@ -64,8 +69,11 @@ class FlatAdamW:
         norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
         for grad in grads:
             grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        is_finite: torch.Tensor = loss.isfinite() & norm.isfinite()
+        self._adamw.found_inf = (~is_finite).float()  # as GradScaler tells a fused optimizer to leave a step out
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+        return is_finite
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """A copy of AdamW's state by weight, shaped like it; empty before the first step."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from capotune.adapters.assemble import Assembled
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.loop import finished, train
+from capotune.engine.skipped import are_too_many, stopped
 from capotune.engine.state import TrainingState
-from capotune.errors import SettingError
+from capotune.errors import DataError
 from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
-from capotune.events import EpochEnded, Reporter, Stage, StepTaken, alive, counter
+from capotune.events import EpochEnded, Reporter, Stage, StepTaken, Warned, alive, counter
 from capotune.files import write_atomic
 
 _CHECKPOINT_SECONDS = 300.0
@@ -43,27 +45,31 @@ def train_recorded(
         state: where to begin or to go on.
         report: called with the events.
 
-    Raises ``SettingError`` when the loss is no longer finite.
+    Raises ``SettingError`` or ``DataError`` when too many steps were skipped (``engine.skipped``); where single rows
+    are at fault, the state is saved.
     """
     report(Stage(text="training"))
     checkpoints, saved = out / "checkpoints", time.monotonic()
     log = _open_log(out / "metrics.jsonl", state)
     metric = assembled.task.objective.metric
+    say, last = _Notices(report, state), math.nan
 
     def on_step(state: TrainingState, total: int, loss: float) -> bool:
+        nonlocal last
+        last = loss
         report(StepTaken(step=state.step, total=total, loss=loss))
-        log.write(json.dumps({"step": state.step, "loss": loss}) + "\n")
-        if not math.isfinite(loss):
-            raise SettingError(
-                f"the loss is {loss} at step {state.step}: training diverged.", advice="Lower `learning_rate`."
-            )
-        return time.monotonic() - saved > _CHECKPOINT_SECONDS
+        skipped = {"skipped": True} if state.skipped_in_a_row else {}
+        log.write(json.dumps({"step": state.step, "loss": _json_number(loss)} | skipped) + "\n")
+        say.of_step(state)
+        return are_too_many(state) or time.monotonic() - saved > _CHECKPOINT_SECONDS
 
     def on_epoch(state: TrainingState, loss: float, score: float) -> None:
         report(EpochEnded(epoch=state.epoch, loss=loss, score=score, metric=metric))
-        log.write(json.dumps({"epoch": state.epoch, "loss": loss, "held_out_score": score}) + "\n")
+        entry = {"epoch": state.epoch, "loss": _json_number(loss), "held_out_score": _json_number(score)}
+        log.write(json.dumps(entry) + "\n")
         log.flush()  # the log is never behind the checkpoint
-        save_checkpoint(checkpoints, state)
+        if not are_too_many(state, finished(state, settings)):
+            save_checkpoint(checkpoints, state)
 
     def evaluate() -> tuple[float, ...]:
         return held_out_score(assembled, held, alive(report))
@@ -74,9 +80,16 @@ def train_recorded(
             state = train(
                 assembled, fit, settings, seed=seed, evaluate=evaluate, state=state, on_step=on_step, on_epoch=on_epoch
             )
-            if finished(state, settings):
-                return state
+            is_over = finished(state, settings)
             log.flush()
+            if are_too_many(state, is_over):
+                error = stopped(assembled, fit, state, seed, last, is_over)
+                if isinstance(error, DataError) and not is_over:  # the weights are good: one may go on after these rows
+                    save_checkpoint(checkpoints, state)
+                raise error
+            if is_over:
+                say.of_all(state)
+                return state
             save_checkpoint(checkpoints, state)  # the loop stopped in the middle of an epoch to be saved
             saved = time.monotonic()
 
@@ -90,7 +103,39 @@ def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCac
         return examples
     report(Stage(text="computing the frozen layers once"))
     states = cache.boundary(assembled, block, examples.rows, counter(report), outputs=outputs)
-    return examples if states is None else Examples(examples.rows, examples.targets, states)
+    return examples if states is None else replace(examples, boundary=states)
+
+
+def incidents(state: TrainingState) -> dict[str, Any]:
+    """What a run's record says of steps that did not go as the settings ask; nothing where all did."""
+    found = {"skipped_steps": state.skipped, "micro_batch_tokens": state.micro_batch_tokens}
+    return {name: value for name, value in found.items() if value}
+
+
+class _Notices:
+    """What did not go as the settings ask, each said once."""
+
+    def __init__(self, report: Reporter, state: TrainingState) -> None:
+        self._report, self._skipped, self._tokens = report, state.skipped, state.micro_batch_tokens
+
+    def of_step(self, state: TrainingState) -> None:
+        if state.skipped and not self._skipped:
+            text = f"step {state.step} is skipped: its loss or gradient is not finite. The weights stay as they were."
+            self._report(Warned(text=text))
+        if state.micro_batch_tokens != self._tokens:
+            tokens = f"{state.micro_batch_tokens:,} tokens at a time"
+            text = f"memory ran out at step {state.step}: from there on {tokens}, at the same batch and gradient."
+            self._report(Warned(text=text))
+        self._skipped, self._tokens = state.skipped, state.micro_batch_tokens
+
+    def of_all(self, state: TrainingState) -> None:
+        if state.skipped > 1:
+            self._report(Warned(text=f"{state.skipped:,} of {state.step:,} steps were skipped."))
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _open_log(path: Path, state: TrainingState) -> TextIO:

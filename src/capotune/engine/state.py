@@ -38,7 +38,15 @@ class TrainingState:
     waited: int = 0
     """Epochs in a row that did not raise ``trained_score``."""
     loss_sum: float = 0.0
-    """Of the current epoch's batches, for its mean."""
+    """Of the current epoch's steps that were taken, for its mean."""
+    skipped: int = 0
+    """Steps that were not taken, since their loss or gradient was not finite; ``step`` counts them too."""
+    skipped_in_epoch: int = 0
+    """Of the current epoch."""
+    skipped_in_a_row: int = 0
+    """Up to the last step."""
+    micro_batch_tokens: int | None = None
+    """What the setting of that name was lowered to where memory ran out."""
 
 
 def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
@@ -48,9 +56,25 @@ def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
     return state
 
 
+def count_step(state: TrainingState, loss: float, taken: bool) -> None:
+    """Count a batch of this ``loss`` and whether its step was taken."""
+    state.batch, state.step = state.batch + 1, state.step + 1
+    if taken:
+        state.loss_sum, state.skipped_in_a_row = state.loss_sum + loss, 0
+    else:
+        state.skipped, state.skipped_in_epoch = state.skipped + 1, state.skipped_in_epoch + 1
+        state.skipped_in_a_row += 1
+
+
+def mean_loss(state: TrainingState) -> float:
+    """Of the current epoch's steps that were taken; NaN when none was."""
+    taken = state.batch - state.skipped_in_epoch
+    return state.loss_sum / taken if taken else math.nan
+
+
 def end_epoch(state: TrainingState, weights: dict[str, nn.Parameter], score: Score) -> None:
     """Count an epoch whose weights have this held-out score; copy them when it is the best so far."""
-    state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+    state.epoch, state.batch, state.loss_sum, state.skipped_in_epoch = state.epoch + 1, 0, 0.0, 0
     state.waited = 0 if score > state.trained_score else state.waited + 1
     state.trained_score = max(score, state.trained_score)
     if score > state.best_score:

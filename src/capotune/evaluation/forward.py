@@ -26,18 +26,20 @@ class Examples:
     rows: TokenRows
     targets: Targets
     boundary: BoundaryStates | None = None
+    where: Callable[[int], str] = "row {}".format
+    """Where the row at a position is from, as messages name it."""
 
     def take(self, rows: torch.Tensor) -> Examples:
         """The rows at these positions, without what was cached of them."""
-        chosen = rows.tolist()
+        chosen, where = rows.tolist(), self.where
         tokens = replace(self.rows, sequences=[self.rows.sequences[row] for row in chosen])
-        if isinstance(self.targets, torch.Tensor):
-            return Examples(tokens, self.targets[rows])
-        return Examples(tokens, [self.targets[row] for row in chosen])
+        every = self.targets
+        targets = every[rows] if isinstance(every, torch.Tensor) else [every[row] for row in chosen]
+        return Examples(tokens, targets, where=lambda at: where(chosen[at]))
 
     def after(self, prefix: Sequence[int]) -> Examples:
         """The same rows with other tokens before each."""
-        return Examples(replace(self.rows, prefix=prefix), self.targets)
+        return replace(self, rows=replace(self.rows, prefix=prefix), boundary=None)
 
 
 def batches(

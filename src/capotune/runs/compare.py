@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from capotune import errors
-from capotune.errors import CapotuneError
+from capotune.errors import CapotuneError, OutOfMemoryError
 from capotune.events import CancelToken, Event, Failed, Reporter, from_json
 from capotune.memory_table import MemoryTable
 from capotune.settings import CompareSettings, RunSettings
@@ -43,6 +43,8 @@ def run_techniques(
         request = _request(settings, method, folder / method, base_score=number == 0)
         try:
             failure = _run_one(request, listen, cancel)
+        except OutOfMemoryError as error:  # the next one may need less
+            failure = str(error)
         except CapotuneError as error:  # it names the folder's temporary name, the only one that it knows
             raise _rename(error, str(folder), str(settings.out)) from None
         if failure:

@@ -32,6 +32,7 @@ from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
+from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
 from capotune.tasks.golden import golden_answers
@@ -72,7 +73,10 @@ def run(
     record = _record(prepared, report)
     if resume:
         _same_settings(out, record)
-    with growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))):
+    with (
+        growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))),
+        telling_what_to_lower(prepared.method, prepared.base, "before training or after it"),
+    ):
         result = _Run(prepared, record, report).finish(state, base_score)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     report(Finished(result=result["result"]))
@@ -130,7 +134,8 @@ class _Run:
         self._attach(assembled, cache)
         trainable = assembled.expected_trainable()
         self.report(TrainingStarted(trainable=trainable, total=assembled.base_parameters))
-        fitted = self.task_run.fit(self.settings.out, assembled, cache, self.report, state)
+        with telling_what_to_lower(assembled.method.settings, self.base, "in training", assembled):
+            fitted = self.task_run.fit(self.settings.out, assembled, cache, self.report, state)
         seconds = time.perf_counter() - started + cache.reused_seconds
         self.report(Stage(text="testing"))
         scored = self.task_run.test(assembled, cache, self.report)

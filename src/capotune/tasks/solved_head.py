@@ -16,7 +16,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
-from capotune.engine.recorded import train_recorded, with_boundary
+from capotune.engine.recorded import incidents, train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
 from capotune.evaluation.forward import Examples
 from capotune.events import Reporter, Stage, alive
@@ -52,9 +52,12 @@ class SolvedHead:
     unfinished: LinearHead | None
     """A more regularised head, which leaves the method something to gain; None: the method trains no weights."""
 
-    def fitted(self, epochs: float = 1.0, best_epoch: int = 1, score: Score | None = None) -> Fitted:
-        """For the run's record; by default where nothing but the head was fitted."""
-        return Fitted(epochs, best_epoch, (score or self.score)[0], {"regularization": self.regularization})
+    def fitted(self, state: TrainingState | None = None) -> Fitted:
+        """For the run's record: how training ended, or where that is None, that nothing but the head was fitted."""
+        extra = {"regularization": self.regularization}
+        if state is None:
+            return Fitted(1.0, 1, self.score[0], extra)
+        return Fitted(float(state.epoch), state.best_epoch, state.best_score[0], extra | incidents(state))
 
 
 def solve_head(
@@ -97,7 +100,7 @@ def train_from(
         set_head(assembled, solved.unfinished)
     fit, held = (with_boundary(part, assembled, cache, report) for part in rows)
     state = train_recorded(out, assembled, fit, held, seed=seed, state=state, report=report)
-    return solved.fitted(float(state.epoch), state.best_epoch, state.best_score)
+    return solved.fitted(state)
 
 
 def set_head(assembled: Assembled, head: LinearHead) -> None:

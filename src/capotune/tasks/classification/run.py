@@ -55,7 +55,8 @@ class ClassificationRun(TaskRun):
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
         fit, held = hold_out(self.targets.tolist(), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
-        self.train = Examples(TokenRows(task.encode(data.train.texts, data.train.where), task.pad_id), self.targets)
+        rows = TokenRows(task.encode(data.train.texts, data.train.where), task.pad_id)
+        self.train = Examples(rows, self.targets, where=data.train.where)
         self.train_rows = len(data.train)
         self.data_sha256 = _data_hash(data)
         self._features: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from capotune.data.inspect.samples import inspect_samples
 from capotune.data.samples import Conversation, Samples, answer_of, asked
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.recorded import train_recorded, with_boundary
+from capotune.engine.recorded import incidents, train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
 from capotune.errors import DataError, SettingError, quoted
 from capotune.evaluation.forward import Examples, held_out_score
@@ -160,6 +160,7 @@ class GenerationRun(TaskRun):
         )
         state = state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
         state = train_recorded(out, assembled, fit, held, seed=self.seed, state=state, report=report)
+        extra |= incidents(state)
         return Fitted(float(state.epoch), state.best_epoch, shown(state.best_score), extra)
 
     # ---------------------------------------------------------------------------------------------- testing
@@ -223,11 +224,12 @@ class GenerationRun(TaskRun):
 
     def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:
         """Every sequence with a token in the loss, and for each the group that must stay on one side."""
-        chosen, groups = [], []
+        chosen, groups, numbers = [], [], []
         for number, of_sample in enumerate(encoded):
             for part, one in enumerate(of_sample):
                 if one.tokens_in_loss:
                     chosen.append(one)
+                    numbers.append(number)
                     window = f"window {number} {part}" if samples.is_one_text else None
                     groups.append(window or normalised(asked(samples.samples[number])))
         if encoded and not chosen:
@@ -237,7 +239,8 @@ class GenerationRun(TaskRun):
                 advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
             )
         rows = TokenRows([one.ids for one in chosen], self.task.pad_id)
-        return Examples(rows, [one.labels for one in chosen]), groups
+        labels = [one.labels for one in chosen]
+        return Examples(rows, labels, where=lambda at: samples.where(numbers[at])), groups
 
     def _scored_as(self, settings: TrainSettings) -> ScoredAs:
         """As many tokens as the longest training answer and some more; and what is the score to compare by."""
