@@ -23,7 +23,7 @@ from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.load import load_causal_lm
 from capotune.settings import TrainingSettings
-from capotune.tasks.generation.general import GeneralText
+from capotune.tasks.generation.general import GeneralText, positions_for
 
 METHODS = {
     "lora": LoraSettings(rank=4, target_modules=("all-linear",)),
@@ -43,7 +43,7 @@ def _reference(model: Any, sequences: list[list[int]], prefix: list[int]) -> tup
 
 
 def _text(assembled: Assembled, train_tokens: int = 0) -> GeneralText:
-    return GeneralText.for_run(assembled.task, None, train_tokens)
+    return GeneralText.read(assembled.task, None, positions_for(train_tokens))
 
 
 @pytest.mark.parametrize("plain_head", [True, False], ids=["plain-head", "own-logits"])
@@ -98,12 +98,21 @@ def test_a_run_records_the_cost_and_says_it(llama_writer: Path, colour_pairs: Pa
     general = record["result"]["general"]
     assert general["tokens"] > 0
     assert general["words"] in (tmp_path / "run/adapter/README.md").read_text(encoding="utf-8")
+    assert capotune.evaluate(tmp_path / "run/adapter", data=str(colour_pairs), answers=0)["general"] == general
     own = tmp_path / "mine.txt"
     own.write_text("A ripe tomato lay in the snow.\n\nNobody knew why.\n", encoding="utf-8")
     other = capotune.train("lora", out=tmp_path / "other", general=str(own), **settings)["result"]["general"]
     assert other["text"] == "mine.txt"
     assert "on 'mine.txt' " in other["words"]
     assert other["base_loss"] != general["base_loss"]
+    adapter = tmp_path / "other/adapter"
+    assert capotune.evaluate(adapter, data=str(colour_pairs), answers=0, general=str(own))["general"] == other
+
+
+def test_a_model_alone_has_no_base_to_be_compared_with(llama_writer: Path, colour_pairs: Path) -> None:
+    assert "general" not in capotune.evaluate(llama_writer, data=str(colour_pairs), answers=0)
+    with pytest.raises(CapotuneError, match=r"`general=mine\.txt`.*no base"):
+        capotune.evaluate(llama_writer, data=str(colour_pairs), general="mine.txt")
 
 
 def test_a_comparison_shows_the_cost_of_each_technique(llama_writer: Path, colour_pairs: Path, tmp_path: Path) -> None:

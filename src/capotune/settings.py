@@ -75,6 +75,15 @@ class DataSettings(Settings):
     most 4,096."""
 
 
+class EvaluateSettings(DataSettings):
+    """Rows to score an adapter on, and what else is measured."""
+
+    answers: int | None = Field(default=None, ge=0)
+    """Generation: rows that the model answers, at most (0: none). Left out: as many as in the run."""
+    general: str | None = None
+    """Generation: a file of general text, as for a run. Left out: passages of ours, as many as in the run."""
+
+
 class RunSettings(DataSettings):
     """What every run needs, whatever the method."""
 

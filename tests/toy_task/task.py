@@ -20,7 +20,7 @@ from capotune.events import OnProgress, Reporter, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.load import load_backbone
-from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
 from capotune.tasks.classification.features import all_features, head_features
 from capotune.tasks.classification.model import SequenceClassifier, readable_layers
@@ -129,13 +129,7 @@ class Regression(Task):
         """A ``Regressor``."""
         return Regressor(assembled)
 
-    def evaluate(
-        self,
-        assembled: Assembled,
-        settings: DataSettings,
-        answers: int | None,  # noqa: ARG002
-        report: Reporter,
-    ) -> Scored:
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """The mean absolute error."""
         return score(assembled, read_to_score(settings), None, report)
 

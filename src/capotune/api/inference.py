@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from capotune.device import collector_at_rest
 from capotune.errors import AdapterError, ModelError, SettingError
 from capotune.events import CancelToken, Reporter, Stage, alive, ignore
-from capotune.settings import DataSettings, build
+from capotune.settings import EvaluateSettings, build
 
 if TYPE_CHECKING:
     from torch import nn
@@ -222,6 +222,7 @@ def evaluate(
     *,
     data: Any,
     answers: int | None = None,
+    general: str | None = None,
     model: str | None = None,
     allow_different_base: bool = False,
     report: Reporter = ignore,
@@ -234,7 +235,9 @@ def evaluate(
 
     It is the score of the run that made the adapter, by the same code and decoding: on that run's test file, the same
     values to the last digit. For labels: accuracy, macro_f1, loss. For text: loss (nats a token in the loss),
-    perplexity, and exact_match and rouge_l of at most ``answers`` rows where the data holds answers. Also ``metric``,
+    perplexity, and exact_match and rouge_l of at most ``answers`` rows where the data holds answers; of an adapter
+    also ``general``, how it differs from its base on general text (a file of yours, or passages of ours, as many as the
+    run read): ``base_loss`` and ``loss`` in nats a token, ``agreement`` of the next token, ``words``. Also ``metric``,
     the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each; on weights that the adapter was not
     trained on ``different_base``, True.
 
@@ -245,14 +248,14 @@ def evaluate(
     from capotune.adapters.locate import find_adapter
     from capotune.data.readers import as_source
 
-    settings = build(DataSettings, {"data": as_source(data), **columns})
+    settings = build(EvaluateSettings, {"data": as_source(data), "answers": answers, "general": general, **columns})
     report = (cancel or CancelToken()).watching(report)
     folder = find_adapter(adapter)
     assembled = _adapter_or_model(folder or adapter, _On(model, allow_different_base), report=report)
     report(Stage(text="scoring"))
     task: Task = assembled.task
-    task.check_settings(columns, f"'{adapter}'")
-    values = task.evaluate(assembled, settings, answers, report).values()
+    task.check_settings({**columns, "general": general}, f"'{adapter}'")
+    values = task.evaluate(assembled, settings, report).values()
     return {**values, "different_base": True} if folder and not _on_its_own(folder, assembled) else values
 
 

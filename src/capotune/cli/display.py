@@ -276,6 +276,8 @@ def show_scores(scores: dict[str, Any]) -> None:
             interval = f" (95 % interval {low} to {high})"
         text = f"{_number(name, value)} on {scores['measured_on'][name]}{interval}"
         grid.add_row(api.metric(name).words, text)
+    if "general" in scores:
+        grid.add_row("elsewhere", scores["general"]["words"])
     Console(markup=False).print(grid)
 
 

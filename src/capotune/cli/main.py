@@ -70,6 +70,9 @@ class Evaluate(BaseSettings):
     answers: Annotated[int, Field(ge=0)] | None = None
     """Text to write: rows that the model answers, for exact match and ROUGE-L (0: none). Left out: as many as in the
     run that made the adapter, or 200."""
+    general: str | None = None
+    """Text to write: a text file of your own, or a file with a column of texts, on which the adapted model is compared
+    with its base. Left out: passages of ours, as many as the run read."""
     as_json: Json = False
     """Print one JSON object."""
 

@@ -34,7 +34,7 @@ from capotune.evaluation.pairs import RowCounts
 from capotune.events import Reporter
 from capotune.models.base import Base
 from capotune.sections import Section
-from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings
 from capotune.tasks.facade import Facade
 from capotune.text import value_text, words
 
@@ -219,10 +219,10 @@ class Task(TaskModel):
         return torch.empty(0, 1)
 
     @abstractmethod
-    def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """Score the rows of ``settings.data`` (those that a column ``split`` marks as test, else all) as a run does.
 
-        ``answers``: rows for which text is written, where the task writes some; None: as many as in the run.
+        The method may be detached afterwards.
         """
 
     # ---------------------------------------------------------------------------------------------------------- words

@@ -26,7 +26,7 @@ from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.sentence_files import Pooling
 from capotune.sections import Section
-from capotune.settings import DataSettings, TrainingSettings, TrainSettings, nearest
+from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, TaskRun, untested
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
@@ -219,13 +219,7 @@ class Classification(LinearHeadTask):
         """(rows, labels)."""
         return self.logits(assembled, TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids))
 
-    def evaluate(
-        self,
-        assembled: Assembled,
-        settings: DataSettings,
-        answers: int | None,  # noqa: ARG002 - every row is answered
-        report: Reporter,
-    ) -> Scored:
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
         rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
         rows = self.with_own_labels(rows)

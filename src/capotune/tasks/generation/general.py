@@ -11,7 +11,7 @@ same for every technique of a comparison. Passages of ours stand in an order in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -26,13 +26,14 @@ from capotune.errors import DataError
 from capotune.evaluation.forward import Examples, outputs
 from capotune.evaluation.metrics import mean_interval
 from capotune.events import OnProgress
+from capotune.methods.base import Untouched
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.objective import NextToken
 
-_FEWEST: Final = 128
-"""Tokens that are read even where a pass over the training rows is short: fewer would say nothing."""
+FEWEST: Final = 128
+"""Positions that are compared even where a pass over the training rows is short: fewer would say nothing."""
 _SHARE: Final = 0.02
-"""General tokens for each token of one pass over the training rows. Two forward passes over them cost 3 % of a pass
+"""General positions for each token of one pass over the training rows. Two forward passes over them cost 3 % of a pass
 with LoRA, which computes forward and backward."""
 _WINDOW: Final = 512
 """Tokens that a model reads at once."""
@@ -82,22 +83,20 @@ class GeneralText:
     sequences: list[list[int]]
 
     @staticmethod
-    def for_run(task: TextEncoder, file: str | None, train_tokens: int) -> GeneralText:
-        """The start of the user's ``file`` or of our own text, as much as fits ``train_tokens``, the tokens of the
-        training rows.
+    def read(task: TextEncoder, file: str | None, positions: int) -> GeneralText:
+        """The start of the user's ``file`` or of our own text, as much as has so many ``positions`` to compare.
 
         Raises ``DataError`` for a file that cannot be read or that holds less than two tokens.
         """
-        most = max(_FEWEST, int(_SHARE * train_tokens))
         window = min(_WINDOW, task.base.max_length // 2)  # leaves room for any soft prompt
         sequences: list[list[int]] = []
         for passage in _passages(file):
             ids = task.encode_prompt(passage)
             for at in range(0, len(ids), window):
-                taken = ids[at : at + min(window, most)]
+                taken = ids[at : at + min(window, positions + 1)]
                 if len(taken) > 1:
                     sequences.append(taken)
-                    most -= len(taken)
+                    positions -= len(taken) - 1
         if file and not sequences:
             raise DataError("it holds less than two tokens of text.", setting="general", given=file)
         return GeneralText(Path(file).name if file else "", sequences)
@@ -111,6 +110,17 @@ class GeneralText:
         objective = NextToken(task.objective.backbone, task.objective.plain_head, width)
         return outputs(assembled, Examples(rows, labels), progress, objective)
 
+    def next_tokens_of_base(self, assembled: Assembled, progress: OnProgress | None = None) -> torch.Tensor:
+        """The same of the base, whose method is not attached."""
+        bare = replace(assembled, method=Untouched(assembled.method.quantization))
+        return self.next_tokens(bare, progress)
+
+    def cost_of(self, assembled: Assembled, progress: OnProgress | None = None) -> Cost:
+        """Of the adapter on its base; it is off afterwards."""
+        adapted = self.next_tokens(assembled, progress)
+        assembled.method.detach()
+        return self.cost(self.next_tokens_of_base(assembled, progress), adapted)
+
     def cost(self, base: torch.Tensor, adapted: torch.Tensor) -> Cost:
         """From the ``next_tokens`` of both."""
         (base_losses, base_ids), (losses, ids) = (found.double().chunk(2, dim=1) for found in (base, adapted))
@@ -120,6 +130,11 @@ class GeneralText:
         change = (losses - base_losses).nansum(1).tolist()  # of each passage
         interval = mean_interval(change, there.sum(1).tolist())
         return Cost(self.name, int(there.sum()), base_loss, loss, interval, float(agreement))
+
+
+def positions_for(train_tokens: int) -> int:
+    """How many positions a run compares, by the tokens of its training rows."""
+    return max(FEWEST, int(_SHARE * train_tokens))
 
 
 def _passages(file: str | None) -> Sequence[str]:

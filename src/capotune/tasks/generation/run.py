@@ -30,7 +30,7 @@ from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
-from capotune.tasks.generation.general import GeneralText
+from capotune.tasks.generation.general import GeneralText, positions_for
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
@@ -93,8 +93,9 @@ class GenerationRun(TaskRun):
                 advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
             )
         self.data_sha256 = f"{self.train.rows.digest()[:32]}{tests.digest()[:32]}"
-        self.task = replace(task, scored_as=self._scored_as(settings))
-        self.general = GeneralText.for_run(task, settings.general, sum(self.train.rows.lengths))
+        positions = positions_for(sum(self.train.rows.lengths))
+        self.general = GeneralText.read(task, settings.general, positions)
+        self.task = replace(task, scored_as=replace(self._scored_as(settings), general=positions))
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -132,11 +133,9 @@ class GenerationRun(TaskRun):
         if not self.general.sequences:
             return
         report(Stage(text="reading general text with the base"))
-        bare = replace(assembled, method=Untouched(assembled.method.quantization))
         rows = TokenRows(self.general.sequences, self.task.pad_id)
-        self.base_next_tokens = cache.features(
-            rows, partial(self.general.next_tokens, bare, alive(report)), what="next tokens"
-        )
+        read = partial(self.general.next_tokens_of_base, assembled, alive(report))
+        self.base_next_tokens = cache.features(rows, read, what="next tokens")
 
     # ---------------------------------------------------------------------------------------------- training
 

@@ -19,6 +19,7 @@ from capotune.settings import DecodingSettings
 from capotune.tasks.base import Scored
 from capotune.tasks.generation.answers import AnsweredRows, answer_rows
 from capotune.tasks.generation.deciding import Compared
+from capotune.tasks.generation.general import FEWEST
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,26 @@ class ScoredAs:
     """Rows that the model answers, at most."""
     metric: Compared = "perplexity"
     """The score to compare by (``deciding``)."""
+    general: int = FEWEST
+    """Positions of general text on which the model is compared with its base."""
 
     def to_json(self) -> dict[str, Any]:
         """As an adapter's record holds it, which has the metric with how it was trained."""
-        return {"decoding": self.decoding.model_dump(mode="json"), "answers": self.answers}
+        return {"decoding": self.decoding.model_dump(mode="json"), "answers": self.answers, "general": self.general}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ScoredAs:
-        """What ``to_json`` gave, with the ``metric`` that stands beside it."""
-        metric = values.get("metric", "perplexity")
-        return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], metric)
+        """What ``to_json`` gave, with the ``metric`` that stands beside it. Adapters written before say nothing of
+        general text."""
+        metric, general = values.get("metric", "perplexity"), values.get("general", FEWEST)
+        return ScoredAs(DecodingSettings(**values["decoding"]), values["answers"], metric, general)
 
 
 def _readable(values: dict[str, Any]) -> dict[str, Any]:
     """``ValueError`` for what ``ScoredAs.from_json`` cannot read."""
-    answers = values.get("answers")
-    if not isinstance(values.get("decoding"), dict) or type(answers) is not int or answers < 0:
-        raise ValueError("decoding and the number of answers are expected")
+    counts = (values.get("answers"), values.get("general", FEWEST))
+    if not isinstance(values.get("decoding"), dict) or any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("decoding, the number of answers and of positions of general text are expected")
     DecodingSettings(**values["decoding"])
     return values
 

@@ -21,21 +21,22 @@ from capotune.data.inspect.samples import GenerationReport, describe_samples, lo
 from capotune.data.samples import Conversation
 from capotune.data_blocks import Block
 from capotune.device import compute_dtype
-from capotune.errors import DataError
-from capotune.events import OnProgress, Reporter, Warned
+from capotune.errors import DataError, SettingError
+from capotune.events import OnProgress, Reporter, Stage, Warned, alive
 from capotune.kernels import policy
-from capotune.methods.base import Method
+from capotune.methods.base import Method, Untouched
 from capotune.models.architecture import text_part
 from capotune.models.base import Base
 from capotune.models.load import load_causal_lm
 from capotune.sections import Section
-from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun, untested
 from capotune.tasks.generation import page
 from capotune.tasks.generation.chat_template import ChatTemplate
 from capotune.tasks.generation.deciding import decide_together
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.facade import Generator
+from capotune.tasks.generation.general import GeneralText
 from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, write_merged_files
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain, looks_ahead
@@ -227,8 +228,26 @@ class Generation(TextEncoder, Task):
         logits: torch.Tensor = assembled.model(input_ids=torch.tensor([ids], device=assembled.model.device)).logits
         return logits[0, -1:]
 
-    def evaluate(self, assembled: Assembled, settings: DataSettings, answers: int | None, report: Reporter) -> Scored:
-        """Loss, perplexity, and where the data holds answers exact match and ROUGE-L, decoded as in the run."""
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
+        """Loss, perplexity, and where the data holds answers exact match and ROUGE-L, decoded as in the run; of an
+        adapter also what it costs on general text, for which it is taken off last."""
+        alone = isinstance(assembled.method, Untouched)
+        if settings.general and alone:
+            raise SettingError(
+                "a model alone has no base to be compared with.",
+                setting="general",
+                given=settings.general,
+                advice="Leave it out.",
+            )
+        general = GeneralText.read(self, settings.general, 0 if alone else self.scored_as.general)
+        scored = self._score(assembled, settings, report)
+        if not general.sequences:
+            return scored
+        report(Stage(text="reading general text"))
+        cost = general.cost_of(assembled, alive(report))
+        return replace(scored, extra=scored.extra | {"general": cost.to_json()})
+
+    def _score(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         samples = read_samples_to_score(
             settings.data, prompt_template=settings.prompt_template, completion_column=settings.completion_column
         )
@@ -239,7 +258,8 @@ class Generation(TextEncoder, Task):
         encoded = assembled.task.encode(samples, notices)
         for text in (*notices.sentences(), *lost_samples(samples, encoded, self.max_length)):
             report(Warned(text=text))
-        scored_as = self.scored_as if answers is None else replace(self.scored_as, answers=answers)
+        answers = self.scored_as.answers if settings.answers is None else settings.answers
+        scored_as = replace(self.scored_as, answers=answers)
         scored = score_samples(assembled, encoded, samples, scored_as, report)
         if not scored.rows:
             raise DataError(

@@ -21,7 +21,7 @@ from capotune.events import Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.sections import Section
-from capotune.settings import DataSettings, TrainingSettings, TrainSettings
+from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, TaskRun, untested
 from capotune.tasks.linear_head import LinearHeadTask, inner_states, spread_layers
 from capotune.tasks.room import text_length
@@ -184,13 +184,7 @@ class TokenClassification(LinearHeadTask):
         rows = TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids)
         return logits_of(assembled, Examples(rows, [[0] * len(ids) for ids in sequences]))
 
-    def evaluate(
-        self,
-        assembled: Assembled,
-        settings: DataSettings,
-        answers: int | None,  # noqa: ARG002 - every row is answered
-        report: Reporter,
-    ) -> Scored:
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """F1, precision, recall and loss. ``DataError`` for a type that the adapter does not know."""
         rows = read_to_score(settings.data, word_column=settings.text_column, tag_column=settings.label_column)
         check_types(rows, self.types)
