@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ pytest.importorskip("gguf")
 
 from gguf_files import FAMILIES, rope_tensors, write
 
+from capotune import cache
 from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.api import is_adapter
 from capotune.errors import ModelError, OutputError
-from capotune.events import Event, Progress, Stage
+from capotune.events import Event, Progress, Stage, Warned
 from capotune.files import cache_folder
 from capotune.models.base import Base, Quantization, find
 from capotune.models.gguf.converted import converted
@@ -175,6 +178,49 @@ def test_conversion_without_room_is_refused_before_it_begins(
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("", (), {"free": 1000}))
     with pytest.raises(OutputError, match=rf"{size}, and 1.0 kB are free in .*CAPOTUNE_CACHE"):
         load_causal_lm(base, quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4])
+def test_one_flipped_bit_in_a_converted_file_is_found_and_it_is_made_again(
+    quantization: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(LLAMA, tmp_path / "model.gguf")
+    seen: list[Event] = []
+    base = find(str(tmp_path / "model.gguf"), report=seen.append)
+    folder = converted(base, quantization).folder
+    (weights,) = folder.glob("*.safetensors")
+    for path in (weights, base.folder / "config.json"):
+        before = path.read_bytes()
+        path.write_bytes(before[:-9] + bytes([before[-9] ^ 4]) + before[-8:])
+        monkeypatch.setattr(cache, "_whole", set())  # as in another process
+        seen.clear()
+        assert converted(find(str(tmp_path / "model.gguf"), report=seen.append), quantization).folder == folder
+        assert path.read_bytes() == before
+        (warned,) = (event.text for event in seen if isinstance(event, Warned))
+        assert warned == f"what model.gguf was converted to in {path.parent} is damaged on the disk, and is made again."
+
+
+def test_a_full_cache_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(LLAMA, tmp_path / "model.gguf")
+    expected = from_folder(find(str(tmp_path / "model.gguf")))
+    monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make = os.mkdir
+
+    def full(path: Any, *rest: Any, **more: Any) -> None:
+        if tmp_path / "full" in Path(path).parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        make(path, *rest, **more)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    seen: list[Event] = []
+    base = find(str(tmp_path / "model.gguf"), report=seen.append)
+    assert converted(base, None).folder == converted(base, None).folder
+    assert_same_weights(load_causal_lm(base, quantization=NF4), load_causal_lm(expected, quantization=NF4))
+    assert not (tmp_path / "full").exists() or not list((tmp_path / "full").rglob("*.safetensors"))
+    notices = [event.text for event in seen if isinstance(event, Warned)]
+    assert len(notices) == 3  # what the file describes, its weights whole and in 4 bits
+    assert all("no space left on the disk" in text and "is taken instead" in text for text in notices)
 
 
 def test_what_a_killed_process_left_is_removed_after_days(tmp_path: Path) -> None:

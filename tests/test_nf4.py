@@ -298,6 +298,18 @@ def test_the_compiled_kernel_is_kept_and_found_again(fresh_library: Path, monkey
     assert native_module.library("nf4_cpu") is not None
 
 
+def test_a_compiled_kernel_with_one_flipped_bit_is_not_run(fresh_library: Path) -> None:
+    if native_module.library("nf4_cpu") is None:
+        pytest.skip("no C compiler here")
+    (built,) = fresh_library.iterdir()
+    before = built.read_bytes()
+    built.unlink()  # not changed in place: this process runs it
+    built.write_bytes(before[:2000] + bytes([before[2000] ^ 1]) + before[2001:])
+    native_module.library.cache_clear()
+    assert native_module.library("nf4_cpu") is not None
+    assert before in [path.read_bytes() for path in fresh_library.iterdir()]
+
+
 @pytest.mark.parametrize("trouble", ["missing", "failing", "read-only"])
 def test_without_a_compiler_pytorch_takes_over(
     trouble: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from capotune.errors import SHOWN, SettingError, cut
-from capotune.files import cache_folder
+from capotune.files import cache_folder, checksum, free_bytes
 
-__all__ = ["KINDS", "LIMIT_VARIABLE", "Entry", "clear", "entries", "hold", "limit", "make_room", "sign", "tidy"]
+__all__ = [
+    "KINDS", "LIMIT_VARIABLE", "Entry", "clear", "discard", "entries", "hold", "is_whole", "limit", "make_room", "sign",
+    "tidy",
+]  # fmt: skip
 
 LIMIT_VARIABLE = "CAPOTUNE_CACHE_LIMIT"
 KINDS = ("features", "boundary", "models", "hashes")
@@ -34,7 +38,7 @@ KINDS = ("features", "boundary", "models", "hashes")
 _MOST_BYTES = 50 * 10**9
 _SHARE = 0.5
 _ABANDONED_SECONDS = 2 * 24 * 3600
-_FACTS = ".cached.json"
+_FACTS, _SUMS = ".cached.json", "crc32"
 _MOST_HEADER = 10**6
 _ROOMS = {"activations": "*.safetensors", "models": "*", "hashes": "*.json"}
 """The cache's folders and what an entry of each is called: nothing else is touched."""
@@ -104,10 +108,37 @@ def clear(kinds: Collection[str] = KINDS) -> list[Entry]:
 
 
 def sign(folder: Path, **facts: str) -> None:
-    """Write into a folder that becomes an entry what it was made of (``Entry.facts``)."""
-    (folder / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    """Write into a folder that becomes an entry what it was made of (``Entry.facts``) and its files' checksums."""
+    (folder / _FACTS).write_text(json.dumps({**facts, _SUMS: _checksums(folder)}) + "\n", encoding="utf-8")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a folder are as they were when it was signed; looked at once in a process."""
+    if folder not in _whole:
+        signed = (_json(folder / _FACTS) or {}).get(_SUMS)
+        try:
+            if signed is not None and _checksums(folder) != signed:  # it is None in those that earlier versions made
+                return False
+        except OSError:
+            return False
+        _whole.add(folder)
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Take a damaged folder away, also from those who hold it; what they have open or mapped stays readable."""
+    _close(_handles.pop(folder, None))
+    _take_away(folder)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Of every file below ``folder`` but its facts, at once in some threads."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _FACTS)
+    with ThreadPoolExecutor(4) as pool:
+        return {str(path.relative_to(folder)): one for path, one in zip(paths, pool.map(checksum, paths), strict=True)}
+
+
+_whole: set[Path] = set()
 _handles: dict[Path, int] = {}
 
 
@@ -144,12 +175,19 @@ def _remove(path: Path) -> bool:
         handle = _locked(path, alone=True)
         if handle is None:
             return False
-        leaving = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
         try:
-            path.rename(leaving)
+            return _take_away(path)
         finally:
             _close(handle)
     except OSError:  # not ours, open on Windows, or another process was faster
+        return False
+
+
+def _take_away(folder: Path) -> bool:
+    leaving = folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(4)}.partial")
+    try:
+        folder.rename(leaving)
+    except OSError:
         return False
     shutil.rmtree(leaving, ignore_errors=True)
     return True
@@ -204,8 +242,7 @@ def _held() -> int:
 
 def _free() -> int:
     """Bytes free on the cache's disk."""
-    folder = cache_folder()
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    return free_bytes(cache_folder())
 
 
 def _nbytes(path: Path) -> int:

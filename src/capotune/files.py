@@ -10,13 +10,14 @@ import errno
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capotune.errors import OutputError
 
-__all__ = ["cache_folder", "growing_folder", "human_bytes", "output_folder", "write_atomic"]
+__all__ = ["cache_folder", "checksum", "free_bytes", "growing_folder", "human_bytes", "output_folder", "write_atomic"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _LOST = _DISK_FULL | {errno.EIO}
@@ -105,6 +106,20 @@ def growing_folder(path: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
             _remove_if_empty(made)
         raise
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file's content: against accidents, in which a bit becomes another one or the end is missing."""
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            total = zlib.crc32(part, total)
+    return f"{total:08x}"
+
+
+def free_bytes(path: Path) -> int:
+    """Free on the disk of ``path``, which need not exist."""
+    return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
 
 
 def human_bytes(n: int) -> str:

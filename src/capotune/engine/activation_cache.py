@@ -6,6 +6,9 @@ layers, prompt), so an entry is never stale: other data or another base is anoth
 - features (rows, layers·hidden) that a task's head reads;
 - boundary states (tokens, hidden) entering the lowest trainable block, for everything above it. They are stored without
   padding and mapped from disk, so they may be larger than memory.
+
+An entry that is not as it was written is computed again, and a disk that cannot be written to is done without: the
+cache may make a run faster, never another one, and never stop it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,14 +32,13 @@ from safetensors.torch import save_file
 from capotune import cache
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
-from capotune.errors import OutputError
 from capotune.evaluation.boundary import boundary_bytes, compute_boundary
 from capotune.evaluation.resume import BoundaryStates
 from capotune.events import OnProgress, Reporter, Warned, ignore
-from capotune.files import human_bytes
+from capotune.files import free_bytes, human_bytes
 from capotune.kernels.execution import reduced_precision, reusing_memory
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass
@@ -48,14 +51,15 @@ class ActivationCache:
     made_of: dict[str, str] = field(default_factory=dict)
     """The names of ``base`` and ``data``, for people who look at the entries."""
     report: Reporter = ignore
-    """Told once when something is too large to be stored."""
+    """Told once when something is too large to be stored, cannot be written, or was damaged."""
     forward_rows: int = 0
     """TokenRows that had to go through the model."""
     reused_seconds: float = 0.0
     """What the entries that were found had cost."""
     _used: set[Path] = field(default_factory=set)
     """Entries that this run has found or made: none of them leaves for another."""
-    _said: bool = False
+    _said: set[str] = field(default_factory=set)
+    _is_writable: bool = True
 
     def boundary(
         self,
@@ -79,7 +83,7 @@ class ActivationCache:
             if not self._fits(boundary_bytes(assembled, rows), "the frozen layers are computed anew in every epoch"):
                 return None
             values = self._computed("boundary", name, rows, compute)
-            if stored := self._read(name):  # mapped from disk from now on
+            if stored := self._read(name, check=False):  # mapped from disk from now on
                 values = stored[0]
         return BoundaryStates(values, rows.starts, outputs)
 
@@ -104,19 +108,22 @@ class ActivationCache:
         values = compute()
         self.forward_rows += len(rows.sequences)
         seconds = f"{time.perf_counter() - started:.3f}"
-        if self._fits(values.nbytes, "the next run computes it again"):
-            self._write(name, values, {**self.made_of, "kind": kind, "seconds": seconds})
+        if self._is_writable and self._fits(values.nbytes, "the next run computes it again"):
+            self._write(name, values.contiguous(), {**self.made_of, "kind": kind, "seconds": seconds})
         return values
 
     def _fits(self, nbytes: int, otherwise: str) -> bool:
         """Whether so many bytes may be stored, for which older entries leave; else says once what happens."""
         if self.folder is None or cache.make_room(nbytes, self._used):
             return True
-        if not self._said:
-            sizes = f"{human_bytes(nbytes)}, more than the cache has room for (at most {human_bytes(cache.limit())})"
-            self.report(Warned(text=f"what the frozen layers compute takes {sizes}: {otherwise}."))
-        self._said = True
+        sizes = f"{human_bytes(nbytes)}, more than the cache has room for (at most {human_bytes(cache.limit())})"
+        self._say("large", f"what the frozen layers compute takes {sizes}: {otherwise}.")
         return False
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self.report(Warned(text=text))
+        self._said.add(what)
 
     def _use(self, name: str) -> None:
         if self.folder:
@@ -127,15 +134,21 @@ class ActivationCache:
         text = json.dumps([_FORMAT, kind, self.identity, parts, rows.digest()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _read(self, name: str) -> tuple[torch.Tensor, float] | None:
-        """An entry's values and the seconds they cost; None when there is no whole one."""
+    def _read(self, name: str, *, check: bool = True) -> tuple[torch.Tensor, float] | None:
+        """An entry's values and the seconds they cost; None when there is no whole one. ``check``: that they are what
+        was written."""
         path = self.folder / f"{name}.safetensors" if self.folder else None
         if path is None or not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("values"), float(file.metadata()["seconds"])
-        except (OSError, SafetensorError):  # damaged, or taken away by someone a moment ago
+                values, facts = file.get_tensor("values"), file.metadata()
+            if check and facts.pop("crc32") != _checksum(values, facts):
+                raise ValueError("another checksum")
+            return values, float(facts["seconds"])
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
+            if path.is_file():  # else someone took it away a moment ago
+                self._say("damaged", f"what was cached in {path} is damaged on the disk, and is computed again.")
             return None
 
     def _write(self, name: str, values: torch.Tensor, facts: dict[str, str]) -> None:
@@ -145,16 +158,25 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             cache.tidy(self.folder)
-            save_file({"values": values.contiguous()}, temporary, metadata=facts)
+            save_file({"values": values}, temporary, metadata=facts | {"crc32": _checksum(values, facts)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(self.folder / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"the cache cannot be written: {error} ({values.nbytes:,} bytes).",
-                where=str(self.folder),
-                advice="Free space, set CAPOTUNE_CACHE to another folder, or give `cache=False`.",
-            ) from None
-        self._use(name)
+            self._is_writable = False
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            sizes = f"{human_bytes(values.nbytes)} to write, {human_bytes(free_bytes(self.folder))} free"
+            text = f"the cache in {self.folder} cannot be written ({reason}; {sizes}): the run goes on without it."
+            self._say("unwritable", text)
+        else:
+            self._use(name)
+
+
+def _checksum(values: torch.Tensor, facts: dict[str, str]) -> str:
+    """CRC-32 of all that an entry holds: a bit that is another one is found, at 4 GB in a second of one core, twice as
+    fast as by SHA-256. It is against accidents; who can write into the cache can write a checksum too."""
+    described = json.dumps([sorted(facts.items()), str(values.dtype), list(values.shape)])
+    content: Any = values.reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(content, zlib.crc32(described.encode())):08x}"

@@ -25,6 +25,7 @@ import torch
 
 from capotune.device import cpu_level
 from capotune.errors import SettingError
+from capotune.files import checksum
 from capotune.kernels import abi, policy
 
 __all__ = [
@@ -77,7 +78,7 @@ def _loaded(source: Path) -> ctypes.CDLL:
     path = _compiled(source)
     try:
         return open_library(path)
-    except OSError:  # cut short when the machine went down after it was built
+    except OSError:  # made for another C library, in a home folder that two systems share
         path.unlink(missing_ok=True)
         return open_library(_compiled(source))
 
@@ -93,7 +94,8 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def _compiled(source: Path) -> Path:
-    """Path of the shared library, built now unless an earlier run built the same source with the same flags."""
+    """Path of the shared library, built now unless an earlier run built the same source with the same flags. Its name
+    ends with its checksum: one that is damaged on the disk would compute something else."""
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler found")
@@ -102,11 +104,14 @@ def _compiled(source: Path) -> Path:
     content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + content).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune"
-    target = folder / f"{source.stem}-{key[:16]}.so"
-    if not target.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(compiler, flags, source, target)
-    return target
+    name = f"{source.stem}-{key[:16]}"
+    for built in folder.glob(f"{name}-*.so"):
+        if built.stem == f"{name}-{checksum(built)}":
+            return built
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unnamed = folder / f".{name}-{os.getpid()}.so"
+    _compile(compiler, flags, source, unnamed)
+    return unnamed.replace(folder / f"{name}-{checksum(unnamed)}.so")
 
 
 def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
