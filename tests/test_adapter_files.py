@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import capotune
-from capotune.adapters.files import CONFIG, WEIGHTS
-from capotune.adapters.store import RECORD, save_adapter
+from capotune.adapters.files import CONFIG, RECORD, WEIGHTS
+from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, CapotuneError, ModelError, SettingError
 from capotune.methods.lora.method import find_targets
 from capotune.methods.lora.settings import LoraSettings
@@ -39,6 +39,7 @@ def labels(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "labels"
     assembled = helpers.on_base(bert, LoraSettings(rank=2))
     save_adapter(folder, assembled, helpers.TRAINED, golden_answers(assembled))
+    helpers.unsigned(folder)  # or what is made wrong would not be read any further
     return folder
 
 
@@ -48,6 +49,7 @@ def prompt(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("made") / "prompt"
     settings = PromptTuningSettings(num_virtual_tokens=3, init="vocabulary", learning_rate=0.1)
     save_adapter(folder, generation_helpers.on_base(llama_writer, settings), helpers.TRAINED)
+    helpers.unsigned(folder)
     return folder
 
 
@@ -286,3 +288,48 @@ def test_gguf_adapter_that_lies_about_places_is_refused(at: str, value: int, tmp
     path.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
     with pytest.raises(ModelError, match=r"adapter\.gguf"):
         open_gguf(path, "adapter")
+
+
+# ------------------------------------------------------------------------------------------------- checksums
+
+
+@pytest.fixture
+def signed(bert: Path, tmp_path: Path) -> Path:
+    """An adapter as it is written now."""
+    save_adapter(tmp_path / "signed", helpers.on_base(bert, LoraSettings(rank=1, layers=(0,))), helpers.TRAINED)
+    return tmp_path / "signed"
+
+
+def test_one_flipped_bit_in_the_weights_is_found_wherever_it_is(signed: Path) -> None:
+    whole = (signed / WEIGHTS).read_bytes()
+    for at in range(0, len(whole), 97):
+        (signed / WEIGHTS).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: damaged or incomplete: its SHA-256 is"):
+            read_adapter(signed)
+    (signed / WEIGHTS).write_bytes(whole)
+    assert read_adapter(signed).notices == ()
+
+
+@pytest.mark.parametrize("name", [RECORD, CONFIG])
+def test_an_edited_description_is_read_and_said(name: str, signed: Path) -> None:
+    path = signed / name
+    values = json.loads(path.read_text())
+    values |= {"labels": ["late", "broken", "cash"]} if name == RECORD else {"base_model_name_or_path": "elsewhere"}
+    path.write_text(json.dumps(values))
+    expected = f"{path} is not as it was written: it was edited, or is damaged."
+    assert read_adapter(signed).notices == (expected,)
+    said: list[str] = []
+    classifier = capotune.load(signed, report=lambda event: said.append(getattr(event, "text", "")))
+    assert classifier.labels == (("late", "broken", "cash") if name == RECORD else helpers.LABELS)
+    assert expected in said
+
+
+def test_the_layout_of_the_record_does_not_matter(signed: Path) -> None:
+    record = json.loads((signed / RECORD).read_text())
+    (signed / RECORD).write_text(json.dumps(dict(reversed(record.items())), indent=7))
+    assert read_adapter(signed).notices == ()
+
+
+def test_an_adapter_without_checksums_is_believed(signed: Path) -> None:
+    helpers.unsigned(signed)
+    assert read_adapter(signed).notices == ()

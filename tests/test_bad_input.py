@@ -407,8 +407,15 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     "adapter with weights of something else": (
         lambda place: place.adapter(adapter_model_safetensors=lambda _: b"garbage"), "info mine", ("damaged",)
     ),
+    "adapter with one flipped bit in its weights": (
+        lambda place: place.adapter(adapter_model_safetensors=one_bit),
+        "predict mine hello",
+        ("mine/adapter_model.safetensors: damaged or incomplete", "Copy or train", "remove 'sha256' from"),
+    ),
     "adapter that lacks a tensor": (
-        lambda place: place.adapter(adapter_model_safetensors=without("classifier.bias")),
+        lambda place: place.adapter(
+            adapter_model_safetensors=without("classifier.bias"), capotune_json=edited(sha256={})
+        ),
         "predict mine hello",
         ("classifier.bias' is missing",),
     ),

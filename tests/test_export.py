@@ -477,6 +477,7 @@ def test_damaged_adapter_and_other_base_leave_nothing(
     next(iter(tensors.values()))[0, 0] = float("nan")
     bad = shutil.copytree(adapter, tmp_path / "bad")
     save_file(tensors, bad / "adapter_model.safetensors")
+    helpers.unsigned(bad)
     with pytest.raises(AdapterError, match="NaN"):
         capotune.export(bad, loader="vllm", out=tmp_path / "out")
     with pytest.raises(SettingError, match="loads adapters, and no whole model"):

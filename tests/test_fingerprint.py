@@ -154,7 +154,7 @@ def test_gguf_and_embedded_files_are_hashed_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(content, "_RACY_SECONDS", 0)
     assert content.sha256_of(path) == hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(content, "_known", {})
-    monkeypatch.setattr(content, "_sha256", lambda _path: pytest.fail("it was read again"))
+    monkeypatch.setattr(content, "hashed", lambda _path: pytest.fail("it was read again"))
     assert content.sha256_of(path) == hashlib.sha256(b"weights").hexdigest()
 
 

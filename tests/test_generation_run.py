@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM
 import capotune
 from capotune import methods
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import RECORD, read_adapter
+from capotune.adapters.files import RECORD
+from capotune.adapters.store import read_adapter
 from capotune.data.batches import TokenRows
 from capotune.data.generation import load_samples, read_samples_to_score
 from capotune.data.samples import Pair

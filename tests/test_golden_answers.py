@@ -88,6 +88,7 @@ def test_changed_weights_fail_the_check(llama_writer: Path, tmp_path: Path) -> N
     tensors = load_file(adapter / "adapter_model.safetensors")
     changed = {name: tensor * 1.5 for name, tensor in tensors.items()}
     save_file(changed, adapter / "adapter_model.safetensors")
+    helpers.unsigned(adapter)
     ran = capo("info", adapter, "--check", "--json")
     assert ran.code == 1
     assert not json.loads(ran.out)["check"]["agrees"]

@@ -16,7 +16,8 @@ from commands import capo
 from hub_server import READER, UNKNOWN, Hub
 
 import capotune
-from capotune.adapters.store import RECORD, read_adapter, save_adapter
+from capotune.adapters.files import RECORD
+from capotune.adapters.store import read_adapter, save_adapter
 from capotune.errors import AdapterError, CapotuneError, HubError, ModelError, SettingError
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings

@@ -308,6 +308,7 @@ def test_a_damaged_adapter(damage: Any, said: str, writers: dict[str, Path], tmp
     tensors = load_file(adapter / "adapter_model.safetensors")
     damage(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
+    helpers.unsigned(adapter)
     refuse(adapter, AdapterError, said, tmp_path / "merged")
 
 

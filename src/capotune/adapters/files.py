@@ -18,6 +18,7 @@ from torch import Tensor
 from capotune.errors import AdapterError, quoted
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+RECORD = "capotune.json"
 _LARGEST_JSON, _DEEPEST = 16 * 2**20, 64
 """Bytes, also of a safetensors header; and objects and lists inside each other."""
 _LARGEST_TEXT = 2**20

@@ -23,7 +23,8 @@ from safetensors.torch import save
 from capotune import methods
 from capotune.adapters.assemble import Assembled, attach, peft_config
 from capotune.adapters.card import card
-from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
+from capotune.adapters.checksums import check, signed
+from capotune.adapters.files import CONFIG, RECORD, WEIGHTS, inside, read_json, read_tensors
 from capotune.adapters.fingerprint import earlier_fingerprint, fingerprint
 from capotune.adapters.foreign import is_foreign, read_foreign
 from capotune.adapters.locate import adapter_folder
@@ -37,7 +38,7 @@ from capotune.settings import TrainingSettings, build
 FORMAT = 1
 ABOVE = ".."
 """How an adapter names a base in whose folder its own folder is."""
-RECORD, CARD = "capotune.json", "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class StoredRecord(pydantic.BaseModel):
     golden: list[GoldenAnswer] = []
     left_out: list[str] = []
     """What stayed where it was trained when it was pushed to the hub."""
+    sha256: dict[str, str] = {}
+    """Checksums by files' names (``adapters.checksums``)."""
 
 
 def save_adapter(
@@ -162,12 +165,14 @@ def save_adapter(
         "golden": [*golden],
     }
     tensors = assembled.stored()
-    config = peft_config(assembled, name)
+    content, config = save(tensors, metadata={"format": "pt"}), peft_config(assembled, name)
+    config_text = json.dumps(config, indent=2) + "\n"
     words, parameters = assembled.task.card(record), sum(tensor.numel() for tensor in tensors.values())
     with output_folder(folder) as new:
-        write_atomic(new / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_atomic(new / CONFIG, json.dumps(config, indent=2) + "\n")
-        write_atomic(new / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(new / WEIGHTS, content)
+        write_atomic(new / CONFIG, config_text)
+        whole = signed(record, {WEIGHTS: content, CONFIG: config_text.encode()})
+        write_atomic(new / RECORD, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         write_atomic(new / CARD, card(record, words, parameters, config))
 
 
@@ -189,6 +194,7 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
             f"format {record.get('format')!r}; this version reads format {FORMAT}.", where=str(folder / RECORD)
         )
     check_record(folder, record, StoredRecord)
+    notices = check(folder, record) if inside(folder, WEIGHTS).is_file() else []
     config, tensors = read_json(folder, CONFIG), read_tensors(folder)
     try:
         method = methods.get(record["method"])
@@ -196,7 +202,7 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
         tensors = method.trained(settings, tensors, config)
     except CapotuneError as error:
         raise AdapterError(str(error), where=str(folder / RECORD)) from None
-    return StoredAdapter(folder, settings, record, tensors, allow_different_base)
+    return StoredAdapter(folder, settings, record, tensors, allow_different_base, tuple(notices))
 
 
 def _foreign(folder: Path) -> StoredAdapter:

@@ -146,7 +146,7 @@ def _details(
 ) -> PageDetails:
     """What the page shows beside the table."""
     from capotune import tasks
-    from capotune.adapters.store import RECORD
+    from capotune.adapters.files import RECORD
     from capotune.report import PageDetails
 
     task = tasks.get(comparison.task)

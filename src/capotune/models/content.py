@@ -49,10 +49,11 @@ def remembered(kind: str, paths: Sequence[Path], compute: Callable[[], str]) -> 
 
 def sha256_of(path: Path) -> str:
     """Of a file's content, remembered."""
-    return remembered("sha256", [path], lambda: _sha256(path))
+    return remembered("sha256", [path], lambda: hashed(path))
 
 
-def _sha256(path: Path) -> str:
+def hashed(path: Path) -> str:
+    """Of a file's content, read now."""
     with path.open("rb") as file:
         if hasattr(hashlib, "file_digest"):
             return hashlib.file_digest(file, "sha256").hexdigest()

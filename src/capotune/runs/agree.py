@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from capotune import tasks
-from capotune.adapters.store import RECORD
+from capotune.adapters.checksums import signed_again
+from capotune.adapters.files import RECORD
 from capotune.evaluation.pairs import RowCounts
 from capotune.files import write_atomic
 
@@ -44,7 +45,7 @@ def _compare_by(metric: str, why: str, record: dict[str, Any], out: Path) -> Non
     result |= changed
     if "base_score" in record:
         record["base_score"] = record["base_scores"].get(metric)
-    _write(out / "adapter" / RECORD, adapter)
+    _write(out / "adapter" / RECORD, signed_again(adapter))
     result["adapter_bytes"] = sum(path.stat().st_size for path in (out / "adapter").iterdir())
     _write(out / "run.json", record)
 

@@ -9,8 +9,9 @@ from math import sqrt
 from typing import Any
 
 from capotune.adapters.assemble import Assembled
+from capotune.adapters.files import RECORD
 from capotune.adapters.fingerprint import fingerprint
-from capotune.adapters.store import RECORD, StoredAdapter, find_base, is_own_base, read_adapter
+from capotune.adapters.store import StoredAdapter, find_base, is_own_base, read_adapter
 from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError

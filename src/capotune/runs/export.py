@@ -17,11 +17,11 @@ from torch import Tensor
 
 from capotune import methods
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.files import CONFIG, WEIGHTS
+from capotune.adapters.files import CONFIG, RECORD, WEIGHTS
 from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
-from capotune.adapters.store import CARD, RECORD, StoredAdapter, find_base, read_adapter
+from capotune.adapters.store import CARD, StoredAdapter, find_base, read_adapter
 from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError

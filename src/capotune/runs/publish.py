@@ -18,8 +18,9 @@ import pydantic
 from safetensors.torch import save
 
 from capotune.adapters.card import card
-from capotune.adapters.files import CONFIG, WEIGHTS, read_json, read_tensors
-from capotune.adapters.store import CARD, FORMAT, RECORD, StoredAdapter
+from capotune.adapters.checksums import signed
+from capotune.adapters.files import CONFIG, RECORD, WEIGHTS, read_json, read_tensors
+from capotune.adapters.store import CARD, FORMAT, StoredAdapter
 from capotune.errors import AdapterError, SettingError, quoted
 from capotune.models.base import EMBEDDED, existing
 from capotune.models.hub import hub_name, peft_base
@@ -82,15 +83,17 @@ def publish(stored: StoredAdapter, repo: str, base: str, licence: str | None) ->
     config = _config(stored, base)
     parameters = sum(tensor.numel() for tensor in stored.tensors.values())
     words = task_class(stored).card(record)
+    weights, config_text = _weights(stored), json.dumps(config, indent=2) + "\n"
+    record = signed(record, {WEIGHTS: weights, CONFIG: config_text.encode()})
     texts = {
-        CONFIG: json.dumps(config, indent=2) + "\n",
+        CONFIG: config_text,
         RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
         CARD: card(record, words, parameters, config, repo=repo, licence=licence),
     }
     for name, text in texts.items():
         _check_secrets(stored, name, text)
     files = {name: text.encode() for name, text in texts.items()}
-    return Published({**files, WEIGHTS: _weights(stored)}, record, left_out)
+    return Published({**files, WEIGHTS: weights}, record, left_out)
 
 
 def _weights(stored: StoredAdapter) -> bytes:
@@ -118,7 +121,7 @@ def _record(stored: StoredAdapter, base: str, left_out: list[str]) -> dict[str, 
     if golden:
         left_out.append(f"golden answers to {golden} texts that are not capotune's")
     values = {
-        **{name: value for name, value in stored.record.items() if name in known.model_fields},
+        **{name: value for name, value in stored.record.items() if name in known.model_fields and name != "sha256"},
         "settings": settings,
         "base": {"name": base, "fingerprint": stored.record["base"]["fingerprint"]},
         "trained": {**dict(_public(stored.record["trained"])), **_combined(stored.record["trained"], left_out)},

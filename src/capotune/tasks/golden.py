@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import RECORD, GoldenAnswer, StoredAdapter
+from capotune.adapters.files import RECORD
+from capotune.adapters.store import GoldenAnswer, StoredAdapter
 from capotune.errors import AdapterError, CapotuneError
 
 TEXTS = (

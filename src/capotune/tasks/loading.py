@@ -6,7 +6,8 @@ import torch
 
 from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble
-from capotune.adapters.store import RECORD, StoredAdapter, check_base, check_record, find_base, put_on
+from capotune.adapters.files import RECORD
+from capotune.adapters.store import StoredAdapter, check_base, check_record, find_base, put_on
 from capotune.errors import AdapterError, SettingError
 from capotune.events import Reporter, Warned, ignore
 from capotune.kernels.nf4 import Linear4bit
@@ -64,10 +65,9 @@ def load_adapter(
 
 
 def report_notices(stored: StoredAdapter, assembled: Assembled, report: Reporter) -> None:
-    """Say what the user should know of how an adapter of another program was read and put on its base."""
-    if stored.is_foreign:
-        for notice in (*stored.notices, *assembled.method.notices()):
-            report(Warned(text=notice))
+    """Say what the user should know of how an adapter was read, and one of another program put on its base."""
+    for notice in (*stored.notices, *(assembled.method.notices() if stored.is_foreign else ())):
+        report(Warned(text=notice))
 
 
 def load_plain(base: Base, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Assembled:
