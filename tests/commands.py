@@ -12,17 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from warm import CAPO
+
 from capotune.cli import main
 
 PATIENCE = 600.0
 """Seconds after which a test no longer waits for another process. It waits for what the process does, not for a time:
 this only ends a test whose process hangs."""
-PROGRAM = (
-    "import signal, sys; from capotune.cli import main\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it\n"
-    "sys.exit(main())"
-)
-"""``capo`` for ``python -c``, started as from a terminal."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
         "-W",
         "error:Implicitly cleaning up:ResourceWarning",  # a temporary folder
         "-c",
-        PROGRAM,
+        CAPO,
     ]
     return subprocess.Popen(
         [*command, *map(str, arguments)], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -27,6 +27,11 @@ def pytest_configure() -> None:
         import software_amx
 
         software_amx.install()
+    import subprocess
+
+    import warm
+
+    subprocess.Popen = warm.Popen  # type: ignore[misc]
 
 
 def pytest_report_header() -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PATIENCE, PROGRAM, Result, capo
+from commands import PATIENCE, Result, capo
+from warm import CAPO
 
 import capotune
 from capotune.cli.chat import Session
@@ -255,7 +256,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "chat", *map(str, arguments)],
+            [sys.executable, "-c", CAPO, "chat", *map(str, arguments)],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: os.close(os.open(os.ttyname(slave), os.O_RDWR)),
         )  # fmt: skip

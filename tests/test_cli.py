@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import PATIENCE, Result, capo, tree
+from warm import WARM
 
 COMMANDS = ("compare", "train", "evaluate", "predict", "info")
 METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
@@ -174,7 +175,7 @@ def test_a_prediction_is_one_line_whatever_its_text_holds(adapters: dict[str, Pa
 
 
 def test_standard_input_is_answered_line_by_line_and_head_may_go_away(adapters: dict[str, Path]) -> None:
-    program = "import sys; from capotune.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = WARM + "import sys; from capotune.cli import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
         [sys.executable, "-c", program, "predict", str(adapters["lora"])],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from commands import PATIENCE, capo, start, tree, wait_until
+from warm import WARM
 
 from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
 from capotune.engine.state import TrainingState
@@ -194,7 +195,7 @@ def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(
     """Kill -9 in the middle of the adapter's files: the adapter's place stays empty, and --resume fills it."""
     folder = tmp_path / "work"
     folder.mkdir()
-    program = (
+    program = WARM + (
         "import os, signal, sys\nimport capotune.adapters.store as store\nwrite = store.write_atomic\n"
         "def die(path, content):\n    write(path, content)\n    if path.name == store.WEIGHTS:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
