@@ -98,14 +98,68 @@ def test_import_time_lists_no_framework() -> None:
         (["train", "lora"], ["--data", "required"]),
         (["predict"], ["Adapter folder", "required"]),
         (["compare", "--config"], ["--config: needs a YAML file"]),
+        (["train", "lora", "--lora.epochs", "1"], ["has no --lora.epochs. Did you mean '--epochs'?"]),
+        (["compare", "--data", "x.csv", "--rank", "4"], ["mean '--lora.rank' or '--qlora.rank'?"]),
+        (["info", "a", "b"], ["capo info takes no 'b'"]),
     ],
 )  # fmt: skip
 def test_what_is_unknown_or_missing_is_named_with_the_nearest(arguments: list[str], words: list[str]) -> None:
     refused = capo(*arguments)
-    assert refused.code == 2
-    assert not refused.out
+    assert_one_line(refused)
     for word in words:
         assert word in refused.said
+
+
+def assert_one_line(refused: Result) -> None:
+    assert refused.code == 2
+    assert not refused.out
+    assert refused.err.startswith("capo: ")
+    assert refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("train lora --data x --epochs abc", "--epochs abc: not allowed. Allowed: whole numbers, at least 1."),
+        ("train lora --data x --epochs=1.5", "--epochs 1.5: not allowed. Allowed: whole numbers, at least 1."),
+        ("train lora --data x --epochs", "--epochs needs a value. Allowed: whole numbers, at least 1."),
+        ("train lora --data x --epochs 0", "--epochs 0: input should be greater than or equal to 1."),
+        ("train lora --data x --warmup no", "--warmup no: not allowed. Allowed: numbers, at least 0, below 1."),
+        ("train lora --data x --layers 1 b", "--layers 1 b: not allowed. Allowed: whole numbers, one or more."),
+        ("train lora --data x --schedule up", "--schedule up: not allowed. Allowed: linear, cosine, constant."),
+        ("compare --data x --lora.rank abc", "--lora.rank abc: not allowed. Allowed: whole numbers, at least 1."),
+        ("compare --data x --lora.rank 0", "--lora.rank 0: input should be greater than or equal to 1."),
+        ("generate x --temperature hot", "--temperature hot: not allowed. Allowed: numbers, at least 0."),
+        ("demo labels", "TASK labels: not allowed. Allowed: generation."),
+    ],
+)
+def test_refused_value_is_one_line_with_what_is_allowed(flags: str, said: str) -> None:
+    refused = capo(*flags.split())
+    assert_one_line(refused)
+    assert refused.err == f"capo: {said}\n"
+
+
+def test_interrupt_that_an_import_hides_stops_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Transformers does, which says that the part which is imported is missing."""
+    from capotune.cli import main as entry
+
+    assert entry is not None
+    commands = sys.modules["capotune.cli.main"].COMMANDS
+
+    def interrupted(_rest: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    def missing(_rest: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setitem(commands, "info", interrupted)
+    assert capo("info") == Result(130, "", "\ncapo: stopped.\n")
+    monkeypatch.setitem(commands, "info", missing)
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        capo("info")
 
 
 # Train, evaluate, predict, info

@@ -29,6 +29,8 @@ from hypothesis import strategies as st
 import capotune
 from capotune.api import inspect
 from capotune.cli import main
+from capotune.data.batches import IGNORE_INDEX
+from capotune.data.generation import load_samples
 from capotune.data.samples import Conversation
 from capotune.errors import DataError, SettingError
 from capotune.events import Warned
@@ -121,6 +123,22 @@ def test_a_turn_ends_in_text_or_where_the_next_one_begins(
     whole = as_transformers(task, (*HI, *MORE))
     assert one.ids[: len(whole)] == whole
     assert len(one.ids) - len(whole) <= 1, "only an end is added, where there is none"
+
+
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (None, 0), (1, 1)])
+def test_weight_of_a_message_is_the_mask_of_its_tokens(make: Make, tmp_path: Path, weights: tuple[Any, Any]) -> None:
+    """OpenAI's definition: an assistant message of weight 0 is read as any other, and is not in the loss; without a
+    weight it is in the loss."""
+    task = make(eos=END)
+    messages = [{**one} for one in (*HI, *MORE)]
+    for message, weight in zip(messages[1::2], weights, strict=True):
+        message["weight"] = weight
+    data = load_samples(str(write_jsonl(tmp_path / "weights.jsonl", [{"messages": messages}])), test_fraction=0)
+    ((one,),) = task.encode(data.train)
+    assert one.ids == as_transformers(task, (*HI, *MORE))
+    answers = ("green" + TURN_END, "white" + TURN_END)
+    assert learned_parts(task, one) == [text for text, weight in zip(answers, weights, strict=True) if weight != 0]
+    assert one.tokens_in_loss == sum(label != IGNORE_INDEX for label in one.labels)
 
 
 # Each answer as it will be asked for

@@ -355,11 +355,15 @@ def test_one_long_text_says_where_its_test_is() -> None:
     assert "█" not in text
 
 
+MARKED = dataclasses.replace(chat("a", "b", "c", "d"), read_only=frozenset({1}))
+
+
 @pytest.mark.parametrize(
     ("sample", "learn", "expected"),
     [
         (chat("a", "b"), "all", "every answer"),
         (chat("a", "b"), "last", "the last answer of each row"),
+        (MARKED, "all", "every answer but for 1 that the rows say not to train on"),
         (Pair("a b", "c"), "last", "the completions"),
         (Document("a b"), "last", "all of the text"),
     ],

@@ -109,6 +109,19 @@ def is_alive(number: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text()
 
 
+def test_interrupt_before_the_command_line_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    program = (
+        "import signal, sys; from capotune.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "info"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (130, "\ncapo: stopped.\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_a_destructor_runs_is_not_lost(number: signal.Signals, tmp_path: Path) -> None:
     """Python prints and drops what a destructor raises."""

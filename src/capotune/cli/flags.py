@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from capotune.cli.messages import in_flags
+from capotune.cli.refusals import as_one_line
 from capotune.errors import SettingError
 from capotune.memory_table import MemoryTable
 from capotune.settings import BaseSettings, build, read_yaml
@@ -62,15 +63,17 @@ def base_of(settings: BaseSettings) -> dict[str, Any]:
 
 
 def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:
-    """Settings of ``cls`` from the flags, which win over the YAML file ``config``; on a mistake ``SystemExit(2)``."""
+    """Settings of ``cls`` from the flags, which win over the YAML file ``config``; ``SettingError`` for a mistake."""
     values = read_yaml(config) if config else {}
     cls = _named(cls, program)
     if not values:
-        return tyro.cli(cls, args=flags, prog=program, registry=_RULES)
+        with as_one_line(cls, flags, program):
+            return tyro.cli(cls, args=flags, prog=program, registry=_RULES)
     required = {name: "" for name, field in cls.model_fields.items() if field.is_required() and name not in values}
     checked = build(cls, {**required, **values}, where=f"`config={config}`")
     default = checked.model_copy(update=dict.fromkeys(required, tyro.MISSING))
-    return tyro.cli(cls, args=flags, prog=program, default=default, registry=_RULES)
+    with as_one_line(cls, flags, program):
+        return tyro.cli(cls, args=flags, prog=program, default=default, registry=_RULES)
 
 
 def parse_repeating(cls: type[Any], flags: list[str], program: str) -> Any:
@@ -78,7 +81,8 @@ def parse_repeating(cls: type[Any], flags: list[str], program: str) -> Any:
 
     Otherwise it would swallow the texts that come after it on the command line.
     """
-    return tyro.cli(_named(cls, program), args=flags, prog=program, config=(tyro.conf.UseAppendAction,))
+    with as_one_line(cls, flags, program):
+        return tyro.cli(_named(cls, program), args=flags, prog=program, config=(tyro.conf.UseAppendAction,))
 
 
 def _named(cls: type[Any], program: str) -> type[Any]:

@@ -143,21 +143,21 @@ class Resumable(TrainSettings):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
-    if arguments is None:
-        _own_process()
     try:
-        return _dispatch(given)
+        signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
+        if arguments is None:
+            _own_process()
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except CapotuneError as error:
         print(f"capo: {in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ncapo: stopped.", file=sys.stderr, flush=True)
-        if arguments is None:  # a process of its own: unloading PyTorch in good order would take another second
-            os._exit(130)
-        return 130
-    except SystemExit as stop:  # tyro has printed the help or what is wrong with the flags
+        return _stopped(own_process=arguments is None)
+    except ImportError as error:
+        if not _comes_from_an_interrupt(error):
+            raise
+        return _stopped(own_process=arguments is None)
+    except SystemExit as stop:  # tyro has printed the help
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -167,6 +167,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("capo: memory ran out. Close other programs, or take a smaller model or fewer rows.", file=sys.stderr)
         return 2
+
+
+def _stopped(*, own_process: bool) -> int:
+    print("\ncapo: stopped.", file=sys.stderr, flush=True)
+    if own_process:  # unloading PyTorch in good order would take another second
+        os._exit(130)
+    return 130
+
+
+def _comes_from_an_interrupt(error: BaseException | None) -> bool:
+    """Transformers says of any exception while a part of it is imported that the part cannot be imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _own_process() -> None:

@@ -175,14 +175,13 @@ def inspect_samples(
     in_all = sum(len(one.ids) for of_row in train for one in of_row)
     in_loss = [sum(one.tokens_in_loss for one in of_row) for of_row in train]
     questions = {normalised(asked(sample)) for sample in data.train.samples}
-    first = data.train.samples[0]
     return GenerationReport(
         source=str(data.train.source),
         test_source=str(data.test.source),
         test_from=data.test_from,
         described=data.train.described,
-        template_from=template_from if isinstance(first, Conversation) else None,
-        loss_part=_loss_part(first, learn),
+        template_from=template_from if isinstance(data.train.samples[0], Conversation) else None,
+        loss_part=_loss_part(data.train.samples, learn),
         train_rows=len(data.train),
         test_rows=len(data.test),
         train_sequences=sum(map(len, train)),
@@ -293,10 +292,12 @@ def _tokens(sample: Sample, of_row: Sequence[Encoded]) -> int:
     return max(lengths, default=0) if isinstance(sample, Conversation) else sum(lengths)
 
 
-def _loss_part(sample: Sample, learn: str) -> str:
-    if isinstance(sample, Conversation):
-        return {"all": "every answer", "last": "the last answer of each row"}[learn]
-    return "the completions" if isinstance(sample, Pair) else "all of the text"
+def _loss_part(samples: Sequence[Sample], learn: str) -> str:
+    if isinstance(samples[0], Conversation):
+        marked = sum(len(sample.read_only) for sample in samples if isinstance(sample, Conversation))
+        but = f" but for {marked:,} that the rows say not to train on" if marked else ""
+        return {"all": f"every answer{but}", "last": "the last answer of each row"}[learn]
+    return "the completions" if isinstance(samples[0], Pair) else "all of the text"
 
 
 def _rows_where(

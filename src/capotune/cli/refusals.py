@@ -1,0 +1,125 @@
+"""What is wrong with the flags, as one error: which flag, what was given, what is allowed.
+
+tyro, which reads the flags, draws a box. It tells what it found to a hook before; the hook is no stable part of tyro,
+and where it is missing the box stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
+from typing import Annotated, Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from capotune.errors import SettingError
+from capotune.settings import TrainingSettings, nearest
+
+__all__ = ["as_one_line"]
+
+_KINDS = {"integer": "whole numbers", "number": "numbers"}
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+"""Words for what JSON schema says of a number."""
+
+
+def as_one_line(cls: type[BaseModel], flags: Sequence[str], program: str) -> AbstractContextManager[None]:
+    """Inside, tyro raises ``SettingError`` for ``flags`` that it cannot read as settings of ``cls``."""
+    try:
+        from tyro import _errors as found
+    except ImportError:
+        return nullcontext()
+    advice = f"`{program} --help` lists the settings."
+
+    def refuse(event: found.ParseErrorEvent) -> None:
+        tokens = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
+        if tokens:
+            raise _unknown(cls, tokens, program, advice)
+        if isinstance(event, found.MissingArgs):
+            raise _missing(event.missing_arguments[0].arg, advice)
+        if isinstance(event, found.InvalidChoice):
+            raise _not_allowed(cls, event.argument, event.value)
+        if isinstance(event, found.BadValue):
+            raise SettingError(f"{_shown(event.argument)} needs a value.", allowed=_allowed(cls, event.argument))
+        if isinstance(event, found.InstantiationFailure):
+            if event.argument is None:  # the settings' own check, which says all
+                inside = getattr(sys.exc_info()[1], "arg", None)  # of settings inside these, by their name
+                raise SettingError(event.message.replace("`", f"`{inside}.", 1) if inside else event.message)
+            raise _not_allowed(cls, event.argument, _given(flags, event.argument))
+
+    return found.on_parse_error(refuse)
+
+
+def _known_flags(cls: type[BaseModel], before: str = "--") -> Iterator[str]:
+    """Every flag of the settings, those of settings inside them with a dot: ``--lora.rank``."""
+    for name, field in cls.model_fields.items():
+        flag = before + name.replace("_", "-")
+        if isinstance(field.default, TrainingSettings):
+            yield from _known_flags(type(field.default), f"{flag}.")
+        else:
+            yield flag
+
+
+def _unknown(cls: type[BaseModel], tokens: Sequence[str], program: str, advice: str) -> SettingError:
+    flag = next((one for one in tokens if one.startswith("-")), None)
+    if flag is None:
+        return SettingError(f"{program} takes no '{' '.join(tokens)}'.", advice=advice)
+    flag, known = flag.partition("=")[0], list(_known_flags(cls))
+    last = flag.rpartition(".")[2].lstrip("-")
+    same = [one for one in known if one.rpartition(".")[2].lstrip("-") == last]
+    hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else nearest(flag, known)
+    return SettingError(f"{program} has no {flag}.{hint}", advice=advice)
+
+
+def _missing(argument: Any, advice: str) -> SettingError:
+    """A setting that is required, and its help."""
+    given = argument.field.helptext
+    text = " ".join(str(given() if callable(given) else given).split())
+    return SettingError(f"{_shown(argument)} is required: {text}", advice=advice)
+
+
+def _not_allowed(cls: type[BaseModel], argument: Any, given: str) -> SettingError:
+    return SettingError("not allowed.", where=f"{_shown(argument)} {given}", allowed=_allowed(cls, argument))
+
+
+def _shown(argument: Any) -> str:
+    """A flag as it is written; of what stands without a flag the name in capitals."""
+    name = argument.lowered.name_or_flags[-1]
+    return str(name).upper() if argument.is_positional() else str(argument.lowered.name_or_flags[0])
+
+
+def _name(argument: Any) -> str:
+    """A setting's name in Python, of tyro's argument; with a dot where it stands inside another."""
+    return str(argument.get_output_key()).lstrip("-").replace("-", "_")
+
+
+def _given(flags: Sequence[str], argument: Any) -> str:
+    """What stands behind the argument's flag."""
+    for at, token in enumerate(flags):
+        name, equals, value = token.partition("=")
+        if name.replace("_", "-") in argument.lowered.name_or_flags:
+            behind = takewhile(lambda one: not one.startswith("--"), flags[at + 1 :])
+            return value if equals else " ".join(behind)
+    return ""
+
+
+def _allowed(cls: type[BaseModel], argument: Any) -> str:
+    """What a setting may be, in words, from its JSON schema."""
+    *path, last = _name(argument).split(".")
+    for part in path:
+        cls = type(cls.model_fields[part].default)
+    field = cls.model_fields[last]
+    annotated: Any = Annotated[field.annotation, field]
+    return _in_words(TypeAdapter(annotated).json_schema())
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """The values that a JSON schema allows: ``whole numbers, at least 1``."""
+    schema = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    if choices := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        return ", ".join(map(str, choices))
+    if schema.get("type") == "array":
+        return f"{_in_words(schema['items'])}, one or more"
+    bounds = [f"{words} {schema[name]:g}" for name, words in _BOUNDS.items() if name in schema]
+    return ", ".join([_KINDS.get(schema.get("type", ""), "a text"), *bounds])
