@@ -549,14 +549,6 @@ def test_a_held_out_score_that_is_no_number_is_the_worst(
     assert all(torch.equal(value, weights(assembled)[key]) for key, value in before.items()) == (0.5 not in scores)
 
 
-def test_an_epoch_that_the_checkpoint_has_not_seen_is_not_logged_twice(tmp_path: Path) -> None:
-    log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 1}\n{"epoch": 1}\n')
-    for epoch, kept in ((1, 2), (0, 1)):
-        recorded_module._open_log(log, TrainingState(step=1, epoch=epoch)).close()
-        assert len(log.read_text().splitlines()) == kept
-
-
 def test_checkpoint_holds_the_whole_state(bert: Path, tmp_path: Path) -> None:
     state, _ = fit(on_base(bert, VARIANTS["lora-dora"]), on_step=lambda state, *_: state.step == 8)
     save_checkpoint(tmp_path, state)

@@ -97,6 +97,8 @@ class StepTaken(Event):
     step: int = 0
     total: int = 0
     loss: float = 0.0
+    learning_rate: float = 0.0
+    """Of the method's weights, as it was in this step."""
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from capotune.adapters.assemble import Assembled
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.loop import finished, train
+from capotune.engine.metrics_log import MetricsLog
+from capotune.engine.optimizer import learning_rate_factor
 from capotune.engine.skipped import are_too_many, stopped
 from capotune.engine.state import TrainingState
 from capotune.errors import DataError
 from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import EpochEnded, Reporter, Stage, StepTaken, Warned, alive, counter
-from capotune.files import write_atomic
 
 _CHECKPOINT_SECONDS = 300.0
 
@@ -50,23 +50,23 @@ def train_recorded(
     """
     report(Stage(text="training"))
     checkpoints, saved = out / "checkpoints", time.monotonic()
-    log = _open_log(out / "metrics.jsonl", state)
-    metric = assembled.task.objective.metric
+    metric, settings = assembled.task.objective.metric, assembled.method.settings
+    assert settings.learning_rate is not None
     say, last = _Notices(report, state), math.nan
 
     def on_step(state: TrainingState, total: int, loss: float) -> bool:
         nonlocal last
         last = loss
-        report(StepTaken(step=state.step, total=total, loss=loss))
+        rate = settings.learning_rate * learning_rate_factor(state.step - 1, total, settings)
         skipped = {"skipped": True} if state.skipped_in_a_row else {}
-        log.write(json.dumps({"step": state.step, "loss": _json_number(loss)} | skipped) + "\n")
+        log.write(step=state.step, steps=total, loss=loss, learning_rate=rate, **skipped)
+        report(StepTaken(step=state.step, total=total, loss=loss, learning_rate=rate))
         say.of_step(state)
         return are_too_many(state) or time.monotonic() - saved > _CHECKPOINT_SECONDS
 
     def on_epoch(state: TrainingState, loss: float, score: float) -> None:
+        log.write(epoch=state.epoch, loss=loss, held_out_score=score)
         report(EpochEnded(epoch=state.epoch, loss=loss, score=score, metric=metric))
-        entry = {"epoch": state.epoch, "loss": _json_number(loss), "held_out_score": _json_number(score)}
-        log.write(json.dumps(entry) + "\n")
         log.flush()  # the log is never behind the checkpoint
         if not are_too_many(state, finished(state, settings)):
             save_checkpoint(checkpoints, state)
@@ -74,8 +74,7 @@ def train_recorded(
     def evaluate() -> tuple[float, ...]:
         return held_out_score(assembled, held, alive(report))
 
-    settings = assembled.method.settings
-    with log:
+    with MetricsLog(out, state) as log:
         while True:
             state = train(
                 assembled, fit, settings, seed=seed, evaluate=evaluate, state=state, on_step=on_step, on_epoch=on_epoch
@@ -131,21 +130,3 @@ class _Notices:
     def of_all(self, state: TrainingState) -> None:
         if state.skipped > 1:
             self._report(Warned(text=f"{state.skipped:,} of {state.step:,} steps were skipped."))
-
-
-def _json_number(value: float) -> float | None:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else None
-
-
-def _open_log(path: Path, state: TrainingState) -> TextIO:
-    """The log to append to; of a run that was stopped, only what the checkpoint has seen stays in it."""
-    seen: list[str] = []
-    if state.step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-            if entry.get("step", 0) > state.step or entry.get("epoch", 0) > state.epoch:
-                break
-            seen.append(line)
-    write_atomic(path, "".join(seen))
-    return path.open("a", encoding="utf-8")
