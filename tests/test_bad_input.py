@@ -318,7 +318,7 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
     ),
     "init text without words": (nothing, PROMPT + "--init text", ("--init-text",)),
     "init text without init": (nothing, PROMPT + "--init-text hello", ("--init-text", "--init text")),
-    "rank of a prompt": (nothing, PROMPT + "--rank 8", ("Unrecognized options: --rank", "--help")),
+    "rank of a prompt": (nothing, PROMPT + "--rank 8", ("has no --rank", "--help")),
     "max length 0": (nothing, ROW_TRAIN + "--max-length 0", ("--max-length 0", "greater than or equal to 1")),
     "max length 2": (nothing, ROW_TRAIN + "--max-length 2", ("--max-length 2", "Allowed: 3 to 64")),
     "max length 100000": (nothing, ROW_TRAIN + "--max-length 100000", ("--max-length 100000", "at most 64 tokens")),

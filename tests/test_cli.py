@@ -117,18 +117,21 @@ def assert_one_line(refused: Result) -> None:
     assert refused.err.count("\n") == 1
 
 
+AT_LEAST_1, HELP = "should be greater than or equal to 1.", "--help` lists the settings."
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ("train lora --data x --epochs abc", "--epochs abc: not allowed. Allowed: whole numbers, at least 1."),
         ("train lora --data x --epochs=1.5", "--epochs 1.5: not allowed. Allowed: whole numbers, at least 1."),
         ("train lora --data x --epochs", "--epochs needs a value. Allowed: whole numbers, at least 1."),
-        ("train lora --data x --epochs 0", "--epochs 0: input should be greater than or equal to 1."),
+        ("train lora --data x --epochs 0", f"--epochs 0: input {AT_LEAST_1} `capo train lora {HELP}"),
         ("train lora --data x --warmup no", "--warmup no: not allowed. Allowed: numbers, at least 0, below 1."),
         ("train lora --data x --layers 1 b", "--layers 1 b: not allowed. Allowed: whole numbers, one or more."),
         ("train lora --data x --schedule up", "--schedule up: not allowed. Allowed: linear, cosine, constant."),
         ("compare --data x --lora.rank abc", "--lora.rank abc: not allowed. Allowed: whole numbers, at least 1."),
-        ("compare --data x --lora.rank 0", "--lora.rank 0: input should be greater than or equal to 1."),
+        ("compare --data x --lora.rank 0", f"--lora.rank 0: input {AT_LEAST_1} `capo compare {HELP}"),
         ("generate x --temperature hot", "--temperature hot: not allowed. Allowed: numbers, at least 0."),
         ("demo labels", "TASK labels: not allowed. Allowed: generation."),
     ],

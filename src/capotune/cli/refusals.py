@@ -45,7 +45,8 @@ def as_one_line(cls: type[BaseModel], flags: Sequence[str], program: str) -> Abs
         if isinstance(event, found.InstantiationFailure):
             if event.argument is None:  # the settings' own check, which says all
                 inside = getattr(sys.exc_info()[1], "arg", None)  # of settings inside these, by their name
-                raise SettingError(event.message.replace("`", f"`{inside}.", 1) if inside else event.message)
+                said = event.message.replace("`", f"`{inside}.", 1) if inside else event.message
+                raise SettingError(said, advice=advice)
             raise _not_allowed(cls, event.argument, _given(flags, event.argument))
 
     return found.on_parse_error(refuse)
