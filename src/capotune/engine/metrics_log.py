@@ -4,7 +4,8 @@
     {"epoch": 1, "loss": 1.0134, "held_out_score": 0.8125}
 
 ``loss`` of a step is that of its rows before it was taken, of an epoch their mean; null where it is not finite, and the
-line of a step that was skipped for that has ``"skipped": true``. No line holds a time: a run that was stopped and resumed has the lines of one that was not.
+line of a step that was skipped for that has ``"skipped": true``. No line holds a time: a run that was stopped and
+resumed has the lines of one that was not.
 """
 
 from __future__ import annotations
