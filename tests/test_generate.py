@@ -47,7 +47,7 @@ def argmax_loop(assembled: Any, prompt: list[int], tokens: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "virtual", "deep"),
     [*((kind, *prompt) for kind in ("llama", "gpt2") for prompt in ((0, False), (5, False), (5, True))),
-     ("windowed", 0, False)],
+     ("windowed", 0, False), ("windowed", 5, True)],
 )  # fmt: skip
 def test_batched_one_by_one_streamed_and_without_cache_equal_a_plain_loop(
     kind: str, virtual: int, deep: bool, monkeypatch: pytest.MonkeyPatch

@@ -34,6 +34,8 @@ class LayerPrefix:
     """As the keys."""
     places: Places = field(repr=False)
     """Of the whole model."""
+    resting: int = 0
+    """How many of the first virtual tokens get no gradient, unless it has no others."""
 
     def put(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (tokens, key-value heads, head_dim) of all sequences → new ones of the same shapes."""
@@ -64,6 +66,8 @@ class LayerPrefix:
 
     def _for(self, rows: torch.Tensor, one: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """For all the sequences: (sequences · virtual tokens, key-value heads, head_dim)."""
+        if len(one) > self.resting:
+            one = torch.cat([one[: self.resting].detach(), one[self.resting :]])
         return one.to(like.dtype).repeat(len(rows) // len(one), 1, 1)
 
 

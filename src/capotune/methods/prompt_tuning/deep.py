@@ -5,7 +5,8 @@ no special case. In each block's attention the trained keys and values replace t
 is what PEFT's ``past_key_values`` of prefix tuning compute.
 
 The vectors start from the keys and values that the base computes of a shallow prompt's start, real activations (Li and
-Liang 2021, §7.4).
+Liang 2021, §7.4). The first one stays there: a causal model's attention rests on a sequence's first position wherever
+it finds nothing better (Xiao et al. 2024, arXiv 2309.17453, §3.1), so that what is learned there goes into every text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from capotune.models.prefix import AttentionSeen, observe_attention
 
 KEY = "prompt_embeddings"
 """What PEFT calls them."""
+RESTING = 1
+"""Vectors at the start of a prefix that stay as they were, where it has more."""
 
 
 class DeepPromptEmbedding(nn.Module):
@@ -63,7 +66,7 @@ class DeepPromptEmbedding(nn.Module):
 
     def prefixes(self) -> list[LayerPrefix]:
         """One for each block."""
-        return [LayerPrefix(k, v, self._places) for k, v in zip(self.keys, self.values, strict=True)]
+        return [LayerPrefix(k, v, self._places, RESTING) for k, v in zip(self.keys, self.values, strict=True)]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Each block's keys and values apart, so that each trains at a rate of its own scale."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic
+from pydantic import Field
 
 from capotune.errors import SettingError
 from capotune.settings import Context, Count, Positive, TrainingSettings
@@ -35,6 +36,8 @@ class PromptTuningSettings(TrainingSettings):
     base's token embeddings, since that is the scale on which vectors differ."""
     head_learning_rate: Positive = 1e-2
     """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay: it draws to zero, which is no word and nothing that a model computes."""
     epochs: Count | None = None
     """Most passes over the training rows; training stops earlier when the held-out score no longer rises. Left out: 3.
     """

@@ -1,0 +1,135 @@
+"""Deep prompts through the whole of Capotune: trained, described, refused, compared, over 4 bits, with beams."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from generation_helpers import examples, logits, on_base, sequences
+from helpers import TRAINED, shake
+from transformers import AutoModelForCausalLM
+
+import capotune
+from capotune.adapters.store import read_adapter, save_adapter
+from capotune.cli.info import show_info
+from capotune.engine.loop import train
+from capotune.errors import SettingError
+from capotune.methods.prompt_tuning.deep import KEY
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.tasks.loading import load_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+
+DEEP = PromptTuningSettings(deep=True, num_virtual_tokens=5, epochs=2)
+SHORT: dict[str, Any] = {"deep": True, "num_virtual_tokens": 5, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def compared(llama_writer: Path, colour_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that fills the cache of activations."""
+    out = tmp_path_factory.mktemp("deep") / "out"
+    capotune.compare(
+        data=str(colour_pairs), model=str(llama_writer), methods=("prompt-tuning",), out=out, answers=0,
+        prompt_tuning=SHORT,
+    )  # fmt: skip
+    return out
+
+
+def adapter_of(compared: Path) -> Path:
+    return compared / "prompt-tuning" / "adapter"
+
+
+def test_compare_counts_and_scores_it(compared: Path) -> None:
+    rows = {row["method"]: row for row in json.loads((compared / "compare.json").read_text(encoding="utf-8"))["rows"]}
+    deep = rows["prompt-tuning"]
+    config = json.loads((adapter_of(compared) / "adapter_config.json").read_text(encoding="utf-8"))
+    width = config["token_dim"]
+    assert deep["trainable_parameters"] == 5 * config["num_layers"] * 2 * width
+
+
+def test_info_says_where_the_vectors_stand(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = capotune.info(adapter_of(compared))
+    assert facts["deep_prompt"] == 5
+    assert "nearest_tokens" not in facts
+    show_info(facts, plot=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 vectors before every block's keys and values, which are near no token" in said
+
+
+def test_merge_refuses_it_and_names_what_can_be_merged(compared: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"prompt-tuning has no change.*Adapters of lora, qlora"):
+        capotune.merge(adapter_of(compared), out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_training_again_with_a_full_cache_gives_the_same_bits(
+    compared: Path, llama_writer: Path, colour_pairs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    capotune.train(
+        data=str(colour_pairs), model=str(llama_writer), method="prompt-tuning", out=out, answers=0, **SHORT
+    )  # fmt: skip
+    stored = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert stored == (adapter_of(compared) / "adapter_model.safetensors").read_bytes()
+
+
+def test_over_a_4_bit_base_it_is_stored_and_answers_alike(writers: dict[str, Path], tmp_path: Path) -> None:
+    capotune.quantize(str(writers["llama"]), out=tmp_path / "packed")
+    assembled = on_base(tmp_path / "packed", DEEP)
+    shake(assembled)
+    save_adapter(tmp_path / "adapter", assembled, TRAINED)
+    loaded = load_adapter(read_adapter(tmp_path / "adapter"), model=None, device=torch.device("cpu"))
+    torch.testing.assert_close(logits(loaded), logits(assembled), rtol=0, atol=1e-6)
+    full = on_base(writers["llama"], DEEP)
+    full.method.load(assembled.method.stored())
+    assert (logits(full) - logits(assembled)).abs().max() > 1e-3, "the base is not in 4 bits"
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_beams_are_those_of_peft(base: str, writers: dict[str, Path], tmp_path: Path) -> None:
+    assembled = on_base(writers[base], DEEP)
+    shake(assembled)
+    save_adapter(tmp_path / "adapter", assembled, TRAINED)
+    model = AutoModelForCausalLM.from_pretrained(writers[base]).eval()
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    ours = capotune.load(tmp_path / "adapter")
+    ends = list(ours._assembled.task.end_ids)
+    for ids in sequences(4, seed=2):
+        prompt = assembled.task.decode(ids)
+        asked = torch.tensor([assembled.task.encode_prompt(prompt)])
+        written = theirs.generate(
+            input_ids=asked, attention_mask=torch.ones_like(asked), num_beams=3, max_new_tokens=6, do_sample=False,
+            eos_token_id=ends, pad_token_id=1,
+        )[0, asked.shape[1] :].tolist()  # fmt: skip
+        stop = next((at for at, token in enumerate(written) if token in ends), len(written))
+        expected = assembled.task.decode_after(asked[0].tolist(), written[:stop])
+        assert ours.generate([prompt], max_tokens=6, num_beams=3) == [expected]
+
+
+# ------------------------------------------------------------------------------------------------- the first vector
+
+
+def trained_from(assembled: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stored vectors before and after a few steps."""
+    before = assembled.method.stored()[KEY]
+    better = itertools.count()
+    train(
+        assembled, examples(assembled, 12), assembled.method.settings, seed=0, evaluate=lambda: (float(next(better)),)
+    )
+    return before, assembled.method.stored()[KEY]
+
+
+def test_the_first_vector_rests_and_the_others_learn(writers: dict[str, Path]) -> None:
+    before, after = trained_from(on_base(writers["llama"], DEEP))
+    assert torch.equal(after[0], before[0])
+    assert (after[1:] != before[1:]).any(1).all()
+
+
+def test_a_single_vector_learns(writers: dict[str, Path]) -> None:
+    before, after = trained_from(on_base(writers["llama"], DEEP.model_copy(update={"num_virtual_tokens": 1})))
+    assert (after != before).any()
