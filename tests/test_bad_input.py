@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Result, capo, tree
+
+from capotune.cli import main
 
 ROWS = "text,label\n" + "".join(
     f"{word} {number},{label}\n"
@@ -525,11 +529,26 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert not list(small_disk.iterdir())
 
 
-def test_a_cache_that_is_full(place: Place, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("place")
+def test_a_cache_that_is_full(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (small_disk / "filler").write_bytes(bytes(124_000))
     monkeypatch.setenv("CAPOTUNE_CACHE", str(small_disk))
-    refuse(place, ROW_TRAIN, "cache", "--no-cache")
+    result = capo(*ROW_TRAIN.split())
+    assert result.code == 0, result
+    assert "more than the cache has room for" in result.said
     assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["filler"]
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_one_message() -> None:
+    said = io.StringIO()
+    with io.FileIO("/dev/full", "w") as device:
+        full = io.TextIOWrapper(device, write_through=True)  # type: ignore[arg-type]
+        with redirect_stdout(full), redirect_stderr(said):
+            code = main(["info", "adapter", "--json"])
+        full.detach()
+    assert (code, said.getvalue()) == (2, "capo: No space left on device.\n")
 
 
 # The hub

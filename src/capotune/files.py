@@ -46,7 +46,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         partial.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise _output_error(path, error, len(data)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -152,9 +152,14 @@ def _as_output_error(path: Path, *, any_reason: bool) -> Iterator[None]:
         raise
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def _output_error(path: Path, error: OSError, nbytes: int | None = None) -> OutputError:
+    """``nbytes``: what was to be written, where it is known."""
     if error.errno in _DISK_FULL:
-        return OutputError(f"no space left on the disk while writing {path}.", advice="Free some space and run again.")
+        needed = f"{human_bytes(nbytes)} to write, " if nbytes is not None else ""
+        sizes = f"{needed}{human_bytes(free_bytes(path))} free"
+        return OutputError(
+            f"no space left on the disk while writing {path} ({sizes}).", advice="Free some space and run again."
+        )
     if error.errno in _FORBIDDEN:
         return OutputError(f"not allowed to write {path}.", advice="Choose a folder that you can write to.")
     return OutputError(f"cannot write {path}: {error.strerror or error}")

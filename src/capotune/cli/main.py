@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
         if arguments is None:
             _own_process()
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except CapotuneError as error:
         print(f"capo: {in_flags(error)}", file=sys.stderr)
         return 2
@@ -160,12 +162,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has printed the help
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            problem = "memory ran out. Close other programs, or take a smaller model or fewer rows."
+        elif isinstance(error, OSError):  # the machine's, as of a disk that is full or gone: no fault of ours to trace
+            problem = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror or error}."
+        else:
             raise
-        print("capo: memory ran out. Close other programs, or take a smaller model or fewer rows.", file=sys.stderr)
+        print(f"capo: {problem}", file=sys.stderr)
+        if arguments is None:
+            _close_output()
         return 2
 
 
@@ -181,6 +189,11 @@ def _comes_from_an_interrupt(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _close_output() -> None:
+    """Whatever could not be written is not tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _own_process() -> None:
