@@ -12,7 +12,6 @@ is the source folder of another version of capotune, so that two can be compared
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import tempfile
@@ -62,7 +61,6 @@ def profile_step(letter: str) -> dict[str, Any]:
     from capotune.data.batches import TokenRows
     from capotune.engine import loop
     from capotune.engine import optimizer as optimizers
-    from capotune.engine.state import TrainingState
     from capotune.evaluation.forward import Examples
 
     work = workload(letter, steps=5)
@@ -83,10 +81,6 @@ def profile_step(letter: str) -> dict[str, Any]:
             to_update: tuple[Any, ...] = (stack.enter_context(optimizers.FlatAdamW(weights, rates, 0.0)),)
         else:
             to_update = (weights, optimizers.make_optimizer(weights, rates, 0.0))
-        if "state" in inspect.signature(loop._step).parameters:  # not in versions before it
-            to_update = (*to_update, settings, TrainingState())
-        else:
-            to_update = (*to_update, settings)
         batch = np.array(job.rows["epochs"][0][2])
         if hasattr(model, "reading"):  # not in versions before it
             from capotune.kernels.execution import reduced_precision, reusing_memory
@@ -98,7 +92,10 @@ def profile_step(letter: str) -> dict[str, Any]:
 
         def step() -> float:
             began = time.perf_counter()
-            loop._step(model, examples, batch, *to_update)
+            if hasattr(loop, "_step"):  # in versions before
+                loop._step(model, examples, batch, *to_update, settings)
+            else:
+                loop._update(*to_update, settings, loop.accumulate(model, examples, batch, settings))
             return time.perf_counter() - began
 
         step()

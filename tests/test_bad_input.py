@@ -343,7 +343,13 @@ CASES: dict[str, tuple[Callable[[Place], Any], str, tuple[str, ...]]] = {
         ("--config bad.yaml: unknown setting 'rnk'", "Did you mean 'rank'?"),
     ),
     "missing YAML": (nothing, ROW_TRAIN + "--config no.yaml", ("--config no.yaml: cannot be read",)),
-    "resume of nothing": (nothing, ROW_TRAIN + "--resume", ("--resume: no checkpoint", "without --resume")),
+    "resume of nothing": (nothing, "resume new/run", ("no run in new/run", "Name the folder")),
+    "resume of something else": (
+        lambda place: place.write("run.json", "{}"), "resume .", ("run.json: is no record of a run",)
+    ),
+    "checkpoint of nothing": (nothing, "checkpoint new/run", ("no process trains in new/run",)),
+    "checkpoints every nothing": (nothing, ROW_TRAIN + "--save-every 0s", ("--save-every 0s", "Allowed: 500, 30s")),
+    "checkpoints every something": (nothing, ROW_TRAIN + "--save-every often", ("--save-every often", "10min")),
     # where to write
     "an output folder that exists": (
         lambda place: (place.folder / "new" / "run").mkdir(parents=True),

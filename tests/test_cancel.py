@@ -135,7 +135,7 @@ def test_a_run_stops_while_its_test_rows_are_scored_and_keeps_its_checkpoint(
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "run" / "checkpoints").epoch == 1
     assert not (tmp_path / "run" / "adapter").exists()
-    resumed = capotune.train("lora", out=tmp_path / "run", resume=True, **given)
+    resumed = capotune.resume(tmp_path / "run")
     assert resumed["result"]["test_rows"] == 24
 
 

@@ -30,8 +30,7 @@ import capotune
 from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.engine import loop as loop_module
-from capotune.engine import recorded as recorded_module
-from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from capotune.engine.optimizer import set_learning_rate
 from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, OutputError
@@ -410,26 +409,23 @@ class StoppedError(Exception):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("mid_epoch", [False, True])
+@pytest.mark.parametrize("how", [StoppedError, KeyboardInterrupt])
 @pytest.mark.parametrize("variant", ["features-k1", "lora-dropout", "qlora", "prompt-labels"])
-def test_whole_run_resumes(
-    variant: str, mid_epoch: bool, bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_run_resumes(variant: str, how: type[BaseException], bert: Path, tickets: Path, tmp_path: Path) -> None:
+    """From the last epoch after a crash, from the last step after Ctrl-C."""
     whole_run(variant, tickets, bert, tmp_path / "whole")
 
     def crash(event: Event) -> None:
         if isinstance(event, StepTaken) and event.step == 5:
-            raise StoppedError
+            raise how
 
     out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        if mid_epoch:
-            patch.setattr(recorded_module, "_CHECKPOINT_SECONDS", -1.0)  # a checkpoint at every step
-        with pytest.raises(StoppedError):
-            whole_run(variant, tickets, bert, out, report=crash)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{4 if mid_epoch else 3}-epoch-1"]
+    with pytest.raises(how):
+        whole_run(variant, tickets, bert, out, report=crash)
+    newest = checkpoints(out / "checkpoints")[-1]
+    assert newest.name == f"step-{3 if how is StoppedError else 5}-epoch-1"
     assert not (out / "adapter").exists()
-    whole_run(variant, tickets, bert, out, resume=True)
+    capotune.resume(out)
     assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
     assert not (out / "checkpoints").exists()
     assert logged(out) == logged(tmp_path / "whole")
@@ -455,7 +451,7 @@ def test_a_crash_after_training_resumes_too(
         with pytest.raises(StoppedError):
             whole_run("lora", tickets, bert, tmp_path / "stopped")
     assert (tmp_path / "stopped" / "adapter").exists() == (moment == "adapter")
-    whole_run("lora", tickets, bert, tmp_path / "stopped", resume=True)
+    capotune.resume(tmp_path / "stopped")
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
 
 
@@ -506,35 +502,6 @@ def test_incomplete_adapter_is_refused(name: str, damage: str, bert: Path, tmp_p
         capotune.load(folder)
 
 
-@pytest.mark.parametrize("damage", ["missing", "half"])
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-def test_damaged_checkpoint_is_refused(name: str, damage: str, bert: Path, tmp_path: Path) -> None:
-    assembled = on_base(bert, VARIANTS["prompt-labels"])
-    state, _ = fit(assembled, on_step=lambda state, *_: state.step == 2)
-    save_checkpoint(tmp_path, state)
-    path = tmp_path / "step-2-epoch-0" / name
-    whole = path.read_bytes()
-    path.unlink() if damage == "missing" else path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OutputError, match="damaged"):
-        load_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["null", "{}", '{"step": 1, "best_score": [0], "trained_score": [0], "other": 1}'])
-def test_a_checkpoint_of_other_numbers_is_refused(text: str, bert: Path, tmp_path: Path) -> None:
-    state, _ = fit(on_base(bert, VARIANTS["prompt-labels"]), on_step=lambda state, *_: state.step == 2)
-    save_checkpoint(tmp_path, state)
-    (tmp_path / "step-2-epoch-0" / "state.json").write_text(text)
-    with pytest.raises(OutputError, match="damaged"):
-        load_checkpoint(tmp_path)
-
-
-def test_the_state_after_an_epochs_score_replaces_the_one_before(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, TrainingState(step=4, batch=4))
-    save_checkpoint(tmp_path, TrainingState(step=4, epoch=1))
-    assert load_checkpoint(tmp_path).epoch == 1
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 @pytest.mark.parametrize("scores", [[math.nan] * 3, [math.nan, 0.5, math.nan]])
 def test_a_held_out_score_that_is_no_number_is_the_worst(
     scores: list[float], bert: Path, monkeypatch: pytest.MonkeyPatch
@@ -547,23 +514,6 @@ def test_a_held_out_score_that_is_no_number_is_the_worst(
     assert state.best_epoch == (1 if 0.5 in scores else 0)
     assert state.best_score == (0.5 if 0.5 in scores else -math.inf,)
     assert all(torch.equal(value, weights(assembled)[key]) for key, value in before.items()) == (0.5 not in scores)
-
-
-def test_checkpoint_holds_the_whole_state(bert: Path, tmp_path: Path) -> None:
-    state, _ = fit(on_base(bert, VARIANTS["lora-dora"]), on_step=lambda state, *_: state.step == 8)
-    save_checkpoint(tmp_path, state)
-    back = load_checkpoint(tmp_path)
-    for name in TrainingState.__dataclass_fields__:
-        one, other = getattr(state, name), getattr(back, name)
-        if name in ("weights", "best_weights"):
-            assert_same_bits(one, other)
-        elif name == "optimizer":
-            assert one.keys() == other.keys()
-            assert {"exp_avg", "exp_avg_sq", "step"} == one[next(iter(one))].keys()
-            for key in one:
-                assert_same_bits(one[key], other[key])
-        else:
-            assert torch.equal(one, other) if name == "rng" else one == other, name
 
 
 def test_an_adapter_of_another_base_is_refused(bert: Path, llama: Path, tmp_path: Path) -> None:

@@ -380,8 +380,9 @@ def test_a_stopped_run_goes_on_with_the_same_rows_alone(bert: Path, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         capotune.train("lora", data=ROWS, out=tmp_path / "stopped", report=stop, **own)
     changed = [*ROWS[:-1], {**ROWS[-1], "text": "where is my card"}]
-    assert "sha256" in error_of(capotune.train, "lora", data=changed, out=tmp_path / "stopped", resume=True, **own)
-    capotune.train("lora", data=pandas.DataFrame(ROWS), out=tmp_path / "stopped", resume=True, **own)
+    assert "Give the same rows again in Python" in error_of(capotune.resume, tmp_path / "stopped")
+    assert "the data is another than when" in error_of(capotune.resume, tmp_path / "stopped", data=changed)
+    capotune.resume(tmp_path / "stopped", data=pandas.DataFrame(ROWS))
     first, second = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "stopped")
     )

@@ -104,10 +104,9 @@ def test_a_stopped_run_is_gone_on_with_where_it_was_moved_to(given: dict[str, An
     assert_knows_no_place(tmp_path / "first" / "run")
     here = moved(tmp_path / "first" / "run", tmp_path / "elsewhere")
     steps: list[int] = []
-    resumed = capotune.train(
-        "lora", out=here, resume=True, **SETTINGS, **given,
-        report=lambda event: steps.append(event.step) if isinstance(event, StepTaken) else None,
-    )  # fmt: skip
+    resumed = capotune.resume(
+        here, report=lambda event: steps.append(event.step) if isinstance(event, StepTaken) else None
+    )
     assert steps[0] > 1
     assert resumed["result"]["scores"] == whole["result"]["scores"]
     weights = "adapter/adapter_model.safetensors"

@@ -175,7 +175,7 @@ def test_a_run_that_was_stopped_resumes(scores: Path, bert: Path, tmp_path: Path
     whole = capotune.train("lora", out=tmp_path / "whole", **given)
     with pytest.raises(StoppedError):
         capotune.train("lora", out=tmp_path / "run", report=stop, **given)
-    resumed = capotune.train("lora", out=tmp_path / "run", resume=True, **given)
+    resumed = capotune.resume(tmp_path / "run")
     assert resumed["result"]["scores"] == whole["result"]["scores"]
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

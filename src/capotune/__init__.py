@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capotune.api import (
+        checkpoint,
         combine,
         compare,
         diff,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         predict,
         push,
         quantize,
+        resume,
         train,
     )
     from capotune.errors import CapotuneError
@@ -39,6 +41,7 @@ __all__ = [
     "Generator",
     "Prediction",
     "Tagger",
+    "checkpoint",
     "combine",
     "compare",
     "diff",
@@ -54,6 +57,7 @@ __all__ = [
     "predict",
     "push",
     "quantize",
+    "resume",
     "train",
 ]
 __version__ = "0.1.0"

@@ -189,7 +189,7 @@ def bytes_as_progress(report: Reporter) -> OnProgress:
 class CancelToken:
     """Stops a run from another thread: ``cancel()``, and the run raises ``KeyboardInterrupt`` before its next step.
 
-    The run ends as by Ctrl-C: what was saved stays, nothing is half-written, ``resume`` goes on from there.
+    The run ends as by Ctrl-C: what was saved stays, nothing is half-written, ``capotune.resume`` goes on from there.
     """
 
     def __init__(self) -> None:

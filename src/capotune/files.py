@@ -11,13 +11,23 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capotune.errors import OutputError
 
-__all__ = ["cache_folder", "checksum", "free_bytes", "growing_folder", "human_bytes", "output_folder", "write_atomic"]
+__all__ = [
+    "cache_folder",
+    "checksum",
+    "free_bytes",
+    "full_disk_is_said",
+    "growing_folder",
+    "human_bytes",
+    "output_folder",
+    "remove_partial",
+    "write_atomic",
+]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _LOST = _DISK_FULL | {errno.EIO}
@@ -87,19 +97,19 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def growing_folder(path: Path, *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Make ``path``, where it is missing, for a block that fills it in place and may be gone on with later.
+def growing_folder(path: Path, first: Mapping[str, str], *, keep: Callable[[], bool]) -> Iterator[None]:
+    """Make the folder ``path`` with the files ``first`` (name: text) in it, both at once, for a block that fills it in
+    place and may be gone on with later.
 
     When the block fails or is interrupted and ``keep()`` is false, the folder and the parents made for it are removed.
-    Raises ``OutputError`` if ``path`` cannot be made, or the disk fills up while the block runs.
+    Raises ``OutputError`` if ``path`` exists, cannot be made, or the disk fills up while the block runs.
     """
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
+    with output_folder(path) as new:
+        for name, text in first.items():
+            write_atomic(new / name, text)
     try:
-        with _as_output_error(path, any_reason=True):
-            path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(".*.partial"):  # by a process that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        with _as_output_error(path, any_reason=False):
+        with full_disk_is_said(path):
             yield
     except BaseException:
         if not keep():
@@ -120,6 +130,20 @@ def checksum(path: Path) -> str:
 def free_bytes(path: Path) -> int:
     """Free on the disk of ``path``, which need not exist."""
     return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
+
+
+def remove_partial(folder: Path) -> None:
+    """What a killed process left half-written in ``folder``. Raises ``OutputError`` where that is not allowed."""
+    with _as_output_error(folder, any_reason=True):
+        for left in folder.glob(".*.partial"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Around a block that writes into ``path``: ``OutputError`` when the disk fills up."""
+    with _as_output_error(path, any_reason=False):
+        yield
 
 
 def human_bytes(n: int) -> str:

@@ -15,6 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from capotune.errors import SHOWN, SettingError, cut
+from capotune.interval import IntervalText
 from capotune.memory_table import DataSource
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -96,6 +97,9 @@ class RunSettings(DataSettings):
     """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most)."""
     cache: bool = True
     """Store what the frozen layers compute on disk, so that a second run on the same data need not compute it."""
+    save_every: IntervalText = "5min"
+    """Steps (`500`) or time (`30s`, `10min`, `2h`) between checkpoints, from which a stopped run goes on. One is also
+    made at the end of every epoch."""
     answers: int = Field(default=200, ge=0)
     """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
     general: str | None = None

@@ -57,7 +57,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "labels must not be empty, and differ by more than space and how a number or a truth value is written, "
                 f"found {quoted(classes.tolist(), 200)}."
             )
-        own = sorted({"data", "test", "out", "resume", "report"} & set(self.settings or {}))
+        own = sorted({"data", "test", "out", "report"} & set(self.settings or {}))
         if own:
             raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
         rows = [{"text": text, "label": _name(label)} for text, label in zip(texts, values, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,8 @@ from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenRows
 from capotune.data.inspect.measures import lengths_of
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.recorded import train_recorded, with_boundary
-from capotune.engine.state import TrainingState, start
+from capotune.engine.recorded import Recording, train_recorded, with_boundary
+from capotune.engine.state import start
 from capotune.evaluation.forward import Examples
 from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.settings import TrainingSettings, TrainSettings
@@ -57,9 +56,7 @@ class RegressionRun(TaskRun):
         """The mean of the training rows for everyone."""
         return scored(self.test_rows, self.targets.mean().expand(len(self.test_rows)))
 
-    def fit(
-        self, out: Path, assembled: Assembled, cache: ActivationCache, report: Reporter, state: TrainingState | None
-    ) -> Fitted:
+    def fit(self, recording: Recording, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Fitted:
         """Ridge regression on the features, then training in steps when the method has weights of its own."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
         report(Stage(text="computing features"))
@@ -74,9 +71,9 @@ class RegressionRun(TaskRun):
             _set_head(assembled, _ridge(features, self.targets, _RIDGES[best]))
             return Fitted(1.0, 1, objective.shown(scores[best]))
         _set_head(assembled, heads[best])
-        state = state or start(assembled, scores[best], self.seed)
+        state = recording.state or start(assembled, scores[best], self.seed)
         examples = (with_boundary(self.train.take(rows), assembled, cache, report) for rows in (fit, held))
-        state = train_recorded(out, assembled, *examples, seed=self.seed, state=state, report=report)
+        state = train_recorded(recording, assembled, *examples, seed=self.seed, state=state, report=report)
         return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score))
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:

@@ -29,6 +29,7 @@ from capotune.api.inference import (
     read_prompts,
     read_texts,
 )
+from capotune.api.resuming import checkpoint, methods_of, request_checkpoint, resume
 from capotune.api.training import (
     command_of,
     describe_data,
@@ -45,6 +46,7 @@ __all__ = [
     "Comparison",
     "ComparisonRow",
     "Metric",
+    "checkpoint",
     "combine",
     "command_of",
     "compare",
@@ -68,12 +70,15 @@ __all__ = [
     "merge",
     "method_names",
     "method_settings",
+    "methods_of",
     "metric",
     "predict",
     "push",
     "quantize",
     "read_prompts",
     "read_texts",
+    "request_checkpoint",
+    "resume",
     "train",
     "train_run",
 ]

@@ -18,7 +18,6 @@ def train(
     *,
     data: Any,
     out: str | Path = "capo-train",
-    resume: bool = False,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
     **settings: Any,
@@ -30,8 +29,7 @@ def train(
         data: labelled text, tagged words, or text to write: a path, a dataset id on the hub, or rows in memory: a list
             of dicts (``[{"text": "…", "label": "…"}]``), a pandas DataFrame, a ``datasets.Dataset`` or ``DatasetDict``.
             The same for ``test`` among the settings.
-        out: the run's folder; must not exist.
-        resume: go on with a run that was stopped there.
+        out: the run's folder; must not exist. With one that was stopped ``capotune.resume`` goes on.
         report: called with progress events (``capotune.events``).
         cancel: stops the run from another thread; it ends with ``KeyboardInterrupt``, as by Ctrl-C.
         settings: those of ``capo train METHOD --help`` by name (``rank=8``, ``test="test.csv"``).
@@ -40,14 +38,13 @@ def train(
     """
     shared, own = _separate(method, settings)
     built = build(TrainSettings, {"out": out, **sources(data, shared)})
-    return train_run(built, own, resume=resume, report=report, cancel=cancel)
+    return train_run(built, own, report=report, cancel=cancel)
 
 
 def train_run(
     settings: TrainSettings,
     method: TrainingSettings,
     *,
-    resume: bool = False,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def train_run(
     with collector_at_rest():
         from capotune.runs.run import run
 
-    return run(settings, method, (cancel or CancelToken()).watching(report), resume=resume)
+    return run(settings, method, (cancel or CancelToken()).watching(report))
 
 
 def method_names() -> tuple[str, ...]:

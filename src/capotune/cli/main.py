@@ -8,11 +8,9 @@ import io
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
-from _thread import interrupt_main
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +21,7 @@ from capotune.cli.flags import Json, base_of, parse, take_config, without_out
 from capotune.cli.messages import in_flags
 from capotune.device import is_out_of_memory
 from capotune.errors import CapotuneError, DataError, SettingError
+from capotune.interrupts import asked_by_signal, heed_sigterm, ignore_requests, lose_no_signal
 from capotune.settings import BaseSettings, CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
 
 HELP = """usage: capo COMMAND …
@@ -31,6 +30,8 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
 
   capo compare --data tickets.csv          all four techniques side by side, and which one to take
   capo train lora --data tickets.csv       one technique
+  capo resume DIR                          go on with a run that was stopped
+  capo checkpoint DIR                      ask a run that is going on for a checkpoint now
   capo evaluate ADAPTER --data more.csv    score an adapter
   capo predict ADAPTER "some text"         label or entities, with their probability
   capo generate ADAPTER "some text"        what the model writes after it
@@ -134,17 +135,30 @@ class Demo(Settings):
     """Open the page in a browser, where there is a desktop."""
 
 
-class Resumable(TrainSettings):
-    """Train one technique on data."""
+class Resume(Settings):
+    """Go on with a run that was stopped. All settings stand in its folder."""
 
-    resume: bool = False
-    """Go on from the last checkpoint of a run that was stopped; give the same settings."""
+    out: tyro.conf.Positional[Path]
+    """The run's folder."""
+    trust_remote_code: bool = False
+    """To be given again where the run had it."""
+
+
+class Checkpoint(Settings):
+    """Ask the process that trains in a folder for a checkpoint, and wait for it."""
+
+    out: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+
+class Train(TrainSettings):
+    """Train one technique on data."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
+        heed_sigterm()
         if arguments is None:
             _own_process()
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
@@ -153,12 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CapotuneError as error:
         print(f"capo: {in_flags(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return _stopped(own_process=arguments is None)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop, own_process=arguments is None)
     except ImportError as error:
         if not _comes_from_an_interrupt(error):
             raise
-        return _stopped(own_process=arguments is None)
+        return _stopped("", own_process=arguments is None)
     except SystemExit as stop:  # tyro has printed the help
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
@@ -177,8 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _stopped(*, own_process: bool) -> int:
-    print("\ncapo: stopped.", file=sys.stderr, flush=True)
+def _stopped(how_to_go_on: object, *, own_process: bool) -> int:
+    print(f"\ncapo: stopped. {how_to_go_on}".rstrip(), file=sys.stderr, flush=True)
     if own_process:  # unloading PyTorch in good order would take another second
         os._exit(130)
     return 130
@@ -198,31 +212,11 @@ def _close_output() -> None:
 
 def _own_process() -> None:
     """Set up a process that runs one command and ends."""
-    sys.unraisablehook = _interrupt_again
+    lose_no_signal()
+    ignore_requests()
     atexit.register(gc.freeze)  # or the interpreter looks through PyTorch's modules once more: a second
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # models write what not every terminal can show
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
-    """Python drops an exception that a destructor raises, also the ``KeyboardInterrupt`` of a signal that came while
-    one ran: send it once more, when that one has returned."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell starts its background jobs
-        threading.Timer(0.01, _signal_main_thread, [signal.SIGTERM if deaf else signal.SIGINT]).start()
-    else:
-        sys.__unraisablehook__(lost)
-
-
-def _signal_main_thread(number: signal.Signals) -> None:
-    if sys.platform == "win32":
-        interrupt_main(number)
-    else:  # that would not wake a thread that waits
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _dispatch(given: list[str]) -> int:
@@ -272,16 +266,49 @@ def _train(rest: list[str]) -> int:
         return 0
     own_class = api.method_settings(rest[0])
     flags, config = take_config(rest[1:])
-    both: Any = type("Train", (Resumable, own_class), {"__doc__": f"{Resumable.__doc__} {own_class.__doc__}"})
+    both: Any = type("Train", (Train, own_class), {"__doc__": f"{Train.__doc__} {own_class.__doc__}"})
     parsed = parse(both, flags, f"capo train {rest[0]}", config).model_dump()
     from capotune.cli.display import show_run, watch
 
     settings = build(TrainSettings, {name: parsed[name] for name in TrainSettings.model_fields})
     own = build(own_class, {name: parsed[name] for name in own_class.model_fields})
-    with watch([own.method]) as report:
-        record = api.train_run(settings, own, resume=parsed["resume"], report=report)
+    with _stoppable(settings.out), watch([own.method]) as report:
+        record = api.train_run(settings, own, report=report)
     show_run(record, settings.out)
     return 0
+
+
+def _resume(rest: list[str]) -> int:
+    settings = parse(Resume, rest, "capo resume")
+    from capotune import api
+    from capotune.cli.display import show_run, watch
+
+    with _stoppable(settings.out), watch(api.methods_of(settings.out)) as report:
+        record = api.resume(settings.out, trust_remote_code=settings.trust_remote_code, report=report)
+    show_run(record, settings.out)
+    return 0
+
+
+def _checkpoint(rest: list[str]) -> int:
+    settings = parse(Checkpoint, rest, "capo checkpoint")
+    from capotune import api
+
+    print(api.checkpoint(settings.out))
+    return 0
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Around what trains in ``out``: SIGUSR1 asks for a checkpoint, and who stops it learns how to go on."""
+    from capotune import api
+
+    with asked_by_signal(lambda: api.request_checkpoint(out)):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if out.exists():
+                raise KeyboardInterrupt(f"Go on with: capo resume {shlex.quote(str(out))}") from None
+            raise
 
 
 def _evaluate(rest: list[str]) -> int:
@@ -435,6 +462,8 @@ def _quantize(rest: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "train": _train,
+    "resume": _resume,
+    "checkpoint": _checkpoint,
     "evaluate": _evaluate,
     "predict": _predict,
     "generate": _generate,

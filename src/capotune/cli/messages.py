@@ -25,7 +25,9 @@ def in_flags(error: CapotuneError) -> str:
 
 def _flag(found: re.Match[str], known: set[str]) -> str:
     name, value = found[1], found[2]
-    if name.rpartition(".")[2] not in known and name not in ("config", "resume"):
+    if name == "resume":
+        return "capo resume"
+    if name.rpartition(".")[2] not in known and name != "config":
         return found[0]
     flag = _OTHER_FLAGS.get(name, name.replace("_", "-"))
     if value == "False":

@@ -1,7 +1,13 @@
-"""A training state on disk: tensors in safetensors, counters in JSON, complete or absent."""
+"""A training state on disk: tensors in safetensors, counters in JSON, their checksums; complete or absent.
+
+step-51-epoch-3/state.safetensors    weights, AdamW's moments, the best weights, the random numbers' state
+step-51-epoch-3/state.json           the counters
+step-51-epoch-3/SHA256SUMS           as ``sha256sum -c`` reads it
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,53 +15,109 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from capotune.engine.state import TrainingState
 from capotune.errors import OutputError
+from capotune.events import Reporter, Warned, ignore
 from capotune.files import output_folder, write_atomic
 
 _COUNTERS = (
     "epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum",
-    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens",
+    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens", "seconds",
 )  # fmt: skip
+_TENSORS, _VALUES, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
 
-def save_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Write ``folder/step-N-epoch-E``; then remove the older ones.
+def save_checkpoint(folder: Path, state: TrainingState) -> Path:
+    """Write ``folder/step-N-epoch-E``, which is returned, and remove all others but the one before and the one at the
+    end of the best epoch.
 
     E tells a state at the end of an epoch's last batch from the one that has the epoch's score too.
     """
     target = folder / f"step-{state.step}-epoch-{state.epoch}"
+    if target.exists() and _whole(target) is None:  # damaged since, and trained up to once more
+        _remove(target)
     if not target.exists():
+        values = json.dumps({name: getattr(state, name) for name in _COUNTERS})
+        files = {_TENSORS: save(_tensors(state)), _VALUES: values.encode()}
         with output_folder(target) as new:
-            write_atomic(new / "state.safetensors", save(_tensors(state)))
-            write_atomic(new / "state.json", json.dumps({name: getattr(state, name) for name in _COUNTERS}))
-    for old in _all(folder):
-        if old != target:
-            for path in old.iterdir():  # by rmtree, a signal may become an OSError
-                path.unlink()
-            old.rmdir()
+            for name, content in files.items():
+                write_atomic(new / name, content)
+            write_atomic(new / _SUMS, _sums(files))
+    _prune(folder, target, state.best_epoch)
+    return target
 
 
-def load_checkpoint(folder: Path) -> TrainingState:
-    """The newest state under ``folder``. ``OutputError`` when there is none or it is damaged."""
-    found = _all(folder)
-    if not found:
-        raise OutputError(f"no checkpoint in {folder}.", setting="resume", advice="Start the run without `resume`.")
+def load_checkpoint(folder: Path, report: Reporter = ignore) -> TrainingState | None:
+    """The newest state under ``folder``; None where there is none.
+
+    One that is damaged is passed over for the one before it, and ``Warned`` says so, as it does of one without
+    checksums, which earlier versions wrote. Raises ``OutputError`` when all are damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        state = _whole(path, report)
+        if state is not None:
+            return state
+        report(Warned(text=f"the checkpoint {path} is damaged; the one before it is taken."))
+    if found:
+        raise OutputError(
+            f"every checkpoint in {folder} is damaged.", advice=f"Remove {folder.parent} and start the run again."
+        )
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in ``folder``, the oldest first."""
+    return sorted(folder.glob("step-*"), key=_step_and_epoch)
+
+
+def _step_and_epoch(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def _whole(path: Path, report: Reporter = ignore) -> TrainingState | None:
+    """What the checkpoint holds; None for a damaged one."""
     try:
-        counters: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        files = {name: (path / name).read_bytes() for name in (_TENSORS, _VALUES)}
+        if (path / _SUMS).exists():
+            if (path / _SUMS).read_bytes() != _sums(files):
+                return None
+        else:
+            report(Warned(text=f"the checkpoint {path} is of an earlier version, without checksums."))
+        counters: dict[str, Any] = json.loads(files[_VALUES])
         for name in ("best_score", "trained_score"):
             counters[name] = tuple(counters[name])
-        return _state(counters, load_file(found[-1] / "state.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OutputError(
-            f"the checkpoint {found[-1]} is damaged ({error!r}).", setting="resume", advice="Start without `resume`."
-        ) from None
+        return _state(counters, load(files[_TENSORS]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
 
 
-def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+def _prune(folder: Path, newest: Path, best_epoch: int) -> None:
+    """Leave ``newest``, the one before it, and the first that has the score of the best epoch (0: the start, of which
+    there is none). What is beyond ``newest`` was passed over as damaged."""
+    every = checkpoints(folder)
+    at = every.index(newest)
+    best = [path for path in every if best_epoch and _step_and_epoch(path)[1] == best_epoch]
+    for path in every:
+        if path not in (*every[max(0, at - 1) : at + 1], *best[:1]):
+            _remove(path)
+    for left in folder.glob(".*.partial"):  # by a process that was killed
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Not to be seen half-removed."""
+    hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.partial"))
+    for file in hidden.iterdir():  # by rmtree, a signal may become an OSError
+        file.unlink()
+    hidden.rmdir()
+
+
+def _sums(files: dict[str, bytes]) -> bytes:
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    return "".join(lines).encode()
 
 
 def _tensors(state: TrainingState) -> dict[str, torch.Tensor]:

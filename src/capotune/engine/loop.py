@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learn
 from capotune.engine.state import TrainingState, capture, restore, restore_best, start
 from capotune.evaluation.forward import Examples, batch_of
 from capotune.evaluation.resume import starting_at
+from capotune.interrupts import uninterrupted
 from capotune.kernels import policy
 from capotune.kernels.execution import reduced_precision, training_memory
 from capotune.kernels.saved_activations import quantized_saved_activations
@@ -39,6 +41,19 @@ OnStep = Callable[[TrainingState, int, float], bool]
 stop here and return, state complete."""
 
 
+class Saver(Protocol):
+    """Saves the state in the middle of an epoch. What it is given is complete, and not written to afterwards."""
+
+    def due(self, state: TrainingState) -> bool:
+        """Whether to save now; asked after each step."""
+
+    def save(self, state: TrainingState) -> None:
+        """Called when it is."""
+
+    def save_now(self, state: TrainingState) -> None:
+        """Called with the state after the last step when training ends by ``KeyboardInterrupt``."""
+
+
 def train(
     assembled: Assembled,
     examples: Examples,
@@ -50,6 +65,7 @@ def train(
     state: TrainingState | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
+    saver: Saver | None = None,
 ) -> TrainingState:
     """Train until the epochs or the patience are used up, then leave the best weights in the model.
 
@@ -64,7 +80,8 @@ def train(
         state: goes on where it stands; one that ``start`` made has no weights yet and begins with the model's.
         on_step: called after each optimizer step.
         on_epoch: called after each evaluation. While these two run, the base reads batches of ``assembled.packing``'s
-            kind only.
+            kind only, and signals wait.
+        saver: saves the state between two steps.
     """
     assert settings.epochs is not None
     assert settings.batch_size is not None
@@ -86,19 +103,29 @@ def train(
         FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
     ):
         restore(state, weights, optimizer)
-        torch.cuda.set_rng_state(state.rng, device) if on_gpu else torch.set_rng_state(state.rng)
-        while not finished(state, settings):
-            with _dropout(assembled), reduced_precision():
-                for chosen in batches(state.epoch)[state.batch :]:
-                    set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
-                    loss, taken = _step(assembled, examples, chosen, optimizer, settings, state)
-                    states.count_step(state, loss, taken)
-                    if on_step and on_step(state, total, loss):
-                        return capture(state, weights, optimizer, device)
-            score, loss = evaluate(), states.mean_loss(state)
-            states.end_epoch(state, weights, score)
-            if on_epoch:
-                on_epoch(capture(state, weights, optimizer, device), loss, assembled.task.objective.shown(score))
+        states.set_random_state(state.rng, device)
+        try:
+            while not finished(state, settings):
+                with _dropout(assembled), reduced_precision():
+                    for chosen in batches(state.epoch)[state.batch :]:
+                        set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
+                        summed = _accumulate_in_memory(assembled, examples, chosen, settings, state)
+                        with uninterrupted():
+                            loss, taken = _update(optimizer, settings, summed)
+                            states.count_step(state, loss, taken, device)
+                            if on_step and on_step(state, total, loss):
+                                return capture(state, weights, optimizer)
+                        if saver and saver.due(state):
+                            saver.save(capture(state, weights, optimizer))
+                score, loss = evaluate(), states.mean_loss(state)
+                with uninterrupted():
+                    states.end_epoch(state, weights, score)
+                    if on_epoch:
+                        on_epoch(capture(state, weights, optimizer), loss, assembled.task.objective.shown(score))
+        except KeyboardInterrupt:  # in the middle of a step the weights still are what the last one made of them
+            if saver:
+                saver.save_now(capture(state, weights, optimizer))
+            raise
     restore_best(state, weights)
     return state
 
@@ -134,18 +161,9 @@ def _dropout(assembled: Assembled) -> Iterator[None]:
         switch(False)
 
 
-def _step(
-    assembled: Assembled,
-    examples: Examples,
-    chosen: np.ndarray,
-    optimizer: FlatAdamW,
-    settings: TrainingSettings,
-    state: TrainingState,
-) -> tuple[float, bool]:
-    """Forward and backward on the rows of one step, part by part, then clip and update. Returns the step's loss and
-    whether the weights were updated: not where loss or gradient is not finite. A GPU is waited for once, when it has
-    been given all there is to do."""
-    total = _accumulate_in_memory(assembled, examples, chosen, settings, state)
+def _update(optimizer: FlatAdamW, settings: TrainingSettings, total: torch.Tensor) -> tuple[float, bool]:
+    """Clip and update. Returns the step's loss and whether the weights were updated: not where loss or gradient is not
+    finite. A GPU is waited for once, when it has been given all there is to do."""
     taken = optimizer.step(settings.max_grad_norm, total)
     loss, was_taken = torch.stack([total, taken.double()]).tolist()
     return loss, bool(was_taken)
@@ -159,7 +177,7 @@ def _accumulate_in_memory(
     if not settings.auto_micro_batch:
         return accumulate(assembled, examples, chosen, settings)
     device = assembled.model.device
-    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    drawn = states.random_state(device)
     while True:
         now = settings.model_copy(
             update={"micro_batch_tokens": state.micro_batch_tokens or settings.micro_batch_tokens}
@@ -176,9 +194,7 @@ def _accumulate_in_memory(
             weight.grad = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.set_rng_state(drawn, device)
-        else:
-            torch.set_rng_state(drawn)
+        states.set_random_state(drawn, device)
 
 
 def _half_of_largest(

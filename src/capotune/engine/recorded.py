@@ -4,28 +4,58 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from capotune.adapters.assemble import Assembled
+from capotune.adapters.task_model import Score
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.loop import finished, train
 from capotune.engine.metrics_log import MetricsLog
 from capotune.engine.optimizer import learning_rate_factor
+from capotune.engine.saving import CheckpointSaver
 from capotune.engine.skipped import are_too_many, stopped
 from capotune.engine.state import TrainingState
 from capotune.errors import DataError
 from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import EpochEnded, Reporter, Stage, StepTaken, Warned, alive, counter
+from capotune.interval import Interval
 
-_CHECKPOINT_SECONDS = 300.0
+
+class Clock:
+    """Seconds that a run's training has taken, in all the processes that worked on it. What the cache gave counts as
+    much as it once took."""
+
+    def __init__(self, cache: ActivationCache) -> None:
+        self._cache, self._offset = cache, 0.0
+        self._offset = -self.seconds()
+
+    def seconds(self) -> float:
+        """So far."""
+        return time.perf_counter() + self._cache.reused_seconds + self._offset
+
+    def go_on_from(self, seconds: float) -> None:
+        """Of what went before, these count."""
+        self._offset += seconds - self.seconds()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where a run trains, and from where it goes on."""
+
+    out: Path
+    """The run's folder."""
+    clock: Clock
+    save_every: Interval = field(default_factory=Interval)
+    """Between checkpoints; one is also made after every epoch."""
+    state: TrainingState | None = None
+    """A checkpoint's, of a run that was stopped."""
 
 
 def train_recorded(
-    out: Path,
+    recording: Recording,
     assembled: Assembled,
     fit: Examples,
     held: Examples,
@@ -34,24 +64,25 @@ def train_recorded(
     state: TrainingState,
     report: Reporter,
 ) -> TrainingState:
-    """Run the loop to its end: ``out/metrics.jsonl``, a checkpoint after each epoch and every few minutes, events.
+    """Run the loop to its end: ``metrics.jsonl``, checkpoints, events.
 
     Args:
-        out: the run's folder.
+        recording: where it is recorded.
         assembled: the model with the method attached.
         fit: rows to train on.
         held: rows to score the weights on after every epoch.
         seed: decides the order of the rows and dropout.
-        state: where to begin or to go on.
+        state: where to begin: ``recording.state``, or what ``start`` made.
         report: called with the events.
 
-    Raises ``SettingError`` or ``DataError`` when too many steps were skipped (``engine.skipped``); where single rows
-    are at fault, the state is saved.
+    Raises ``SettingError`` or ``DataError`` when too many steps were skipped (``engine.skipped``), with the state saved
+    where single rows are at fault; ``OutputError`` when a checkpoint cannot be written.
     """
     report(Stage(text="training"))
-    checkpoints, saved = out / "checkpoints", time.monotonic()
-    metric, settings = assembled.task.objective.metric, assembled.method.settings
+    clock, metric, settings = recording.clock, assembled.task.objective.metric, assembled.method.settings
     assert settings.learning_rate is not None
+    if state.seconds:
+        clock.go_on_from(state.seconds)
     say, last = _Notices(report, state), math.nan
 
     def on_step(state: TrainingState, total: int, loss: float) -> bool:
@@ -62,35 +93,34 @@ def train_recorded(
         log.write(step=state.step, steps=total, loss=loss, learning_rate=rate, **skipped)
         report(StepTaken(step=state.step, total=total, loss=loss, learning_rate=rate))
         say.of_step(state)
-        return are_too_many(state) or time.monotonic() - saved > _CHECKPOINT_SECONDS
+        return are_too_many(state)
 
     def on_epoch(state: TrainingState, loss: float, score: float) -> None:
         log.write(epoch=state.epoch, loss=loss, held_out_score=score)
         report(EpochEnded(epoch=state.epoch, loss=loss, score=score, metric=metric))
-        log.flush()  # the log is never behind the checkpoint
-        if not are_too_many(state, finished(state, settings)):
-            save_checkpoint(checkpoints, state)
+        is_over = finished(state, settings)
+        if not are_too_many(state, is_over):
+            saver.end_epoch(state, last=is_over)
 
-    def evaluate() -> tuple[float, ...]:
+    def evaluate() -> Score:
         return held_out_score(assembled, held, alive(report))
 
-    with MetricsLog(out, state) as log:
-        while True:
-            state = train(
-                assembled, fit, settings, seed=seed, evaluate=evaluate, state=state, on_step=on_step, on_epoch=on_epoch
-            )
-            is_over = finished(state, settings)
-            log.flush()
-            if are_too_many(state, is_over):
-                error = stopped(assembled, fit, state, seed, last, is_over)
-                if isinstance(error, DataError) and not is_over:  # the weights are good: one may go on after these rows
-                    save_checkpoint(checkpoints, state)
-                raise error
-            if is_over:
-                say.of_all(state)
-                return state
-            save_checkpoint(checkpoints, state)  # the loop stopped in the middle of an epoch to be saved
-            saved = time.monotonic()
+    with (
+        MetricsLog(recording.out, state) as log,
+        CheckpointSaver(recording.out, recording.save_every, clock.seconds, before_writing=log.flush) as saver,
+    ):
+        state = train(
+            assembled, fit, settings, seed=seed, evaluate=evaluate, state=state, on_step=on_step, on_epoch=on_epoch,
+            saver=saver,
+        )  # fmt: skip
+        is_over = finished(state, settings)
+        if are_too_many(state, is_over):
+            error = stopped(assembled, fit, state, seed, last, is_over)
+            if isinstance(error, DataError) and not is_over:  # the weights are good: one may go on after these rows
+                saver.save_now(state)
+            raise error
+        say.of_all(state)
+        return state
 
 
 def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Examples:

@@ -37,7 +37,7 @@ def stopped(
     if 0 < len(at_fault) < len(rows):
         return DataError(
             f"the loss or gradient of {_named(examples, at_fault)} is not finite: {number}.",
-            advice=f"Mend these rows and start anew{'' if is_over else ', or go on after them with `resume=True`'}.",
+            advice=f"Mend these rows and start anew{'' if is_over else ', or go on after them with `resume`'}.",
         )
     what = f"the loss is {loss:.4g}" if not np.isfinite(loss) else "the gradient is not finite"
     return SettingError(

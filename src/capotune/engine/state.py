@@ -24,7 +24,7 @@ class TrainingState:
     step: int = 0
     """Optimizer steps taken."""
     rng: torch.Tensor = field(default_factory=torch.get_rng_state)
-    """State of the random numbers that dropout draws, on the device where it draws them."""
+    """State after the last step of the random numbers that dropout draws, on the device where it draws them."""
     optimizer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """AdamW's moments by weight."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -47,6 +47,8 @@ class TrainingState:
     """Up to the last step."""
     micro_batch_tokens: int | None = None
     """What the setting of that name was lowered to where memory ran out."""
+    seconds: float = 0.0
+    """What the run has taken so far, what was computed before the first step included."""
 
 
 def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
@@ -56,8 +58,9 @@ def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
     return state
 
 
-def count_step(state: TrainingState, loss: float, taken: bool) -> None:
-    """Count a batch of this ``loss`` and whether its step was taken."""
+def count_step(state: TrainingState, loss: float, taken: bool, device: torch.device) -> None:
+    """Count a batch of this ``loss`` and whether its step was taken; the next one draws where the generator stands."""
+    state.rng = random_state(device)
     state.batch, state.step = state.batch + 1, state.step + 1
     if taken:
         state.loss_sum, state.skipped_in_a_row = state.loss_sum + loss, 0
@@ -86,13 +89,20 @@ def _set_best(state: TrainingState, weights: dict[str, nn.Parameter], score: Sco
     state.best_weights = {key: weight.detach().clone() for key, weight in weights.items()}
 
 
-def capture(
-    state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW, device: torch.device
-) -> TrainingState:
-    """Copy what lives in model, optimizer and generator into the state."""
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the device's generator, a copy."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Put the generator where ``random_state`` found it."""
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+def capture(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW) -> TrainingState:
+    """Copy what lives in model and optimizer into the state. Its tensors are never written to afterwards."""
     state.weights = {key: weight.detach().clone() for key, weight in weights.items()}
     state.optimizer = optimizer.moments()
-    state.rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return state
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.checkpoint import load_checkpoint
+from capotune.engine.checkpoint import checkpoints
+from capotune.engine.recorded import Clock, Recording
+from capotune.engine.saving import CHECKPOINTS, withdraw_request
 from capotune.engine.state import TrainingState
-from capotune.errors import SHOWN, OutputError, SettingError, cut
+from capotune.errors import OutputError
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
-from capotune.files import cache_folder, growing_folder, write_atomic
+from capotune.files import cache_folder, check_free, growing_folder, write_atomic
+from capotune.folder_lock import locked
+from capotune.interval import interval
 from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
@@ -37,6 +41,9 @@ from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
 from capotune.tasks.golden import golden_answers
 
+RUN = "run.json"
+SCORES_BASE = "scores_base"
+"""In the record: whether the run also measures the base without fine-tuning."""
 _NOT_RECORDED = {"out"}  # a folder does not know where it is
 
 
@@ -51,36 +58,39 @@ class Prepared:
 
 
 def run(
-    settings: TrainSettings,
-    method: TrainingSettings,
-    report: Reporter = ignore,
-    *,
-    resume: bool = False,
-    base_score: bool = False,
+    settings: TrainSettings, method: TrainingSettings, report: Reporter = ignore, *, base_score: bool = False
 ) -> dict[str, Any]:
     """Train one technique and write its run folder ``settings.out``; returns what ``run.json`` holds.
 
     ``base_score`` also measures the base without fine-tuning. On a user's error or an interruption before the first
-    checkpoint nothing is left behind.
+    checkpoint nothing is left behind; after it, ``runs.resume`` goes on.
 
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
     out = settings.out
-    _check_folder(out, resume)
-    state = load_checkpoint(out / "checkpoints") if resume else None
+    _check_free(out)
     report(Stage(text="reading data"))
     prepared = prepare(settings, method, report)
-    record = _record(prepared, report)
-    if resume:
-        _same_settings(out, record)
-    with (
-        growing_folder(out, keep=lambda: any((out / "checkpoints").glob("step-*"))),
-        telling_what_to_lower(prepared.method, prepared.base, "before training or after it"),
-    ):
-        result = _Run(prepared, record, report).finish(state, base_score)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    report(Finished(result=result["result"]))
-    return result
+    record = record_of(prepared, base_score, report)
+    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: bool(checkpoints(out / CHECKPOINTS))), locked(out):
+        return complete(prepared, record, None, report)
+
+
+def complete(
+    prepared: Prepared, record: dict[str, Any], state: TrainingState | None, report: Reporter
+) -> dict[str, Any]:
+    """From a run folder that holds ``record``, and maybe the checkpoint ``state``, to one with the result."""
+    with telling_what_to_lower(prepared.method, prepared.base, "before training or after it"):
+        record = _Run(prepared, record, report).finish(state)
+    tidy(prepared.settings.out)
+    report(Finished(result=record["result"]))
+    return record
+
+
+def tidy(out: Path) -> None:
+    """Remove what only a run that goes on needs."""
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    withdraw_request(out)
 
 
 def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> Prepared:
@@ -118,25 +128,26 @@ class _Run:
         self.settings, self.method, self.base = prepared.settings, prepared.method, prepared.base
         self.task_run, self.record, self.report = prepared.task_run, record, report
 
-    def finish(self, state: TrainingState | None, base_score: bool) -> dict[str, Any]:
+    def finish(self, state: TrainingState | None) -> dict[str, Any]:
         """Everything from loading the base to the last file."""
         reset_peak_memory()
         device = pick_device()
         self.record["environment"] = environment() | {"kernels": described(device)}
-        write_atomic(self.settings.out / "run.json", _json(self.record))
+        write_atomic(self.settings.out / RUN, as_json(self.record))
         assembled, dtype = self._load(device)
         cache = self._cache(assembled, dtype)
-        base = self._score_base(assembled, cache) if base_score else None
+        base = self._score_base(assembled, cache) if self.record[SCORES_BASE] else None
         self.task_run.measure_base(assembled, self._cache(assembled, dtype), self.report)
-        cache.reused_seconds, started = 0.0, time.perf_counter()
+        clock = Clock(cache)
         assembled = self.task_run.choose_prompt(assembled, self.report)
         self.task_run.before_attach(assembled, cache, self.report)
         self._attach(assembled, cache)
         trainable = assembled.expected_trainable()
         self.report(TrainingStarted(trainable=trainable, total=assembled.base_parameters))
+        recording = Recording(self.settings.out, clock, interval(self.settings.save_every), state)
         with telling_what_to_lower(assembled.method.settings, self.base, "in training", assembled):
-            fitted = self.task_run.fit(self.settings.out, assembled, cache, self.report, state)
-        seconds = time.perf_counter() - started + cache.reused_seconds
+            fitted = self.task_run.fit(recording, assembled, cache, self.report)
+        seconds = clock.seconds()
         self.report(Stage(text="testing"))
         scored = self.task_run.test(assembled, cache, self.report)
         trained = self._trained(assembled, cache, fitted, scored, seconds, dtype)
@@ -238,7 +249,7 @@ class _Run:
             "peak_memory_bytes": peak_memory_bytes(),
             "adapter": "adapter",
         }
-        write_atomic(out / "run.json", _json(record))
+        write_atomic(out / RUN, as_json(record))
         return record
 
 
@@ -258,14 +269,16 @@ def _counts(scored: Scored) -> dict[str, Any]:
     return scored.counts.to_dict() | others
 
 
-def _record(prepared: Prepared, report: Reporter) -> dict[str, Any]:
-    """What decides the run's result; a resumed run must have the same."""
+def record_of(prepared: Prepared, base_score: bool, report: Reporter) -> dict[str, Any]:
+    """What decides the run's result."""
     base, method = prepared.base, prepared.method
     return {
         "settings": prepared.settings.model_dump(mode="json", exclude=_NOT_RECORDED),
         "method": method.method,
         method.method: method.model_dump(mode="json"),
+        SCORES_BASE: base_score,
         "data_sha256": prepared.task_run.data_sha256,
+        "files_sha256": dict(prepared.task_run.files_sha256),
         "base": {
             "name": base.name,
             "fingerprint": fingerprint(base, alive(report)),
@@ -275,65 +288,26 @@ def _record(prepared: Prepared, report: Reporter) -> dict[str, Any]:
     }
 
 
-def _check_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that holds something else than what is asked for, with what can be done instead."""
-    stopped = any((out / "checkpoints").glob("step-*"))
-    if out.exists() and not resume:
-        go_on = "Go on with the run that was stopped there with `resume=True`, or choose" if stopped else "Choose"
+def _check_free(out: Path) -> None:
+    """As ``files.check_free``; a run that was stopped there can be gone on with."""
+    if _is_stopped(out):
         raise OutputError(
-            f"the output folder {out} exists already.", advice=f"{go_on} another `out`, or remove it first."
+            f"the output folder {out} exists already.",
+            advice="Go on with the run that was stopped there (`resume`), or choose another `out`, or remove it first.",
         )
-    if resume and out.exists() and not stopped:
-        is_complete = (out / "adapter").exists()
-        why = "the run in it is complete" if is_complete else "the run in it was stopped before its first checkpoint"
-        raise OutputError(
-            f"no checkpoint in {out / 'checkpoints'}, {why}.",
-            setting="resume",
-            advice=f"Remove {out} or choose another `out`, and start without `resume`.",
-        )
+    check_free(out)
 
 
-def _same_settings(out: Path, record: dict[str, Any]) -> None:
-    try:
-        before = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{out / 'run.json'} cannot be read ({error}).", setting="resume") from None
-    for part, values in record.items():
-        there = before.get(part)
-        if part == "settings" and before.get("data_sha256") == record["data_sha256"]:
-            there, values = _without_rows(there), _without_rows(values)
-        if there != values:
-            raise SettingError(
-                f"the settings differ from those in {out / 'run.json'}: {_difference(part, there, values)}.",
-                setting="resume",
-                advice="Give the same data, base and settings, or begin anew with another `out`.",
-            )
-
-
-def _without_rows(settings: Any) -> Any:
-    """The settings without what rows in memory were: a list and a frame of equal rows are equal data."""
-    if not isinstance(settings, dict):
-        return settings
-    return {
-        name: "rows" if isinstance(value, dict) and "sha256" in value else value for name, value in settings.items()
-    }
-
-
-def _difference(part: str, there: Any, here: Any) -> str:
-    """The first value of a record's part that is another one now."""
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{part} is {_shown(here)} now and was {_shown(there)}"
-    name = next(name for name in [*here, *there] if there.get(name) != here.get(name))
-    return f"{part}.{name} is {_shown(here.get(name))} now and was {_shown(there.get(name))}"
-
-
-def _shown(value: Any) -> str:
-    return cut(str(value), SHOWN)
+def _is_stopped(out: Path) -> bool:
+    with suppress(OSError):
+        return b'"result":' not in (out / RUN).read_bytes()
+    return False
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _json(values: dict[str, Any]) -> str:
+def as_json(values: dict[str, Any]) -> str:
+    """As records are written."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from capotune.data.batches import Encoded
 from capotune.data.texts import read_texts
 from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.state import TrainingState
+from capotune.engine.recorded import Recording
 from capotune.errors import AdapterError, SettingError
 from capotune.evaluation import metrics
 from capotune.evaluation.metrics import metric
@@ -317,6 +318,8 @@ class TaskRun(ABC):
     train_rows: int
     """Rows of the data that are trained on, the held-out ones included."""
     data_sha256: str
+    files_sha256: Mapping[str, str] = MappingProxyType({})
+    """Hash of what was read beside the data, by the setting that names it."""
 
     def choose_prompt(self, assembled: Assembled, report: Reporter) -> Assembled:  # noqa: ARG002
         """Where the method has candidate prompts, settle on the best of them. The method is not attached yet."""
@@ -339,16 +342,12 @@ class TaskRun(ABC):
     @abstractmethod
     def fit(
         self,
-        out: Path,
+        recording: Recording,
         assembled: Assembled,
         cache: ActivationCache,
         report: Reporter,
-        state: TrainingState | None,
     ) -> Fitted:
-        """Train the attached method into the run folder ``out``; the model holds the best weights afterwards.
-
-        ``state`` is a checkpoint's, to go on from.
-        """
+        """Train the attached method, from where ``recording`` stands; the model holds the best weights afterwards."""
 
     @abstractmethod
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:

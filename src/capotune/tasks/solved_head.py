@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
-from capotune.engine.recorded import incidents, train_recorded, with_boundary
+from capotune.engine.recorded import Recording, incidents, train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
 from capotune.evaluation.forward import Examples
 from capotune.events import Reporter, Stage, alive
@@ -83,23 +82,23 @@ def solve_head(
 
 def train_from(
     solved: SolvedHead,
-    out: Path,
+    recording: Recording,
     assembled: Assembled,
     rows: tuple[Examples, Examples],
     *,
     cache: ActivationCache,
-    state: TrainingState | None,
     seed: int,
     report: Reporter,
 ) -> Fitted:
     """Train head and method in steps on ``rows``, those to fit and those held out. The solved head is the best so far;
     the other arguments are those of ``TaskRun.fit``."""
+    state = recording.state
     if state is None:
         assert solved.unfinished is not None
         state = start(assembled, solved.score, seed)
         set_head(assembled, solved.unfinished)
     fit, held = (with_boundary(part, assembled, cache, report) for part in rows)
-    state = train_recorded(out, assembled, fit, held, seed=seed, state=state, report=report)
+    state = train_recorded(recording, assembled, fit, held, seed=seed, state=state, report=report)
     return solved.fitted(state)
 
 

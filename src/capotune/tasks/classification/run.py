@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from capotune.data.inspect.labels import inspect_data
 from capotune.data.labelled import LabelledData, load_labelled
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.state import TrainingState
+from capotune.engine.recorded import Recording
 from capotune.evaluation.forward import Examples
 from capotune.evaluation.metrics import nearest_mean_logits, wilson_interval
 from capotune.events import DataInspected, Reporter, Stage, Warned, counter
@@ -87,11 +86,10 @@ class ClassificationRun(TaskRun):
 
     def fit(
         self,
-        out: Path,
+        recording: Recording,
         assembled: Assembled,
         cache: ActivationCache,
         report: Reporter,
-        state: TrainingState | None,
     ) -> Fitted:
         """Solve the head on what the start model computes; train in steps when the method has weights of its own."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
@@ -105,7 +103,7 @@ class ClassificationRun(TaskRun):
         if solved.unfinished is None:
             return solved.fitted()
         rows = self.train.take(fit), self.train.take(held)
-        return train_from(solved, out, assembled, rows, cache=cache, state=state, seed=self.seed, report=report)
+        return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """Accuracy, macro F1 and loss."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from capotune.data.inspect.samples import inspect_samples
 from capotune.data.samples import Conversation, Samples, answer_of, asked
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.recorded import incidents, train_recorded, with_boundary
-from capotune.engine.state import TrainingState, start
+from capotune.engine.recorded import Recording, incidents, train_recorded, with_boundary
+from capotune.engine.state import start
 from capotune.errors import DataError, SettingError, quoted
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.evaluation.generate import generate
@@ -96,6 +97,8 @@ class GenerationRun(TaskRun):
         positions = positions_for(sum(self.train.rows.lengths))
         self.general = GeneralText.read(task, settings.general, positions)
         self.task = replace(task, scored_as=replace(self._scored_as(settings), general=positions))
+        texts = {"candidates": self.candidates, "general": self.general.sequences if settings.general else []}
+        self.files_sha256 = {name: _hash(content) for name, content in texts.items() if content}
 
     # ---------------------------------------------------------------------------------------------- before training
 
@@ -141,11 +144,10 @@ class GenerationRun(TaskRun):
 
     def fit(
         self,
-        out: Path,
+        recording: Recording,
         assembled: Assembled,
         cache: ActivationCache,
         report: Reporter,
-        state: TrainingState | None,
     ) -> Fitted:
         """Train in steps; a hard prompt stays as it is."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
@@ -157,8 +159,8 @@ class GenerationRun(TaskRun):
         fit, held = (
             with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
         )
-        state = state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
-        state = train_recorded(out, assembled, fit, held, seed=self.seed, state=state, report=report)
+        state = recording.state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
+        state = train_recorded(recording, assembled, fit, held, seed=self.seed, state=state, report=report)
         extra |= incidents(state)
         return Fitted(float(state.epoch), state.best_epoch, shown(state.best_score), extra)
 
@@ -251,6 +253,10 @@ class GenerationRun(TaskRun):
         decoding = DecodingSettings(max_tokens=longest, seed=settings.seed)
         metric, self.why = decide_by_data(self.data.train, lengths)
         return ScoredAs(decoding, settings.answers, metric)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _end_of(

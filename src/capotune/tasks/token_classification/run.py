@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.split import hold_out
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.state import TrainingState
+from capotune.engine.recorded import Recording
 from capotune.evaluation.metrics import nearest_mean_logits
 from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.models.base import Base
@@ -80,11 +79,10 @@ class TokenClassificationRun(TaskRun):
 
     def fit(
         self,
-        out: Path,
+        recording: Recording,
         assembled: Assembled,
         cache: ActivationCache,
         report: Reporter,
-        state: TrainingState | None,
     ) -> Fitted:
         """Solve the head on what the start model computes; train in steps when the method has weights of its own."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
@@ -104,7 +102,7 @@ class TokenClassificationRun(TaskRun):
         if solved.unfinished is None:
             return solved.fitted()
         rows = self.train.take(self.fit_rows), self.train.take(self.held_rows)
-        return train_from(solved, out, assembled, rows, cache=cache, state=state, seed=self.seed, report=report)
+        return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """F1, precision, recall and loss."""

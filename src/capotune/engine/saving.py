@@ -1,0 +1,129 @@
+"""When a run saves a checkpoint, and how: beside training, one at a time.
+
+A checkpoint is due after so many steps or so much time, at the end of an epoch, and when one is asked for by a file in
+the run's folder (``request_checkpoint``). It is taken at the end of a step, as a copy of the trained weights and their
+moments; a thread then writes, checks and renames it while training goes on. What falls due while one is being written
+is taken at the end of the first step after that, so training never waits for the disk and memory holds one copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from capotune.engine.checkpoint import save_checkpoint
+from capotune.engine.state import TrainingState
+from capotune.files import write_atomic
+from capotune.interval import Interval
+
+__all__ = ["CHECKPOINTS", "CheckpointSaver", "is_requested", "request_checkpoint", "withdraw_request"]
+
+CHECKPOINTS = "checkpoints"
+"""Their folder in a run's folder."""
+_REQUEST = ".checkpoint-request"
+
+
+def request_checkpoint(out: Path) -> None:
+    """Ask the process that trains in the run folder ``out`` for a checkpoint, from any process; it is taken after the
+    step in hand. Raises ``OutputError`` where the folder cannot be written to."""
+    write_atomic(out / _REQUEST, "")
+
+
+def withdraw_request(out: Path) -> None:
+    """Nobody trains in ``out`` any more."""
+    with suppress(OSError):
+        (out / _REQUEST).unlink()
+
+
+def is_requested(out: Path) -> bool:
+    """Whether a checkpoint that was asked for is not written yet."""
+    return (out / _REQUEST).exists()
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of the run in ``out``. Inside ``with``; the end of the block waits for what is being
+    written, and raises what went wrong with it.
+
+    Args:
+        out: the run's folder.
+        every: how often.
+        seconds: how long the run has taken when a state is taken.
+        before_writing: called before each write, in the thread that writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        every: Interval,
+        seconds: Callable[[], float] = lambda: 0.0,
+        before_writing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._out, self._every, self._seconds, self._before_writing = out, every, seconds, before_writing
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[None] | None = None
+        self._overdue = False
+        self._last_step, self._last_time = -1, time.monotonic()
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.shutdown()
+        if self._written and kind is None:
+            self._written.result()
+
+    def due(self, state: TrainingState) -> bool:
+        """Whether to save now. Raises ``OutputError`` when the last one could not be written."""
+        if self._last_step < 0:
+            self._last_step = state.step - 1
+        self._overdue |= (
+            state.step - self._last_step >= self._every.steps
+            or time.monotonic() - self._last_time >= self._every.seconds
+            or is_requested(self._out)
+        )
+        return not self._is_writing() and self._overdue
+
+    def save(self, state: TrainingState) -> None:
+        """Write the state beside training."""
+        self._take(state)
+        self._written = self._thread.submit(self._write, replace(state), self._seen_request())
+
+    def end_epoch(self, state: TrainingState, last: bool) -> None:
+        """Save the state after an epoch, the ``last`` one in any case; others later, while one is being written."""
+        if self._is_writing() and not last:
+            self._overdue = True
+        else:
+            self.save(state)
+
+    def save_now(self, state: TrainingState) -> None:
+        """Save the state in which training is stopped, unless it is the start, before this returns."""
+        self._thread.shutdown()
+        if state.step:
+            self._take(state)
+            self._write(state, self._seen_request())
+
+    def _is_writing(self) -> bool:
+        if self._written is None or not self._written.done():
+            return self._written is not None
+        self._written.result()
+        return False
+
+    def _take(self, state: TrainingState) -> None:
+        state.seconds = self._seconds()
+        self._overdue, self._last_step, self._last_time = False, state.step, time.monotonic()
+
+    def _seen_request(self) -> int | None:
+        """When the checkpoint was asked for that this one answers."""
+        with suppress(FileNotFoundError):
+            return (self._out / _REQUEST).stat().st_mtime_ns
+        return None
+
+    def _write(self, state: TrainingState, request: int | None) -> None:
+        self._before_writing()
+        save_checkpoint(self._out / CHECKPOINTS, state)
+        if request is not None and self._seen_request() == request:  # else it was asked for once more meanwhile
+            (self._out / _REQUEST).unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""One process at a time works in a run's folder.
+
+The lock is the kernel's (flock) on a file in the folder, so it ends with its process, however that ends; what the file
+says of the process is for people only. Windows has no flock: there nothing is locked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from capotune.errors import OutputError
+
+__all__ = ["holder", "locked"]
+
+_NAME = ".lock"
+_POLL_SECONDS = 0.05
+
+
+@contextmanager
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of ``folder``, which exists, while the block runs.
+
+    Raises ``OutputError`` that names the process when another one still has it after ``patience`` seconds.
+    """
+    end = time.monotonic() + patience
+    while (file := _acquired(folder / _NAME)) is None:
+        if time.monotonic() >= end:
+            raise OutputError(
+                f"{holder(folder) or 'another process'} works in {folder}.",
+                advice="Wait until it has ended, or end it, or choose another `out`.",
+            )
+        time.sleep(_POLL_SECONDS)
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / _NAME).unlink()
+
+
+def holder(folder: Path) -> str | None:
+    """The process that has the lock of ``folder``, in words; None where none has it."""
+    path = folder / _NAME
+    try:
+        with path.open("rb") as file:
+            if _lock(file):
+                return None
+            content = json.loads(file.read() or b"{}")
+    except (OSError, ValueError):
+        return None
+    return f"process {content.get('pid', '?')} on {content.get('host', '?')}"
+
+
+def _acquired(path: Path) -> IO[bytes] | None:
+    """The open lock file; None while another process has it."""
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if not _lock(file) or not _is_still(path, file):
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+    file.flush()
+    return file
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether nobody else has it; where the system or the file system knows no locks, nobody has."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_still(path: Path, file: IO[bytes]) -> bool:
+    """Whether the path leads to the open file: the process that had the lock may have removed it meanwhile."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
