@@ -22,6 +22,7 @@ import capotune
 from capotune.adapters import fingerprint
 from capotune.engine import linear_head, loop
 from capotune.engine.checkpoint import load_checkpoint
+from capotune.engine.state import TrainingState
 from capotune.errors import CapotuneError
 from capotune.evaluation import forward
 from capotune.evaluation import generate as generation
@@ -76,7 +77,7 @@ UNITS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "computing features": (forward, "batch_of", "feature-extraction", {}),
     "solving the head": (linear_head, "_gradient", "feature-extraction", {}),
     "computing the frozen layers": (forward, "batch_of", "feature-extraction", {"trainable_layers": 1}),
-    "training": (loop, "_step", "lora", {}),
+    "training": (loop, "_update", "lora", {}),
 }
 
 
@@ -100,7 +101,16 @@ def test_a_run_on_labels_stops_in(
         capotune.train, method, out=tmp_path / "new" / "run", report=report, **training(bert, tickets, **settings)
     )
     assert seen[-1].startswith(stage)
-    assert tree(tmp_path) == {}
+    if stage != "training":
+        assert tree(tmp_path) == {}
+    else:
+        assert last_state(tmp_path / "new" / "run").step == 2
+
+
+def last_state(run: Path) -> TrainingState:
+    state = load_checkpoint(run / "checkpoints")
+    assert state is not None
+    return state
 
 
 def test_a_run_stops_while_held_out_rows_are_scored(
@@ -117,7 +127,8 @@ def test_a_run_stops_while_held_out_rows_are_scored(
 
     stop.stopped(capotune.train, "lora", out=tmp_path / "run", report=report, **training(bert, tickets))
     assert steps[-1].step == steps[-1].total // 3
-    assert tree(tmp_path) == {}
+    state = last_state(tmp_path / "run")
+    assert (state.step, state.epoch) == (steps[-1].step, 0)
 
 
 def test_a_run_stops_while_its_test_rows_are_scored_and_keeps_its_checkpoint(
@@ -133,7 +144,7 @@ def test_a_run_stops_while_its_test_rows_are_scored_and_keeps_its_checkpoint(
     given = training(bert, tickets, epochs=1)
     stop.stopped(capotune.train, "lora", out=tmp_path / "run", report=report, **given)
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "run" / "checkpoints").epoch == 1
+    assert last_state(tmp_path / "run").epoch == 1
     assert not (tmp_path / "run" / "adapter").exists()
     resumed = capotune.resume(tmp_path / "run")
     assert resumed["result"]["test_rows"] == 24
@@ -156,8 +167,8 @@ def test_a_cancelled_run_resumes_to_the_same_bytes(bert: Path, tickets: Path, tm
         capotune.train("lora", out=tmp_path / "run", report=report, cancel=token, **given)
     before = steps[-1]
     assert not [name for name in tree(tmp_path / "run") if ".partial" in name]
-    resumed = capotune.train("lora", out=tmp_path / "run", resume=True, report=report, **given)
-    assert steps[steps.index(before) + 1] == before - 2  # after the checkpoint of the first epoch, not anew
+    resumed = capotune.resume(tmp_path / "run", report=report)
+    assert steps[steps.index(before) + 1] == before + 2  # the token stops it at the event after the next step
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert resumed["result"]["scores"] == whole["result"]["scores"]
 

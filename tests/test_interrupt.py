@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def computed(number: int) -> float:
 def assert_one_line(said: str) -> None:
     assert "Traceback" not in said
     assert said.count("capo:") == 1
-    assert said.endswith("\ncapo: stopped.\n")
+    assert re.search(r"\ncapo: stopped\.( Go on with: capo resume \S+)?\n$", said)
 
 
 def family(number: int) -> list[int]:

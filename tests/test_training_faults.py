@@ -163,14 +163,14 @@ def test_rows_at_fault_are_named_and_training_can_go_on_after_them(
         return bool(bad.keys() & set(chosen.tolist()))
 
     spoil(is_bad)
-    with pytest.raises(DataError, match="start anew, or go on after them with `resume=True`") as caught:
+    with pytest.raises(DataError, match="start anew, or go on after them with `resume`") as caught:
         train(data, bert, tmp_path / "run", epochs=1)
     named = [int(line) for line in re.findall(r"rows\.csv:(\d+)", str(caught.value))]
     assert "5 steps in a row were skipped, the last is step 6." in str(caught.value)
     assert len(named) == MOST_IN_A_ROW
     tokenized = find(str(bert)).tokenizer([ROWS[line - 2][0] for line in named])["input_ids"]
     assert sorted(tokenized) == sorted(bad.values())
-    record, _ = train(data, bert, tmp_path / "run", epochs=1, resume=True)
+    record = capotune.resume(tmp_path / "run")
     assert record["result"]["skipped_steps"] == MOST_IN_A_ROW
 
 
