@@ -105,14 +105,16 @@ def growing_folder(path: Path, first: Mapping[str, str], *, keep: Callable[[], b
     Raises ``OutputError`` if ``path`` exists, cannot be made, or the disk fills up while the block runs.
     """
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
-    with output_folder(path) as new:
-        for name, text in first.items():
-            write_atomic(new / name, text)
+    ours: os.stat_result | None = None
     try:
+        with output_folder(path) as new:
+            for name, text in first.items():
+                write_atomic(new / name, text)
+            ours = new.stat()
         with full_disk_is_said(path):
             yield
     except BaseException:
-        if not keep():
+        if ours and path.exists() and os.path.samestat(path.stat(), ours) and not keep():
             shutil.rmtree(path, ignore_errors=True)
             _remove_if_empty(made)
         raise
