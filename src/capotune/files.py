@@ -109,7 +109,7 @@ def growing_folder(path: Path, first: Mapping[str, str], *, keep: Callable[[], b
     try:
         with output_folder(path) as new:
             for name, text in first.items():
-                write_atomic(new / name, text)
+                (new / name).write_text(text, encoding="utf-8")
             ours = new.stat()
         with full_disk_is_said(path):
             yield
