@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.data.batches import TokenRows, epoch_order
-from capotune.engine import loop
+from capotune.engine import loop, recorded
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import with_boundary
 from capotune.engine.state import TrainingState
@@ -86,7 +86,7 @@ def solve_head(job: Job, clock: Clock) -> None:
         clock.begin()
         task_run.before_attach(model, cache, lambda _: None)
         attach(model, Start(torch.Generator().manual_seed(0)))
-        task_run.fit(prepared.settings.out, model, cache, lambda _: None, None)
+        task_run.fit(recorded.Recording(prepared.settings.out, recorded.Clock(cache)), model, cache, lambda _: None)
         clock.step()
         clock.accuracy, clock.epochs = task_run.test(model, cache, lambda _: None).scores["accuracy"], 1
 
