@@ -15,6 +15,7 @@ from helpers import shake
 from torch.nn import functional
 
 import capotune
+from capotune.adapters import assemble
 from capotune.adapters.assemble import Assembled
 from capotune.errors import CapotuneError
 from capotune.evaluation.metrics import mean_interval
@@ -113,6 +114,16 @@ def test_a_model_alone_has_no_base_to_be_compared_with(llama_writer: Path, colou
     assert "general" not in capotune.evaluate(llama_writer, data=str(colour_pairs), answers=0)
     with pytest.raises(CapotuneError, match=r"`general=mine\.txt`.*no base"):
         capotune.evaluate(llama_writer, data=str(colour_pairs), general="mine.txt")
+
+
+def test_a_run_finds_out_once_how_its_base_reads(
+    llama_writer: Path, colour_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    found_out = assemble.try_packing
+    monkeypatch.setattr(assemble, "try_packing", lambda backbone: tried.append(backbone) or found_out(backbone))
+    capotune.train("lora", data=str(colour_pairs), model=str(llama_writer), out=tmp_path / "run", epochs=1, answers=0)
+    assert len(tried) == 1
 
 
 def test_a_comparison_shows_the_cost_of_each_technique(llama_writer: Path, colour_pairs: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +77,12 @@ class Assembled:
     def fusing(self) -> Fusing:
         """Which of its blocks the kernels compute; found out when it first reads."""
         return try_fusing(self.backbone, self.blocks, self.packing)
+
+    def bare(self) -> Assembled:
+        """The base alone, for as long as the method is not attached. How it reads is found out once for both."""
+        alone = replace(self, method=Untouched(self.method.quantization))
+        vars(alone).update(packing=self.packing, fusing=self.fusing)
+        return alone
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ same for every technique of a comparison. Passages of ours stand in an order in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,6 @@ from capotune.errors import DataError
 from capotune.evaluation.forward import Examples, outputs
 from capotune.evaluation.metrics import mean_interval
 from capotune.events import OnProgress
-from capotune.methods.base import Untouched
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.objective import NextToken
 
@@ -112,8 +111,7 @@ class GeneralText:
 
     def next_tokens_of_base(self, assembled: Assembled, progress: OnProgress | None = None) -> torch.Tensor:
         """The same of the base, whose method is not attached."""
-        bare = replace(assembled, method=Untouched(assembled.method.quantization))
-        return self.next_tokens(bare, progress)
+        return self.next_tokens(assembled.bare(), progress)
 
     def cost_of(self, assembled: Assembled, progress: OnProgress | None = None) -> Cost:
         """Of the adapter on its base; it is off afterwards."""

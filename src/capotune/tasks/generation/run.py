@@ -26,7 +26,6 @@ from capotune.evaluation.forward import Examples, held_out_score
 from capotune.evaluation.generate import generate
 from capotune.events import DataInspected, Progress, Reporter, Stage, alive, counter
 from capotune.methods import make
-from capotune.methods.base import Untouched
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
@@ -129,7 +128,7 @@ class GenerationRun(TaskRun):
 
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
         """The same as any adapter's; the method is not attached yet, so it has no part in it."""
-        return self._score(replace(assembled, method=Untouched(assembled.method.quantization)), report)
+        return self._score(assembled.bare(), report)
 
     def measure_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """Its next tokens on general text; once for all runs that read the same, unless nothing is to be stored."""
