@@ -15,6 +15,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from capotune.tasks.generation.sandbox import render
+
 Message = Mapping[str, Any]
 """A turn, as ``data.samples.Conversation`` holds it."""
 Tools = Sequence[Mapping[str, Any]]
@@ -91,17 +93,14 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], tools: Tools = (), ask: bool = False) -> str:
         template = self.tool_use if tools and self.tool_use is not None else self.template
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=[dict(tool) for tool in tools] or None,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=ask,
-                )
-            )
+            return render(template, messages, tools or None, self._special_tokens, ask=ask)
         except _OF_TEMPLATES as error:
             raise RefusedError(str(error).strip() or type(error).__name__) from None
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token`` and the others that a template names."""
+        return {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
 
     # ------------------------------------------------------------------------------------------------- what it takes
 
