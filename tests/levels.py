@@ -31,6 +31,7 @@ KERNELS = (
 )  # fmt: skip
 CONTRACTS = {
     "contract": ("loss_falls", "same_seed_same_bits", "merged_is_unmerged"),
+    "golden_curves": ("losses_of_this_level",),
     "generation_contract": ("the_held_out_loss_falls", "same_seed_same_bits", "merged_is_unmerged"),
 }
 """Of the contracts those that hang on what computes: the others are about files, counts, messages
