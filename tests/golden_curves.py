@@ -29,11 +29,15 @@ CURVES = Path(__file__).parent / "fixtures" / "golden_curves.json"
 TASKS = ("labels", "tags", "text")
 METHODS: dict[str, dict[str, Any]] = {
     "feature-extraction": {"trainable_layers": 1},
-    "lora": {"rank": 4, "dropout": 0.1},
-    "qlora": {"rank": 4, "block_size": 32},
+    "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+    "qlora": {"rank": 4, "alpha": 8, "block_size": 32},
     "prompt-tuning": {"num_virtual_tokens": 4, "init": "vocabulary"},
 }
-STEPPED = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.2}
+STEPPED = {
+    "epochs": 1, "patience": 1, "batch_size": 8, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "warmup": 0.2,
+    "schedule": "linear", "weight_decay": 0.01,
+}  # fmt: skip
+"""All said here: another default changes no curve."""
 WORDS = ("late", "broken", "paid", "the", "lamp", "order", "was", "my", "please", "twice", "green", "white", "Paris")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
