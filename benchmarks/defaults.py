@@ -1,4 +1,4 @@
-"""The defaults alone against TRL's SFTTrainer with PEFT: SmolLM2, LoRA, three data sets, equal rows and passes.
+"""The defaults alone against TRL's SFTTrainer with PEFT: SmolLM2, LoRA, four data sets, equal rows and passes.
 
 TRL runs with its own defaults (learning rate 2e-5, batches of 8) and with five other learning rates. Both train in
 fp32 on the tokens of the answers, with LoRA of rank 16 and alpha 32 on all linear layers. One scorer, plain
@@ -12,6 +12,7 @@ What a default was chosen by are other settings of Capotune, scored on rows held
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -19,10 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,10 +72,32 @@ def messages(part: str) -> list[dict[str, Any]]:
     return [{"messages": row["messages"]} for row in rows if row["split"] == part]
 
 
+def chat(part: str) -> list[dict[str, Any]]:
+    """Talk of a few turns and short answers on many subjects: the English part of the PyPI package chatterbot-corpus
+    (BSD), but for its code. Nothing was chosen by it. Test rows are 64 whose question no training row begins with."""
+    found = find_spec("chatterbot_corpus")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("The set chat is of a package. Run: pip install --no-deps chatterbot-corpus pyyaml")
+    files = Path(found.submodule_search_locations[0], "data", "english").glob("*.yml")
+    read = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(files) if file.stem != "coding"]
+    every = ([str(text or "").strip() for text in talk] for of_file in read for talk in of_file["conversations"])
+    talks = [talk for talk in every if len(talk) > 1 and all(talk)]
+    by_question = {talk[0].lower().strip(" ?.!"): talk for talk in random.Random(0).sample(talks, len(talks))}
+    chosen = list(by_question.values())[:64] if part == "test" else list(by_question.values())[64:]
+    return [{"messages": _messages(talk)} for talk in chosen]
+
+
+def _messages(talk: list[str]) -> list[dict[str, str]]:
+    """User and assistant by turns, of eight turns at most, to the last answer."""
+    pairs = zip(itertools.cycle(("user", "assistant")), talk[: min(8, len(talk) // 2 * 2)], strict=False)
+    return [{"role": role, "content": text} for role, text in pairs]
+
+
 SETS: dict[str, tuple[Callable[[str], list[dict[str, Any]]], int, int]] = {
     "wikisql": (wikisql, 64, 32),
     "gsm8k": (gsm8k, 64, 32),
     "messages": (messages, 64, 24),
+    "chat": (chat, 300, 64),
 }
 """Where the rows come from, how many train, and how many test."""
 
@@ -115,13 +140,14 @@ def by_trl(train: list[dict[str, Any]], out: Path, **settings: Any) -> Path:
     from trl import SFTConfig, SFTTrainer
 
     folder = converted(find("smollm2"), None).folder
+    rows = [_with_mask(row) for row in encoded(_file(train, out.with_name("rows.jsonl")))]
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=SFTConfig(
             str(out), num_train_epochs=PASSES, bf16=False, gradient_checkpointing=False, use_cpu=True,
             save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no", **settings,
         ),
-        train_dataset=Dataset.from_list([_completed(row) for row in train]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"),
     )  # fmt: skip
@@ -130,10 +156,9 @@ def by_trl(train: list[dict[str, Any]], out: Path, **settings: Any) -> Path:
     return out
 
 
-def _completed(row: dict[str, Any]) -> dict[str, Any]:
-    """A chat as prompt and completion: so its loss too is of the answer alone."""
-    chat = row.get("messages")
-    return row if chat is None else {"prompt": chat[:-1], "completion": chat[-1:]}
+def _with_mask(row: Encoded) -> dict[str, Any]:
+    """The tokens of a row and which are in the loss, as TRL reads them: every answer's, and no other."""
+    return {"input_ids": list(row.ids), "completion_mask": [int(label != IGNORE_INDEX) for label in row.labels]}
 
 
 # --------------------------------------------------------------------------------------------------- the one scorer
