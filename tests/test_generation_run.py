@@ -41,13 +41,14 @@ from capotune.engine.checkpoint import checkpoints
 from capotune.engine.loop import train
 from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.evaluation.forward import Examples, held_out_score
-from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted
+from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted, ignore
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
 from capotune.runs import run as run_module
 from capotune.runs.resume import resume
-from capotune.runs.run import run
+from capotune.runs.run import prepare, run
 from capotune.settings import Context, TrainingSettings, TrainSettings
+from capotune.tasks.base import held_out_fraction
 from capotune.tasks.generation.run import GenerationRun
 from capotune.tasks.loading import load_adapter
 
@@ -87,6 +88,24 @@ def logged(out: Path) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, 16), (0.25, 50)])
+def test_few_rows_of_text_are_held_out_unless_a_part_is_given(
+    llama_writer: Path, tmp_path: Path, given: float | None, held: int
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    lines = (json.dumps({"prompt": f"{number}:", "completion": "yes"}) + "\n" for number in range(200))
+    data.write_text("".join(lines), encoding="utf-8")
+    settings = TrainSettings(data=str(data), model=str(llama_writer), test_fraction=0, validation_fraction=given)
+    task_run: Any = prepare(settings, LoraSettings(), ignore).task_run
+    assert (len(task_run.held_rows), len(task_run.fit_rows)) == (held, 200 - held)
+
+
+@pytest.mark.parametrize(("rows", "part"), [(20, 2), (300, 16), (5_000, 50), (100_000, 500)])
+def test_rows_held_out_suffice_and_stay_few(rows: int, part: int) -> None:
+    assert held_out_fraction(None, rows) * rows == pytest.approx(part)
+    assert held_out_fraction(0.1, rows) * rows == pytest.approx(min(rows // 10, 500))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(20, 4), (300, 4), (640, 10), (100_000, 32), (None, 32)])

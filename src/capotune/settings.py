@@ -93,8 +93,9 @@ class RunSettings(DataSettings):
     labels, smollm2 for text (capo-tiny where its package is not installed)."""
     seed: int = Field(default=0, ge=0)
     """Decides the split, the order of the rows, and every random number."""
-    validation_fraction: Fraction = 0.1
-    """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most)."""
+    validation_fraction: Fraction | None = None
+    """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most). Left out: a
+    tenth; for text at most 16 rows, or a hundredth where that is more."""
     cache: bool = True
     """Store what the frozen layers compute on disk, so that a second run on the same data need not compute it."""
     save_every: IntervalText = "5min"

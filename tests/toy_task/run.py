@@ -16,7 +16,7 @@ from capotune.engine.state import start
 from capotune.evaluation.forward import Examples
 from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.settings import TrainingSettings, TrainSettings
-from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.classification.features import all_features
 from capotune.tasks.prompt_start import prompt_tokens
 from toy_task.data import held_out, load
@@ -42,7 +42,7 @@ class RegressionRun(TaskRun):
         report(DataInspected(task=task.name, report=found))
         self.targets = torch.tensor(self.rows.numbers)
         self.train = Examples(TokenRows(sequences, task.pad_id), self.targets)
-        fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(self.rows))
+        fraction = held_out_fraction(settings.validation_fraction, len(self.rows))
         self.fit_rows, self.held_rows = map(torch.as_tensor, held_out(self.rows, fraction, settings.seed))
         self.train_rows = len(self.rows)
         content = [self.rows.texts, self.rows.numbers, self.test_rows.texts, self.test_rows.numbers]

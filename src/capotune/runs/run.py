@@ -108,7 +108,12 @@ def resolve(settings: TrainSettings, report: Reporter) -> TrainSettings:
     """The settings with the task that the data is for and a base. ``SettingError`` for one that the task lacks."""
     task = tasks.recognise(settings)
     task.check_settings(settings.model_dump(), str(settings.data))
-    return settings.model_copy(update={"task": task.name, "model": settings.model or _default(task, report)})
+    left_out = {
+        "task": task.name,
+        "model": settings.model or _default(task, report),
+        "validation_fraction": settings.validation_fraction or task.validation_fraction,
+    }
+    return settings.model_copy(update=left_out)
 
 
 def _default(task: type[Task], report: Reporter) -> str:

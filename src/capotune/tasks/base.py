@@ -39,8 +39,18 @@ from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, 
 from capotune.tasks.facade import Facade
 from capotune.text import value_text, words
 
-MOST_HELD_OUT = 500
+_MOST_HELD_OUT = 500
 """Training rows that are held out at most, to choose the regularisation and when to stop."""
+_ENOUGH_HELD_OUT = 16
+"""Rows that tell when to stop, where nothing else is chosen by them. Each that is held out is missed in training."""
+
+
+def held_out_fraction(given: float | None, rows: int) -> float:
+    """The part of so many ``rows`` to hold out: as ``given``; None: a tenth, at most as many as are enough, or a
+    hundredth where that is more."""
+    if given is None:
+        given = min(0.1, max(_ENOUGH_HELD_OUT / rows, 0.01))
+    return min(given, _MOST_HELD_OUT / rows)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ class Task(TaskModel):
     """How that score is obtained, a sentence."""
     sample: ClassVar[str] = "your text"
     """What stands for the user's own text in an example."""
+    validation_fraction: ClassVar[float | None] = 0.1
+    """Part of the training rows to hold out where no setting says it; None: by their number."""
     Record: ClassVar[type[StoredRecord]] = StoredRecord
     """What an adapter's record must hold; ``record`` gives it, ``restore`` reads it."""
     data_settings: ClassVar[frozenset[str]]

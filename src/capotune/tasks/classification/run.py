@@ -20,7 +20,7 @@ from capotune.evaluation.metrics import nearest_mean_logits, wilson_interval
 from capotune.events import DataInspected, Reporter, Stage, Warned, counter
 from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
-from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.classification.features import all_features
 from capotune.tasks.classification.score import right_or_wrong, score_texts
 from capotune.tasks.classification.task import Classification
@@ -50,7 +50,7 @@ class ClassificationRun(TaskRun):
         for notice in _notices(task, lengths[0]):
             report(Warned(text=notice))
         self.targets = task.targets(data.train.labels)
-        fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(self.targets))
+        fraction = held_out_fraction(settings.validation_fraction, len(self.targets))
         groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
         fit, held = hold_out(self.targets.tolist(), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)

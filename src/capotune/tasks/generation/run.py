@@ -28,7 +28,7 @@ from capotune.events import DataInspected, Progress, Reporter, Stage, alive, cou
 from capotune.methods import make
 from capotune.models.base import Base
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
-from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
 from capotune.tasks.generation.general import GeneralText, positions_for
 from capotune.tasks.generation.notices import Notices
@@ -81,7 +81,7 @@ class GenerationRun(TaskRun):
                 where=str(data.train.source),
                 advice="Add rows, or give a text of several windows; a smaller `max_length` makes more of them.",
             )
-        fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(groups))
+        fraction = held_out_fraction(settings.validation_fraction, len(groups))
         fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(self.train.rows.sequences)

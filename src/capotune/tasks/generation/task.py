@@ -74,6 +74,7 @@ class Generation(TextEncoder, Task):
     base_note: ClassVar[str] = "The base as it is, without fine-tuning."
     sample: ClassVar[str] = "your prompt"
     has_head: ClassVar[bool] = False
+    validation_fraction: ClassVar[float | None] = None
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     data_settings: ClassVar[frozenset[str]] = frozenset({"prompt_template", "completion_column", "general"})
     Record = _Record

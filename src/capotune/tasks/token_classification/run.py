@@ -16,7 +16,7 @@ from capotune.evaluation.metrics import nearest_mean_logits
 from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
-from capotune.tasks.base import MOST_HELD_OUT, Fitted, Scored, TaskRun
+from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import Units, solve_head, train_from
 from capotune.tasks.token_classification.data import TaggedData, load_tagged, rarest_types, sentence_groups
@@ -49,7 +49,7 @@ class TokenClassificationRun(TaskRun):
         report(DataInspected(task=task.name, report=asdict(found)))
         self.train = task.examples(train, data.train.tags)
         self.targets = targets_in(self.train)
-        fraction = min(settings.validation_fraction, MOST_HELD_OUT / len(data.train))
+        fraction = held_out_fraction(settings.validation_fraction, len(data.train))
         fit, held = hold_out(rarest_types(data.train), fraction, settings.seed, sentence_groups(data.train))
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(data.train)
