@@ -508,9 +508,12 @@ def test_a_disk_that_fills_up_while_files_are_made_durable(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_disk_that_fills_up_while_the_log_grows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    import capotune.engine.recorded as fit
+    from capotune.engine.metrics_log import MetricsLog
 
-    monkeypatch.setattr(fit, "_open_log", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115
+    def full(log: MetricsLog, *_: object) -> None:
+        log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+
+    monkeypatch.setattr(MetricsLog, "__init__", full)
     refuse(place, ROW_TRAIN, "no space left on the disk while writing new/run")
 
 

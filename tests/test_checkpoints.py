@@ -21,13 +21,14 @@ from commands import tree
 from helpers import assert_same_bits
 
 from capotune.engine import checkpoint, saving
-from capotune.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from capotune.engine.saving import CheckpointSaver, is_requested, request_checkpoint
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.saving import CheckpointSaver
 from capotune.engine.state import TrainingState
 from capotune.errors import OutputError
 from capotune.events import Event, Warned
 from capotune.folder_lock import holder, locked
 from capotune.interval import Interval, interval
+from capotune.run_folder import checkpoints, is_requested, request_checkpoint
 
 FILES = ["SHA256SUMS", "state.json", "state.safetensors"]
 

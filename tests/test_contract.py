@@ -30,7 +30,7 @@ import capotune
 from capotune.adapters.assemble import Assembled, attach
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.engine import loop as loop_module
-from capotune.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
 from capotune.engine.optimizer import set_learning_rate
 from capotune.engine.state import TrainingState
 from capotune.errors import AdapterError, OutputError
@@ -41,6 +41,7 @@ from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.method import PromptEmbedding
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
+from capotune.run_folder import checkpoints
 from capotune.runs import run as run_module
 from capotune.settings import TrainingSettings
 from capotune.tasks.classification.run import ClassificationRun

@@ -37,13 +37,13 @@ from capotune.adapters.store import read_adapter
 from capotune.data.batches import TokenRows
 from capotune.data.generation import load_samples, read_samples_to_score
 from capotune.data.samples import Pair
-from capotune.engine.checkpoint import checkpoints
 from capotune.engine.loop import train
 from capotune.errors import AdapterError, CapotuneError, DataError, ModelError, OutputError, SettingError
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import DataInspected, EpochEnded, Event, Finished, StepTaken, TrainingStarted, ignore
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
+from capotune.run_folder import checkpoints
 from capotune.runs import run as run_module
 from capotune.runs.resume import resume
 from capotune.runs.run import prepare, run

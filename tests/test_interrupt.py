@@ -136,20 +136,23 @@ def test_signal_while_a_destructor_runs_is_not_lost(number: signal.Signals, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_comparison_leaves_nothing(
+def test_a_stopped_comparison_leaves_what_it_can_go_on_with(
     number: signal.Signals, bert: Path, tickets: Path, tmp_path: Path, temporary: Path
 ) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     flags = ["--methods", "lora", "--lora.epochs", 100_000, "--lora.patience", 100_000]
     with start("compare", "--data", tickets, "--model", bert, "--out", "new/out", *flags, cwd=folder) as process:
-        wait_until(lambda: bool(list(folder.glob("new/.*/lora/checkpoints/step-*"))), process)
+        wait_until(lambda: bool(list(folder.glob("new/out/lora/checkpoints/step-*"))), process)
         children = family(process.pid)
         assert children
         code, said = stop(process, number)
     assert code == 130
     assert_one_line(said)
-    assert tree(folder) == {}
+    assert said.endswith(" Go on with: capo resume new/out\n")
+    left = tree(folder)
+    assert not [name for name in left if ".partial" in name or ".lock" in name]
+    assert {"new/out/settings.json", "new/out/lora/run.json"} < left.keys()
     assert not [child for child in children if is_alive(child)]
     of_torch = {left.parent for left in temporary.glob("*/_remote_module_*")}  # 2.9 makes them on import
     assert set(temporary.iterdir()) <= of_torch

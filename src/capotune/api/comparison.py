@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from capotune.api.training import sources
 from capotune.errors import SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
+from capotune.files import full_disk_is_said, growing_folder, remove_partial, write_atomic
+from capotune.folder_lock import locked
 from capotune.memory_table import MemoryTable
+from capotune.run_folder import COMPARISON, as_json, check_nothing_there, recorded_settings
 from capotune.settings import CompareSettings, build
 
 if TYPE_CHECKING:
@@ -55,27 +58,54 @@ def compare_run(
     command: str | None = None,
 ) -> Comparison:
     """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it."""
-    from capotune.files import output_folder
-    from capotune.report import write
-    from capotune.runs.compare import run_techniques
+    from capotune.runs.compare import is_worth_keeping, record_of
 
     if settings.test_fraction == 0 and settings.test is None:
         raise SettingError(
             "leaves no rows to compare on.", setting="test_fraction", given=0, allowed="values between 0 and 1"
         )
-    inspected: dict[str, Any] = {}
+    out = settings.out
+    check_nothing_there(out)
+    record = record_of(settings, command or _command(settings))
+    with growing_folder(out, {COMPARISON: as_json(record)}, keep=lambda: is_worth_keeping(out)), locked(out):
+        return _complete(settings, record, report, cancel or CancelToken())
+
+
+def resume_comparison(
+    out: Path,
+    record: dict[str, Any],
+    rows: dict[str, MemoryTable],
+    trust_remote_code: bool,
+    report: Reporter,
+    cancel: CancelToken,
+) -> Comparison:
+    """Go on with the comparison in ``out``, whose ``settings.json`` holds ``record``; the rest as in ``resume``."""
+    from capotune.runs.compare import check_same
+
+    values = recorded_settings(record, out, rows, trust_remote_code)
+    settings = build(compare_settings(), values, str(out / COMPARISON))
+    with locked(out), full_disk_is_said(out):
+        check_same(record, out, cancel.watching(report))
+        remove_partial(out)
+        return _complete(settings, record, report, cancel)
+
+
+def _complete(settings: CompareSettings, record: dict[str, Any], report: Reporter, cancel: CancelToken) -> Comparison:
+    """From a folder that holds ``record``, and maybe some techniques, to a complete comparison."""
+    from capotune.report import write
+    from capotune.runs.compare import run_techniques
+
+    out = settings.out
 
     def listen(event: Event) -> None:
-        if isinstance(event, DataInspected) and not inspected:  # once: a soft prompt only takes tokens from the text
-            inspected.update(event.report or {})
+        if isinstance(event, DataInspected) and not record["data"]:  # a soft prompt only takes tokens from the text
+            record["data"] = event.report or {}
+            write_atomic(out / COMPARISON, as_json(record))
         report(event)
 
-    cancel = cancel or CancelToken()
-    with output_folder(settings.out) as new:
-        results = run_techniques(settings, new, cancel.watching(listen), cancel)
-        comparison = _comparison(results, new, settings.tolerance)
-        details = _details(comparison, results, new, inspected, command or _command(settings))
-        write(comparison, details, new)
+    results = run_techniques(settings, cancel.watching(listen), cancel)
+    comparison = _comparison(results, out, settings.tolerance)
+    write(comparison, _details(comparison, results, out, record["data"], record["command"]), out)
     return comparison
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from capotune import run_folder
+from capotune.api.comparison import resume_comparison
 from capotune.device import collector_at_rest
 from capotune.errors import OutputError
 from capotune.events import CancelToken, Reporter, ignore
+from capotune.folder_lock import holder
+from capotune.run_folder import CHECKPOINTS, checkpoints, is_requested, read_comparison, read_run
+
+if TYPE_CHECKING:
+    from capotune.report import Comparison
 
 __all__ = ["checkpoint", "methods_of", "request_checkpoint", "resume"]
 
@@ -23,66 +30,66 @@ def resume(
     trust_remote_code: bool = False,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
-) -> dict[str, Any]:
-    """Go on with a run that was stopped, to the same bits as if it never had been; returns what ``train`` does.
+) -> dict[str, Any] | Comparison:
+    """Go on with a run or a comparison that was stopped, to the same bits as if it never had been; returns what
+    ``train`` or ``compare`` does.
 
     Args:
-        out: the run's folder. All settings stand in it.
+        out: its folder. All settings stand in it.
         data: the rows, where they were given in memory; ``test`` the same. Other rows are refused.
         trust_remote_code: to be given again where the run had it.
         report: called with progress events (``capotune.events``).
         cancel: stops it from another thread.
 
-    Of a run that is complete nothing is done again. Raises ``OutputError`` where no run is or another process works on
-    it, ``DataError`` and ``ModelError`` when data or base are not what they were, and as ``train``.
+    What is complete is not done again; a technique that failed is tried once more. Raises ``OutputError`` where there
+    is nothing to go on with or another process works on it, ``DataError`` and ``ModelError`` when data or base are not
+    what they were, and as ``train``.
     """
+    out, rows, cancel = Path(out), _rows(data, test), cancel or CancelToken()
+    comparison = read_comparison(out)
+    if comparison is not None:
+        return resume_comparison(out, comparison, rows, trust_remote_code, report, cancel)
     with collector_at_rest():
         from capotune.runs import resume as runs
 
-    return runs.resume(
-        Path(out),
-        (cancel or CancelToken()).watching(report),
-        rows=_rows(data, test),
-        trust_remote_code=trust_remote_code,
-    )
+    return runs.resume(out, cancel.watching(report), rows=rows, trust_remote_code=trust_remote_code)
 
 
 def methods_of(out: str | Path) -> tuple[str, ...]:
-    """The methods that ``resume`` goes on with. Raises ``OutputError`` where no run is."""
-    from capotune.runs import resume as runs
-
-    return (runs.read_record(Path(out))["method"],)
+    """The methods that ``resume`` goes on with. Raises ``OutputError`` where nothing is that can be gone on with."""
+    comparison = read_comparison(Path(out))
+    return (read_run(Path(out))["method"],) if comparison is None else tuple(comparison["settings"]["methods"])
 
 
 def request_checkpoint(out: str | Path) -> None:
-    """Ask the process that trains in the folder ``out`` for a checkpoint; returns at once."""
-    from capotune.engine import saving
-
-    saving.request_checkpoint(Path(out))
+    """Ask the process that trains in ``out``, the folder of a run or a comparison, for a checkpoint; returns at once.
+    Where none trains nothing is done."""
+    trains = _trains_in(Path(out))
+    if trains is not None:
+        run_folder.request_checkpoint(trains)
 
 
 def checkpoint(out: str | Path) -> Path:
-    """Ask the process that trains in the folder ``out`` for a checkpoint, wait for it, and return its folder.
+    """Ask the process that trains in ``out``, the folder of a run or a comparison, for a checkpoint, wait for it, and
+    return its folder.
 
     It is taken after the step in hand. Raises ``OutputError`` where no process trains.
     """
-    from capotune.engine.checkpoint import checkpoints
-    from capotune.engine.saving import CHECKPOINTS, is_requested
-    from capotune.folder_lock import holder
-
-    out = Path(out)
-    asked = False
-    while holder(out) is not None:
-        if not asked:
-            request_checkpoint(out)
-            asked = True
-        elif not is_requested(out):
-            return checkpoints(out / CHECKPOINTS)[-1]
+    trains = _trains_in(Path(out))
+    if trains is None:
+        raise OutputError(f"no process trains in {out}.", advice="Name the folder of a run that is going on.")
+    run_folder.request_checkpoint(trains)
+    while is_requested(trains) is not None:
+        if holder(trains) is None:
+            raise OutputError(f"the run in {trains} ended before its next step.")
         time.sleep(_POLL_SECONDS)
-    raise OutputError(
-        f"the run in {out} ended before its next step." if asked else f"no process trains in {out}.",
-        advice="Its last checkpoint stands in `checkpoints` there, unless the run is complete.",
-    )
+    return checkpoints(trains / CHECKPOINTS)[-1]
+
+
+def _trains_in(out: Path) -> Path | None:
+    """The folder of the run that a process works on: ``out``, or of a comparison the technique in hand."""
+    folders = [out] if read_comparison(out) is None else [out / method for method in methods_of(out)]
+    return next((folder for folder in folders if holder(folder) is not None), None)
 
 
 def _rows(data: Any, test: Any) -> dict[str, Any]:

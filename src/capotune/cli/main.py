@@ -30,7 +30,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
 
   capo compare --data tickets.csv          all four techniques side by side, and which one to take
   capo train lora --data tickets.csv       one technique
-  capo resume DIR                          go on with a run that was stopped
+  capo resume DIR                          go on with a run or comparison that was stopped
   capo checkpoint DIR                      ask a run that is going on for a checkpoint now
   capo evaluate ADAPTER --data more.csv    score an adapter
   capo predict ADAPTER "some text"         label or entities, with their probability
@@ -136,10 +136,10 @@ class Demo(Settings):
 
 
 class Resume(Settings):
-    """Go on with a run that was stopped. All settings stand in its folder."""
+    """Go on with a run or a comparison that was stopped. All settings stand in its folder."""
 
     out: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """The folder of the run or the comparison."""
     trust_remote_code: bool = False
     """To be given again where the run had it."""
 
@@ -148,7 +148,7 @@ class Checkpoint(Settings):
     """Ask the process that trains in a folder for a checkpoint, and wait for it."""
 
     out: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """The folder of a run or a comparison that is going on."""
 
 
 class Train(TrainSettings):
@@ -246,12 +246,23 @@ def _compare(rest: list[str]) -> int:
 def compare(settings: CompareSettings, command: str) -> int:
     """Compare and show the result; ``command`` is what the page names as the way to repeat it."""
     from capotune import api
-    from capotune.cli.display import show_comparison, watch
+    from capotune.cli.display import watch
 
-    with watch(settings.methods) as report:
+    with _stoppable(settings.out), watch(settings.methods) as report:
         comparison = api.compare_run(settings, report=report, command=command)
-    show_comparison(comparison, settings.out)
-    return 0 if len(comparison.rows) == len(settings.methods) else 1  # a technique that crashed was reported above
+    return _show(comparison, settings.out, settings.methods)
+
+
+def _show(result: Any, out: Path, methods: Sequence[str]) -> int:
+    """Show what a run or a comparison of these methods came to; the exit code."""
+    from capotune import api
+    from capotune.cli.display import show_comparison, show_run
+
+    if not isinstance(result, api.Comparison):
+        show_run(result, out)
+        return 0
+    show_comparison(result, out)
+    return 0 if len(result.rows) == len(methods) else 1  # a technique that crashed was reported above
 
 
 def _train(rest: list[str]) -> int:
@@ -281,12 +292,12 @@ def _train(rest: list[str]) -> int:
 def _resume(rest: list[str]) -> int:
     settings = parse(Resume, rest, "capo resume")
     from capotune import api
-    from capotune.cli.display import show_run, watch
+    from capotune.cli.display import watch
 
-    with _stoppable(settings.out), watch(api.methods_of(settings.out)) as report:
-        record = api.resume(settings.out, trust_remote_code=settings.trust_remote_code, report=report)
-    show_run(record, settings.out)
-    return 0
+    methods = api.methods_of(settings.out)
+    with _stoppable(settings.out), watch(methods) as report:
+        result = api.resume(settings.out, trust_remote_code=settings.trust_remote_code, report=report)
+    return _show(result, settings.out, methods)
 
 
 def _checkpoint(rest: list[str]) -> int:
@@ -306,7 +317,7 @@ def _stoppable(out: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if out.exists():
+            if out.exists():  # else there was nothing to go on with yet
                 raise KeyboardInterrupt(f"Go on with: capo resume {shlex.quote(str(out))}") from None
             raise
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from capotune.engine.state import TrainingState
 from capotune.errors import OutputError
 from capotune.events import Reporter, Warned, ignore
 from capotune.files import output_folder, write_atomic
+from capotune.run_folder import checkpoints, step_and_epoch
 
 _COUNTERS = (
     "epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum",
@@ -68,15 +68,6 @@ def load_checkpoint(folder: Path, report: Reporter = ignore) -> TrainingState | 
     return None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Those in ``folder``, the oldest first."""
-    return sorted(folder.glob("step-*"), key=_step_and_epoch)
-
-
-def _step_and_epoch(path: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", path.name)]
-
-
 def _whole(path: Path, report: Reporter = ignore) -> TrainingState | None:
     """What the checkpoint holds; None for a damaged one."""
     try:
@@ -99,7 +90,7 @@ def _prune(folder: Path, newest: Path, best_epoch: int) -> None:
     there is none). What is beyond ``newest`` was passed over as damaged."""
     every = checkpoints(folder)
     at = every.index(newest)
-    best = [path for path in every if best_epoch and _step_and_epoch(path)[1] == best_epoch]
+    best = [path for path in every if best_epoch and step_and_epoch(path)[1] == best_epoch]
     for path in every:
         if path not in (*every[max(0, at - 1) : at + 1], *best[:1]):
             _remove(path)

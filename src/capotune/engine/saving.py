@@ -1,8 +1,8 @@
 """When a run saves a checkpoint, and how: beside training, one at a time.
 
 A checkpoint is due after so many steps or so much time, at the end of an epoch, and when one is asked for by a file in
-the run's folder (``request_checkpoint``). It is taken at the end of a step, as a copy of the trained weights and their
-moments; a thread then writes, checks and renames it while training goes on. What falls due while one is being written
+the run's folder (``run_folder.request_checkpoint``). It is taken at the end of a step, as a copy of the trained weights
+and their moments; a thread then writes and renames it while training goes on. What falls due while one is being written
 is taken at the end of the first step after that, so training never waits for the disk and memory holds one copy.
 """
 
@@ -11,37 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.state import TrainingState
-from capotune.files import write_atomic
 from capotune.interval import Interval
+from capotune.run_folder import CHECKPOINTS, is_requested, withdraw_request
 
-__all__ = ["CHECKPOINTS", "CheckpointSaver", "is_requested", "request_checkpoint", "withdraw_request"]
-
-CHECKPOINTS = "checkpoints"
-"""Their folder in a run's folder."""
-_REQUEST = ".checkpoint-request"
-
-
-def request_checkpoint(out: Path) -> None:
-    """Ask the process that trains in the run folder ``out`` for a checkpoint, from any process; it is taken after the
-    step in hand. Raises ``OutputError`` where the folder cannot be written to."""
-    write_atomic(out / _REQUEST, "")
-
-
-def withdraw_request(out: Path) -> None:
-    """Nobody trains in ``out`` any more."""
-    with suppress(OSError):
-        (out / _REQUEST).unlink()
-
-
-def is_requested(out: Path) -> bool:
-    """Whether a checkpoint that was asked for is not written yet."""
-    return (out / _REQUEST).exists()
+__all__ = ["CheckpointSaver"]
 
 
 class CheckpointSaver:
@@ -83,14 +61,14 @@ class CheckpointSaver:
         self._overdue |= (
             state.step - self._last_step >= self._every.steps
             or time.monotonic() - self._last_time >= self._every.seconds
-            or is_requested(self._out)
+            or is_requested(self._out) is not None
         )
         return not self._is_writing() and self._overdue
 
     def save(self, state: TrainingState) -> None:
         """Write the state beside training."""
         self._take(state)
-        self._written = self._thread.submit(self._write, replace(state), self._seen_request())
+        self._written = self._thread.submit(self._write, replace(state), is_requested(self._out))
 
     def end_epoch(self, state: TrainingState, last: bool) -> None:
         """Save the state after an epoch, the ``last`` one in any case; others later, while one is being written."""
@@ -104,7 +82,7 @@ class CheckpointSaver:
         self._thread.shutdown()
         if state.step:
             self._take(state)
-            self._write(state, self._seen_request())
+            self._write(state, is_requested(self._out))
 
     def _is_writing(self) -> bool:
         if self._written is None or not self._written.done():
@@ -116,14 +94,8 @@ class CheckpointSaver:
         state.seconds = self._seconds()
         self._overdue, self._last_step, self._last_time = False, state.step, time.monotonic()
 
-    def _seen_request(self) -> int | None:
-        """When the checkpoint was asked for that this one answers."""
-        with suppress(FileNotFoundError):
-            return (self._out / _REQUEST).stat().st_mtime_ns
-        return None
-
     def _write(self, state: TrainingState, request: int | None) -> None:
         self._before_writing()
         save_checkpoint(self._out / CHECKPOINTS, state)
-        if request is not None and self._seen_request() == request:  # else it was asked for once more meanwhile
-            (self._out / _REQUEST).unlink(missing_ok=True)
+        if request == is_requested(self._out):  # else it was asked for once more meanwhile
+            withdraw_request(self._out)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,17 +18,51 @@ from pathlib import Path
 from typing import IO, Any
 
 from capotune import errors
-from capotune.errors import CapotuneError, OutOfMemoryError
-from capotune.events import CancelToken, Event, Failed, Reporter, from_json
+from capotune.errors import CapotuneError, DataError, OutOfMemoryError
+from capotune.events import CancelToken, Event, Failed, Finished, Reporter, from_json
 from capotune.memory_table import MemoryTable
+from capotune.models.content import sha256_of
+from capotune.run_folder import RUN, has_checkpoint, read_run, tidy
 from capotune.settings import CompareSettings, RunSettings
 
+_FILES = ("data", "test", "general")
+"""Settings that may name a file which every technique reads."""
+_SECONDS_TO_SAVE = 30.0
+_SECONDS_TO_LEAVE = 30.0
 
-def run_techniques(
-    settings: CompareSettings, folder: Path, report: Reporter, cancel: CancelToken
-) -> dict[str, dict[str, Any]]:
-    """Run every method of ``settings`` into ``folder/METHOD``; returns each finished one's ``run.json``. They agree on
-    the score to compare by.
+
+def record_of(settings: CompareSettings, command: str) -> dict[str, Any]:
+    """What ``settings.json`` holds when the comparison is started; ``command`` is shown as the way to repeat it."""
+    values = settings.model_dump(mode="json", exclude={"out"})
+    return {"settings": values, "command": command, "files_sha256": _hashes(values), "data": {}}
+
+
+def check_same(record: dict[str, Any], out: Path, report: Reporter) -> None:
+    """``DataError`` or ``ModelError`` where files or base are not what they were when the comparison in ``out`` was
+    started: its techniques would not be comparable."""
+    from capotune.runs.resume import AS_IT_WAS, check_base
+
+    now = _hashes(record["settings"])
+    for name, value in record["files_sha256"].items():
+        if now.get(name) != value:
+            raise DataError(
+                f"its content is another than when the comparison in {out} was started.",
+                setting=name,
+                given=record["settings"][name],
+                advice=AS_IT_WAS,
+            )
+    for path in sorted(out.glob(f"*/{RUN}"))[:1]:
+        check_base(path.parent, report)
+
+
+def is_worth_keeping(out: Path) -> bool:
+    """Whether a technique of the comparison in ``out`` is finished, or can be gone on with."""
+    return any(has_checkpoint(path.parent) or (path.parent / "adapter").exists() for path in out.glob(f"*/{RUN}"))
+
+
+def run_techniques(settings: CompareSettings, report: Reporter, cancel: CancelToken) -> dict[str, dict[str, Any]]:
+    """Run every method of ``settings`` into ``out/METHOD``, or go on with it; returns each finished one's ``run.json``.
+    They agree on the score to compare by.
 
     A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
     memory) is reported as failed and the others go on. Raises ``CapotuneError`` when none finished.
@@ -36,26 +71,44 @@ def run_techniques(
 
     results: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(settings.methods):
+        out = settings.out / method
 
         def listen(event: Event, method: str = method) -> None:
             report(replace(event, method=method))
 
-        request = _request(settings, method, folder / method, base_score=number == 0)
+        if (record := _finished(out)) is not None:
+            listen(Finished(result=record["result"]))
+            results[method] = record
+            continue
         try:
-            failure = _run_one(request, listen, cancel)
+            failure = _run_one(_request(settings, method, out, base_score=number == 0), listen, cancel)
         except OutOfMemoryError as error:  # the next one may need less
             failure = str(error)
-        except CapotuneError as error:  # it names the folder's temporary name, the only one that it knows
-            raise _rename(error, str(folder), str(settings.out)) from None
-        if failure:
-            shutil.rmtree(folder / method, ignore_errors=True)  # what a killed process left half-written
-            report(Failed(method=method, text=failure))
-        else:
-            results[method] = json.loads((folder / method / "run.json").read_text(encoding="utf-8"))
+        if failure is None:
+            results[method] = read_run(out)
+            continue
+        if not has_checkpoint(out):
+            shutil.rmtree(out, ignore_errors=True)  # there is nothing to go on with
+        report(Failed(method=method, text=failure))
     if not results:
         raise CapotuneError("no technique finished; the messages above say why.")
-    agree(results, folder)
+    agree(results, settings.out)
     return results
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The record of a technique that was run to its end before."""
+    record = read_run(out) if (out / RUN).exists() else {}
+    if "result" not in record:
+        return None
+    tidy(out)
+    return record
+
+
+def _hashes(settings: dict[str, Any]) -> dict[str, str]:
+    """Of the files that every technique reads, by the setting that names them."""
+    paths = {name: Path(settings[name]).expanduser() for name in _FILES if isinstance(settings[name], str)}
+    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
 
 
 def _request(settings: CompareSettings, method: str, out: Path, base_score: bool) -> dict[str, Any]:
@@ -68,6 +121,7 @@ def _request(settings: CompareSettings, method: str, out: Path, base_score: bool
         "method_settings": settings.for_method(method).model_dump(mode="json"),
         "settings": {**shared, "out": str(out)},
         "base_score": base_score,
+        "patience": _SECONDS_TO_LEAVE,
         "modules": sorted({*methods.extra_modules(), *tasks.extra_modules()}),
         "path": sys.path,
     }
@@ -82,7 +136,7 @@ def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: C
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True
         ) as process,
-        cancel.calling(process.kill),
+        cancel.calling(lambda: _end(process)),
     ):
         try:
             assert process.stdout is not None
@@ -94,32 +148,41 @@ def _run_one(request: dict[str, Any], report: Callable[[Event], None], cancel: C
                 report(from_json(values))
             cancel.check()
         except BaseException:
-            process.kill()  # Ctrl-C must not wait for the step in flight
+            try:
+                _end(process)
+                for _ in process.stdout or []:
+                    pass
+            finally:  # a second Ctrl-C does not wait
+                process.kill()
             raise
         process.wait()
         return _failure(process.returncode, messages)
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """Have the process save its state and end; kill it where it has not done so in time."""
+    process.terminate()
+    killer = threading.Timer(_SECONDS_TO_SAVE, process.kill)
+    killer.daemon = True
+    killer.start()
+
+
 def _send(process: subprocess.Popen[str], request: dict[str, Any]) -> None:
-    """Write the request to a technique's process. One that ends before it has read all says why by its exit code."""
+    """Write the request to a technique's process, as one line: by the end of its input that knows that this process has
+    ended. One that ends before it has read all says why by its exit code."""
     assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(request))
-    with suppress(BrokenPipeError):  # what is still in the buffer
-        process.stdin.close()
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):  # what is still in the buffer
+            process.stdin.close()
 
 
 def _error(values: dict[str, Any]) -> CapotuneError:
     """The error that a technique's process wrote."""
     kind: type[CapotuneError] = getattr(errors, values.pop("error"))
     return kind(values.pop("problem"), **values)
-
-
-def _rename(error: CapotuneError, before: str, after: str) -> CapotuneError:
-    parts = {
-        name: part.replace(before, after) if isinstance(part, str) else part for name, part in error.parts().items()
-    }
-    return type(error)(parts.pop("problem"), **parts)
 
 
 def _failure(code: int, messages: IO[str]) -> str | None:

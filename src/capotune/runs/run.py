@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,22 @@ from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
 from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.checkpoint import checkpoints
 from capotune.engine.recorded import Clock, Recording
-from capotune.engine.saving import CHECKPOINTS, withdraw_request
 from capotune.engine.state import TrainingState
-from capotune.errors import OutputError
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
-from capotune.files import cache_folder, check_free, growing_folder, write_atomic
+from capotune.files import cache_folder, growing_folder, write_atomic
 from capotune.folder_lock import locked
 from capotune.interval import interval
 from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
+from capotune.run_folder import RUN, as_json, check_nothing_there, has_checkpoint, tidy
 from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
 from capotune.tasks.golden import golden_answers
 
-RUN = "run.json"
 SCORES_BASE = "scores_base"
 """In the record: whether the run also measures the base without fine-tuning."""
 _NOT_RECORDED = {"out"}  # a folder does not know where it is
@@ -68,11 +64,11 @@ def run(
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
     out = settings.out
-    _check_free(out)
+    check_nothing_there(out)
     report(Stage(text="reading data"))
     prepared = prepare(settings, method, report)
     record = record_of(prepared, base_score, report)
-    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: bool(checkpoints(out / CHECKPOINTS))), locked(out):
+    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: has_checkpoint(out)), locked(out):
         return complete(prepared, record, None, report)
 
 
@@ -85,12 +81,6 @@ def complete(
     tidy(prepared.settings.out)
     report(Finished(result=record["result"]))
     return record
-
-
-def tidy(out: Path) -> None:
-    """Remove what only a run that goes on needs."""
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    withdraw_request(out)
 
 
 def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> Prepared:
@@ -284,35 +274,19 @@ def record_of(prepared: Prepared, base_score: bool, report: Reporter) -> dict[st
         SCORES_BASE: base_score,
         "data_sha256": prepared.task_run.data_sha256,
         "files_sha256": dict(prepared.task_run.files_sha256),
-        "base": {
-            "name": base.name,
-            "fingerprint": fingerprint(base, alive(report)),
-            "config": config_hash(base),
-            "quantization": str(base.quantization or "full precision"),
-        },
+        "base": base_record(base, report),
     }
 
 
-def _check_free(out: Path) -> None:
-    """As ``files.check_free``; a run that was stopped there can be gone on with."""
-    if _is_stopped(out):
-        raise OutputError(
-            f"the output folder {out} exists already.",
-            advice="Go on with the run that was stopped there (`resume`), or choose another `out`, or remove it first.",
-        )
-    check_free(out)
-
-
-def _is_stopped(out: Path) -> bool:
-    with suppress(OSError):
-        return b'"result":' not in (out / RUN).read_bytes()
-    return False
+def base_record(base: Base, report: Reporter) -> dict[str, str]:
+    """Which base it is, by content."""
+    return {
+        "name": base.name,
+        "fingerprint": fingerprint(base, alive(report)),
+        "config": config_hash(base),
+        "quantization": str(base.quantization or "full precision"),
+    }
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """As records are written."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

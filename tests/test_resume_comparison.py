@@ -1,0 +1,193 @@
+"""A comparison that was stopped goes on where it stopped, to what it would have come to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import capo, start, wait_until
+
+import capotune
+from capotune.errors import DataError, ModelError, SettingError
+from capotune.events import Event, Failed, Finished, StepTaken
+from capotune.folder_lock import holder
+from capotune.run_folder import checkpoints, has_checkpoint
+
+METHODS = ("feature-extraction", "lora")
+QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8}
+OWN: dict[str, Any] = {
+    "lora": {"rank": 2, "dropout": 0.1, **QUICK},
+}
+TAKES = {"train_seconds", "reused_seconds", "forward_rows", "peak_memory_bytes", "adapter_bytes"}
+"""What a run took, which may differ; and what the cache had."""
+
+
+def given(bert: Path, tickets: Path) -> dict[str, Any]:
+    return {"data": str(tickets), "model": str(bert), "methods": METHODS, "cache": False, **OWN}
+
+
+@pytest.fixture(scope="module")
+def whole(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("whole") / "out"
+    capotune.compare(out=out, **given(bert, tickets))
+    return out
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_times(one) for name, one in value.items() if name not in TAKES}
+    return [without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def content(path: Path) -> Any:
+    """Of a file, without what it took to make it; weights byte by byte."""
+    if path.suffix == ".json":
+        found = without_times(json.loads(path.read_text()))
+        found.pop("why", None)  # it says the times in words
+        found.pop("sha256", None)  # of files that say them
+        found.pop("recommended", None)  # the cheapest
+        return found
+    return path.read_bytes() if path.suffix in (".safetensors", ".jsonl") else None
+
+
+def assert_equal(out: Path, whole: Path) -> None:
+    files = {str(path.relative_to(whole)) for path in whole.rglob("*")}
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == files
+    for name in sorted(files):
+        if (whole / name).is_file() and name != "compare.json":
+            assert content(out / name) == content(whole / name), name
+    rows, expected = (json.loads((folder / "compare.json").read_text())["rows"] for folder in (out, whole))
+    assert without_times(rows) == without_times(expected)
+
+
+def stopping_at(step: int, method: str = "lora") -> Any:
+    def report(event: Event) -> None:
+        if isinstance(event, StepTaken) and (event.method, event.step) == (method, step):
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def stopped(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In the middle of the second technique's second epoch."""
+    out: Path = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.raises(KeyboardInterrupt):
+        capotune.compare(out=out, report=stopping_at(13), **given(bert, tickets))
+    return out
+
+
+@pytest.fixture
+def out(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped comparison, elsewhere."""
+    return Path(shutil.copytree(stopped, tmp_path / "out"))
+
+
+def test_ctrl_c_saves_the_technique_in_hand_and_resume_finishes_it(out: Path, whole: Path) -> None:
+    assert not (out / "compare.json").exists()
+    assert (out / "feature-extraction" / "adapter").exists()
+    assert int(checkpoints(out / "lora" / "checkpoints")[-1].name.split("-")[1]) >= 13
+    assert holder(out) is holder(out / "lora") is None
+    finished_before = (out / "feature-extraction" / "run.json").stat().st_mtime_ns
+    events: list[Event] = []
+    compared = capotune.resume(out, report=events.append)
+    assert isinstance(compared, capotune.api.Comparison)
+    assert [event.method for event in events if isinstance(event, Finished)] == [*METHODS]
+    steps = [event.step for event in events if isinstance(event, StepTaken) and event.method == "lora"]
+    assert steps[0] >= 14
+    assert (out / "feature-extraction" / "run.json").stat().st_mtime_ns == finished_before
+    assert_equal(out, whole)
+
+
+def test_a_killed_comparison_ends_its_technique_and_resumes(
+    whole: Path, bert: Path, tickets: Path, tmp_path: Path
+) -> None:
+    lora = ["--lora.rank", 2, "--lora.dropout", 0.1, "--lora.epochs", 3, "--lora.patience", 3, "--lora.batch-size", 8]
+    flags = ["--data", tickets, "--model", bert, "--methods", *METHODS, "--no-cache", *lora]
+    out = tmp_path / "out"
+    with start("compare", "--out", "out", *flags, cwd=tmp_path) as process:
+        wait_until(lambda: has_checkpoint(out / "lora"), process)
+        process.kill()
+    capo_resumed = capo("resume", out)  # at once: it waits for what is left of the technique's process
+    assert capo_resumed.code == 0, capo_resumed.err
+    assert "lora" in capo_resumed.out
+    rows, expected = (json.loads((folder / "compare.json").read_text())["rows"] for folder in (out, whole))
+    assert without_times(rows) == without_times(expected)
+    for method in METHODS:
+        weights = f"{method}/adapter/adapter_model.safetensors"
+        assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_comparison_stopped_while_its_last_files_are_written_resumes(whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    for name in ("compare.html", "compare.png", "compare.json"):
+        (out / name).unlink()
+        events: list[Event] = []
+        capotune.resume(out, report=events.append)
+        assert not [event for event in events if isinstance(event, StepTaken)]
+        assert_equal(out, whole)
+
+
+def test_a_technique_that_was_killed_is_kept_and_tried_once_more(out: Path, whole: Path) -> None:
+    """As for want of memory: its checkpoint stays, and the comparison is complete without it."""
+
+    def kill(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.method == "lora":
+            process = re.search(r"process (\d+)", holder(out / "lora") or "")
+            assert process
+            os.kill(int(process[1]), signal.SIGKILL)
+
+    failed: list[Event] = []
+
+    def report(event: Event) -> None:
+        failed.extend([event] if isinstance(event, Failed) else [])
+        kill(event)
+
+    compared = capotune.resume(out, report=report)
+    assert isinstance(compared, capotune.api.Comparison)
+    assert [row.method for row in compared.rows] == ["feature-extraction"]
+    assert [event.method for event in failed] == ["lora"]
+    assert has_checkpoint(out / "lora")
+    capotune.resume(out)
+    assert_equal(out, whole)
+
+
+def test_a_file_or_a_base_that_changed_meanwhile_is_refused(out: Path) -> None:
+    record = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({**record, "files_sha256": {"data": "0"}}))
+    with pytest.raises(DataError, match="its content is another than when the comparison"):
+        capotune.resume(out)
+    (out / "settings.json").write_text(json.dumps(record))
+    run = json.loads((out / "feature-extraction" / "run.json").read_text())
+    changed = {**run, "base": {**run["base"], "fingerprint": "0"}}
+    (out / "feature-extraction" / "run.json").write_text(json.dumps(changed))
+    with pytest.raises(ModelError, match="the base is another than when the run"):
+        capotune.resume(out)
+
+
+def test_a_stopped_comparison_is_named_where_another_would_begin(out: Path, bert: Path, tickets: Path) -> None:
+    refused = capo("compare", "--data", tickets, "--model", bert, "--out", out)
+    assert refused.code == 2
+    assert "exists already. Go on with what was stopped there (capo resume), or choose another --out" in refused.said
+
+
+def test_rows_in_memory_are_given_again(bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"the {what} is {how} {n}", "label": how} for n in range(8) for what in ("card", "lamp")
+            for how in ("late", "broken")]  # fmt: skip
+    own: dict[str, Any] = {"model": str(bert), "methods": ("lora",), "cache": False, "lora": {"rank": 2, **QUICK}}
+    with pytest.raises(KeyboardInterrupt):
+        capotune.compare(data=rows, out=tmp_path / "out", report=stopping_at(2), **own)
+    with pytest.raises(SettingError, match="Give the same rows again in Python"):
+        capotune.resume(tmp_path / "out")
+    with pytest.raises(DataError, match="the data is another than when"):
+        capotune.resume(tmp_path / "out", data=rows[1:])
+    compared = capotune.resume(tmp_path / "out", data=rows)
+    assert isinstance(compared, capotune.api.Comparison)
+    whole = capotune.compare(data=rows, out=tmp_path / "whole", **own)
+    assert compared.rows[0].scores == whole.rows[0].scores
