@@ -147,13 +147,13 @@ def test_a_part_of_a_sentence_model_comes_along_with_its_weights(bert: Path, tmp
 
 def test_links_and_slashes_lead_to_the_same_model(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the hub's cache: files are links to blobs; and as people type paths."""
-    blobs, snapshot = tmp_path / "home" / "blobs", tmp_path / "home" / "snapshot"
+    blobs, snapshot = tmp_path / "home" / "blobs", tmp_path / "home" / "snapshots" / "main"
     shutil.copytree(bert, blobs)
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
-        (snapshot / path.name).symlink_to(f"../blobs/{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in (f"{snapshot}/", "~/snapshot", "~/snapshot/"):
+    for name in (f"{snapshot}/", "~/snapshots/main", "~/snapshots/main/"):
         assert fingerprint(find(name)) == fingerprint(find(str(bert)))
     (blobs / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors is a link to a file that is gone"):

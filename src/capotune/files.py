@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ __all__ = [
     "growing_folder",
     "human_bytes",
     "output_folder",
+    "own_folder",
     "remove_partial",
     "write_atomic",
 ]
@@ -35,9 +37,31 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def cache_folder() -> Path:
-    """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``: the user's own (``own_folder``)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune")
+    return own_folder(Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune"))
+
+
+def own_folder(folder: Path) -> Path:
+    """The same folder, made where it is missing so that nobody else reads it.
+
+    Raises ``OutputError`` for one that belongs to another user or that others may write into: what is found there, the
+    compiled kernels too, would be theirs. A folder that cannot be made is an error for whoever writes into it.
+    """
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True)
+    try:
+        found = folder.stat()
+    except OSError:
+        return folder
+    other = "Name a folder of your own with CAPOTUNE_CACHE and XDG_CACHE_HOME"
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        raise OutputError(f"the cache folder {folder} belongs to another user.", advice=f"{other}.")
+    if os.name == "posix" and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OutputError(
+            f"others may write into the cache folder {folder}.", advice=f"{other}, or run: chmod go-w {folder}"
+        )
+    return folder
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from capotune.errors import AdapterError, quoted
+from capotune.models.untrusted import leads_out
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 RECORD = "capotune.json"
@@ -29,14 +30,12 @@ def inside(folder: Path, name: str) -> Path:
     files beside its folders of links; and for what is no file, such as a pipe."""
     path = folder / name
     try:
-        target, home = path.resolve(), folder.resolve()
+        target = leads_out(folder, path)
     except (OSError, RuntimeError):  # links in a circle
         raise AdapterError("a link that leads nowhere.", where=str(path)) from None
-    snapshots = next((above for above in home.parents if above.name == "snapshots"), None)
-    is_in_cache = snapshots is not None and snapshots.parent / "blobs" in target.parents
-    if home not in target.parents and not is_in_cache:
+    if target is not None:
         raise AdapterError(f"a link that leaves the folder: it goes to {target}.", where=str(path))
-    if target.exists() and not target.is_file():
+    if path.exists() and not path.is_file():
         raise AdapterError("no file.", where=str(path))
     return path
 

@@ -21,6 +21,7 @@ from capotune.errors import DataError
 from capotune.events import nothing
 from capotune.models.base import Base
 from capotune.models.load import load_backbone, load_causal_lm
+from capotune.models.tokenizer_files import tokens_of
 
 WINDOW = 512
 """Tokens that a model reads at once."""
@@ -130,11 +131,11 @@ def text_windows(base: Base, text: str, *, by_line: bool) -> list[Tensor]:
     tokenizer = base.tokenizer
     longest = min(WINDOW, base.max_length)
     if not by_line:
-        ids = tokenizer(text, verbose=False)["input_ids"][:MOST_TOKENS]
+        ids = tokens_of(tokenizer, text, verbose=False)["input_ids"][:MOST_TOKENS]
         rows = [ids[at : at + longest] for at in range(0, len(ids), longest)]
     else:
         lines = [line for line in text.splitlines() if line.strip()]
-        each = (tokenizer(line, truncation=True, max_length=longest)["input_ids"] for line in lines)
+        each = (tokens_of(tokenizer, line, truncation=True, max_length=longest)["input_ids"] for line in lines)
         rows = list(_up_to(MOST_TOKENS, each))
     if sum(len(row) for row in rows) < 2:
         raise DataError(

@@ -25,7 +25,7 @@ import torch
 
 from capotune.device import cpu_level
 from capotune.errors import SettingError
-from capotune.files import checksum
+from capotune.files import checksum, own_folder
 from capotune.kernels import abi, policy
 
 __all__ = [
@@ -103,7 +103,7 @@ def _compiled(source: Path) -> Path:
     flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (MORE_SIMD_FLAGS.get(source.stem, ()) if simd else ())
     content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + content).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune"
+    folder = own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune")
     name = f"{source.stem}-{key[:16]}"
     for built in folder.glob(f"{name}-*.so"):
         if built.stem == f"{name}-{checksum(built)}":

@@ -6,7 +6,6 @@ Only safetensors and JSON are read. Nothing in a model folder is executed unless
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from capotune.models.quantized import holds_4_bits, quantized_weights, read_quan
 from capotune.models.sentence_files import Pooling, SentenceFiles
 from capotune.models.shards import Shards, Tensors, check_dtypes
 from capotune.models.tokenizer_files import needs_libraries, unknown_class
+from capotune.models.untrusted import check_code, check_depth, check_links, check_tokenizer, read_json
 from capotune.settings import nearest
 
 
@@ -142,7 +142,7 @@ class Base:
     @cached_property
     def config_values(self) -> dict[str, Any]:
         """``config.json`` as it is stored."""
-        values: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(self.folder / "config.json")
         return values
 
     @cached_property
@@ -285,8 +285,8 @@ class Base:
     def generation_values(self) -> dict[str, Any]:
         """``generation_config.json`` as it is stored; empty without one."""
         path = self.folder / "generation_config.json"
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return values
+        values = read_json(path) if path.is_file() else {}
+        return values if isinstance(values, dict) else {}
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -394,14 +394,15 @@ def _check(base: Base) -> None:
     if not path.is_file():
         raise not_a_model(base.folder)
     check_downloaded(base.folder)
-    try:
-        is_object = isinstance(base.config_values, dict)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON ({error}).") from None
-    if not is_object:
+    check_links(base.folder)
+    if not isinstance(base.config_values, dict):
         raise ModelError(f"{path}: expected an object, found a {type(base.config_values).__name__}.")
+    if not base.trust_remote_code:
+        check_code(base.config_values)
+    check_tokenizer(base.folder / "tokenizer.json")
     holds_4_bits(base.config_values)
     check_dtypes(base.tensors)
+    check_depth(base.config_values, sum(1 for _ in base.tensors))
 
 
 _UNLIMITED = 10**9

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.errors import ModelError
+from capotune.models.untrusted import check_name, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -41,6 +42,7 @@ def weight_files(folder: Path, config: dict[str, Any]) -> WeightFiles:
     entry = stated or next((name for name in (INDEX, SINGLE) if (folder / name).is_file()), None)
     if entry is None:
         raise _no_weights(folder)
+    check_name(str(entry), folder / "config.json")
     if not (folder / entry).is_file():
         raise ModelError(f"transformers_weights in {folder / 'config.json'} names {entry}, which is not there.")
     if not entry.endswith(".index.json"):
@@ -94,11 +96,14 @@ def not_a_model(folder: Path) -> ModelError:
 def _indexed(index: Path) -> list[str]:
     """Names of the files that hold the tensors, sorted."""
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (ModelError, KeyError, TypeError, AttributeError):
         raise ModelError(
             f"{index} is not an index of weights: no weight_map in JSON.", advice="Download or save the model again."
         ) from None
+    for name in names:
+        check_name(name, index)
+    return names
 
 
 def _no_weights(folder: Path) -> ModelError:
@@ -148,7 +153,7 @@ def _other_format(names: list[str]) -> tuple[str, str] | None:
 
 def _adapter(folder: Path) -> tuple[str, str]:
     base = None
-    with suppress(OSError, ValueError, AttributeError):  # what it is for is not known then
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # what it is for is not known then
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
     of_base = f" of {base}" if base else ""
     problem = f"{folder} is an adapter{of_base} and no model: it holds changes of a base and not the base."

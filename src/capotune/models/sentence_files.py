@@ -8,13 +8,13 @@ sentence_bert_config.json               max_seq_length
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from capotune.errors import ModelError
+from capotune.models.untrusted import check_name, read_json
 
 Pooling = Literal["mean", "cls", "last", "max", "weightedmean", "mean_sqrt_len"]
 """How hidden states of a text become one vector. With n tokens h₁ … hₙ: ``weightedmean`` is Σ i·hᵢ / Σ i,
@@ -65,7 +65,10 @@ class SentenceFiles:
             stored = (self.folder / _POOLING_FOLDER / "config.json").is_file()
             return (Module("Pooling", _POOLING_FOLDER),) if stored else ()
         try:
-            return tuple(Module(one["type"].rpartition(".")[2], one["path"]) for one in _read(path))
+            found = tuple(Module(one["type"].rpartition(".")[2], one["path"]) for one in read_json(path))
+            for module in found:
+                check_name(module.folder, path)
+            return found
         except (KeyError, TypeError, AttributeError):
             raise ModelError(f"{path}: expected a list of modules, each with type and path.") from None
 
@@ -129,14 +132,7 @@ def _modes(config: dict[str, Any]) -> list[str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    values = _read(path)
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected an object, found a {type(values).__name__}.")
     return values
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON ({error}).") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from capotune.errors import ModelError
 
@@ -36,7 +38,7 @@ def unknown_class(folder: Path) -> ModelError | None:
     import transformers
 
     name = None
-    with suppress(OSError, ValueError, AttributeError):  # not there, or damaged
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # not there, or damaged
         name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     if not name or hasattr(transformers, name):
         return None
@@ -44,6 +46,20 @@ def unknown_class(folder: Path) -> ModelError | None:
         f"its tokenizer_config.json names the class {name}, which Transformers {transformers.__version__} has not.",
         advice="Save the tokenizer as tokenizer.json: tokenizer.save_pretrained(folder) where it can be loaded.",
     )
+
+
+def tokens_of(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
+    """``tokenizer(texts, **options)``. Raises ``ModelError`` where its library gives up, as it does at a pattern that
+    goes back too often (Oniguruma's limit of 10⁷ steps)."""
+    try:
+        return tokenizer(texts, **options)
+    except BaseException as error:  # a panic of Rust inherits from nothing that can be named
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"the base's tokenizer gives up at a text: {error}.",
+            advice="Its tokenizer.json holds what cannot be carried out: take that file from another source.",
+        ) from None
 
 
 def _is_text(path: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from capotune.errors import SettingError
+from capotune.models.tokenizer_files import tokens_of
 from capotune.settings import TrainingSettings
 
 
@@ -21,7 +22,7 @@ def prompt_tokens(
     if method.starts_from == "vocabulary":
         return sorted({token for sequence in sequences for token in sequence})
     text = method.start_text or ", ".join(name.replace("_", " ") for name in names)
-    tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    tokens = tokens_of(tokenizer, text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     if not tokens:
         raise SettingError("the tokenizer makes no token of it.", setting="init_text", given=text, advice="Give words.")
     return list(tokens)

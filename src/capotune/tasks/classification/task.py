@@ -25,6 +25,7 @@ from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.sentence_files import Pooling
+from capotune.models.tokenizer_files import tokens_of
 from capotune.sections import Section
 from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, TaskRun, untested
@@ -150,7 +151,7 @@ class Classification(LinearHeadTask):
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         if not texts:  # the tokenizer takes no empty list
             return []
-        return [list(ids) for ids in self.tokenizer(list(texts), verbose=False, **options)["input_ids"]]
+        return [list(ids) for ids in tokens_of(self.tokenizer, list(texts), verbose=False, **options)["input_ids"]]
 
     def logits(
         self,

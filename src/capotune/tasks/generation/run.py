@@ -27,6 +27,7 @@ from capotune.evaluation.generate import generate
 from capotune.events import DataInspected, Progress, Reporter, Stage, alive, counter
 from capotune.methods import make
 from capotune.models.base import Base
+from capotune.models.tokenizer_files import tokens_of
 from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
@@ -216,7 +217,7 @@ class GenerationRun(TaskRun):
         )
 
     def _tokens_of(self, text: str) -> list[int]:
-        tokens = list(self._base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = list(tokens_of(self._base.tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"])
         if not tokens:
             raise SettingError(f"the prompt {quoted(text)}: the tokenizer makes no token of it.", advice="Give words.")
         self._base.check_tokens(tokens, f"the prompt {quoted(text)}")

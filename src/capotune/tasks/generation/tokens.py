@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capotune.models.tokenizer_files import tokens_of
+
 Span = tuple[int, int]
 """From a position up to another, which is not part of it."""
 
@@ -42,7 +44,7 @@ def tokenize(tokenizer: Any, texts: Sequence[Rendered]) -> list[Tokens]:
     """The tokens of each text; one call of the tokenizer for all of them, or two where it knows no offsets."""
     if not texts:  # the tokenizer takes no empty list
         return []
-    found = tokenizer([one.text for one in texts], add_special_tokens=False, verbose=False)
+    found = tokens_of(tokenizer, [one.text for one in texts], add_special_tokens=False, verbose=False)
     ids = [list(one) for one in found["input_ids"]]
     if found.encodings:
         return _by_offsets(tokenizer, texts, ids, found.encodings)
@@ -51,8 +53,8 @@ def tokenize(tokenizer: Any, texts: Sequence[Rendered]) -> list[Tokens]:
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens that the tokenizer puts before and after a text, such as ``<s>`` and ``</s>``."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
+    bare = list(tokens_of(tokenizer, "a", add_special_tokens=False)["input_ids"])
+    whole = list(tokens_of(tokenizer, "a")["input_ids"])
     at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
     return whole[:at], whole[at + len(bare) :]
 
@@ -121,7 +123,8 @@ def _by_prefix(tokenizer: Any, texts: Sequence[Rendered], ids: Sequence[list[int
     the next token holds characters of both sides.
     """
     borders = [one.text[:at] for one in texts for span in one.in_loss for at in span]
-    before = iter(tokenizer(borders, add_special_tokens=False, verbose=False)["input_ids"] if borders else [])
+    found_before = tokens_of(tokenizer, borders, add_special_tokens=False, verbose=False) if borders else {}
+    before = iter(found_before.get("input_ids", []))
     found = []
     for one, own in zip(texts, ids, strict=True):
         both = [_common(next(before), own) for _ in range(2 * len(one.in_loss))]

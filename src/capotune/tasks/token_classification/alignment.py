@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from capotune.errors import ModelError
+from capotune.models.tokenizer_files import tokens_of
 
 NOWHERE: Final = -1
 """Position of a word that the model does not read."""
@@ -63,7 +64,7 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], max_length: int, n
 
 def _align(tokenizer: Any, sentences: Sequence[Sequence[str]], max_length: int) -> Iterator[Aligned]:
     texts = [" ".join(words) for words in sentences]
-    encodings = tokenizer(texts, truncation=False, verbose=False).encodings
+    encodings = tokens_of(tokenizer, texts, truncation=False, verbose=False).encodings
     for words, encoding in zip(sentences, encodings, strict=True):
         yield _of_one(words, encoding, max_length)
 
