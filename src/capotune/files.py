@@ -27,6 +27,7 @@ __all__ = [
     "human_bytes",
     "output_folder",
     "own_folder",
+    "remove_folder",
     "remove_partial",
     "write_atomic",
 ]
@@ -139,7 +140,7 @@ def growing_folder(path: Path, first: Mapping[str, str], *, keep: Callable[[], b
             yield
     except BaseException:
         if ours and path.exists() and os.path.samestat(path.stat(), ours) and not keep():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
             _remove_if_empty(made)
         raise
 
@@ -156,6 +157,15 @@ def checksum(path: Path) -> str:
 def free_bytes(path: Path) -> int:
     """Free on the disk of ``path``, which need not exist."""
     return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it, as far as that is allowed. A process that is killed meanwhile does not leave half
+    of it under its name."""
+    hidden = _partial_name(path)
+    with suppress(OSError):
+        path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from capotune.errors import OutputError, SettingError
-from capotune.files import check_free, write_atomic
+from capotune.files import check_free, remove_folder, write_atomic
 
 __all__ = [
     "CHECKPOINTS",
@@ -132,7 +131,7 @@ def has_checkpoint(out: Path) -> bool:
 
 def tidy(out: Path) -> None:
     """Remove what only a run that goes on needs."""
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    remove_folder(out / CHECKPOINTS)
     withdraw_request(out)
 
 

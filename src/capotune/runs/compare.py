@@ -6,7 +6,6 @@ A process of its own makes each technique's peak memory its own, and leaves the 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import IO, Any
 from capotune import errors
 from capotune.errors import CapotuneError, DataError, OutOfMemoryError
 from capotune.events import CancelToken, Event, Failed, Finished, Reporter, from_json
+from capotune.files import remove_folder
 from capotune.memory_table import MemoryTable
 from capotune.models.content import sha256_of
 from capotune.run_folder import RUN, has_checkpoint, read_run, tidy
@@ -88,7 +88,7 @@ def run_techniques(settings: CompareSettings, report: Reporter, cancel: CancelTo
             results[method] = read_run(out)
             continue
         if not has_checkpoint(out):
-            shutil.rmtree(out, ignore_errors=True)  # there is nothing to go on with
+            remove_folder(out)  # there is nothing to go on with
         report(Failed(method=method, text=failure))
     if not results:
         raise CapotuneError("no technique finished; the messages above say why.")

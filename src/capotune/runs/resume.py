@@ -81,8 +81,10 @@ def check_base(out: Path, report: Reporter = ignore) -> None:
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Data, further files and base must be what they were when the run was started."""
     since = f"is another than when the run in {out} was started"
-    if before["data_sha256"] != now["data_sha256"]:
-        raise DataError(f"the data {since}.", where=_name(now["settings"]["data"]), advice=AS_IT_WAS)
+    was, is_now = before["data_sha256"], now["data_sha256"]
+    if was != is_now:
+        hashes = f"its hash is {_short(is_now)} and was {_short(was)}"
+        raise DataError(f"the data {since}: {hashes}.", where=_name(now["settings"]["data"]), advice=AS_IT_WAS)
     for name, value in now["files_sha256"].items():
         if before.get("files_sha256", {}).get(name, value) != value:
             raise DataError(f"its content {since}.", setting=name, advice=AS_IT_WAS)
@@ -98,6 +100,11 @@ def _check_same_base(before: dict[str, Any], base: dict[str, Any], out: Path) ->
                 where=base["name"],
                 advice=AS_IT_WAS,
             )
+
+
+def _short(value: str) -> str:
+    """Both ends: one half may be of the training rows, the other of the test rows."""
+    return f"{value[:8]}…{value[-8:]}"
 
 
 def _name(data: Any) -> str:

@@ -1,0 +1,425 @@
+"""Kill real processes at any moment, go on from what they leave, and compare with runs that nobody stopped.
+
+    python scripts/soak.py --kills 200 --out benchmarks/results/soak.json
+    python scripts/soak.py --full-disk            every write of a run, one after the other, finds the disk full
+
+A trial starts ``capo train``, kills it (SIGKILL) at a change on the disk, a step or a scoring drawn at random, or from
+outside after some time; looks whether any file is half-written; goes on by ``capo resume``, which is killed too in one
+of two; and compares the result bit by bit. Processes are forked from this one, which has imported Capotune and run it
+once, so that a trial takes two seconds of a processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import dying
+from dying import Moment
+
+HOW = {"train_seconds", "reused_seconds", "forward_rows", "peak_memory_bytes", "adapter_bytes", "sequences", "blocks"}
+"""Of a record's result: what a run that found its features in the cache has otherwise, and what takes another time."""
+_SHARE_KILLED_AGAIN = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: its method, its task, and the flags of ``capo train``."""
+
+    method: str
+    task: str
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.method}, {self.task}"
+
+
+def cases(made: Path) -> list[Case]:
+    """Every technique with every kind of data, on tiny models in ``made``."""
+    steps = ("--epochs", "2", "--patience", "2", "--batch-size", "4", "--save-every", "2")
+    labels = ("--data", f"{made}/labels.csv", "--model", f"{made}/bert")
+    tags = ("--data", f"{made}/tags.jsonl", "--model", f"{made}/bert")
+    text = ("--data", f"{made}/text.jsonl", "--model", f"{made}/llama", "--answers", "2")
+    gguf = ("--data", f"{made}/text.jsonl", "--model", f"{made}/llama.gguf", "--answers", "2")
+    lora = ("--rank", "2", "--dropout", "0.1", *steps)
+    prompt = ("--num-virtual-tokens", "3", *steps)
+    last = ("feature-extraction", "--trainable-layers", "1")
+    candidates = ("prompt-tuning", "--candidates", f"{made}/prompts.txt")
+    return [
+        Case("feature-extraction", "classification", ("feature-extraction", *labels)),
+        Case("feature-extraction, last block", "classification", (*last, *labels, *steps)),
+        Case("lora", "classification", ("lora", *labels, *lora)),
+        Case("lora, last block", "classification", ("lora", "--layers", "2", *labels, *lora)),
+        Case("qlora", "classification", ("qlora", *labels, *lora)),
+        Case("prompt-tuning", "classification", ("prompt-tuning", *labels, *prompt)),
+        Case("lora", "token-classification", ("lora", *tags, *lora)),
+        Case("prompt-tuning", "token-classification", ("prompt-tuning", *tags, *prompt)),
+        Case("lora", "generation", ("lora", *text, *lora)),
+        Case("qlora", "generation", ("qlora", *text, *lora)),
+        Case("prompt-tuning", "generation", ("prompt-tuning", *text, *prompt)),
+        Case("prompt-tuning, candidates", "generation", (*candidates, *text, *steps)),
+        Case("lora", "generation from GGUF", ("lora", *gguf, *lora)),
+        Case("qlora", "generation from GGUF", ("qlora", *gguf, *lora)),
+    ]  # fmt: skip
+
+
+def make(folder: Path) -> None:
+    """Tiny models and data."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import gguf_files
+    import tiny_families
+
+    chooser, words = random.Random(0), ("the", "parcel", "was", "late", "again", "and", "my", "lamp", "is", "broken")
+    tiny_families.make("bert", folder / "bert")
+    tiny_families.make("llama", folder / "llama")
+    gguf_files.write(gguf_files.FAMILIES["Llama"], folder / "llama.gguf")
+    texts = [" ".join(chooser.choices(words, k=chooser.randint(3, 8))) for _ in range(40)]
+    lines = [
+        f"{text} {'late' if at % 2 else 'broken'},{'late' if at % 2 else 'broken'}" for at, text in enumerate(texts)
+    ]
+    (folder / "labels.csv").write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    tagged = [
+        {"words": ["ann", "paid", *text.split()], "tags": ["B-PER", "O", *["O"] * len(text.split())]} for text in texts
+    ]
+    asked = [
+        {"prompt": f"{text} {at}:", "completion": " late" if at % 2 else " broken"} for at, text in enumerate(texts)
+    ]
+    for name, rows in (("tags", tagged), ("text", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "prompts.txt").write_text("answer me\nlate or broken\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- one process
+
+
+@dataclass
+class Ended:
+    """A process that has ended."""
+
+    code: int
+    said: str
+    seconds: float
+    """Of a processor, as far as was seen."""
+    what: str = ""
+    """What it did last, where it died at a moment of ours."""
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def run(folder: Path, arguments: list[str], moment: Moment | None = None, after: float | None = None) -> Ended:
+    """``capo`` in ``folder``, killed at ``moment``, or from outside ``after`` so many seconds of a processor."""
+    note, said = folder / "note.json", folder / "said.txt"
+    note.unlink(missing_ok=True)
+    with warnings.catch_warnings():  # of threads, of which none works now
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if not process:
+        _become(folder, said, [(moment or _moment(folder)).to_json(), *arguments])
+    seconds = 0.0
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        seconds = max(seconds, _computed(process))
+        if after is not None and seconds >= after:
+            os.kill(process, signal.SIGKILL)
+            ended = os.waitpid(process, 0)
+            break
+        time.sleep(0.004)
+    noted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {"what": ""}
+    code = os.waitstatus_to_exitcode(ended[1])
+    return Ended(code, said.read_text(encoding="utf-8"), seconds, **noted)
+
+
+def _become(folder: Path, said: Path, arguments: list[str]) -> NoReturn:
+    """Be ``capo`` in ``folder``, as if this process had begun here."""
+    code = 70
+    try:
+        os.chdir(folder)
+        os.environ["CAPOTUNE_CACHE"] = str(folder / "cache")
+        for number, path in enumerate((os.devnull, os.devnull, said)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["capo", *arguments]
+        code = dying.main()
+    finally:
+        if code == 70:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _computed(number: int) -> float:
+    try:
+        values = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, values[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+# ------------------------------------------------------------------------------------------------- what it leaves
+
+
+def half_written(folder: Path) -> list[str]:
+    """Files that are not whole, but those whose name says so."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not path.is_file() or hidden or path.name in ("metrics.jsonl", "note.json", "said.txt"):
+            continue  # the log grows line by line
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".jsonl":
+                [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    list(file.keys())
+        except (ValueError, SafetensorError) as error:
+            found.append(f"{path.relative_to(folder)}: {error}")
+    found += [str(path) for path in folder.glob("run/adapter") if len(list(path.iterdir())) < 4]
+    return found
+
+
+def result(out: Path) -> dict[str, Any]:
+    """All of a run's folder that must be the same, by name."""
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    adapter = json.loads((out / "adapter" / "capotune.json").read_text(encoding="utf-8"))
+    for values in (record["result"], adapter["trained"]):
+        for name in HOW:
+            values.pop(name, None)
+    adapter.pop("sha256", None)
+    names = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "predictions.jsonl", "test_rows.json",
+             "metrics.jsonl")  # fmt: skip
+    found: dict[str, Any] = {name: (out / name).read_bytes() for name in names if (out / name).exists()}
+    left = sorted(path.name for path in out.iterdir())
+    return found | {"run.json": record["result"], "capotune.json": adapter, "files": left}
+
+
+def last_step(out: Path) -> int:
+    """Of the newest checkpoint; 0: there is none."""
+    steps = [int(found[1]) for path in out.glob("checkpoints/step-*") if (found := re.match(r"step-(\d+)", path.name))]
+    return max(steps, default=0)
+
+
+# ------------------------------------------------------------------------------------------------- trials
+
+
+@dataclass
+class Reference:
+    """What a run does when nobody stops it."""
+
+    result: dict[str, Any]
+    counts: dict[str, int]
+    seconds: float
+
+
+def reference(case: Case, folder: Path) -> Reference:
+    """Run the case to its end."""
+    folder.mkdir()
+    ended = run(folder, ["train", *case.flags, "--out", "run"], _moment(folder))
+    assert ended.code == 0, ended.said
+    found = Reference(result(folder / "run"), ended.counts, ended.seconds)
+    shutil.rmtree(folder)
+    return found
+
+
+@dataclass
+class Trial:
+    """What happened in one trial."""
+
+    kills: list[str] = field(default_factory=list)
+    """The phase of each."""
+    problems: list[str] = field(default_factory=list)
+    lost: int = 0
+    """Most steps that had been taken since the checkpoint that was gone on from."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """How and when to kill: at the ``number``-th of a kind (``dying.Moment``), or after ``seconds`` of a processor."""
+
+    how: str
+    number: int = 0
+    seconds: float | None = None
+
+
+def trial(case: Case, expected: Reference, folder: Path, kills: Iterable[Kill]) -> Trial:
+    """Start, kill, go on and kill again as often as there are ``kills``, go on to the end, compare."""
+    folder.mkdir()
+    found, before = Trial(), 0
+    for kill in (*kills, Kill("none")):
+        out = folder / "run"
+        arguments = ["resume", "run"] if (out / "run.json").exists() else ["train", *case.flags, "--out", "run"]
+        ended = run(folder, arguments, _moment(folder, kill.how, kill.number), kill.seconds)
+        if ended.code != -signal.SIGKILL:
+            break
+        found.kills.append(_phase(ended, kill.how))
+        found.problems += half_written(folder)
+        if ended.counts:
+            found.lost = max(found.lost, before + ended.counts.get("step", 1) - 1 - last_step(out))
+        before = last_step(out)
+    if ended.code:
+        found.problems.append(f"{arguments[0]} ended with {ended.code}: {ended.said[-600:]}")
+    elif found.kills:
+        steps = ended.counts.get("step", 0)
+        if steps != expected.counts.get("step", 0) - before:
+            found.problems.append(f"{steps} steps after a checkpoint at {before}")
+        now = result(folder / "run")
+        found.problems += [f"{name} differs" for name in expected.result if now.get(name) != expected.result[name]]
+    if not found.problems:
+        shutil.rmtree(folder)
+    return found
+
+
+def draw(expected: Reference, chooser: random.Random) -> Iterator[Kill]:
+    """One kill or some."""
+    kinds = [*expected.counts.keys() - {"change"}, "time"]
+    while True:
+        how = chooser.choice(sorted(kinds))
+        if how == "time":
+            yield Kill(how, seconds=chooser.uniform(0, expected.seconds))
+        else:
+            yield Kill(how, chooser.randint(1, expected.counts[how]))
+        if chooser.random() > _SHARE_KILLED_AGAIN:
+            return
+
+
+def _moment(folder: Path, kind: str = "change", number: int = 0, deed: str = "kill") -> Moment:
+    return Moment(
+        tuple(str(folder / name) for name in ("run", "cache", ".run")),
+        str(folder / "note.json"),
+        kind,
+        number,
+        deed,
+    )
+
+
+def _phase(ended: Ended, how: str) -> str:
+    """In which the process was killed."""
+    if how != "time":
+        return how
+    stages = [line.partition(": ")[2] for line in ended.said.splitlines() if ": " in line]
+    return f"while {stages[-1].split(',')[0][:40]}" if stages else "at the start"
+
+
+def warm(made: Path) -> None:
+    """Import and run all that a run needs, once for all processes that will be forked."""
+    os.environ["CAPOTUNE_CACHE"] = str(made / "warm-cache")
+    from capotune.cli import main as capo
+
+    for number, case in enumerate(cases(made)):
+        if case.method == "lora":
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                capo(["train", *case.flags, "--out", str(made / f"warm-{number}")])
+
+
+def soak(kills: int, seed: int, made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """So many kills, shared out over all cases."""
+    chooser, every = random.Random(seed), cases(made)
+    expected = {case: reference(case, made / "reference") for case in every}
+    by_phase: Counter[str] = Counter()
+    by_case: Counter[str] = Counter()
+    problems: list[str] = []
+    lost = number = 0
+    while sum(by_case.values()) < kills:
+        case = every[number % len(every)]
+        one = trial(case, expected[case], made / f"trial-{number}", draw(expected[case], chooser))
+        number += 1
+        by_phase.update(one.kills)
+        by_case[case.name] += len(one.kills)
+        lost = max(lost, one.lost)
+        problems += [f"trial {number - 1}, {case.name}, {one.kills}: {text}" for text in one.problems]
+        progress(f"{sum(by_case.values())} kills, {len(problems)} problems, {case.name}: {one.kills}")
+    return {
+        "kills": sum(by_case.values()),
+        "trials": number,
+        "by_case": dict(by_case),
+        "by_phase": dict(by_phase.most_common()),
+        "most_steps_lost": lost,
+        "problems": problems,
+    }
+
+
+def full_disk(made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Every write of some runs finds the disk full, then there is room again."""
+    chosen = [case for case in cases(made) if case.name in ("lora, classification", "lora, generation from GGUF")]
+    said: Counter[str] = Counter()
+    problems: list[str] = []
+    for case in chosen:
+        expected, folder = reference(case, made / "reference"), made / "full"
+        for number in range(1, expected.counts["change"] + 1):
+            folder.mkdir()
+            ended = run(folder, ["train", *case.flags, "--out", "run"], _moment(folder, "change", number, "full"))
+            lines = [line for line in ended.said.splitlines() if line.startswith("capo:") or "goes on without" in line]
+            said.update(re.sub(r"/\S+|[\d.,]+ [kM]?B|step-\S+", "…", line) for line in lines)
+            problems += [
+                f"{case.name}, write {number}: {text}" for text in _after_full(ended, lines, case, folder, expected)
+            ]
+            progress(f"{case.name}: write {number} of {expected.counts['file']}, {len(problems)} problems")
+            shutil.rmtree(folder)
+    return {"messages": dict(said.most_common()), "problems": problems}
+
+
+def _after_full(ended: Ended, lines: list[str], case: Case, folder: Path, expected: Reference) -> list[str]:
+    """What is wrong with how a run ended on a full disk, and with how it goes on."""
+    problems = half_written(folder)
+    if "Traceback" in ended.said or (ended.code and len(lines) != 1):
+        problems.append(f"said {ended.said[-800:]}")
+    if ended.code not in (0, 2):
+        problems.append(f"ended with {ended.code}")
+    if ended.code:
+        if list(folder.rglob("*.partial")):
+            problems.append("left something half-written")
+        arguments = ["resume", "run"] if (folder / "run").exists() else ["train", *case.flags, "--out", "run"]
+        again = run(folder, arguments)
+        if again.code:
+            return [*problems, f"{arguments[0]} ended with {again.code}: {again.said[-600:]}"]
+    now = result(folder / "run")
+    return problems + [f"{name} differs" for name in expected.result if now.get(name) != expected.result[name]]
+
+
+def main() -> int:
+    """Soak, and write what was counted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-disk", action="store_true")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    progress = partial(print, flush=True)
+    made = Path(tempfile.mkdtemp(prefix="capotune-soak-"))
+    make(made)
+    warm(made)
+    found = full_disk(made, progress) if given.full_disk else soak(given.kills, given.seed, made, progress)
+    text = json.dumps(found, indent=2)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    if not found["problems"]:
+        shutil.rmtree(made)
+    return bool(found["problems"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
