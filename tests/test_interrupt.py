@@ -239,7 +239,7 @@ def test_resume_wants_the_same_data_and_base(
     before = tree(tmp_path)
     again = capo(*training(bert, tickets, 1))
     assert again.code == 2
-    assert "run exists already. Go on with the run that was stopped there (capo resume), or choose" in again.said
+    assert "run exists already. Go on with what was stopped there (capo resume), or choose" in again.said
     assert tree(tmp_path) == before
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     for part, said in (("data_sha256", "the data is another than"), ("base", "the base is another than")):
