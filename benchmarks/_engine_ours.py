@@ -105,7 +105,7 @@ def settings_of(work: Workload, batch_size: int, **options: Any) -> TrainingSett
         return PromptTuningSettings(num_virtual_tokens=VIRTUAL_TOKENS, **common)
     if work.method == "feature-extraction":
         return FeatureExtractionSettings(trainable_layers=work.trainable_layers, **common)
-    return {"lora": LoraSettings, "qlora": QloraSettings}[work.method](rank=8, alpha=16, **common)
+    return {"lora": LoraSettings, "qlora": QloraSettings}[work.method](rank=work.rank, alpha=2 * work.rank, **common)
 
 
 def assembled(work: Workload, settings: TrainingSettings, base: dict[str, Any]) -> Assembled:

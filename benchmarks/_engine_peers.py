@@ -244,8 +244,8 @@ def _with_adapter(job: Job, model: Any) -> Any:
         )
     else:
         config = peft.LoraConfig(
-            r=8,
-            lora_alpha=16,
+            r=work.rank,
+            lora_alpha=2 * work.rank,
             target_modules=TARGETS[work.base],
             task_type="SEQ_CLS" if work.classifies else "CAUSAL_LM",
             modules_to_save=["classifier"] if work.classifies else None,

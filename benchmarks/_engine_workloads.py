@@ -69,10 +69,12 @@ class Workload:
     trainable_layers: int = 0
     tokens: int | None = None
     """Length of every row, where it is not the data's."""
-    blocks: int = 30
-    """Of the Llama shape."""
+    shape: str = "135m"
+    """Of the Llama, by a name in ``SHAPES``."""
+    rank: int = 8
+    """Of LoRA; alpha is twice as much."""
     rows: int | None = None
-    """Most rows of the data; None: all."""
+    """Most rows of the data, or how many of ``tokens`` there are; None: all, or one."""
 
     @property
     def classifies(self) -> bool:
@@ -92,6 +94,20 @@ class Workload:
         """Folder of the data set."""
         return SHARED / ("banking77" if self.classifies else "gsm8k")
 
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
+    "135m-short": {"hidden_size": 576, "num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3,
+                   "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
+    "135m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+             "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False},
+}  # fmt: skip
+"""Llama's settings: SmolLM-135M's, Llama 3.2 1B's, Llama 3 8B's, and two small ones to try the scripts with."""
 
 LORA = "LoRA of rank 8, alpha 16 on every linear layer, no dropout"
 ADAM = (
@@ -249,10 +265,62 @@ WORKLOADS = (
 )
 
 
+GPU_TRAINER = Contender("PEFT + Trainer", "trainer", {"arguments": {"logging_strategy": "no"}})
+GPU_PEERS = (GPU_TRAINER, Contender("TRL SFTTrainer", "trl", {"arguments": {"gradient_checkpointing": False}}), LIGER)
+ON_A_GPU = f"rank 16, alpha 32 on every linear layer, bf16, ids drawn at random; {ADAM.replace('fp32', 'bf16')}"
+
+GPU_WORKLOADS = (
+    Workload(
+        "8b-lora", "8B Llama, LoRA, 4,096 tokens", f"Llama 3 8B's shape, random weights; LoRA of {ON_A_GPU}.",
+        "llama", "lora", (Comparison(AS_IT_COMES, GPU_PEERS, batch_size=2),),
+        learning_rate=2e-4, steps=5, rounds=1, tokens=4096, rows=10, shape="8b", rank=16,
+    ),
+    Workload(
+        "8b-qlora", "8B Llama, QLoRA (NF4), 4,096 tokens", f"Llama 3 8B's shape, random weights; QLoRA of {ON_A_GPU}.",
+        "llama", "qlora", (Comparison(AS_IT_COMES, GPU_PEERS, batch_size=2),),
+        learning_rate=2e-4, steps=5, rounds=1, tokens=4096, rows=10, shape="8b", rank=16,
+    ),
+    Workload(
+        "135m-lora", "135M Llama, LoRA, completions", f"{LLAMA}, {SFT}; LoRA of {ON_A_GPU}.",
+        "llama", "lora", (Comparison(AS_IT_COMES, GPU_PEERS, batch_size=8),),
+        learning_rate=2e-4, steps=30, rounds=1, rank=16,
+    ),
+    Workload(
+        "8b-lora-lengths", "8B Llama, LoRA, completions", f"Llama 3 8B's shape, {SFT}; LoRA of {ON_A_GPU}.",
+        "llama", "lora", (Comparison(GROUPED, GPU_PEERS, batch_size=32, grouped=True),),
+        learning_rate=2e-4, steps=5, rounds=1, shape="8b", rank=16,
+    ),
+    Workload(
+        "8b-qlora-memory", "8B Llama, QLoRA (NF4), one row of 2,048 tokens: memory",
+        f"Llama 3 8B's shape, random weights; QLoRA of {ON_A_GPU}; gradient checkpointing.",
+        "llama", "qlora",
+        (
+            Comparison(
+                "with gradient checkpointing",
+                (
+                    Contender(OURS, "capotune", {"gradient_checkpointing": True}),
+                    Contender("PEFT + Trainer", "trainer", {"arguments": CHECKPOINTED}),
+                ),
+                batch_size=1,
+            ),
+        ),
+        learning_rate=2e-4, steps=2, rounds=1, tokens=2048, rows=2, shape="8b", rank=16,
+    ),
+    Workload(
+        "1b-lora", "1B Llama, LoRA, 4,096 tokens", f"Llama 3.2 1B's shape, random weights; LoRA of {ON_A_GPU}.",
+        "llama", "lora", (Comparison(AS_IT_COMES, GPU_PEERS, batch_size=4),),
+        learning_rate=2e-4, steps=8, rounds=1, tokens=4096, rows=32, shape="1b", rank=16,
+    ),
+)  # fmt: skip
+"""What ``scripts/gpu_check.py`` runs, most telling first. Too much for a CPU."""
+
+
 def workload(letter: str, *, quick: bool = False, steps: int | None = None) -> Workload:
     """The one of that letter; ``quick`` shows that it works and measures nothing worth knowing."""
-    found = next(one for one in WORKLOADS if one.letter == letter)
-    if quick:
+    found = next(one for one in (*WORKLOADS, *GPU_WORKLOADS) if one.letter == letter)
+    if quick and found in GPU_WORKLOADS:
+        found = replace(found, steps=2, shape="tiny", tokens=found.tokens and 96)
+    elif quick:
         few = None if found.solved else min(found.steps or 3, 3)
-        found = replace(found, steps=few, rounds=1, blocks=3, epochs=min(found.epochs, 2), rows=770)
+        found = replace(found, steps=few, rounds=1, shape="135m-short", epochs=min(found.epochs, 2), rows=770)
     return replace(found, steps=steps) if steps and not found.solved else found

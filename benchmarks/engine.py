@@ -21,10 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _engine_workloads import FLOOR, KERNEL_FLOOR, OURS, WORKLOADS, Comparison, Contender, Workload, workload
+from _engine_workloads import (
+    FLOOR,
+    GPU_WORKLOADS,
+    KERNEL_FLOOR,
+    OURS,
+    WORKLOADS,
+    Comparison,
+    Contender,
+    Workload,
+    workload,
+)
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engine.json"
@@ -220,6 +231,8 @@ def measure_workload(letter: str, options: argparse.Namespace) -> dict[str, Any]
         if "environment" not in prepared:
             return {"title": work.title, **prepared}
         chosen = [one for one in work.comparisons if options.comparison in (None, one.name)]
+        if options.alone:
+            chosen = [replace(one, contenders=()) for one in chosen]
         comparisons = [measure(processes, one, options.rounds or one.rounds or work.rounds) for one in chosen]
     return {
         "title": work.title,
@@ -234,18 +247,22 @@ def measure_workload(letter: str, options: argparse.Namespace) -> dict[str, Any]
 
 def main() -> None:
     """The workloads named on the command line, or all."""
-    letters = [one.letter for one in WORKLOADS]
+    letters, everything = [one.letter for one in WORKLOADS], (*WORKLOADS, *GPU_WORKLOADS)
+    known = [one.letter for one in everything]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {' '.join(letters)}; all when left out")
+    parser.add_argument(
+        "workloads", nargs="*", metavar="workload", help=f"of {' '.join(known)}; when left out, all but those for a GPU"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, shown and not written")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
     parser.add_argument("--rounds", type=int, help="each contender's runs; each workload has its own number")
     parser.add_argument("--steps", type=int, help="optimiser steps in a run, the first one included")
     parser.add_argument("--comparison", metavar="NAME", help="only this table of each workload, such as 'as it comes'")
     parser.add_argument("--out", type=Path, help="where to write, results/engine.json when left out")
     options = parser.parse_args()
-    if unknown := set(options.workloads) - set(letters):
-        parser.error(f"no workload {', '.join(sorted(unknown))}: there are {' '.join(letters)}")
-    chosen = [one for one in WORKLOADS if one.letter in (options.workloads or letters)]
+    if unknown := set(options.workloads) - set(known):
+        parser.error(f"no workload {', '.join(sorted(unknown))}: there are {' '.join(known)}")
+    chosen = [one for one in everything if one.letter in (options.workloads or letters)]
     if options.comparison and not all(options.comparison in [one.name for one in work.comparisons] for work in chosen):
         names = "; ".join(f"{work.letter}: {', '.join(one.name for one in work.comparisons)}" for work in chosen)
         parser.error(f"no table {options.comparison!r} in each of these workloads, which have: {names}")
