@@ -336,15 +336,15 @@ def defaults(content: dict[str, Any]) -> list[str]:
     """Of each data set the test loss of every run, and what a default was chosen by."""
     machine = content["environment"]
     sets = {name: part for name, part in content.items() if name != "environment"}
-    rows = " and ".join(sorted({str(part["train_rows"]) for part in sets.values()}))
+    rows = ", ".join(f"{name} {part['train_rows']}" for name, part in sets.items())
     chosen = _by_set(sets, lambda label: label.startswith("choose"))
     if chosen:
         words = "Other settings of Capotune, on rows held out of the training data, by which defaults were chosen:"
         chosen = [words, "", *chosen, ""]
     scored = ", ".join(f"{name} {next(iter(part['runs'].values()))['rows']}" for name, part in sets.items())
     return [
-        "SmolLM2-135M-Instruct, LoRA of rank 16 and alpha 32 on all linear layers, fp32, one pass over "
-        f"{rows} rows. Loss of the answers' tokens in nats on test rows ({scored}); in brackets the part of the rows "
+        "SmolLM2-135M-Instruct, LoRA of rank 16 and alpha 32 on all linear layers, fp32, one pass over some rows "
+        f"({rows}). Loss of the answers' tokens in nats on test rows ({scored}); in brackets the part of the rows "
         "whose every token is the most probable one. TRL runs with several learning rates; its defaults are 2e-5 and "
         "batches of 8.",
         "",

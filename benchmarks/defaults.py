@@ -74,7 +74,8 @@ def messages(part: str) -> list[dict[str, Any]]:
 
 def chat(part: str) -> list[dict[str, Any]]:
     """Talk of a few turns and short answers on many subjects: the English part of the PyPI package chatterbot-corpus
-    (BSD), but for its code. Nothing was chosen by it. Test rows are 64 whose question no training row begins with."""
+    (BSD), but for its code. How few rows are held out was chosen on its training part. The test rows are 64 whose
+    question no training row begins with."""
     found = find_spec("chatterbot_corpus")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("The set chat is of a package. Run: pip install --no-deps chatterbot-corpus pyyaml")
