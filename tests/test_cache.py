@@ -266,3 +266,14 @@ def test_damaged_entries_are_shown_and_cleared(four: list[Path]) -> None:
         path: {"kind": kind} for path, kind in zip(four, ("features", "models", "hashes", "features"), strict=True)
     }
     assert len(cache.clear()) == 4
+
+
+@pytest.mark.parametrize("name", ["", "a", "a name", "é" * 7, 'quoted " and \\ and \n', "x" * 61])
+def test_values_are_aligned_in_memory_whatever_the_names_in_the_header(name: str, bert: Path, tmp_path: Path) -> None:
+    """The same products come of them, to the last bit, as of values that were just computed."""
+    assembled = features(bert)
+    for _ in range(2):
+        run = ActivationCache(tmp_path, {}, {"base": name, "data": "rows.csv"})
+        values = pooled(run, assembled, (0,), rows_of(assembled))
+    assert run.forward_rows == 0
+    assert values.data_ptr() % 64 == 0

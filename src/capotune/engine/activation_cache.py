@@ -37,8 +37,10 @@ from capotune.evaluation.resume import BoundaryStates
 from capotune.events import OnProgress, Reporter, Warned, ignore
 from capotune.files import free_bytes, human_bytes
 from capotune.kernels.execution import reduced_precision, reusing_memory
+from capotune.models.shards import DTYPE_NAMES, HEADER_LENGTH
 
 _FORMAT = 6
+_ALIGNMENT = 64
 
 
 @dataclass
@@ -158,6 +160,7 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             cache.tidy(self.folder)
+            facts = facts | {"padding": _padding(values, facts)}
             save_file({"values": values}, temporary, metadata=facts | {"crc32": _checksum(values, facts)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -180,3 +183,12 @@ def _checksum(values: torch.Tensor, facts: dict[str, str]) -> str:
     described = json.dumps([sorted(facts.items()), str(values.dtype), list(values.shape)])
     content: Any = values.reshape(-1).view(torch.uint8).numpy()
     return f"{zlib.crc32(content, zlib.crc32(described.encode())):08x}"
+
+
+def _padding(values: torch.Tensor, facts: dict[str, str]) -> str:
+    """Spaces that make the file's header end where numbers are read fastest in place. Which numbers stand there decides
+    how they are added up, and so the last bits of what is computed with them: names in the header must not."""
+    described = {"dtype": DTYPE_NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [0, values.nbytes]}
+    header = {"__metadata__": {**facts, "padding": "", "crc32": "0" * 8}, "values": described}
+    size = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace"))
+    return " " * (-(HEADER_LENGTH + size) % _ALIGNMENT)
