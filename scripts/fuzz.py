@@ -6,26 +6,15 @@
     python scripts/fuzz.py --list
 
 A reader starts from a small adapter that this script makes on capo-tiny. atheris (libFuzzer) changes the bytes of one
-file: as they are, or, where the file is JSON or begins with it, the values in it (``fuzz_mutations``). What is raised
-beside ``CapotuneError`` is a finding, and so is an input that takes longer than ``SLOW`` seconds; each is printed once
-with the place, and its bytes are written to ``--out``. Memory beyond ``MEMORY_MB`` ends the run.
-docs/fuzzing.md holds the counts.
+file: as they are, or, where the file is JSON or begins with it, the values in it (``fuzz_mutations``). ``fuzz_engine``
+says what a finding is; docs/fuzzing.md holds the counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import logging
-import os
-import resource
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -33,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+from fuzz_engine import Target, command_line, folder_for, fuzz
 from fuzz_mutations import mutate_json, mutate_safetensors
 
 with atheris.instrument_imports(include=["capotune"]):
@@ -57,7 +47,6 @@ from capotune.settings import Context
 from capotune.tasks.classification.task import Classification
 from capotune.tasks.generation.task import Generation
 
-SLOW, MEMORY_MB, LONGEST_INPUT = 10.0, 3000, 1 << 16
 TRAINED = {"train_rows": 8, "test_rows": 0, "held_out_score": 0.5, "score": None, "train_seconds": 1.0}
 ANSWERS = golden._probabilities
 SETTINGS = LoraSettings(rank=2, target_modules=("q_proj",), layers=(3,))
@@ -154,16 +143,6 @@ READERS = {
 }
 
 
-@dataclass
-class Counts:
-    """What came of the inputs."""
-
-    runs: int = 0
-    accepted: int = 0
-    slowest: float = 0.0
-    findings: dict[str, int] = field(default_factory=dict)
-
-
 def prepare(reader: Reader, folder: Path) -> Fuzzed:
     """The folder, with files whole."""
     base = find("capo-tiny")
@@ -193,52 +172,21 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-def fuzz(name: str, runs: int, out: Path) -> None:
-    """Run one reader in this process, which ends with it; prints a line of the table in docs/fuzzing.md."""
-    reader, counts = READERS[name], Counts()
-    folder = Path(tempfile.mkdtemp(prefix="capotune-fuzz-")) / "adapter"
-    fuzzed = prepare(reader, folder)
-    path = folder / reader.file
+def start(name: str, runs: int, out: Path) -> None:
+    """Fuzz one reader in this process, which ends with it."""
+    torch.set_num_threads(1)
+    reader, folder = READERS[name], folder_for(name)
+    fuzzed = prepare(reader, folder / "adapter")
+    path = fuzzed.folder / reader.file
     whole = path.read_bytes()
     values = json.loads(whole) if reader.part else {}
     seed = json.dumps(values[reader.part]).encode() if reader.part else whole
 
-    def one(data: bytes) -> None:
-        counts.runs += 1
+    def read(data: bytes) -> None:
         path.write_bytes(with_part(values, reader.part, data) if reader.part else data)
-        began = time.perf_counter()
-        try:
-            reader.read(fuzzed)
-            counts.accepted += 1
-        except CapotuneError:
-            pass
-        except Exception as error:  # noqa: BLE001 - that is what is looked for
-            found(name, error, data, counts, out)
-        took = time.perf_counter() - began
-        counts.slowest = max(counts.slowest, took)
-        if took > SLOW:
-            found(name, TimeoutError(f"{took:.0f} s"), data, counts, out)
-        if counts.runs >= runs:
-            finish(name, counts, folder)
+        reader.read(fuzzed)
 
-    corpus = folder.parent / "corpus"
-    corpus.mkdir()
-    (corpus / "seed").write_bytes(seed)
-    options = [sys.argv[0], str(corpus), f"-max_len={LONGEST_INPUT}", f"-rss_limit_mb={MEMORY_MB}", "-verbosity=0"]
-    mutator = {} if reader.mutate is None else {"custom_mutator": mutator_of(reader.mutate, seed)}
-    atheris.Setup(options, one, **mutator)
-    atheris.Fuzz()
-
-
-def mutator_of(change: Callable[..., bytes], whole: bytes) -> Callable[[bytes, int, int], bytes]:
-    """Three in four inputs have a value changed, one of them in the whole file; the others have bytes changed."""
-
-    def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        kind = seed % 4
-        mutated = change(whole if kind == 0 else data, seed) if kind < 3 else atheris.Mutate(data, len(data))
-        return bytes(mutated[:longest])
-
-    return mutate
+    fuzz(name, Target(read, (CapotuneError,), [seed], reader.mutate), runs, out, folder)
 
 
 def with_part(values: dict[str, Any], part: str, data: bytes) -> bytes:
@@ -250,53 +198,5 @@ def with_part(values: dict[str, Any], part: str, data: bytes) -> bytes:
     return json.dumps({**values, part: value}).encode()
 
 
-def found(name: str, error: Exception, data: bytes, counts: Counts, out: Path) -> None:
-    """Count a finding; a new one is shown with its place and its input written."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "capotune" in frame.filename] or list(frames)
-    place = f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else str(error)
-    counts.findings[place] = counts.findings.get(place, 0) + 1
-    if counts.findings[place] == 1:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}-{len(counts.findings)}").write_bytes(data)
-        print(f"FOUND {name}: {place}: {str(error)[:300]}", "".join(traceback.format_list(frames[-4:])), sep="\n")
-
-
-def finish(name: str, counts: Counts, folder: Path) -> None:
-    """Print the table's line and end the process, which libFuzzer would not."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(
-        f"| {name} | {counts.runs:,} | {counts.accepted:,} | {len(counts.findings)} | {counts.slowest:.2f} s "
-        f"| {peak:,} MB |"
-    )
-    for place, times in counts.findings.items():
-        print(f"  {place}: {times} inputs")
-    shutil.rmtree(folder.parent)
-    sys.stdout.flush()
-    os._exit(1 if counts.findings else 0)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reader", nargs="?", choices=[*READERS, "all"], default="all")
-    parser.add_argument("--runs", type=int, default=20_000)
-    parser.add_argument(
-        "--out", type=Path, default=Path("fuzz-findings"), help="folder for inputs that found something"
-    )
-    parser.add_argument("--list", action="store_true")
-    given = parser.parse_args()
-    if given.list:
-        print(*READERS, sep="\n")
-        return 0
-    if given.reader == "all":  # each in a process of its own: libFuzzer ends it
-        command = [sys.executable, __file__]
-        more = ["--runs", str(given.runs), "--out", str(given.out)]
-        return max(subprocess.run([*command, name, *more], check=False).returncode for name in READERS)
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    fuzz(given.reader, given.runs, given.out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(__file__, READERS, start, __doc__))

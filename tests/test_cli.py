@@ -412,6 +412,10 @@ def test_another_seed_gives_another_adapter(
         ("methods: [lora, lora]\n", ["each once", "lora, lora"]),
         ("- lora\n", ["'name: value'", "found a list"]),
         ("lora: {rank: [\n", ["not valid YAML", "line 2"]),
+        ("model: 2020-13-45\n", ["not valid YAML", "month must be in 1..12"]),
+        ('model: "a \\ud800"\n', ["'a ?' has half of a two-part character"]),
+        ("model: &a {b: *a}\n", ["more than 20 levels deep"]),
+        ("a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(18)), ["more than 100,000"]),
     ],
 )
 def test_a_bad_yaml_file_is_named_with_what_is_wrong(yaml: str, words: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 AnyTraining = TypeVar("AnyTraining", bound="TrainingSettings")
+_MOST_VALUES, _MOST_LEVELS = 100_000, 20  # of a file of settings
 
 
 class Settings(BaseModel):
@@ -431,7 +432,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingError(
             f"cannot be read ({error}).", setting="config", given=path, advice="Give a YAML file."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar is a ValueError
         raise SettingError(f"not valid YAML: {error}", setting="config", given=path) from None
     if values is None:
         return {}
@@ -439,7 +440,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingError(
             f"expected settings as 'name: value' lines, found a {type(values).__name__}.", setting="config", given=path
         )
+    if why := _why_no_settings(values):
+        raise SettingError(why, setting="config", given=path)
     return _underscored(values)
+
+
+def _why_no_settings(values: dict[Any, Any]) -> str | None:
+    """What no settings have. YAML's references may make a short file endless, and its escapes half a character."""
+    waiting: list[tuple[Any, int]] = [(values, 0)]
+    for _ in range(_MOST_VALUES):
+        if not waiting:
+            return None
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list | tuple | set):
+            inner = [*value, *value.values()] if isinstance(value, dict) else value
+            waiting += [(one, depth + 1) for one in inner]
+        if depth > _MOST_LEVELS:
+            return f"values are more than {_MOST_LEVELS} levels deep, which no setting is."
+        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+            return f"{value.encode(errors='replace').decode()!r} has half of a two-part character."
+    return f"there are more than {_MOST_VALUES:,} values, references counted each time."
 
 
 def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
