@@ -101,7 +101,7 @@ def test_the_report_is_json() -> None:
 
 def test_lengths_for_other_rows_are_refused() -> None:
     data = LabelledData(rows(("one", "a")), rows(("two", "b")))
-    with pytest.raises(ValueError, match="argument 2 is"):
+    with pytest.raises(ValueError, match="2 values for 1 rows"):
         inspect_data(data, [1, 1], [1], 8)
 
 

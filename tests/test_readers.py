@@ -140,7 +140,7 @@ def test_a_hundred_thousand_rows(write: Write) -> None:
     table = read_table(source)
     assert len(table.rows) == many
     assert (table.rows[-1], table.lines[-1]) == ({"text": f"text number {many - 1}", "label": "4"}, many + 1)
-    source = write("a.json", json.dumps(table.rows, indent=1))
+    source = write("a.json", json.dumps(list(table.rows), indent=1))
     assert read_table(source).rows == table.rows
 
 
@@ -347,10 +347,11 @@ def test_other_endings_are_refused_with_a_way_out(write: Write, name: str, advic
 
 
 def test_an_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     source = write("a.csv", CSV)
+    monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert f"{source}: cannot be read: Permission denied" in error_of(source)
 

@@ -91,7 +91,7 @@ def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[st
     """
     with collector_at_rest():
         from capotune import tasks
-        from capotune.runs.run import prepare, resolve
+        from capotune.runs import run as runs
 
     shared, method = _separate("lora", settings)
     found: dict[str, Any] = {}
@@ -101,9 +101,9 @@ def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[st
             found.update(task=event.task, report=event.report)
         report(event)
 
-    run = resolve(build(TrainSettings, sources(data, shared)), listen)
+    run = runs.resolve(build(TrainSettings, sources(data, shared)), listen)
     try:
-        prepare(run, method, listen)
+        runs.inspect(run, method, listen)
     except DataError as error:
         if not found:
             raise

@@ -8,13 +8,15 @@ place again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from capotune.kernels import policy
@@ -202,11 +204,49 @@ def collate(
     return Batch(ids, lengths, mask, targets=wanted, in_loss=in_loss)
 
 
+class TokenLists(Sequence[list[int]]):
+    """Many sequences in one array: 4 bytes a token, where a list of Python's integers takes 36."""
+
+    def __init__(self, values: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
+        self._values, self._starts = values, starts
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence[int]]) -> TokenLists:
+        """Those of ``sequences``, which are not held."""
+        values, lengths = array("i"), array("q", [0])
+        for sequence in sequences:
+            values.extend(sequence)
+            lengths.append(len(sequence))
+        return cls(np.frombuffer(values, dtype=np.int32), np.cumsum(lengths))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[list[int]]: ...
+
+    def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        at = range(len(self))[row]
+        found: list[int] = self._values[self._starts[at] : self._starts[at + 1]].tolist()
+        return found
+
+
+def taken(sequences: Sequence[list[int]], rows: Sequence[int]) -> Sequence[list[int]]:
+    """The sequences of these rows, held as the others are."""
+    chosen = (sequences[row] for row in rows)
+    return TokenLists.of(chosen) if isinstance(sequences, TokenLists) else list(chosen)
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Token sequences and what turns them into batches."""
 
-    sequences: list[list[int]]
+    sequences: Sequence[list[int]]
     pad_id: int
     prefix: Sequence[int] = range(0)
     """Tokens before every sequence: a soft prompt's virtual ones, or a hard prompt's."""

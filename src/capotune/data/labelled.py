@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from capotune.data.columns import part_of_each_row, unused_columns
 from capotune.data.label_columns import find_label_columns
 from capotune.data.label_values import label_text, one_spelling, refuse_no_classes, why_no_label
 from capotune.data.readers import as_source, read_table
-from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
+from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked, text_numbers
 from capotune.data.table import Origin, Table
 from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten, type_name
 from capotune.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["LabelledData", "LabelledText", "load_labelled", "read_labelled", "read_to_score", "with_known_labels"]
@@ -49,6 +50,7 @@ class LabelledText:
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledText:
         """The rows at ``indices``, in that order."""
+        indices = indices if isinstance(indices, list) else np.asarray(indices, dtype=np.int64).tolist()
         return replace(
             self,
             texts=[self.texts[index] for index in indices],
@@ -169,12 +171,12 @@ def _read(
 
 
 def _check_rows(table: Table, text_column: str, label_column: str) -> LabelledText:
-    texts: list[Any] = [row.get(text_column) for row in table.rows]
-    labels = [label_text(row.get(label_column)) for row in table.rows]
+    texts, values = table.column(text_column), table.column(label_column)
+    labels = _label_texts(values)
     bad = {
         line: problem
-        for line, row, label in zip(table.lines, table.rows, labels, strict=True)
-        if (problem := _problem(row, label, text_column, label_column))
+        for line, text, value, label in zip(table.lines, texts, values, labels, strict=True)
+        if (problem := _problem(text, value, label, text_column, label_column))
     }
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(texts):,} rows"
@@ -185,14 +187,30 @@ def _check_rows(table: Table, text_column: str, label_column: str) -> LabelledTe
     return LabelledText(texts, [label or "" for label in labels], table.lines, table.source, text_column, label_column)
 
 
-def _problem(row: Mapping[str, Any], label: str | None, text_column: str, label_column: str) -> str | None:
-    text, problems = row.get(text_column), []
+def _label_texts(values: list[Any]) -> list[str | None]:
+    """Each label as text; that of values which are the same text is worked out once."""
+    known: dict[str, str | None] = {}
+    found = []
+    for value in values:
+        if not isinstance(value, str):
+            found.append(label_text(value))
+        elif value in known:
+            found.append(known[value])
+        else:
+            found.append(known.setdefault(value, label_text(value)))
+    return found
+
+
+def _problem(text: Any, value: Any, label: str | None, text_column: str, label_column: str) -> str | None:
+    if label and isinstance(text, str) and text.strip():
+        return None
+    problems = []
     if text is None or (isinstance(text, str) and not text.strip()):
         problems.append(f"empty text ({text_column})")
     elif not isinstance(text, str):
         problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
     if label is None:
-        problems.append(why_no_label(row[label_column], label_column))
+        problems.append(why_no_label(value, label_column))
     elif not label:
         problems.append(f"missing label ({label_column})")
     return " and ".join(problems) or None
@@ -204,9 +222,8 @@ def _problem(row: Mapping[str, Any], label: str | None, text_column: str, label_
 def _split_by_seed(rows: LabelledText, fraction: float, seed: int) -> LabelledData:
     codes = {name: code for code, name in enumerate(sorted(set(rows.labels)))}
     _refuse_one_label(rows)
-    groups = [normalised(text) for text in rows.texts]
     try:
-        train, test = hold_out([codes[label] for label in rows.labels], fraction, seed, groups)
+        train, test = hold_out([codes[label] for label in rows.labels], fraction, seed, text_numbers(rows.texts))
     except DataError as error:
         advice = f"{error.advice} Or give rows to test on (`test`)."
         raise DataError(error.problem, where=str(rows.source), advice=advice) from error

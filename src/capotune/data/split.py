@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from capotune.memory_table import MemoryTable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "split_as_marked"]
+__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "split_as_marked", "text_numbers"]
 
 
 class TakesRows(Protocol):
@@ -88,7 +89,7 @@ def _is_same(data: object, test: object) -> bool:
 
 
 def hold_out(
-    labels: Sequence[int], fraction: float, seed: int, groups: Sequence[Hashable] | None = None
+    labels: Sequence[int], fraction: float, seed: int, groups: Iterable[Hashable] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose rows to hold out, of each label the same part as near as whole rows allow.
 
@@ -111,26 +112,40 @@ def hold_out(
     if not 0 < fraction < 1:
         allowed = "more than 0 and less than 1, such as 0.2"
         raise SettingError(f"The fraction to hold out is {fraction}.", allowed=allowed)
-    members: dict[Hashable, list[int]] = {}
-    for row, group in enumerate(range(len(labels)) if groups is None else groups):
-        members.setdefault(group, []).append(row)
-    units: dict[int, list[list[int]]] = {}
-    for rows in members.values():
-        if len({labels[row] for row in rows}) == 1:
-            units.setdefault(labels[rows[0]], []).append(rows)
-    if all(len(of_label) < 2 for of_label in units.values()):
+    number = _numbered(range(len(labels)) if groups is None else groups)
+    label, (_, first) = np.asarray(labels), np.unique(number, return_index=True)
+    label_of = label[first]
+    is_mixed = np.zeros(len(first), dtype=bool)
+    is_mixed[number[label != label_of[number]]] = True
+    units = _by_label(np.flatnonzero(~is_mixed), label_of)
+    if all(len(of_label) < 2 for of_label in units):
         raise DataError("nothing can be held out, as no label has two different texts.", advice="Add rows.")
     rng = np.random.default_rng(seed)
-    quotas = _quotas([len(of_label) for of_label in units.values()], fraction, rng)
-    held = [
-        row
-        for of_label, quota in zip(units.values(), quotas, strict=True)
-        for chosen in rng.permutation(len(of_label))[:quota]
-        for row in of_label[chosen]
-    ]
-    is_held = np.zeros(len(labels), dtype=bool)
-    is_held[held] = True
+    quotas = _quotas([len(of_label) for of_label in units], fraction, rng)
+    held = [of_label[rng.permutation(len(of_label))[:quota]] for of_label, quota in zip(units, quotas, strict=True)]
+    is_held = np.isin(number, np.concatenate(held))
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def _by_label(groups: NDArray[np.int64], label_of: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The groups of each label in their order; the labels in that in which they come first."""
+    label = label_of[groups]
+    order = np.argsort(label, kind="stable")
+    _, starts = np.unique(label[order], return_index=True)
+    return sorted(np.split(groups[order], starts[1:]), key=lambda of_label: int(of_label[0])) if len(groups) else []
+
+
+def text_numbers(texts: Iterable[str]) -> NDArray[np.int64]:
+    """A number for each text, in the order in which they come first; equal texts have the same (``normalised``).
+
+    What is remembered of a text is a hash of 128 bits.
+    """
+    return _numbered(blake2b(normalised(text).encode(), digest_size=16).digest() for text in texts)
+
+
+def _numbered(groups: Iterable[Hashable]) -> NDArray[np.int64]:
+    known: dict[Hashable, int] = {}
+    return np.fromiter((known.setdefault(group, len(known)) for group in groups), dtype=np.int64)
 
 
 def _quotas(sizes: Sequence[int], fraction: float, rng: np.random.Generator) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from capotune.data.columns import TEXT_NAMES, find_column, given_column
 from capotune.data.readers import is_plain_text, read_table, read_text
@@ -63,7 +63,7 @@ def _column(source: str, given: str | None, names: Sequence[str], setting: str) 
             where=source,
             advice=f"Give `{setting}`.",
         )
-    texts: list[Any] = [row.get(column) for row in table.rows]
+    texts = table.column(column)
     bad = {
         line: f"the column {quoted(column)} holds {quoted(text)}"
         for line, text in zip(table.lines, texts, strict=True)

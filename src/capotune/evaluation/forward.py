@@ -14,7 +14,7 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Objective, Score
-from capotune.data.batches import Batch, Targets, TokenRows, sorted_order, tokens_at_once
+from capotune.data.batches import Batch, Targets, TokenRows, sorted_order, taken, tokens_at_once
 from capotune.evaluation.resume import BoundaryStates, starting_at
 from capotune.events import OnProgress
 
@@ -32,7 +32,7 @@ class Examples:
     def take(self, rows: torch.Tensor) -> Examples:
         """The rows at these positions, without what was cached of them."""
         chosen, where = rows.tolist(), self.where
-        tokens = replace(self.rows, sequences=[self.rows.sequences[row] for row in chosen])
+        tokens = replace(self.rows, sequences=taken(self.rows.sequences, chosen))
         every = self.targets
         targets = every[rows] if isinstance(every, torch.Tensor) else [every[row] for row in chosen]
         return Examples(tokens, targets, where=lambda at: where(chosen[at]))

@@ -84,13 +84,23 @@ def complete(
 
 def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> Prepared:
     """Resolve what was left out of the settings, find the base, and read the data for it."""
+    settings, task, base, context = _found(settings, report)
+    task_run = task.prepare(settings, method.completed(context), base, report)
+    return Prepared(settings, method.completed(replace(context, train_rows=task_run.train_rows)), base, task_run)
+
+
+def inspect(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> None:
+    """Read and check the data and report on it, as ``prepare`` does; nothing more is to come."""
+    settings, task, base, context = _found(settings, report)
+    task.inspect(settings, method.completed(context), base, report)
+
+
+def _found(settings: TrainSettings, report: Reporter) -> tuple[TrainSettings, type[Task], Base, Context]:
     settings = resolve(settings, report)
     task = tasks.recognise(settings)
     assert settings.model is not None
     base = find(settings.model, trust_remote_code=settings.trust_remote_code, report=report)
-    context = Context(base.hidden_size, task.has_head)
-    task_run = task.prepare(settings, method.completed(context), base, report)
-    return Prepared(settings, method.completed(replace(context, train_rows=task_run.train_rows)), base, task_run)
+    return settings, task, base, Context(base.hidden_size, task.has_head)
 
 
 def resolve(settings: TrainSettings, report: Reporter) -> TrainSettings:

@@ -157,6 +157,11 @@ class Task(TaskModel):
         """
 
     @classmethod
+    def inspect(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+        """Report what was found as ``prepare`` does, where nothing is trained after it. Raises the same."""
+        cls.prepare(settings, method, base, report)
+
+    @classmethod
     def read_texts(cls, source: str, text_column: str | None) -> list[Any]:
         """What a file holds to predict: a column's texts, or the lines of plain text. Raises ``DataError``."""
         return list(read_texts(source, text_column))

@@ -9,13 +9,17 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from capotune.data.columns import NO_WIDTH
 from capotune.data.inspect.findings import columns_not_used, rows_found, rows_lost, token_lengths
-from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
+from capotune.data.inspect.measures import Counted, Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
-from capotune.data.split import normalised
+from capotune.data.split import normalised, text_numbers
 from capotune.data.wording import count, quoted, shorten
 from capotune.data_blocks import Block, Counts, Finding, Findings
 
@@ -67,6 +71,8 @@ class LabelReport:
         missing_labels: training rows whose label is how a missing value is written (``nan``, ``N/A``).
         respelled: labels that are read as another one, which is the same number or truth value.
         unused: columns that are not read.
+        counted: training rows whose tokens were counted, where not all were: the longest, and some at random. The
+            rows that are cut or without a token are those among them, and likewise in test.
     """
 
     source: str
@@ -93,6 +99,7 @@ class LabelReport:
     missing_labels: Lines = field(default_factory=lambda: Lines(0, []))
     respelled: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    counted: int | None = None
 
 
 def inspect_data(
@@ -101,6 +108,7 @@ def inspect_data(
     token_lengths_test: Sequence[int],
     max_length: int,
     base_length: int | None = None,
+    counted: Sequence[Counted | None] = (None, None),
 ) -> LabelReport:
     """Measure the data.
 
@@ -110,15 +118,22 @@ def inspect_data(
         token_lengths_test: the same for the test texts.
         max_length: the most tokens a text may keep.
         base_length: tokens that the base takes; None: as many.
+        counted: the training and the test rows whose lengths are given, where they are not given of all.
 
     Raises:
         ValueError: the number of lengths is not the number of rows.
     """
     train, test = data.train, data.test
-    labels_of = defaultdict(set)
-    for text, label in zip(map(normalised, train.texts), train.labels, strict=True):
-        labels_of[text].add(label)
+    same = text_numbers(chain(train.texts, test.texts))
+    same_train, same_test = same[: len(train)], same[len(train) :]
     labels = _count_labels(train, test)
+    number = {label.name: at for at, label in enumerate(labels)}
+    label = np.fromiter(map(number.__getitem__, train.labels), dtype=np.int64, count=len(train))
+    train_counted, test_counted = (
+        rows if some is None else rows.take(some.rows) for rows, some in zip((train, test), counted, strict=True)
+    )
+    drawn = [None if some is None else some.drawn for some in counted]
+    missing = {name for name in number if name.casefold() in _MISSING}
     return LabelReport(
         source=str(train.source),
         test_source=str(test.source),
@@ -131,19 +146,20 @@ def inspect_data(
         imbalance=labels[0].train / min(label.train for label in labels if label.train),
         max_length=max_length,
         base_length=base_length or max_length,
-        train_tokens=lengths_of(token_lengths_train),
-        test_tokens=lengths_of(token_lengths_test) if token_lengths_test else None,
-        train_truncated=lines_where(train, (length > max_length for length in token_lengths_train)),
-        test_truncated=lines_where(test, (length > max_length for length in token_lengths_test)),
-        train_empty=_empty(train, token_lengths_train),
-        test_empty=_empty(test, token_lengths_test),
-        duplicates=lines_where(train, _repeats(train)),
-        conflicts=lines_where(train, (len(labels_of[normalised(text)]) > 1 for text in train.texts)),
-        leaked=lines_where(test, (normalised(text) in labels_of for text in test.texts)),
+        train_tokens=lengths_of(token_lengths_train, drawn[0]),
+        test_tokens=lengths_of(token_lengths_test, drawn[1]) if len(test) else None,
+        train_truncated=lines_where(train_counted, (length > max_length for length in token_lengths_train)),
+        test_truncated=lines_where(test_counted, (length > max_length for length in token_lengths_test)),
+        train_empty=_empty(train_counted, token_lengths_train),
+        test_empty=_empty(test_counted, token_lengths_test),
+        duplicates=lines_where(train, _repeats(same_train * len(labels) + label)),
+        conflicts=lines_where(train, _differ(same_train, label)),
+        leaked=lines_where(test, same_test <= same_train.max()),
         similar_labels=_similar([label.name for label in labels]),
-        missing_labels=lines_where(train, (label.casefold() in _MISSING for label in train.labels)),
+        missing_labels=lines_where(train, (name in missing for name in train.labels)),
         respelled=data.respelled,
         unused=list(train.unused),
+        counted=None if counted[0] is None else len(token_lengths_train),
     )
 
 
@@ -163,12 +179,19 @@ def _empty(rows: LabelledText, tokens: Sequence[int]) -> Lines:
     return lines_where(rows, (length == 0 or not text.strip() for text, length in zip(rows.texts, tokens, strict=True)))
 
 
-def _repeats(rows: LabelledText) -> Iterable[bool]:
-    seen: set[tuple[str, str]] = set()
-    for text, label in zip(rows.texts, rows.labels, strict=True):
-        row = (normalised(text), label)
-        yield row in seen
-        seen.add(row)
+def _repeats(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each is equal to an earlier one."""
+    repeats = np.ones(len(rows), dtype=bool)
+    repeats[np.unique(rows, return_index=True)[1]] = False
+    return repeats
+
+
+def _differ(group: NDArray[np.int64], label: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether some row of each one's group has another label; ``group`` as ``text_numbers`` gives them."""
+    _, first = np.unique(group, return_index=True)
+    differ = np.zeros(len(first), dtype=bool)
+    differ[group[label != label[first][group]]] = True
+    return differ[group]
 
 
 def _similar(names: Sequence[str]) -> list[list[str]]:
@@ -193,6 +216,8 @@ def _findings(report: LabelReport) -> Iterable[Finding]:
     yield from columns_not_used(report.unused)
     yield Finding("Rows", f"{report.train_rows:,} to train, {report.test_rows:,} to test ({report.test_from})")
     yield token_lengths(report.train_tokens, report.max_length, report.base_length)
+    if report.counted:
+        yield Finding("Counted", f"the tokens of {report.counted:,} training texts: the longest, and others at random")
     rarest = min(label.train for label in report.labels if label.train)
     most = report.labels[0].train
     each = f"{most:,}" if rarest == most else f"{rarest:,} to {most:,}"

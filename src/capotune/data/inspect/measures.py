@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from capotune.data.table import Origin
 
-__all__ = ["Lengths", "Lines", "lengths_of", "lines_where"]
+__all__ = ["Counted", "Lengths", "Lines", "lengths_of", "lines_where", "rows_to_count"]
+
+MOST_COUNTED: Final = 50_000
+LONGEST_COUNTED: Final = 5_000
 
 SHOWN_LINES: Final = 5
 
@@ -46,13 +50,35 @@ class Lengths:
     max: int
 
 
-def lengths_of(tokens: Sequence[int]) -> Lengths:
-    """How lengths spread. Each of the four is a length that occurs."""
-    low, median, p95, high = np.percentile(tokens, [0, 50, 95, 100], method="inverted_cdf")
-    return Lengths(int(low), int(median), int(p95), int(high))
+@dataclass(frozen=True)
+class Counted:
+    """Tokens of some of many texts: of ``drawn`` of them taken at random, and then of the longest others."""
+
+    rows: NDArray[np.int64]
+    drawn: int
 
 
-def lines_where(rows: PlacedRows, chosen: Iterable[bool]) -> Lines:
-    """Those of the rows that are ``chosen``."""
-    found = [line for line, is_chosen in zip(rows.lines, chosen, strict=True) if is_chosen]
-    return Lines(len(found), found[:SHOWN_LINES], rows.source.unit)
+def rows_to_count(texts: Sequence[str], seed: int) -> Counted | None:
+    """Texts whose tokens say enough of all: none are chosen (None) where there are few."""
+    if len(texts) <= MOST_COUNTED:
+        return None
+    size = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    drawn = np.random.default_rng(seed).choice(len(texts), MOST_COUNTED - LONGEST_COUNTED, replace=False)
+    longest = np.argpartition(size, -LONGEST_COUNTED)[-LONGEST_COUNTED:]
+    return Counted(np.concatenate([drawn, np.setdiff1d(longest, drawn)]), len(drawn))
+
+
+def lengths_of(tokens: Sequence[int], drawn: int | None = None) -> Lengths:
+    """How lengths spread. Each of the four is a length that occurs; the middle ones among the first ``drawn`` where not
+    all were drawn at random."""
+    median, p95 = np.percentile(tokens[:drawn], [50, 95], method="inverted_cdf")
+    return Lengths(int(np.min(tokens)), int(median), int(p95), int(np.max(tokens)))
+
+
+def lines_where(rows: PlacedRows, chosen: Iterable[bool] | NDArray[np.bool_]) -> Lines:
+    """Those of the rows that are ``chosen``, of which there are as many; else a ``ValueError``."""
+    mask = chosen if isinstance(chosen, np.ndarray) else np.fromiter(chosen, dtype=bool)
+    if len(mask) != len(rows.lines):
+        raise ValueError(f"{len(mask)} values for {len(rows.lines)} rows")
+    found = np.flatnonzero(mask)
+    return Lines(len(found), [rows.lines[row] for row in found[:SHOWN_LINES].tolist()], rows.source.unit)

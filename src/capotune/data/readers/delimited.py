@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from capotune.data.columns import refuse_duplicates
-from capotune.data.table import Origin, Table
+from capotune.data.readers.lines import Lines
+from capotune.data.table import Origin, RowsBuilder, Table
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt
 
 __all__ = ["read_delimited"]
@@ -27,34 +27,33 @@ class _Broken:
     why: str
 
 
-def read_delimited(text: str, source: str, delimiter: str | None, limit: int | None) -> Table:
-    """The rows of a csv or tsv file's text; without a ``delimiter`` it is read off the header line.
+def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int | None) -> Table:
+    """The rows of a csv or tsv file's lines; without a ``delimiter`` it is read off the header line.
 
     Raises:
         DataError: lines have other numbers of fields than the header, or broken quotes.
     """
     columns: list[str] = []
-    rows: list[dict[str, Any]] = []
+    rows = RowsBuilder()
     starts: list[int] = []
     bad: dict[int, str] = {}
     origin = Origin(source)
-    lines = list(io.StringIO(text, newline=""))
-    with _fields_up_to(len(text)):
+    with _fields_up_to(lines.size):
         first, delimiter = _header(lines, delimiter)
         for line, fields in _split_fields(lines, delimiter, first):
             if isinstance(fields, _Broken):
-                bad[line] = f"{fields.why}: {excerpt(lines[line - 1])}"
+                bad[line] = f"{fields.why}: {excerpt(lines.at(line - 1))}"
             elif not any(map(str.strip, fields)):
                 continue
             elif not columns:
                 columns = _column_names(fields, origin.at(line))
             elif len(fields) != len(columns):
                 found = count(len(fields), "field")
-                bad[line] = f"{found}, where the header has {len(columns)}: {excerpt(lines[line - 1])}"
+                bad[line] = f"{found}, where the header has {len(columns)}: {excerpt(lines.at(line - 1))}"
             else:
-                rows.append(dict(zip(columns, fields, strict=True)))
+                rows.add(columns, fields)
                 starts.append(line)
-            if len(bad) == SHOWN or (bad and not columns) or len(rows) == limit:
+            if len(bad) == SHOWN or (bad and not columns) or rows.count == limit:
                 break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
@@ -62,7 +61,7 @@ def read_delimited(text: str, source: str, delimiter: str | None, limit: int | N
             f'Double quotes go around a field that holds {delimiter!r} or a line break; a quote in it is written "".'
         )
         raise bad_rows(origin, f"{at_least} cannot be read as fields separated by {delimiter!r}", bad, advice)
-    return Table(columns, rows, starts, origin)
+    return Table(columns, rows.rows(), starts, origin)
 
 
 @contextmanager
@@ -77,29 +76,29 @@ def _fields_up_to(size: int) -> Iterator[None]:
             csv.field_size_limit(before)
 
 
-def _header(lines: list[str], delimiter: str | None) -> tuple[int, str]:
+def _header(lines: Lines, delimiter: str | None) -> tuple[int, str]:
     """Where the header line stands, and the delimiter that gives it the most fields (a comma when none does)."""
-    first = next(index for index, line in enumerate(lines) if line.strip())
-    if excel := re.fullmatch(r"sep=(.)\s*", lines[first]):
+    first, header = next((at, line) for at, line in enumerate(lines.since(0)) if line.strip())
+    if excel := re.fullmatch(r"sep=(.)\s*", header):
         return first + 1, excel[1]
     candidates = delimiter or ",;\t|"
-    return first, max(candidates, key=lambda candidate: len(next(csv.reader([lines[first]], delimiter=candidate))))
+    return first, max(candidates, key=lambda candidate: len(next(csv.reader([header], delimiter=candidate))))
 
 
-def _split_fields(lines: list[str], delimiter: str, first: int) -> Iterator[tuple[int, list[str] | _Broken]]:
+def _split_fields(lines: Lines, delimiter: str, first: int) -> Iterator[tuple[int, list[str] | _Broken]]:
     """Yield each row's line and fields; after a broken row go on with the line below it."""
-    start = first
-    while start < len(lines):
-        offset = start
-        reader = csv.reader((lines[index] for index in range(offset, len(lines))), delimiter=delimiter, strict=True)
+    start: int | None = first
+    while start is not None:
+        offset, start = start, None
+        reader = csv.reader(lines.since(offset), delimiter=delimiter, strict=True)
+        line = offset
         try:
             for fields in reader:
-                yield start + 1, fields
-                start = offset + reader.line_num
-            return
+                yield line + 1, fields
+                line = offset + reader.line_num
         except csv.Error as error:
-            yield start + 1, _Broken(_csv_problem(error))
-            start += 1
+            yield line + 1, _Broken(_csv_problem(error))
+            start = line + 1
 
 
 def _csv_problem(error: csv.Error) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from capotune.data.readers.delimited import read_delimited
 from capotune.data.readers.endings import ALLOWED, DELIMITERS, ENDINGS, JSON_ENDINGS, OTHER_ENDINGS
 from capotune.data.readers.json_rows import read_json
+from capotune.data.readers.lines import ANY, LINE_FEED, Lines, NoTextError
 from capotune.data.readers.parquet import read_parquet
 from capotune.data.readers.text import decode, read_bytes
 from capotune.data.table import Table
@@ -33,23 +35,40 @@ def read_file(path: Path, source: str, limit: int | None) -> Table:
     if ending not in ENDINGS:
         advice = OTHER_ENDINGS.get(ending, "Rename or convert it.")
         raise DataError(f"files ending in {ending!r} are not read.", where=source, allowed=ALLOWED, advice=advice)
-    if limit is not None and ending != ".parquet" and path.stat().st_size > HEAD:
+    if ending == ".parquet":
+        read_bytes(path, source, HEAD)  # which refuses an empty file as such
+        return read_parquet(path, source, limit)
+    if limit is not None and path.stat().st_size > HEAD:
         # where these rows do not end in its first lines, or are broken, the whole file tells which
         with suppress(DataError):
-            head = _parse(read_bytes(path, source, HEAD), path, source, limit)
+            head = _parse(_text_lines(read_bytes(path, source, HEAD), path, source), path, source, limit)
             if len(head.rows) == limit:
                 return head
-    return _parse(read_bytes(path, source), path, source, limit)
+    with suppress(OSError, UnicodeDecodeError, NoTextError):  # the whole file tells where
+        lines = Lines.of_file(path, _line_end(path))
+        if not _is_utf16(path) and any(map(str.strip, lines.since(0))):
+            return _parse(lines, path, source, limit)
+    return _parse(_text_lines(read_bytes(path, source), path, source), path, source, limit)
 
 
-def _parse(raw: bytes, path: Path, source: str, limit: int | None) -> Table:
+def _is_utf16(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def _text_lines(raw: bytes, path: Path, source: str) -> Lines:
+    return Lines.of_text(decode(raw, path, source), _line_end(path))
+
+
+def _line_end(path: Path) -> str:
+    return LINE_FEED if path.suffix.lower() in JSON_ENDINGS else ANY
+
+
+def _parse(lines: Lines, path: Path, source: str, limit: int | None) -> Table:
     ending = path.suffix.lower()
-    if ending == ".parquet":
-        return read_parquet(raw, source, limit)
-    text = decode(raw, path, source)
     if ending in JSON_ENDINGS:
-        return read_json(text, source, limit)
-    return read_delimited(text, source, DELIMITERS[ending], limit)
+        return read_json(lines, source, limit)
+    return read_delimited(lines, source, DELIMITERS[ending], limit)
 
 
 def no_such_file(source: str, path: Path) -> DataError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from capotune.data.readers.endings import ALLOWED, ENDINGS, TEXT_ENDINGS
-from capotune.data.readers.parquet import name_classes
+from capotune.data.readers.parquet import class_names, named
 from capotune.data.table import Origin, Table
 from capotune.data.wording import did_you_mean, first_line, shorten
 from capotune.errors import DataError, needs_extra
@@ -50,7 +50,9 @@ def join_splits(parts: dict[str, Any], source: str, limit: int | None) -> tuple[
     columns: dict[str, None] = {}
     for name, part in parts.items():
         part_rows = (part if limit is None else part.select(range(min(limit, len(part))))).to_list()
-        name_classes(part_rows, part.features.to_dict())
+        for column, names in class_names(part.features.to_dict()).items():
+            for row in part_rows:
+                row[column] = named(row[column], names)
         columns.update(dict.fromkeys(part.column_names))
         rows += part_rows if len(parts) == 1 else [{"split": name, **row} for row in part_rows]
     if len(parts) > 1:

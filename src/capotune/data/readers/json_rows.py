@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from capotune.data.table import Origin, Table
+from capotune.data.readers.lines import Lines
+from capotune.data.table import Origin, RowsBuilder, Table
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt, quoted
 
 __all__ = ["read_json"]
 
 _NOT_SPACE: Final = re.compile(r"[^ \t\r\n]")
+_HALF: Final = re.compile(r"\\u[dD]")
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,26 @@ class _Broken:
     why: str
 
 
-def read_json(text: str, source: str, limit: int | None) -> Table:
-    """The objects in a json file's text.
+def read_json(lines: Lines, source: str, limit: int | None) -> Table:
+    """The objects in the lines of a json file, each of which ends in a line feed.
 
     Raises:
         DataError: a value is broken or is no object.
     """
-    values = _array_values(text) if text.lstrip().startswith("[") else _line_values(text)
-    has_surrogates = re.search(r"\\u[dD]", text) is not None
+    first = next((line.lstrip() for line in lines.since(0) if line.strip()), "")
+    values = _array_values("".join(lines.since(0))) if first.startswith("[") else _line_values(lines)
     columns: dict[str, None] = {}
-    rows: list[dict[str, Any]] = []
+    rows = RowsBuilder()
     starts: list[int] = []
     bad: dict[int, str] = {}
-    for line, value in values:
-        if isinstance(value, dict) and not (has_surrogates and _has_half_a_character(value)):
+    for line, value, may_be_halved in values:
+        if isinstance(value, dict) and not (may_be_halved and _has_half_a_character(value)):
             columns.update(dict.fromkeys(value))
-            rows.append(value)
+            rows.add(tuple(value), tuple(value.values()))
             starts.append(line)
         else:
-            bad[line] = f"{_problem(value)}: {excerpt(text.split(chr(10), line)[line - 1])}"
-        if len(bad) == SHOWN or len(rows) == limit:
+            bad[line] = f"{_problem(value)}: {excerpt(lines.at(line - 1))}"
+        if len(bad) == SHOWN or rows.count == limit:
             break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
@@ -50,23 +52,25 @@ def read_json(text: str, source: str, limit: int | None) -> Table:
             'Allowed: one object a line, like {"text": "…", "label": "…"}, or an array of them. Correct these lines.'
         )
         raise bad_rows(Origin(source), f"{at_least} cannot be read as JSON objects", bad, advice)
-    return Table(list(columns), rows, starts, Origin(source))
+    return Table(list(columns), rows.rows(), starts, Origin(source))
 
 
-def _line_values(text: str) -> Iterator[tuple[int, Any]]:
+def _line_values(lines: Lines) -> Iterator[tuple[int, Any, bool]]:
+    """Each value with its line, and whether escapes in it may be half of a two-part character."""
     decode = json.JSONDecoder(object_pairs_hook=_object).decode
-    for line, content in enumerate(text.split("\n"), start=1):
+    for line, ended in enumerate(lines.since(0), start=1):
+        content = ended.removesuffix("\n")
         if content.strip():
             try:
-                yield line, decode(content)
+                yield line, decode(content), _HALF.search(content) is not None
             except (ValueError, RecursionError) as error:
-                yield line, _Broken(_decoder_problem(error))
+                yield line, _Broken(_decoder_problem(error)), False
 
 
-def _array_values(text: str) -> Iterator[tuple[int, Any]]:
+def _array_values(text: str) -> Iterator[tuple[int, Any, bool]]:
     """Decode an array element by element, to know each one's line. A break in it cannot be stepped over."""
     decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
-    line, counted = 1, 0
+    line, counted, may_be_halved = 1, 0, _HALF.search(text) is not None
     position = _after_space(text, text.index("[") + 1)
     more = not text.startswith("]", position)
     while more:
@@ -74,17 +78,17 @@ def _array_values(text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, position = decode(text, position)
         except (ValueError, RecursionError) as error:
-            yield getattr(error, "lineno", line), _Broken(_decoder_problem(error))
+            yield getattr(error, "lineno", line), _Broken(_decoder_problem(error)), False
             return
-        yield line, value
+        yield line, value, may_be_halved
         position = _after_space(text, position)
         more = text.startswith(",", position)
         position = _after_space(text, position + more)
     end = _after_space(text, position + 1)
     if not text.startswith("]", position):
-        yield text.count("\n", 0, position) + 1, _Broken("a comma or the closing ] is missing")
+        yield text.count("\n", 0, position) + 1, _Broken("a comma or the closing ] is missing"), False
     elif end < len(text):
-        yield text.count("\n", 0, end) + 1, _Broken("something follows the array's closing ]")
+        yield text.count("\n", 0, end) + 1, _Broken("something follows the array's closing ]"), False
 
 
 def _after_space(text: str, position: int) -> int:

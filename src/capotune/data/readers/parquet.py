@@ -3,49 +3,70 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from capotune.data.columns import refuse_duplicates
-from capotune.data.table import Origin, Table
+from capotune.data.table import ColumnRows, Origin, Table
 from capotune.data.wording import first_line
 from capotune.errors import DataError, needs_extra
 
-__all__ = ["name_classes", "read_parquet"]
+__all__ = ["class_names", "named", "read_parquet"]
 
 
-def read_parquet(raw: bytes, source: str, limit: int | None) -> Table:
-    """The rows of a parquet file's bytes. ``DataError`` when it is damaged or names a column twice,
-    ``MissingLibraryError`` without pyarrow."""
+def read_parquet(path: Path, source: str, limit: int | None) -> Table:
+    """The rows of a parquet file. ``DataError`` when it is damaged or names a column twice, ``MissingLibraryError``
+    without pyarrow."""
     with needs_extra("parquet"):
         import pyarrow
         import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-        columns = [str(name) for name in table.column_names]
-        refuse_duplicates(columns, source)
-        rows = table.slice(0, limit).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [str(name) for name in file.schema_arrow.names]
+            refuse_duplicates(columns, source)
+            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+            table = file.read() if limit is None else pyarrow.Table.from_batches(
+                islice(file.iter_batches(limit), 1), file.schema_arrow
+            )  # fmt: skip
+        values = {name: table.column(at).to_pylist() for at, name in enumerate(columns)}
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"is not whole parquet ({first_line(error)}).", where=source, advice="Write it again."
         ) from error
-    written_by_datasets = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    name_classes(rows, written_by_datasets.get("info", {}).get("features") or {})
-    return Table(columns, rows, list(range(1, len(rows) + 1)), Origin(source), nulls_are_absent=True)
+    for name, names in class_names(_features(metadata)).items():
+        if name in values:
+            values[name] = [named(value, names) for value in values[name]]
+    lines = list(range(1, table.num_rows + 1))
+    return Table(columns, ColumnRows(values), lines, Origin(source), nulls_are_absent=True)
 
 
-def name_classes(rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
-    """Put the names of ``ClassLabel`` columns, and of columns with lists of such, where their numbers stand; -1 is how
-    such a column says 'no label'."""
+def _features(written_by_datasets: bytes) -> dict[str, Any]:
+    """The kinds of columns in the metadata that datasets writes; none where it is not as that library writes it."""
+    found: Any = None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(written_by_datasets)
+    for name in ("info", "features"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def class_names(features: dict[str, Any]) -> dict[str, dict[int, str]]:
+    """By column, the names that stand for the numbers of ``ClassLabel`` columns and of columns with lists of such."""
+    found: dict[str, dict[int, str]] = {}
     for column, feature in features.items():
         while isinstance(feature, dict) and "feature" in feature:  # of a list, what is in it
             feature = feature["feature"]
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
-            names = dict(enumerate(feature["names"]))
-            for row in rows:
-                if column in row:
-                    row[column] = _named(row[column], names)
+        names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and names:
+            found[column] = dict(enumerate(names))
+    return found
 
 
-def _named(value: Any, names: dict[int, str]) -> Any:
-    return [_named(one, names) for one in value] if isinstance(value, list) else names.get(value)
+def named(value: Any, names: dict[int, str]) -> Any:
+    """The name that a number stands for; -1 is how such a column says 'no label'."""
+    if isinstance(value, list):
+        return [named(one, names) for one in value]
+    return names.get(value) if isinstance(value, int) else value

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import TokenRows
+from capotune.data.batches import TokenLists, TokenRows
 from capotune.data.inspect.labels import inspect_data
-from capotune.data.labelled import LabelledData, load_labelled
-from capotune.data.split import hold_out, normalised
+from capotune.data.inspect.measures import Counted, rows_to_count
+from capotune.data.labelled import LabelledData, LabelledText, load_labelled
+from capotune.data.split import hold_out, text_numbers
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Recording
 from capotune.evaluation.forward import Examples
@@ -27,6 +29,62 @@ from capotune.tasks.classification.task import Classification
 from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import Units, solve_head, train_from
 
+_HASHED_AT_ONCE = 10_000
+
+
+def inspect_rows(settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+    """Do what a run does before its base is loaded, but of many rows tokenise some."""
+    data, task = _read(settings, method, base)
+    counted = [rows_to_count(rows.texts, settings.seed) for rows in (data.train, data.test)]
+    train, test = (
+        rows if some is None else rows.take(some.rows)
+        for rows, some in zip((data.train, data.test), counted, strict=True)
+    )
+    sequences = _tokenised(data, task, train, test, report, counted)
+    _held_out(data, task, settings)
+    task.check(sequences, train.texts, train.where)
+
+
+def _read(settings: TrainSettings, method: TrainingSettings, base: Base) -> tuple[LabelledData, Classification]:
+    data = load_labelled(
+        settings.data,
+        test=settings.test,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        test_fraction=settings.test_fraction,
+        seed=settings.seed,
+    )
+    return data, Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
+
+
+def _tokenised(
+    data: LabelledData,
+    task: Classification,
+    train: LabelledText,
+    test: LabelledText,
+    report: Reporter,
+    counted: Sequence[Counted | None] = (None, None),
+) -> TokenLists:
+    """Tokenise the training rows, unchecked, and say what the data is; ``counted``: where ``train`` and ``test`` are
+    not all of it, which rows they are."""
+    sequences, lengths = task.encode_many(train.texts)
+    found = inspect_data(data, lengths, task.token_lengths(test.texts), task.max_length, task.base.max_length, counted)
+    report(DataInspected(task=task.name, report=asdict(found)))
+    for notice in _notices(task, lengths):
+        report(Warned(text=notice))
+    return sequences
+
+
+def _held_out(
+    data: LabelledData, task: Classification, settings: TrainSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The targets, and the rows to fit and those held out. Equal texts do not stand on both sides."""
+    targets = task.targets(data.train.labels)
+    fraction = held_out_fraction(settings.validation_fraction, len(targets))
+    groups = text_numbers(data.train.texts).tolist()
+    fit, held = hold_out(targets.tolist(), fraction, settings.seed, groups)
+    return targets, torch.as_tensor(fit), torch.as_tensor(held)
+
 
 class ClassificationRun(TaskRun):
     """Labelled text, tokenised and split."""
@@ -35,28 +93,13 @@ class ClassificationRun(TaskRun):
 
     def __init__(self, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
         self.seed = settings.seed
-        self.data = data = load_labelled(
-            settings.data,
-            test=settings.test,
-            text_column=settings.text_column,
-            label_column=settings.label_column,
-            test_fraction=settings.test_fraction,
-            seed=settings.seed,
-        )
-        self.task = task = Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
-        lengths = task.token_lengths(data.train.texts), task.token_lengths(data.test.texts)
-        found = inspect_data(data, *lengths, task.max_length, base.max_length)
-        report(DataInspected(task=task.name, report=asdict(found)))
-        for notice in _notices(task, lengths[0]):
-            report(Warned(text=notice))
-        self.targets = task.targets(data.train.labels)
-        fraction = held_out_fraction(settings.validation_fraction, len(self.targets))
-        groups = [normalised(text) for text in data.train.texts]  # equal texts must not stand on both sides
-        fit, held = hold_out(self.targets.tolist(), fraction, settings.seed, groups)
-        self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
-        rows = TokenRows(task.encode(data.train.texts, data.train.where), task.pad_id)
-        self.train = Examples(rows, self.targets, where=data.train.where)
-        self.train_rows = len(data.train)
+        self.data, self.task = data, task = _read(settings, method, base)
+        train = data.train
+        sequences = _tokenised(data, task, train, data.test, report)
+        self.targets, self.fit_rows, self.held_rows = _held_out(data, task, settings)
+        task.check(sequences, train.texts, train.where)
+        self.train = Examples(TokenRows(sequences, task.pad_id), self.targets, where=train.where)
+        self.train_rows = len(train)
         self.data_sha256 = _data_hash(data)
         self._features: torch.Tensor | None = None
 
@@ -133,5 +176,13 @@ def _notices(task: Classification, lengths: list[int]) -> list[str]:
 
 
 def _data_hash(data: LabelledData) -> str:
-    content = [data.train.texts, data.train.labels, data.test.texts, data.test.labels]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """Of all texts and labels, as one JSON list of four lists, which is never whole in memory."""
+    total = hashlib.sha256()
+    for number, part in enumerate((data.train.texts, data.train.labels, data.test.texts, data.test.labels)):
+        total.update(b", [" if number else b"[[")
+        for start in range(0, len(part), _HASHED_AT_ONCE):
+            total.update((", " if start else "").encode())
+            total.update(json.dumps(part[start : start + _HASHED_AT_ONCE])[1:-1].encode())
+        total.update(b"]")
+    total.update(b"]")
+    return total.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords, Objective, Score
-from capotune.data.batches import Batch, Encoded, Targets, TokenRows, without_loss
+from capotune.data.batches import Batch, Encoded, Targets, TokenLists, TokenRows, without_loss
 from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
 from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
 from capotune.data.wording import quoted, shorten
@@ -37,6 +37,7 @@ from capotune.tasks.linear_head import LinearHeadTask, inner_states
 from capotune.tasks.room import text_length
 
 _SHOWN_LABELS = 20
+_AT_ONCE = 5000  # texts given to the tokenizer together
 
 
 class RowCrossEntropy(Objective):
@@ -126,6 +127,13 @@ class Classification(LinearHeadTask):
 
         return ClassificationRun(settings, method, base, report)
 
+    @classmethod
+    def inspect(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+        """Labelled rows, of which enough are tokenised to say how long they are."""
+        from capotune.tasks.classification.run import inspect_rows
+
+        inspect_rows(settings, method, base, report)
+
     def token_lengths(self, texts: Sequence[str]) -> list[int]:
         """Length of each text in tokens before cutting."""
         return [len(ids) for ids in self._ids(texts, truncation=False)]
@@ -136,22 +144,48 @@ class Classification(LinearHeadTask):
         ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
         for a text of which no token comes, and for one with a token that the base has no embedding for.
         """
-        found = self._ids(texts, truncation=True, max_length=self.max_length)
-        empty = next((at for at, ids in enumerate(found) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"the base's tokenizer makes no token of the text {quoted(texts[empty])}.",
-                where=where(empty) if where else f"text {empty + 1} of {len(texts)}",
-                advice="Remove it.",
-            )
-        for at, ids in enumerate(found):
-            self.base.check_tokens(ids, where(at) if where else f"text {at + 1} of {len(texts)}")
+        found = list(self._ids(texts, truncation=True, max_length=self.max_length))
+        self.check(found, texts, where)
         return found
 
-    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        if not texts:  # the tokenizer takes no empty list
-            return []
-        return [list(ids) for ids in tokens_of(self.tokenizer, list(texts), verbose=False, **options)["input_ids"]]
+    def encode_many(self, texts: Sequence[str]) -> tuple[TokenLists, list[int]]:
+        """The same of any number of texts, unchecked, and their lengths before cutting; each is tokenised once, but
+        those that are cut."""
+        lengths: list[int] = []
+
+        def cut() -> Iterator[list[int]]:
+            for text, ids in zip(texts, self._ids(texts, truncation=False), strict=True):
+                lengths.append(len(ids))
+                too_long = len(ids) > self.max_length
+                yield next(self._ids([text], truncation=True, max_length=self.max_length)) if too_long else ids
+
+        return TokenLists.of(cut()), lengths
+
+    def check(
+        self, found: Sequence[list[int]], texts: Sequence[str], where: Callable[[int], str] | None = None
+    ) -> None:
+        """Raise the ``DataError``s of ``encode`` for the ids ``found`` of ``texts``."""
+
+        def place(at: int) -> str:
+            return where(at) if where else f"text {at + 1} of {len(texts)}"
+
+        for at, ids in enumerate(found):
+            if not ids:
+                raise DataError(
+                    f"the base's tokenizer makes no token of the text {quoted(texts[at])}.",
+                    where=place(at),
+                    advice="Remove it.",
+                )
+        for at, ids in enumerate(found):
+            self.base.check_tokens(ids, place(at))
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
+        """Of each text, some thousand at a time."""
+        for start in range(0, len(texts), _AT_ONCE):
+            some = list(texts[start : start + _AT_ONCE])
+            lean = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+            found = tokens_of(self.tokenizer, some, **lean, **options)["input_ids"]
+            yield from map(list, found)
 
     def logits(
         self,
