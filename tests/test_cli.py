@@ -338,6 +338,9 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(compared: tuple[Path, Result
     assert settings["lora"]["seed"] == 7
     assert found["tolerance"] == 1.5
     assert settings["lora"]["alpha"] == 32.0
+    told = json.loads((out / "lora" / "run.json").read_text(encoding="utf-8"))["settings_from"]
+    chosen = [told[name] for name in ("seed", "data", "rank", "epochs", "alpha", "cache")]
+    assert chosen == ["flag", "file", "flag", "file", "default", "default"]
 
 
 def test_compare_leaves_picture_page_and_adapters_and_nothing_else(compared: tuple[Path, Result]) -> None:

@@ -20,12 +20,14 @@ from capotune.models.base import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
-OPTIONAL = {"gguf", "hub", "onnx", "parquet", "demo"}
+TRACKERS = {"wandb", "mlflow", "trackio"}
+"""Extras, packages and modules of one name, which are tested where somebody installed them, and not pinned."""
+OPTIONAL = {"gguf", "hub", "onnx", "parquet", "demo", "tensorboard", *TRACKERS}
 """Extras for users; the others are for who works on capotune."""
 FOR_GPUS = "triton"
 """PyTorch brings it where there is a GPU that it can compile for; elsewhere nothing in src asks for it."""
-NOT_IMPORTED = {"demo": {one.package for one in EMBEDDED.values()}}
-"""Declared for the files in it."""
+NOT_IMPORTED = {"demo": {one.package for one in EMBEDDED.values()}, "tensorboard": {"tensorboard"}}
+"""Declared for the files in it, or as PyTorch imports it."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def imported(folder: Path, *, anywhere: bool = True) -> dict[str, str]:
 def distributions(modules: dict[str, str]) -> set[str]:
     """The packages on the index that bring these modules."""
     brought = metadata.packages_distributions()
-    return {canonicalize_name(brought[module][0]) for module in modules}
+    return {module if module in TRACKERS else canonicalize_name(brought[module][0]) for module in modules}
 
 
 def pins(path: Path) -> dict[str, Version]:
@@ -94,7 +96,8 @@ def test_libraries_of_extras_are_imported_where_they_are_used(project: dict[str,
 
 def test_pins_are_within_what_is_declared(project: dict[str, Any]) -> None:
     pinned = pins(ROOT / "constraints.txt")
-    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = project["optional-dependencies"]
+    lists = [project["dependencies"], *(lines for name, lines in extras.items() if name not in TRACKERS)]
     for name, requirement in requirements([line for lines in lists for line in lines]).items():
         assert pinned[name] in requirement.specifier, requirement
 
@@ -102,7 +105,7 @@ def test_pins_are_within_what_is_declared(project: dict[str, Any]) -> None:
 def test_oldest_pins_are_the_floors(project: dict[str, Any]) -> None:
     pinned = pins(ROOT / "constraints-oldest.txt")
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for name in (*OPTIONAL, "test") for line in extras[name])]
+    lines = [*project["dependencies"], *(line for name in (*OPTIONAL - TRACKERS, "test") for line in extras[name])]
     for name, requirement in requirements(lines).items():
         floor = re.fullmatch(r"[>=]=([\w.]+)", str(requirement.specifier))
         assert floor is not None, f"{requirement}: a floor alone"

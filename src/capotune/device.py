@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capotune.errors import SettingError
+from capotune.files import human_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
 CPU_LEVEL_VARIABLE = "CAPOTUNE_CPU_LEVEL"
+_RECORDED_VERSIONS = ("capotune", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
 _AMX_FLAGS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16"}
 """Of /proc/cpuinfo; Linux lists them where it can hand out AMX's registers."""
 _OUT_OF_MEMORY = (
@@ -144,12 +146,42 @@ def environment() -> dict[str, str]:
     """Versions and machine, for the record of a run."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {name: metadata.version(name) for name in ("capotune", "torch", "transformers", "tokenizers", "numpy")}
+    versions = {name: metadata.version(name) for name in _RECORDED_VERSIONS}
     return {
         **versions,
         "python": platform.python_version(),
         "system": platform.platform(),
+        "processor": _processor(),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "gpu": gpu,
+        "cpu_level": cpu_level(),
+        "memory": _memory(),
+        "gpu": _gpu(),
     }
+
+
+def _processor() -> str:
+    """The processor's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _memory() -> str:
+    """The machine's memory."""
+    if sys.platform == "win32":
+        import psutil
+
+        return human_bytes(psutil.virtual_memory().total)
+    return human_bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    memory = human_bytes(torch.cuda.get_device_properties(0).total_memory)
+    return f"{torch.cuda.get_device_name()}, {memory}, CUDA {torch.version.cuda}"

@@ -49,6 +49,10 @@ class Context:
     """Rows to train on; None where the data has not been read."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""A program that ``api.trackers`` knows."""
+
+
 class DataSettings(Settings):
     """Which data, and how to read it."""
 
@@ -108,6 +112,9 @@ class RunSettings(DataSettings):
     """Generation: a text file of your own, or a file with a column of texts, on which the adapted model is compared
     with the base: what training costs elsewhere. A run reads its start, more of it the more rows it
     trains on. Left out: a few passages of ours."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Programs that also get the losses and scores, each of which must be installed: `tensorboard` (files beside the
+    run's folder), `wandb`, `mlflow`, `trackio`."""
     trust_remote_code: bool = False
     """Allow a hub model to run its own Python code on this machine."""
 

@@ -30,6 +30,7 @@ from capotune.api.inference import (
     read_texts,
 )
 from capotune.api.resuming import checkpoint, methods_of, request_checkpoint, resume
+from capotune.api.runs import compare_runs, list_runs, reproduce
 from capotune.api.training import (
     command_of,
     describe_data,
@@ -51,6 +52,7 @@ __all__ = [
     "command_of",
     "compare",
     "compare_run",
+    "compare_runs",
     "compare_settings",
     "describe_data",
     "diff",
@@ -61,6 +63,7 @@ __all__ = [
     "inspect",
     "install_command",
     "is_adapter",
+    "list_runs",
     "load",
     "load_adapters",
     "load_base",
@@ -77,6 +80,7 @@ __all__ = [
     "quantize",
     "read_prompts",
     "read_texts",
+    "reproduce",
     "request_checkpoint",
     "resume",
     "train",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capotune.api.training import sources
+from capotune.api.trackers import tracked
+from capotune.api.training import run_config, sources
 from capotune.errors import SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
 from capotune.files import full_disk_is_said, growing_folder, remove_partial, write_atomic
@@ -40,7 +42,9 @@ def compare(
     Raises as ``train``.
     """
     built = build(compare_settings(), {"out": out, **sources(data, settings)})
-    return compare_run(built, report=report, cancel=cancel)
+    own = [f"{method}.{name}" for method, values in settings.items() if isinstance(values, dict) for name in values]
+    given = dict.fromkeys(["data", *settings, *own], "argument")
+    return compare_run(built, report=report, cancel=cancel, given=given)
 
 
 def compare_settings() -> type[CompareSettings]:
@@ -56,8 +60,10 @@ def compare_run(
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
     command: str | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it."""
+    """``compare`` with settings already validated; ``command`` is shown on the page as the way to repeat it, and
+    ``given`` says where settings that are no defaults came from: ``{"seed": "flag", "lora.rank": "file"}``."""
     from capotune.runs.compare import is_worth_keeping, record_of
 
     if settings.test_fraction == 0 and settings.test is None:
@@ -66,7 +72,7 @@ def compare_run(
         )
     out = settings.out
     check_nothing_there(out)
-    record = record_of(settings, command or _command(settings))
+    record = record_of(settings, command or _command(settings), given or {})
     with growing_folder(out, {COMPARISON: as_json(record)}, keep=lambda: is_worth_keeping(out)), locked(out):
         return _complete(settings, record, report, cancel or CancelToken())
 
@@ -103,7 +109,11 @@ def _complete(settings: CompareSettings, record: dict[str, Any], report: Reporte
             write_atomic(out / COMPARISON, as_json(record))
         report(event)
 
-    results = run_techniques(settings, cancel.watching(listen), cancel)
+    configs: dict[str | None, dict[str, Any]] = {
+        method: run_config(settings, settings.for_method(method)) for method in settings.methods
+    }
+    with tracked(settings.report_to, out, configs, cancel.watching(listen)) as told:
+        results = run_techniques(settings, told, cancel, record.get("settings_from", {}))
     comparison = _comparison(results, out, settings.tolerance)
     write(comparison, _details(comparison, results, out, record["data"], record["command"]), out)
     return comparison

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capotune import run_folder
 from capotune.api.comparison import resume_comparison
+from capotune.api.trackers import names_in, recorded_config, tracked
 from capotune.device import collector_at_rest
 from capotune.errors import OutputError
 from capotune.events import CancelToken, Reporter, ignore
@@ -17,7 +18,7 @@ from capotune.run_folder import CHECKPOINTS, checkpoints, is_requested, read_com
 if TYPE_CHECKING:
     from capotune.report import Comparison
 
-__all__ = ["checkpoint", "methods_of", "request_checkpoint", "resume"]
+__all__ = ["checkpoint", "methods_of", "request_checkpoint", "resume", "rows_in_memory"]
 
 _POLL_SECONDS = 0.05
 
@@ -45,14 +46,16 @@ def resume(
     is nothing to go on with or another process works on it, ``DataError`` and ``ModelError`` when data or base are not
     what they were, and as ``train``.
     """
-    out, rows, cancel = Path(out), _rows(data, test), cancel or CancelToken()
+    out, rows, cancel = Path(out), rows_in_memory(data, test), cancel or CancelToken()
     comparison = read_comparison(out)
     if comparison is not None:
         return resume_comparison(out, comparison, rows, trust_remote_code, report, cancel)
     with collector_at_rest():
         from capotune.runs import resume as runs
 
-    return runs.resume(out, cancel.watching(report), rows=rows, trust_remote_code=trust_remote_code)
+    before = read_run(out)
+    with tracked(names_in(before), out, {None: recorded_config(before)}, cancel.watching(report)) as told:
+        return runs.resume(out, told, rows=rows, trust_remote_code=trust_remote_code)
 
 
 def methods_of(out: str | Path) -> tuple[str, ...]:
@@ -92,7 +95,8 @@ def _trains_in(out: Path) -> Path | None:
     return next((folder for folder in folders if holder(folder) is not None), None)
 
 
-def _rows(data: Any, test: Any) -> dict[str, Any]:
+def rows_in_memory(data: Any, test: Any) -> dict[str, Any]:
+    """The rows that were given, as settings hold them."""
     from capotune.data.readers import as_source
 
     given = {"data": data, "test": test}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from capotune.api.trackers import recorded_config, tracked
 from capotune.data_blocks import Block
 from capotune.device import collector_at_rest
 from capotune.errors import DataError, SettingError
@@ -38,7 +39,8 @@ def train(
     """
     shared, own = _separate(method, settings)
     built = build(TrainSettings, {"out": out, **sources(data, shared)})
-    return train_run(built, own, report=report, cancel=cancel)
+    given = dict.fromkeys(["data", *settings], "argument")
+    return train_run(built, own, report=report, cancel=cancel, given=given)
 
 
 def train_run(
@@ -47,12 +49,22 @@ def train_run(
     *,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """``train`` with settings already validated."""
+    """``train`` with settings already validated; ``given`` says where those that are no defaults came from."""
     with collector_at_rest():
         from capotune.runs.run import run
 
-    return run(settings, method, (cancel or CancelToken()).watching(report))
+    config = run_config(settings, method)
+    with tracked(settings.report_to, settings.out, {None: config}, (cancel or CancelToken()).watching(report)) as told:
+        return run(settings, method, told, given=given)
+
+
+def run_config(settings: RunSettings, method: TrainingSettings) -> dict[str, Any]:
+    """Settings of one technique, as trackers show them."""
+    shared = settings.model_dump(mode="json", include=set(RunSettings.model_fields))
+    name = method.method
+    return recorded_config({"method": name, "settings": shared, name: method.model_dump(mode="json")})
 
 
 def method_names() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -46,6 +47,21 @@ def take_config(rest: list[str]) -> tuple[list[str], Path | None]:
             path = value if equals else rest[at + 1]
             return rest[:at] + rest[at + (1 if equals else 2) :], Path(path)
     return rest, None
+
+
+def given_by(flags: list[str], config: Path | None) -> dict[str, str]:
+    """Where settings came from, ``flag`` or ``file``, by their names; those of a method in a comparison with a dot."""
+    from_file = dict.fromkeys(_names(read_yaml(config)), "file") if config else {}
+    names = [token[2:].partition("=")[0].removeprefix("no-") for token in flags if token.startswith("--")]
+    return from_file | {name.replace("-", "_"): "flag" for name in names}
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{name}.")
+        else:
+            yield before + name
 
 
 def without_out(rest: list[str]) -> list[str]:

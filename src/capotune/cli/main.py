@@ -11,13 +11,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
 
-from capotune.cli.flags import Json, base_of, parse, take_config, without_out
+from capotune.cli.flags import Json, base_of, given_by, parse, take_config, without_out
 from capotune.cli.messages import in_flags
 from capotune.device import is_out_of_memory
 from capotune.errors import CapotuneError, DataError, SettingError
@@ -45,6 +46,8 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo combine A B --out DIR               several adapters of one base as one
   capo push ADAPTER OWNER/NAME             the adapter on the Hugging Face hub, with its card
   capo quantize MODEL --out DIR            the model in 4 bits, for Transformers with bitsandbytes and for qlora
+  capo runs [FOLDER]                       the runs there and how far they came; --compare A B what differs
+  capo reproduce DIR                       make a run again and compare bit by bit
   capo cache                               what the cache holds; --clear empties it
 
 Data is labelled text; tagged words: CoNLL text, or lists of words and tags; or text to write: conversations, prompts
@@ -240,16 +243,17 @@ def _compare(rest: list[str]) -> int:
     from capotune import api
 
     settings = parse(api.compare_settings(), flags, "capo compare", config)
-    return compare(settings, shlex.join(["capo", "compare", *without_out(rest)]))
+    return compare(settings, shlex.join(["capo", "compare", *without_out(rest)]), given_by(flags, config))
 
 
-def compare(settings: CompareSettings, command: str) -> int:
-    """Compare and show the result; ``command`` is what the page names as the way to repeat it."""
+def compare(settings: CompareSettings, command: str, given: dict[str, str] | None = None) -> int:
+    """Compare and show the result; ``command`` is what the page names as the way to repeat it, ``given`` as
+    ``api.compare_run`` takes it."""
     from capotune import api
     from capotune.cli.display import watch
 
     with _stoppable(settings.out), watch(settings.methods) as report:
-        comparison = api.compare_run(settings, report=report, command=command)
+        comparison = api.compare_run(settings, report=report, command=command, given=given)
     return _show(comparison, settings.out, settings.methods)
 
 
@@ -284,7 +288,7 @@ def _train(rest: list[str]) -> int:
     settings = build(TrainSettings, {name: parsed[name] for name in TrainSettings.model_fields})
     own = build(own_class, {name: parsed[name] for name in own_class.model_fields})
     with _stoppable(settings.out), watch([own.method]) as report:
-        record = api.train_run(settings, own, report=report)
+        record = api.train_run(settings, own, report=report, given=given_by(flags, config))
     show_run(record, settings.out)
     return 0
 
@@ -416,58 +420,9 @@ def _demo(rest: list[str]) -> int:
     return demo(settings.out, settings.open, settings.epochs)
 
 
-def _generate(rest: list[str]) -> int:
-    from capotune.cli.generate import generate
-
-    return generate(rest)
-
-
-def _chat(rest: list[str]) -> int:
-    from capotune.cli.chat import chat
-
-    return chat(rest)
-
-
-def _merge(rest: list[str]) -> int:
-    from capotune.cli.convert import merge
-
-    return merge(rest)
-
-
-def _export(rest: list[str]) -> int:
-    from capotune.cli.export import export
-
-    return export(rest)
-
-
-def _combine(rest: list[str]) -> int:
-    from capotune.cli.combine import combine
-
-    return combine(rest)
-
-
-def _push(rest: list[str]) -> int:
-    from capotune.cli.push import push
-
-    return push(rest)
-
-
-def _diff(rest: list[str]) -> int:
-    from capotune.cli.diff import diff
-
-    return diff(rest)
-
-
-def _cache(rest: list[str]) -> int:
-    from capotune.cli.cache import show_cache
-
-    return show_cache(rest)
-
-
-def _quantize(rest: list[str]) -> int:
-    from capotune.cli.convert import quantize
-
-    return quantize(rest)
+def _in(module: str, command: str) -> Callable[[list[str]], int]:
+    """A command that stands in a module of its own, which is imported when the command is run."""
+    return lambda rest: int(getattr(import_module(f"capotune.cli.{module}"), command)(rest))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -477,18 +432,20 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": _checkpoint,
     "evaluate": _evaluate,
     "predict": _predict,
-    "generate": _generate,
-    "chat": _chat,
+    "generate": _in("generate", "generate"),
+    "chat": _in("chat", "chat"),
     "info": _info,
     "data": _data,
     "demo": _demo,
-    "quantize": _quantize,
-    "merge": _merge,
-    "export": _export,
-    "combine": _combine,
-    "diff": _diff,
-    "push": _push,
-    "cache": _cache,
+    "quantize": _in("convert", "quantize"),
+    "merge": _in("convert", "merge"),
+    "export": _in("export", "export"),
+    "combine": _in("combine", "combine"),
+    "diff": _in("diff", "diff"),
+    "push": _in("push", "push"),
+    "runs": _in("runs", "runs"),
+    "reproduce": _in("runs", "reproduce"),
+    "cache": _in("cache", "show_cache"),
 }
 
 

@@ -65,7 +65,7 @@ def _run_or_resume(settings: TrainSettings, request: dict[str, Any], report: Rep
     """Go on with the run where there is one."""
     if not (settings.out / RUN).exists():
         method = build(methods.get(request["method"]).Settings, request["method_settings"])
-        run(settings, method, report, base_score=request["base_score"])
+        run(settings, method, report, base_score=request["base_score"], given=request["given"])
         return
     given = {"data": settings.data, "test": settings.test}
     rows = {name: value for name, value in given.items() if isinstance(value, MemoryTable)}

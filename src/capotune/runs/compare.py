@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +31,17 @@ _SECONDS_TO_SAVE = 30.0
 _SECONDS_TO_LEAVE = 30.0
 
 
-def record_of(settings: CompareSettings, command: str) -> dict[str, Any]:
-    """What ``settings.json`` holds when the comparison is started; ``command`` is shown as the way to repeat it."""
+def record_of(settings: CompareSettings, command: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """What ``settings.json`` holds when the comparison is started; ``command`` is shown as the way to repeat it, and
+    ``given`` says where settings came from, those of a method as ``lora.rank``."""
     values = settings.model_dump(mode="json", exclude={"out"})
-    return {"settings": values, "command": command, "files_sha256": _hashes(values), "data": {}}
+    return {
+        "settings": values,
+        "settings_from": dict(given),
+        "command": command,
+        "files_sha256": _hashes(values),
+        "data": {},
+    }
 
 
 def check_same(record: dict[str, Any], out: Path, report: Reporter) -> None:
@@ -60,9 +67,11 @@ def is_worth_keeping(out: Path) -> bool:
     return any(has_checkpoint(path.parent) or (path.parent / "adapter").exists() for path in out.glob(f"*/{RUN}"))
 
 
-def run_techniques(settings: CompareSettings, report: Reporter, cancel: CancelToken) -> dict[str, dict[str, Any]]:
+def run_techniques(
+    settings: CompareSettings, report: Reporter, cancel: CancelToken, given: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """Run every method of ``settings`` into ``out/METHOD``, or go on with it; returns each finished one's ``run.json``.
-    They agree on the score to compare by.
+    They agree on the score to compare by. ``given`` as in ``record_of``.
 
     A user's mistake (``CapotuneError`` in the technique) ends the comparison; a technique that crashes (say, out of
     memory) is reported as failed and the others go on. Raises ``CapotuneError`` when none finished.
@@ -80,8 +89,11 @@ def run_techniques(settings: CompareSettings, report: Reporter, cancel: CancelTo
             listen(Finished(result=record["result"]))
             results[method] = record
             continue
+        request = _request(settings, method, out, base_score=number == 0)
+        own = method.replace("-", "_") + "."
+        request["given"] = {name.removeprefix(own): source for name, source in given.items()}
         try:
-            failure = _run_one(_request(settings, method, out, base_score=number == 0), listen, cancel)
+            failure = _run_one(request, listen, cancel)
         except OutOfMemoryError as error:  # the next one may need less
             failure = str(error)
         if failure is None:

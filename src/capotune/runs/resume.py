@@ -18,7 +18,7 @@ from capotune.run_folder import CHECKPOINTS, RUN, read_run, recorded_settings, t
 from capotune.runs.run import SCORES_BASE, base_record, complete, prepare, record_of
 from capotune.settings import TrainingSettings, TrainSettings, build
 
-__all__ = ["check_base", "resume"]
+__all__ = ["check_base", "check_same", "resume", "run_settings"]
 
 AS_IT_WAS = "Bring back what it was, or begin anew in another `out`: a run goes on exactly or not at all."
 
@@ -51,17 +51,18 @@ def resume(
             tidy(out)
             report(Finished(result=before["result"]))
             return before
-        settings, method = _recorded(before, out, rows or {}, trust_remote_code)
+        settings, method = run_settings(before, out, rows or {}, trust_remote_code)
         state = load_checkpoint(out / CHECKPOINTS, report)
         report(Stage(text="reading data"))
         prepared = prepare(settings, method, report)
         record = record_of(prepared, before.get(SCORES_BASE, False), report)
-        _check_same(before, record, out)
+        check_same(before, record, out)
+        record |= {name: before[name] for name in ("started", "settings_from") if name in before}
         remove_partial(out)
         return complete(prepared, record, state, report)
 
 
-def _recorded(
+def run_settings(
     record: dict[str, Any], out: Path, rows: Mapping[str, MemoryTable], trust_remote_code: bool
 ) -> tuple[TrainSettings, TrainingSettings]:
     """The settings that the run was started with."""
@@ -78,7 +79,7 @@ def check_base(out: Path, report: Reporter = ignore) -> None:
     _check_same_base(before, base_record(find(name, trust_remote_code=trusted, report=report), report), out)
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Data, further files and base must be what they were when the run was started."""
     since = f"is another than when the run in {out} was started"
     was, is_now = before["data_sha256"], now["data_sha256"]

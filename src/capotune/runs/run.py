@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from capotune import tasks
 from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.adapters.fingerprint import config_hash, fingerprint
 from capotune.adapters.store import read_adapter, save_adapter
-from capotune.device import environment, peak_memory_bytes, pick_device, reset_peak_memory
+from capotune.device import peak_memory_bytes, pick_device, reset_peak_memory
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Clock, Recording
 from capotune.engine.state import TrainingState
@@ -32,6 +33,7 @@ from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
 from capotune.run_folder import RUN, as_json, check_nothing_there, has_checkpoint, tidy
+from capotune.runs.circumstances import circumstances, now, settings_from
 from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
@@ -53,12 +55,18 @@ class Prepared:
 
 
 def run(
-    settings: TrainSettings, method: TrainingSettings, report: Reporter = ignore, *, base_score: bool = False
+    settings: TrainSettings,
+    method: TrainingSettings,
+    report: Reporter = ignore,
+    *,
+    base_score: bool = False,
+    given: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train one technique and write its run folder ``settings.out``; returns what ``run.json`` holds.
 
-    ``base_score`` also measures the base without fine-tuning. On a user's error or an interruption before the first
-    checkpoint nothing is left behind; after it, ``runs.resume`` goes on.
+    ``base_score`` also measures the base without fine-tuning. ``given`` says for the record where settings that are no
+    defaults came from, by their names (``flag``, ``file``, ``argument``). On a user's error or an interruption before
+    the first checkpoint nothing is left behind; after it, ``runs.resume`` goes on.
 
     Raises ``CapotuneError`` subclasses for everything the user can mend.
     """
@@ -67,6 +75,7 @@ def run(
     report(Stage(text="reading data"))
     prepared = prepare(settings, method, report)
     record = record_of(prepared, base_score, report)
+    record |= {"started": now(), "settings_from": settings_from(settings, method, given or {})}
     with growing_folder(out, {RUN: as_json(record)}, keep=lambda: has_checkpoint(out)), locked(out):
         return complete(prepared, record, None, report)
 
@@ -136,7 +145,7 @@ class _Run:
         """Everything from loading the base to the last file."""
         reset_peak_memory()
         device = pick_device()
-        self.record["environment"] = environment() | {"kernels": described(device)}
+        self.record |= circumstances(device)
         write_atomic(self.settings.out / RUN, as_json(self.record))
         assembled, dtype = self._load(device)
         cache = self._cache(assembled, dtype)

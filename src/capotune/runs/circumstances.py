@@ -1,0 +1,72 @@
+"""Under which circumstances a run was made, for its record: machine and versions, where each setting came from, and the
+state of the user's own repository."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capotune.device import environment
+from capotune.kernels import described
+from capotune.settings import Settings
+
+__all__ = ["circumstances", "now", "repository", "settings_from"]
+
+_GIT_SECONDS = 10
+_RUNS_NOTHING = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Here, on ``device``: ``environment``, and ``repository`` where the current folder is in one."""
+    here = repository(Path.cwd())
+    return {
+        "environment": environment() | {"kernels": described(device)},
+        **({"repository": here} if here else {}),
+    }
+
+
+def now() -> str:
+    """The time, in UTC, as records hold it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def settings_from(settings: Settings, method: Settings, given: Mapping[str, str]) -> dict[str, str]:
+    """Of each setting where it came from: ``default``, or what ``given`` says of it by its name."""
+    names = [*type(settings).model_fields, *type(method).model_fields]
+    names.remove("out")  # a record does not know where it is
+    return {name: given.get(name, "default") for name in names}
+
+
+def repository(folder: Path) -> dict[str, Any] | None:
+    """The commit of the git repository around ``folder``, and whether tracked files differ from it (``dirty``; None
+    where that is not known); None where there is no commit or no git.
+
+    Nothing that a stranger's repository names is run: no hook, no monitor, and where its own configuration names
+    filters for files, these are not compared.
+    """
+    commit = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    if not commit:
+        return None
+    own = _git(folder, "config", "--local", "--includes", "--name-only", "--list")
+    dirty = None
+    if own is not None and not any(name.startswith("filter.") for name in own.lower().splitlines()):
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+        dirty = None if changes is None else bool(changes)
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where it is missing, refuses, or takes too long."""
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *_RUNS_NOTHING, *arguments], cwd=folder, capture_output=True, text=True,
+            encoding="utf-8", errors="replace", timeout=_GIT_SECONDS, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
