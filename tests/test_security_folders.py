@@ -207,6 +207,10 @@ REFUSED: dict[str, tuple[Plant, str]] = {
         ),
         "is not there",
     ),
+    "a tokenizer's file elsewhere": (
+        in_json("tokenizer_config.json", tokenizer_file="/etc/passwd"),
+        "outside the model's folder",
+    ),
     "code of a configuration": (
         both(code("code.py"), in_json("config.json", auto_map=OWN, model_type="strange")),
         "Python code of its own, which is not run unasked",
@@ -288,9 +292,6 @@ USED: dict[str, Plant] = {
     "a tokenizer's class by a path": both(
         code("code.py"), in_json("tokenizer_config.json", tokenizer_class="code.Tokenizer")
     ),
-    "a tokenizer's files elsewhere": in_json(
-        "tokenizer_config.json", tokenizer_file="/etc/passwd", vocab_file="/etc/passwd", name_or_path="/etc"
-    ),
     "modules that Python knows": code(
         "torch.py",
         "json.py",
@@ -301,6 +302,9 @@ USED: dict[str, Plant] = {
     ),
     "a way to generate": both(
         code("custom_generate/generate.py"), in_json("generation_config.json", custom_generate="./custom_generate")
+    ),
+    "a tokenizer's file of the machine where it was saved": in_json(
+        "tokenizer_config.json", tokenizer_file="/home/maker/.cache/tokenizer.json"
     ),
     "kernels asked for": in_json("config.json", use_kernels=True, kernel_config={"RMSNorm": "evil/kernel:RMSNorm"}),
     "a foreign module of sentence-transformers": both(

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from capotune import cache
+from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.files import cache_folder, human_bytes
 from capotune.settings import Settings
@@ -40,7 +40,7 @@ def show_cache(rest: list[str]) -> int:
     if given.as_json:
         print(json.dumps(_record(chosen, left, given.clear), ensure_ascii=False))
         return 0
-    console = Console(markup=False, highlight=False)
+    console = terminal()
     if given.clear:
         console.print(f"freed {human_bytes(_nbytes(chosen))}: {_counted(chosen)}", soft_wrap=True)
     elif chosen:

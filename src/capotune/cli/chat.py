@@ -18,6 +18,7 @@ import tyro
 from capotune.cli.flags import base_of, parse_repeating
 from capotune.cli.generate import decoding_of, show
 from capotune.cli.messages import in_flags
+from capotune.cli.terminal import harmless
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.events import Event, Warned
 from capotune.settings import BaseSettings, DecodingSettings, nearest
@@ -206,4 +207,4 @@ def _say_warning(event: Event) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(harmless(text), file=sys.stderr, flush=True)

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import tyro
-from rich.console import Console
 
+from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
 from capotune.settings import CombineSettings
@@ -43,7 +43,7 @@ def _show(result: dict[str, Any]) -> None:
     grid.add_row("combined", describe_combined(result))
     grid.add_row("layers", f"{result['layers']} of {result['base']}")
     grid.add_row("written to", result["out"])
-    Console(markup=False).print(grid, highlight=False)
+    terminal().print(grid, highlight=False)
 
 
 def describe_combined(combined: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from capotune.cli.console import terminal
 from capotune.cli.export import describe_agreement
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
@@ -80,7 +80,7 @@ def _show_quantized(result: dict[str, Any], with_report: bool) -> None:
     if "answers" in result:
         grid.add_row("answers", describe_answers(result["answers"]))
     grid.add_row("written to", result["out"])
-    console = Console()
+    console = terminal()
     console.print(grid, highlight=False)
     if with_report:
         table = Table("worst layers", "shape", "relative error", box=None, padding=(0, 2, 0, 0))
@@ -101,7 +101,7 @@ def _show_merged(result: dict[str, Any]) -> None:
     grid.add_row("written to", f"{result['out']}, {human_bytes(result['bytes'])}")
     if result["head"]:
         grid.add_row("head", f"{result['head']}, an adapter of the merged model")
-    Console().print(grid, highlight=False)
+    terminal().print(grid, highlight=False)
 
 
 def describe_answers(answers: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
 from capotune.errors import cut
@@ -66,7 +66,7 @@ def _show(result: dict[str, Any]) -> None:
     if "answers" in result:
         for number, text in enumerate(_answers(result["answers"])):
             grid.add_row("" if number else "answers", text)
-    console = Console(markup=False)
+    console = terminal()
     console.print(grid, highlight=False)
     if deltas:
         console.print()

@@ -23,6 +23,7 @@ from rich.text import Text
 from capotune import api
 from capotune.cli import data_report
 from capotune.cli.comparison_table import comparison_table
+from capotune.cli.console import terminal
 from capotune.cli.grid import two_columns
 from capotune.events import (
     DataInspected,
@@ -53,15 +54,15 @@ def watch(methods: Sequence[str]) -> Iterator[Reporter]:
 
     Events that name no method are those of the first.
     """
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     if not console.is_terminal:
         yield _Lines(console, methods[0])
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         _Steps(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -149,7 +150,7 @@ class _Lines(_Watcher):
 @contextmanager
 def counting(what: str) -> Iterator[Reporter]:
     """A count on standard error, ``what done/total``, while something long is done; nothing where it is no terminal."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
 
     def say(event: Warned) -> None:
         console.print(event.text, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -157,7 +158,7 @@ def counting(what: str) -> Iterator[Reporter]:
     if not console.is_terminal:
         yield lambda event: say(event) if isinstance(event, Warned) else None
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), _Steps()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), _Steps()
     with ProgressBars(*columns, console=console, transient=True) as bars:
         bar = bars.add_task(what, total=None, visible=False)
 
@@ -175,7 +176,7 @@ def counting(what: str) -> Iterator[Reporter]:
 @contextmanager
 def watch_bytes() -> Iterator[Reporter]:
     """A bar of bytes on standard error from the first stage on; where that is no terminal, a line per stage."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
 
     def say(event: Stage | Warned) -> None:
         console.print(event.text, markup=False, highlight=False, soft_wrap=True)
@@ -183,7 +184,12 @@ def watch_bytes() -> Iterator[Reporter]:
     if not console.is_terminal:
         yield lambda event: say(event) if isinstance(event, Stage | Warned) else None
         return
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with ProgressBars(*columns, console=console) as bars:
         bar = bars.add_task("", total=None, visible=False)
 
@@ -210,7 +216,7 @@ def score_text(name: str, value: float) -> str:
 
 def show_data(found: dict[str, Any]) -> None:
     """A data report, and whose tokens it counts."""
-    console = Console(markup=False)
+    console = terminal()
     console.print(data_report.draw(api.describe_data(found["task"], found["report"])))
     text = f"\nRead as {found['title']}; tokens are those of {found['model']}."
     console.print(text, highlight=False, soft_wrap=True)
@@ -223,7 +229,7 @@ def _trainable(method: str, event: TrainingStarted) -> Text:
 
 def show_comparison(comparison: Any, out: Path) -> None:
     """The table and where everything is."""
-    console = Console(markup=False)
+    console = terminal()
     console.print(comparison_table(comparison))
     console.print()
     for name, what in (("compare.html", "the page"), ("compare.png", "the picture"), ("compare.json", "the numbers")):
@@ -255,7 +261,7 @@ def show_run(record: dict[str, Any], out: Path) -> None:
     grid.add_row("trainable", f"{result['trainable_parameters']:,} parameters, {share:.2%} of the base")
     grid.add_row("peak memory", human_bytes(result["peak_memory_bytes"]))
     grid.add_row("adapter", f"{out / 'adapter'}, {human_bytes(result['adapter_bytes'])}")
-    console = Console(markup=False)
+    console = terminal()
     console.print(grid)
     _try_it(console, record["settings"]["task"], out / "adapter")
 
@@ -278,7 +284,7 @@ def show_scores(scores: dict[str, Any]) -> None:
         grid.add_row(api.metric(name).words, text)
     if "general" in scores:
         grid.add_row("elsewhere", scores["general"]["words"])
-    Console(markup=False).print(grid)
+    terminal().print(grid)
 
 
 def _number(name: str, value: float) -> str:

@@ -6,8 +6,8 @@ import json
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
+from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
 from capotune.settings import ExportSettings, LoaderName
@@ -48,7 +48,7 @@ def _show(result: dict[str, Any]) -> None:
         grid.add_row("" if number else "changed", change)
     if result["agreement"] is not None:
         grid.add_row("answers", describe_agreement(result["agreement"]))
-    Console().print(grid, highlight=False)
+    terminal().print(grid, highlight=False)
     print(f"\n{result['command']}")
 
 

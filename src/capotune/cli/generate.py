@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from capotune.cli.flags import Json, base_of, parse_repeating
+from capotune.cli.terminal import for_output
 from capotune.errors import DataError, SettingError
 from capotune.events import counter
 from capotune.settings import BaseSettings, DecodingSettings
@@ -60,9 +61,9 @@ def generate(rest: list[str]) -> int:
         texts = write(prompts, progress=counter(report), **decoding)
     for prompt, text in zip(prompts, texts, strict=True):
         if settings.as_json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+            print(for_output(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)), flush=True)
         else:
-            print("> " + prompt.replace("\n", "\n> ") + f"\n{text}\n", flush=True)
+            print(for_output("> " + prompt.replace("\n", "\n> ") + f"\n{text}\n"), flush=True)
     _say_if_silent(texts, generator.has_chat_template and not (chat or settings.raw))
     return 0
 
@@ -83,7 +84,7 @@ def show(pieces: Iterator[str], written: list[str] | None = None) -> None:
             for piece in pieces:
                 if written is not None:
                     written.append(piece)
-                sys.stdout.write(piece)
+                sys.stdout.write(for_output(piece))
                 sys.stdout.flush()
                 last = piece
         finally:

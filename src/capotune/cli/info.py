@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from capotune.cli.combine import describe_combined
+from capotune.cli.console import terminal
 from capotune.cli.data_report import bar
 from capotune.cli.display import score_text
 from capotune.cli.grid import two_columns
@@ -49,7 +49,7 @@ def show_info(facts: dict[str, Any], plot: bool) -> None:
     for number, near in enumerate(facts.get("nearest_tokens", [])):
         words = ", ".join(f"{token} {similarity:.2f}" for token, similarity in near)
         grid.add_row(f"vector {number}", f"near {words}")
-    console = Console(markup=False)
+    console = terminal()
     console.print(grid)
     if plot and facts["delta"] is not None:
         console.print()

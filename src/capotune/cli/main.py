@@ -20,6 +20,7 @@ from pydantic import Field
 
 from capotune.cli.flags import Json, base_of, given_by, parse, take_config, without_out
 from capotune.cli.messages import in_flags
+from capotune.cli.terminal import for_output, harmless
 from capotune.device import is_out_of_memory
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.interrupts import asked_by_signal, heed_sigterm, ignore_requests, lose_no_signal
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problem = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror or error}."
         else:
             raise
-        print(f"capo: {problem}", file=sys.stderr)
+        print(f"capo: {harmless(problem)}", file=sys.stderr)
         if arguments is None:
             _close_output()
         return 2
@@ -389,7 +390,7 @@ def _info(rest: list[str]) -> int:
     with watch_bytes() as report:
         facts = api.info(settings.adapter, check=settings.check, report=report, **base_of(settings))
     if settings.as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(for_output(json.dumps(facts, ensure_ascii=False)))
     else:
         show_info(facts, settings.plot)
     return 0 if facts.get("check", {}).get("agrees", True) else 1
@@ -404,7 +405,7 @@ def _data(rest: list[str]) -> int:
     with watch_bytes() as report:
         found = api.inspect(report=report, **given)
     if settings.as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(for_output(json.dumps(found, ensure_ascii=False)))
     else:
         show_data(found)
     if "refused" in found:
@@ -451,4 +452,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _print_predictions(predictions: Iterable[Any], as_json: bool) -> None:
     for one in predictions:
-        print(json.dumps(one.as_json(), ensure_ascii=False) if as_json else one.as_line(), flush=True)
+        text = json.dumps(one.as_json(), ensure_ascii=False) if as_json else one.as_line()
+        print(for_output(text), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from capotune.cli.terminal import harmless
 from capotune.errors import CapotuneError
 from capotune.settings import Settings
 
@@ -20,7 +21,7 @@ def in_flags(error: CapotuneError) -> str:
     Backticks around anything that is not the name of a setting stay.
     """
     known = set(_field_names(Settings))
-    return _NAMED.sub(lambda found: _flag(found, known), str(error))
+    return harmless(_NAMED.sub(lambda found: _flag(found, known), str(error)))
 
 
 def _flag(found: re.Match[str], known: set[str]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import tyro
-from rich.console import Console
 
+from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
 from capotune.settings import PushSettings
@@ -39,5 +39,5 @@ def push(rest: list[str]) -> int:
     grid.add_row("files", ", ".join(result["files"]))
     grid.add_row("base", result["base"])
     grid.add_row("stayed here", ", ".join(result["left_out"]) or "nothing")
-    Console(markup=False).print(grid, highlight=False)
+    terminal().print(grid, highlight=False)
     return 0

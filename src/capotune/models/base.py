@@ -25,7 +25,7 @@ from capotune.models.quantized import holds_4_bits, quantized_weights, read_quan
 from capotune.models.sentence_files import Pooling, SentenceFiles
 from capotune.models.shards import Shards, Tensors, check_dtypes
 from capotune.models.tokenizer_files import needs_libraries, unknown_class
-from capotune.models.untrusted import check_code, check_depth, check_links, check_tokenizer, read_json
+from capotune.models.untrusted import check_code, check_depth, check_elsewhere, check_links, check_tokenizer, read_json
 from capotune.settings import nearest
 
 
@@ -395,6 +395,7 @@ def _check(base: Base) -> None:
         raise not_a_model(base.folder)
     check_downloaded(base.folder)
     check_links(base.folder)
+    check_elsewhere(base.folder / "tokenizer_config.json")
     if not isinstance(base.config_values, dict):
         raise ModelError(f"{path}: expected an object, found a {type(base.config_values).__name__}.")
     if not base.trust_remote_code:

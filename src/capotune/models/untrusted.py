@@ -6,6 +6,7 @@ Each raises ``ModelError``. What pickle wrote is never opened, and Python files 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from math import prod
@@ -48,6 +49,18 @@ def check_name(name: str, where: Path) -> None:
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise ModelError(f"{where} names {quoted(name)}, which is outside the model's folder.")
+
+
+def check_elsewhere(path: Path) -> None:
+    """Refuse a tokenizer_config.json whose ``*_file`` lies outside the folder: older Transformers read it. A path
+    of the machine where it was saved leads nowhere and is passed over."""
+    try:
+        values = read_json(path) if path.is_file() else {}
+    except ModelError:
+        return  # what reads it says what is wrong
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name.endswith("_file") and isinstance(value, str) and os.path.isfile(path.parent / value):  # noqa: PTH113
+            check_name(value, path)
 
 
 def check_code(config: dict[str, Any]) -> None:
