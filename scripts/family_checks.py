@@ -145,7 +145,9 @@ class Checks:
     def text_prompt(self) -> float:
         """The same for a soft prompt, against Transformers' model with the vectors as ``inputs_embeds``, which nearly
         every family takes; else against the stored adapter with the virtual tokens before each row."""
-        loaded, trained = self._trained("prompt-tuning", PAIRS, "text", num_virtual_tokens=3, learning_rate=0.1)
+        loaded, trained = self._trained(
+            "prompt-tuning", PAIRS, "text", num_virtual_tokens=3, deep=False, learning_rate=0.1
+        )
         model, prompt = _causal(self.folder), loaded.method.parameters()["prompt_embeddings"].detach()
         if "inputs_embeds" not in inspect.signature(model.forward).parameters:
             virtual = torch.tensor(loaded._assembled.method.virtual_token_ids)

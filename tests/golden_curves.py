@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "feature-extraction": {"trainable_layers": 1},
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
     "qlora": {"rank": 4, "alpha": 8, "block_size": 32},
-    "prompt-tuning": {"num_virtual_tokens": 4, "init": "vocabulary"},
+    "prompt-tuning": {"num_virtual_tokens": 4, "init": "vocabulary", "deep": False},
 }
 STEPPED = {
     "epochs": 1, "patience": 1, "batch_size": 8, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "warmup": 0.2,

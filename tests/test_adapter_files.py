@@ -47,7 +47,7 @@ def labels(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompt(llama_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A soft prompt of 3 vectors for text."""
     folder = tmp_path_factory.mktemp("made") / "prompt"
-    settings = PromptTuningSettings(num_virtual_tokens=3, init="vocabulary", learning_rate=0.1)
+    settings = PromptTuningSettings(num_virtual_tokens=3, deep=False, init="vocabulary", learning_rate=0.1)
     save_adapter(folder, generation_helpers.on_base(llama_writer, settings), helpers.TRAINED)
     helpers.unsigned(folder)
     return folder

@@ -19,8 +19,14 @@ from capotune.adapters.store import read_adapter, save_adapter
 from capotune.cli.info import show_info
 from capotune.engine.loop import train
 from capotune.errors import SettingError
+from capotune.evaluation.forward import held_out_score
+from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.deep import KEY
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
+from capotune.models.base import find
+from capotune.settings import TrainSettings
+from capotune.tasks.generation import giving_back
+from capotune.tasks.generation.run import GenerationRun
 from capotune.tasks.loading import load_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
@@ -111,7 +117,7 @@ def test_beams_are_those_of_peft(base: str, writers: dict[str, Path], tmp_path: 
         assert ours.generate([prompt], max_tokens=6, num_beams=3) == [expected]
 
 
-# ------------------------------------------------------------------------------------------------- the first vector
+# ------------------------------------------------------------------------------------------- how the vectors learn
 
 
 def trained_from(assembled: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,3 +139,69 @@ def test_the_first_vector_rests_and_the_others_learn(writers: dict[str, Path]) -
 def test_a_single_vector_learns(writers: dict[str, Path]) -> None:
     before, after = trained_from(on_base(writers["llama"], DEEP.model_copy(update={"num_virtual_tokens": 1})))
     assert (after != before).any()
+
+
+def test_the_way_from_the_start_is_a_straight_line(writers: dict[str, Path]) -> None:
+    assembled = on_base(writers["llama"], DEEP)
+    before, after = trained_from(assembled)
+    go = assembled.method.way_from_start()
+    assert go is not None
+    for part in (0.5, 0.0, 1.0):
+        go(part)
+        torch.testing.assert_close(assembled.method.stored()[KEY], before.lerp(after, part))
+
+
+@pytest.mark.parametrize(
+    ("losses", "part"),
+    [
+        ({0: 2.0, 0.6: 1.09}, 0.6),
+        ({0: 2.0, 0.6: 1.5, 0.7: 1.11, 0.8: 1.05}, 0.8),
+        ({0: 2.0, 0.6: 1.5, 0.7: 1.4, 0.8: 1.3, 0.9: 1.2}, 1.0),
+        ({0: 1.0, 0.6: 1.0}, 0.6),
+    ],
+)
+def test_as_much_is_given_back_as_leaves_90_percent_of_the_held_out_gain(
+    losses: dict[float, float], part: float, writers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembled, went = on_base(writers["llama"], DEEP), []
+    monkeypatch.setattr(assembled.method, "way_from_start", lambda: went.append)
+    monkeypatch.setattr(giving_back, "held_out_score", lambda *_: (-losses[went[-1]],))
+    score = giving_back.give_back(assembled, examples(assembled, 2), (-1.0,), lambda _: None)
+    assert went[-1] == part
+    assert score == (-losses.get(part, 1.0),)
+
+
+def test_the_recorded_held_out_loss_is_that_of_the_stored_vectors(
+    compared: Path, llama_writer: Path, colour_pairs: Path
+) -> None:
+    record = json.loads((compared / "prompt-tuning" / "run.json").read_text(encoding="utf-8"))
+    settings = TrainSettings(data=str(colour_pairs), model=str(llama_writer))
+    method = PromptTuningSettings(**record["prompt-tuning"])
+    run = GenerationRun(settings, method, find(str(llama_writer)), lambda _: None)
+    loaded = load_adapter(read_adapter(adapter_of(compared)), model=None, device=torch.device("cpu"))
+    held = run.train.take(run.held_rows).after(loaded.method.virtual_token_ids)
+    (score,) = held_out_score(loaded, held)
+    assert record["result"]["held_out_score"] == pytest.approx(run.task.objective.shown((score,)))
+
+
+@pytest.mark.parametrize(("given", "deep", "rate"), [({}, True, 0.2), ({"deep": False}, False, None),
+    ({"hard": True, "init": "text", "init_text": "my friend"}, False, None)])  # fmt: skip
+def test_a_prompt_for_text_is_deep_unless_asked_otherwise(
+    given: dict[str, Any], deep: bool, rate: float | None, writers: dict[str, Path]
+) -> None:
+    assembled = on_base(writers["llama"], PromptTuningSettings(**{"num_virtual_tokens": 2, **given}))
+    settings = assembled.method.settings
+    assert settings.deep is deep
+    assert settings.learning_rate == rate if deep else settings.learning_rate < 0.2
+    assert assembled.method.notices() == []
+
+
+def test_a_record_from_before_deep_prompts_is_of_none() -> None:
+    assert PromptTuningSettings.of_record({"num_virtual_tokens": 2}).deep is False
+    assert PromptTuningSettings.of_record({"num_virtual_tokens": 2, "deep": True}).deep is True
+
+
+def test_other_methods_have_nothing_to_give_back(writers: dict[str, Path]) -> None:
+    for settings in (LoraSettings(rank=2), PromptTuningSettings(num_virtual_tokens=3, deep=False)):
+        assembled = on_base(writers["llama"], settings)
+        assert assembled.method.way_from_start() is None

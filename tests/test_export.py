@@ -109,7 +109,7 @@ def test_every_block_has_all_names_and_the_rank_is_one_that_is_served(writers: d
 
 
 def test_soft_prompt_is_copied_for_peft(writers: dict[str, Path], tmp_path: Path) -> None:
-    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3))
+    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3, deep=False))
     capotune.export(adapter, loader="peft", out=tmp_path / "out")
     assert tree(tmp_path / "out") == tree(adapter)
 
@@ -434,7 +434,7 @@ def test_tables_of_the_docs_say_what_becomes_of_an_adapter() -> None:
 
 
 def test_soft_prompt_is_refused_where_no_vectors_are_taken(writers: dict[str, Path], tmp_path: Path) -> None:
-    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3))
+    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3, deep=False))
     ran = capo("export", adapter, "--for", "llama.cpp", "--out", tmp_path / "out")
     assert ran.code == 2
     assert "--for llama.cpp" in ran.said

@@ -150,7 +150,7 @@ def test_a_frozen_prefix_is_left_out_only_where_the_model_goes_on_from_it(made: 
 def test_a_prompt_is_refused_where_ids_are_looked_up_in_another_table(made: Any) -> None:
     """As DeepSeek-V4 routes tokens to experts by their ids."""
     base = find(str(made("mixtral")))
-    settings = PromptTuningSettings(num_virtual_tokens=2).completed(Context(base.hidden_size, False))
+    settings = PromptTuningSettings(num_virtual_tokens=2, deep=False).completed(Context(base.hidden_size, False))
     assembled = assemble(Generation.on(base, None, 2), settings, device=torch.device("cpu"))
     backbone = assembled.backbone
 

@@ -34,7 +34,18 @@ def adapters(
     runs: dict[str, tuple[Any, ...]] = {
         "pairs": ("lora", "--data", colour_pairs, "--model", untied_writer, *once),
         "chats": ("lora", "--data", colour_chats, "--model", untied_writer, *once),
-        "soft": ("prompt-tuning", "--data", colour_pairs, "--model", untied_writer, *once, "--num-virtual-tokens", 4),
+        "soft": (
+            "prompt-tuning",
+            "--data",
+            colour_pairs,
+            "--model",
+            untied_writer,
+            *once,
+            "--num-virtual-tokens",
+            4,
+            "--deep",
+            "False",
+        ),
         "hard": (
             *("prompt-tuning", "--data", colour_pairs, "--model", untied_writer, "--hard"),
             *("--candidates", candidates, "--test-fraction", 0),

@@ -45,8 +45,8 @@ VARIANTS: dict[str, TrainingSettings] = {
     "qlora": QloraSettings(**LORA),
     "qlora-fp4": QloraSettings(quant_type="fp4", **LORA),
     "qlora-plain": QloraSettings(double_quant=False, block_size=32, **LORA),
-    "prompt-vocabulary": PromptTuningSettings(init="vocabulary", **PROMPT),
-    "prompt-text": PromptTuningSettings(init="text", init_text="my friend, what colour is it?", **PROMPT),
+    "prompt-vocabulary": PromptTuningSettings(init="vocabulary", deep=False, **PROMPT),
+    "prompt-text": PromptTuningSettings(deep=False, init="text", init_text="my friend, what colour is it?", **PROMPT),
     "prompt-deep": PromptTuningSettings(deep=True, **PROMPT | {"learning_rate": 0.3}),
     "prompt-hard": PromptTuningSettings(hard=True, init="text", init_text="my friend, what colour is it?", **PROMPT),
 }

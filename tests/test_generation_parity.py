@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from capotune.engine.loop import train
 from capotune.engine.recorded import with_boundary
 from capotune.errors import SettingError
 from capotune.evaluation.forward import Examples, held_out_score, outputs
+from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
@@ -55,7 +57,7 @@ PARITY: dict[str, TrainingSettings] = {
     "dora": LoraSettings(dora=True, **LORA),
     "layers": LoraSettings(layers=(1,), **LORA),
     "qlora": QloraSettings(**LORA),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False),
     "prefix-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=True),
 }
 BASES = ("llama", "gpt2", "qwen2")
@@ -110,6 +112,11 @@ def test_a_deep_prompt_is_refused_where_attention_cannot_be_looked_into(all_writ
     with pytest.raises(SettingError, match=r"`deep=True`: Gemma2Model .*Leave it out"):
         attach(plain, Start(torch.Generator().manual_seed(0), [9, 10]))
     assert {name: id(part) for name, part in plain.model.named_modules()} == parts
+    unasked = replace(plain, method=make(PARITY["prefix-tuning"].model_copy(update={"deep": None})))
+    attach(unasked, Start(torch.Generator().manual_seed(0), [9, 10]))
+    assert unasked.method.settings.deep is False
+    assert unasked.method.settings.learning_rate < 0.2
+    assert "they stand before the input alone" in " ".join(unasked.method.notices())
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -154,7 +161,7 @@ TRAINING: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA, **STEPS),
     "dora": LoraSettings(dora=True, **LORA, **STEPS),
     "qlora": QloraSettings(**LORA, **STEPS),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **STEPS | {"learning_rate": 0.1}),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False, **STEPS | {"learning_rate": 0.1}),
 }
 
 
@@ -260,7 +267,7 @@ EVERY: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(trainable_layers=1),
     "lora": LoraSettings(**LORA),
     "qlora": QloraSettings(**LORA),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False),
 }
 
 
@@ -446,7 +453,7 @@ def test_checkpointed_gradients_are_the_same(variant: str, base: str, writers: d
         "lora, dropout": LoraSettings(dropout=0.3, **LORA, **LESS),
         "dora, dropout": LoraSettings(dora=True, dropout=0.3, **LORA, **LESS),
         "qlora": QloraSettings(**LORA, **LESS),
-        "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **LESS),
+        "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False, **LESS),
         "deep": PromptTuningSettings(num_virtual_tokens=5, deep=True, **LESS),
     }
     settings = known["features" if "features" in variant else variant]
@@ -485,7 +492,7 @@ IN_HALF: dict[str, TrainingSettings] = {
     "lora, dropout": LoraSettings(dropout=0.1, **LORA, **HALF),
     "dora": LoraSettings(dora=True, **LORA, **HALF),
     "qlora": QloraSettings(**LORA, **HALF),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **HALF | {"learning_rate": 0.1}),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False, **HALF | {"learning_rate": 0.1}),
 }
 
 

@@ -59,7 +59,7 @@ METHODS: dict[str, TrainingSettings] = {
         "feature-extraction": {"learning_rate": 1e-2},
         "lora": {"rank": 4, "dropout": 0.1, "learning_rate": 3e-2},
         "qlora": {"rank": 4, "learning_rate": 3e-2},
-        "prompt-tuning": {"num_virtual_tokens": 5, "learning_rate": 0.1},
+        "prompt-tuning": {"num_virtual_tokens": 5, "deep": False, "learning_rate": 0.1},
     }.items()
 }
 
@@ -418,7 +418,7 @@ def by_words(loaded: Assembled, source: Path) -> float:
 
 def test_soft_vectors_start_from_the_best_hard_prompt(colour_pairs: Path, primed_writer: Path, tmp_path: Path) -> None:
     names = candidates(tmp_path, BAD, GOOD)
-    method = hard(hard=False, candidates=names, learning_rate=1e-2, epochs=1)
+    method = hard(hard=False, deep=False, candidates=names, learning_rate=1e-2, epochs=1)
     result = start(method, colour_pairs, primed_writer, tmp_path / "run", answers=0)["result"]
     loss = {row["prompt"]: row["held_out_loss"] for row in result["candidates"]}[GOOD]
     assert result["held_out_score"] <= math.exp(loss) + 1e-9  # the start is among what is chosen from

@@ -28,7 +28,7 @@ METHODS: dict[str, TrainingSettings] = {
     "lora": LoraSettings(rank=4, rslora=True),
     "one-block": LoraSettings(rank=2, layers=(1,)),
     "dora": LoraSettings(rank=3, dora=True),
-    "prompt": PromptTuningSettings(num_virtual_tokens=3, init="vocabulary", learning_rate=0.1, epochs=1),
+    "prompt": PromptTuningSettings(num_virtual_tokens=3, deep=False, init="vocabulary", learning_rate=0.1, epochs=1),
     "last-block": FeatureExtractionSettings(trainable_layers=1),
     "deep": PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary", learning_rate=0.1, epochs=1),
 }
@@ -181,7 +181,7 @@ LABELS: dict[str, TrainingSettings] = {
     "dora": LoraSettings(rank=3, dora=True),
     "head": FeatureExtractionSettings(),
     "last-block": FeatureExtractionSettings(trainable_layers=1),
-    "prompt": PromptTuningSettings(num_virtual_tokens=3, init="vocabulary"),
+    "prompt": PromptTuningSettings(num_virtual_tokens=3, deep=False, init="vocabulary"),
     "deep": PromptTuningSettings(num_virtual_tokens=2, deep=True, init="vocabulary"),
 }
 

@@ -172,6 +172,11 @@ class TrainingSettings(Settings):
             "batch_size": 32 if context.train_rows is None else min(32, max(4, context.train_rows // 64)),
         }
 
+    @classmethod
+    def of_record(cls: type[AnyTraining], values: dict[str, Any]) -> AnyTraining:
+        """From an adapter's record, in which an older version's lacks what was no setting then. ``SettingError``."""
+        return build(cls, values)
+
     # What a task may ask of any method's settings. Only methods that put something before the text say more.
 
     @property

@@ -33,7 +33,7 @@ from capotune.events import Reporter, Warned, alive, ignore, nothing
 from capotune.files import output_folder, write_atomic
 from capotune.methods.base import Start
 from capotune.models.base import Base, find
-from capotune.settings import TrainingSettings, build
+from capotune.settings import TrainingSettings
 
 FORMAT = 1
 ABOVE = ".."
@@ -198,7 +198,7 @@ def read_adapter(folder: str | Path, *, allow_different_base: bool = False) -> S
     config, tensors = read_json(folder, CONFIG), read_tensors(folder)
     try:
         method = methods.get(record["method"])
-        settings = build(method.Settings, record["settings"])
+        settings = method.Settings.of_record(record["settings"])
         tensors = method.trained(settings, tensors, config)
     except CapotuneError as error:
         raise AdapterError(str(error), where=str(folder / RECORD)) from None

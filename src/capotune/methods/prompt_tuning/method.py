@@ -8,7 +8,7 @@ wherever the row is padded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,20 @@ from torch import nn
 
 from capotune.errors import AdapterError, SettingError
 from capotune.methods.base import Method, Start
-from capotune.methods.prompt_tuning.deep import KEY, DeepPromptEmbedding, observe_start, observe_words
+from capotune.methods.prompt_tuning.deep import (
+    KEY,
+    DeepPromptEmbedding,
+    can_go_deep,
+    key_value_heads,
+    observe_start,
+    observe_words,
+)
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.architecture import Architecture, swap
 from capotune.models.prefix import put_prefixes, take_prefixes
+
+_TEXT_RATE = 0.2
+"""Of a deep prompt for text, in standard deviations of keys and values."""
 
 
 class PromptEmbedding(nn.Module):
@@ -61,13 +71,20 @@ class PromptTuning(Method):
     settings: PromptTuningSettings
     identity_at_start = False
     key_prefix = "base_model."  # PEFT wraps a prompt-tuned model once less than a LoRA one
+    _stays_shallow = False
 
     def resolve(self, model: nn.Module, architecture: Architecture) -> None:
-        """Where the learning rate was left out, it is the standard deviation of the base's token embeddings."""
+        """Whether the prompt is deep, and the learning rate, where they were left out. The rate of vectors before the
+        text is the standard deviation of the base's token embeddings."""
+        chosen: dict[str, Any] = {}
+        deep = self.settings.deep
+        if deep is None:
+            chosen["deep"] = deep = can_go_deep(model.get_submodule(architecture.backbone), len(architecture.blocks))
+            self._stays_shallow = not deep
         if self.settings.learning_rate is None:
             embedding: Any = model.get_submodule(architecture.embedding)
-            spread = float(f"{float(embedding.weight.float().std()):.2g}")
-            self.settings = self.settings.model_copy(update={"learning_rate": spread})
+            chosen["learning_rate"] = _TEXT_RATE if deep else float(f"{float(embedding.weight.float().std()):.2g}")
+        self.settings = self.settings.model_copy(update=chosen)
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
         """Swap the token embedding; the vectors start from the embeddings of ``start.token_ids``."""
@@ -131,6 +148,18 @@ class PromptTuning(Method):
         else:
             super().load(tensors)
 
+    def notices(self) -> list[str]:
+        """Where the default cannot be had."""
+        if not self._stays_shallow:
+            return []
+        return [
+            "the base's attention lets no vectors in before its keys and values: they stand before the input alone."
+        ]
+
+    def way_from_start(self) -> Callable[[float], None] | None:
+        """A deep prompt's, which costs much on other text."""
+        return self.embedding.way_from_start() if isinstance(self.embedding, DeepPromptEmbedding) else None
+
     def learning_rates(self) -> dict[str, float]:
         """Of a deep prompt each block's keys and values have their own, by how far apart those of the start are."""
         rates = super().learning_rates()
@@ -141,7 +170,7 @@ class PromptTuning(Method):
     def expected_parameters(self) -> int:
         """virtual tokens · embedding size; of a deep prompt virtual tokens · blocks · 2 · key-value width."""
         if self.settings.deep:
-            heads, size = self._key_value_heads()
+            heads, size = key_value_heads(self.model.get_submodule(self.architecture.backbone))
             return self.settings.virtual_tokens * len(self.architecture.blocks) * 2 * heads * size
         return self.settings.virtual_tokens * self.architecture.embedding_size
 
@@ -154,7 +183,7 @@ class PromptTuning(Method):
         backbone: Any = self.model.get_submodule(self.architecture.backbone)
         config = backbone.config
         if self.settings.deep:
-            heads, size = self._key_value_heads()
+            heads, size = key_value_heads(backbone)
             return {
                 "peft_type": "PREFIX_TUNING",
                 "num_virtual_tokens": self.settings.virtual_tokens,
@@ -217,13 +246,6 @@ class PromptTuning(Method):
         self._swap_embedding(self.embedding)
         modules = [one.module for one in seen]
         self._attention_names = put_prefixes(backbone, list(zip(modules, self.embedding.prefixes(), strict=True)))
-
-    def _key_value_heads(self) -> tuple[int, int]:
-        """Key-value heads of a block and the size of one."""
-        config: Any = self.model.get_submodule(self.architecture.backbone).config
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
     @torch.no_grad()
     def _check_further_tables(self, backbone: Any) -> None:

@@ -18,7 +18,7 @@ class PromptTuningSettings(TrainingSettings):
     method: ClassVar[str] = "prompt-tuning"
     deep: bool | None = None
     """Vectors before every block's keys and values (prefix tuning, Li & Liang 2021) instead of before the input
-    embeddings. Left out: no."""
+    embeddings. Left out: for text yes, where the base's attention lets them in; for labels no."""
     num_virtual_tokens: Count | None = None
     """Vectors put before every text. Left out: 20, or with `candidates` or `hard` as many as the words have tokens."""
     init: Literal["labels", "text", "vocabulary"] | None = None
@@ -32,8 +32,9 @@ class PromptTuningSettings(TrainingSettings):
     hard: bool = False
     """Keep the best of the `candidates` (or `init_text`) as it is and train nothing."""
     learning_rate: Positive | None = None
-    """Peak learning rate of the prompt vectors. Left out: 1e-2 for labels; for text the standard deviation of the
-    base's token embeddings, since that is the scale on which vectors differ."""
+    """Peak learning rate of the prompt vectors. Of deep ones in standard deviations of each block's keys and values:
+    0.2 for text, 0.1 for labels. Of others: 1e-2 for labels; for text the standard deviation of the base's token
+    embeddings, since that is the scale on which vectors differ."""
     head_learning_rate: Positive = 1e-2
     """Peak learning rate of the classification head; with so few other weights the head must do more itself."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -65,13 +66,12 @@ class PromptTuningSettings(TrainingSettings):
         return self
 
     def _defaults(self, context: Context) -> dict[str, Any]:
-        chosen = {**super()._defaults(context), "epochs": 3, "deep": False}
-        if self.deep:
-            chosen["learning_rate"] = 0.1
-        elif context.has_head:
-            chosen["learning_rate"] = 1e-2
+        chosen = {**super()._defaults(context), "epochs": 3}
+        if context.has_head:
+            chosen |= {"deep": False, "learning_rate": 0.1 if self.deep else 1e-2}
         else:
-            del chosen["learning_rate"]  # ``PromptTuning.resolve`` takes it from the base's embeddings
+            del chosen["learning_rate"]  # ``PromptTuning.resolve`` takes it from the base, as it does ``deep``
+            chosen |= {"deep": False} if self.hard else {}
         if self.candidates is not None or self.hard:  # the words themselves give the number once they are known
             return chosen
         return {**chosen, "num_virtual_tokens": 20, "init": "labels" if context.has_head else "vocabulary"}
@@ -93,6 +93,11 @@ class PromptTuningSettings(TrainingSettings):
                 allowed="vocabulary or text",
             )
         return super().completed(context)
+
+    @classmethod
+    def of_record(cls, values: dict[str, Any]) -> PromptTuningSettings:
+        """Before ``deep`` was a setting, no prompt was."""
+        return super().of_record({"deep": False, **values})
 
     @property
     def virtual_tokens(self) -> int:

@@ -32,6 +32,7 @@ from capotune.settings import DecodingSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.generation.deciding import decide_by_data, decide_together, matched_share
 from capotune.tasks.generation.general import GeneralText, positions_for
+from capotune.tasks.generation.giving_back import give_back
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
@@ -162,7 +163,8 @@ class GenerationRun(TaskRun):
         state = recording.state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
         state = train_recorded(recording, assembled, fit, held, seed=self.seed, state=state, report=report)
         extra |= incidents(state)
-        return Fitted(float(state.epoch), state.best_epoch, shown(state.best_score), extra)
+        score = give_back(assembled, held, state.best_score, report)
+        return Fitted(float(state.epoch), state.best_epoch, shown(score), extra)
 
     # ---------------------------------------------------------------------------------------------- testing
 
