@@ -34,6 +34,7 @@ def _tables() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]:
         "linear_head": ("The head", head),
         "engine-profile": ("Where a training step's time goes", profiles),
         "startup": ("From the command to the first step", startup),
+        "checkpoints": ("What checkpoints cost a step", checkpoints),
         "decoding": ("Text written with an adapter", decoding),
         "defaults": ("LoRA's defaults against TRL", defaults),
         "prompts": ("Prompts against LoRA", prompts),
@@ -306,6 +307,23 @@ def startup(content: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     machine = content["environment"]
     return [*lines, "", f"Medians (least to most) of {content['rounds']} rounds; {content['date']}, {machine['cpu']}."]
+
+
+def checkpoints(content: dict[str, Any]) -> list[str]:
+    """The training thread's work for them, and the writing thread's."""
+    lines = [
+        "LoRA by its defaults, CPU time with one thread for PyTorch. The training thread copies weights and moments; "
+        "another thread writes them.",
+        "",
+        "| | checkpoint | a step | for each step | for each checkpoint | the writing thread | a step is longer by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, found in content["results"].items():
+        times = (found[f"{name}_cpu_seconds"] for name in ("step", "each_step", "taken", "written"))
+        cells = [f"{found['checkpoint_bytes'] / 1e6:.0f} MB", *(f"{1000 * seconds:.4g} ms" for seconds in times)]
+        lines.append(f"| {model} | {' | '.join(cells)} | {found['share_at_the_default_interval']:.2%} |")
+    machine = content["environment"]
+    return [*lines, "", f"With a checkpoint every 5 minutes. Medians of {content['steps']} steps; {machine['cpu']}."]
 
 
 def reading(content: dict[str, Any]) -> list[str]:

@@ -347,7 +347,7 @@ def test_compare_leaves_picture_page_and_adapters_and_nothing_else(compared: tup
     out, shown = compared
     run = ("run.json", "metrics.jsonl", "predictions.jsonl", "test_rows.json", "adapter")
     files = ("adapter_config.json", "adapter_model.safetensors", "capotune.json", "README.md")
-    expected = {"compare.json", "compare.png", "compare.html"}
+    expected = {"compare.json", "compare.png", "compare.html", "settings.json"}
     for method in ("lora", "prompt-tuning"):
         expected |= {method, *(f"{method}/{name}" for name in run), *(f"{method}/adapter/{name}" for name in files)}
     assert set(tree(out)) == expected
