@@ -34,13 +34,15 @@ def case(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) ->
     rows = tickets.read_text(encoding="utf-8").splitlines()[:41]
     data = tmp_path_factory.mktemp("data") / "rows.csv"
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return Case("lora", "classification", ("lora", "--layers", "2", "--data", str(data), "--model", str(bert), *LORA))
+    return Case(
+        "lora", "classification", ("train", "lora", "--layers", "2", "--data", str(data), "--model", str(bert), *LORA)
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("whole")
-    assert capo("train", *case.flags, "--out", folder / "warm").code == 0  # what is imported and found out once is so
+    assert capo(*case.command, "--out", folder / "warm").code == 0  # what is imported and found out once is so
     return soak.reference(case, folder / "reference")
 
 
