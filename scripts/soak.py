@@ -142,15 +142,26 @@ class Ended:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def run(folder: Path, arguments: list[str], moment: Moment | None = None, after: float | None = None) -> Ended:
-    """``capo`` in ``folder``, killed at ``moment``, or from outside ``after`` so many seconds of a processor."""
+def moment(folder: Path, kind: str = "change", number: int = 0, deed: str = "kill") -> Moment:
+    """A moment of a process in ``folder``; by default one that never comes."""
+    return Moment(
+        tuple(str(folder / name) for name in ("run", "cache", ".run")),
+        str(folder / "note.json"),
+        kind,
+        number,
+        deed,
+    )
+
+
+def run(folder: Path, arguments: list[str], at: Moment | None = None, after: float | None = None) -> Ended:
+    """``capo`` in ``folder``, killed ``at`` a moment, or from outside ``after`` so many seconds of a processor."""
     note, said = folder / "note.json", folder / "said.txt"
     note.unlink(missing_ok=True)
     with warnings.catch_warnings():  # of threads, of which none works now
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if not process:
-        _become(folder, said, [(moment or _moment(folder)).to_json(), *arguments])
+        _become(folder, said, [(at or moment(folder)).to_json(), *arguments])
     seconds = 0.0
     while not (ended := os.waitpid(process, os.WNOHANG))[0]:
         seconds = max(seconds, _computed(process))
@@ -260,7 +271,7 @@ class Reference:
 def reference(case: Case, folder: Path) -> Reference:
     """Run the case to its end."""
     folder.mkdir()
-    ended = run(folder, case.arguments, _moment(folder))
+    ended = run(folder, case.arguments, moment(folder))
     assert ended.code == 0, ended.said
     # those of a comparison's techniques are counted in their own processes: about so many come
     counts = {"change": 250} if case.is_comparison else ended.counts
@@ -296,7 +307,7 @@ def trial(case: Case, expected: Reference, folder: Path, kills: Iterable[Kill]) 
     for kill in (*kills, Kill("none")):
         out = folder / "run"
         arguments = ["resume", "run"] if out.exists() else case.arguments
-        ended = run(folder, arguments, _moment(folder, kill.how, kill.number), kill.seconds)
+        ended = run(folder, arguments, moment(folder, kill.how, kill.number), kill.seconds)
         if ended.code != -signal.SIGKILL:
             break
         found.kills.append(_phase(ended, kill.how))
@@ -331,16 +342,6 @@ def draw(expected: Reference, chooser: random.Random) -> Iterator[Kill]:
             yield Kill(how, chooser.randint(1, expected.counts[how]))
         if chooser.random() > _SHARE_KILLED_AGAIN:
             return
-
-
-def _moment(folder: Path, kind: str = "change", number: int = 0, deed: str = "kill") -> Moment:
-    return Moment(
-        tuple(str(folder / name) for name in ("run", "cache", ".run")),
-        str(folder / "note.json"),
-        kind,
-        number,
-        deed,
-    )
 
 
 def _phase(ended: Ended, how: str) -> str:
@@ -398,7 +399,7 @@ def full_disk(made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
         expected, folder = reference(case, made / "reference"), made / "full"
         for number in range(1, expected.counts["change"] + 1):
             folder.mkdir()
-            ended = run(folder, case.arguments, _moment(folder, "change", number, "full"))
+            ended = run(folder, case.arguments, moment(folder, "change", number, "full"))
             lines = [line for line in ended.said.splitlines() if line.startswith("capo:") or "goes on without" in line]
             said.update(re.sub(r"/\S+|[\d.,]+ [kM]?B|step-\S+", "…", line) for line in lines)
             problems += [

@@ -20,6 +20,7 @@ from capotune.errors import OutputError
 
 __all__ = [
     "cache_folder",
+    "check_there",
     "checksum",
     "free_bytes",
     "full_disk_is_said",
@@ -115,9 +116,11 @@ def output_folder(path: str | Path) -> Iterator[Path]:
             _sync_tree(partial)
             partial.rename(path)
             _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_if_empty(made)
+        if isinstance(error, OutputError):
+            raise _under_its_name(error, partial, path) from error.__cause__
         raise
 
 
@@ -157,6 +160,15 @@ def checksum(path: Path) -> str:
 def free_bytes(path: Path) -> int:
     """Free on the disk of ``path``, which need not exist."""
     return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
+
+
+def check_there(folder: Path) -> None:
+    """``OutputError`` where a folder that is being filled is gone."""
+    if not folder.is_dir():
+        raise OutputError(
+            f"the folder {folder} is gone: it was moved or removed while the run wrote there.",
+            advice="Where it was moved, go on there with `resume`.",
+        )
 
 
 def remove_folder(path: Path) -> None:
@@ -223,6 +235,15 @@ def _output_error(path: Path, error: OSError, nbytes: int | None = None) -> Outp
     if error.errno in _FORBIDDEN:
         return OutputError(f"not allowed to write {path}.", advice="Choose a folder that you can write to.")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _under_its_name(error: OutputError, partial: Path, path: Path) -> OutputError:
+    """The error as if the folder had been written in its own place."""
+    parts = {
+        name: part.replace(str(partial), str(path)) if isinstance(part, str) else part
+        for name, part in error.parts().items()
+    }
+    return OutputError(parts.pop("problem"), **parts)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -25,7 +25,7 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Clock, Recording
 from capotune.engine.state import TrainingState
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
-from capotune.files import cache_folder, growing_folder, remove_folder, write_atomic
+from capotune.files import cache_folder, check_there, growing_folder, remove_folder, write_atomic
 from capotune.folder_lock import locked
 from capotune.interval import interval
 from capotune.kernels import described
@@ -251,6 +251,7 @@ class _Run:
         self, assembled: Assembled, trained: dict[str, Any], trainable: int, scored: Scored, base: Scored | None
     ) -> dict[str, Any]:
         out, record = self.settings.out, self.record
+        check_there(out)
         remove_folder(out / "adapter")  # of a run that was killed after writing it
         save_adapter(out / "adapter", assembled, trained, golden_answers(assembled))
         _write_scored(out, scored, base)
