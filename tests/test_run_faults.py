@@ -23,6 +23,8 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 BY_THE_CLOCK = {
     "cache.py": "what a killed process left days ago; an entry's last use is read from its file",
     "models/content.py": "whether a file was changed just before it was hashed: what is in doubt is hashed again",
+    "api/trackers.py": "when a step was taken, for a tracker",
+    "runs/circumstances.py": "when a run was started, for its record",
     "tasks/generation/sandbox.py": "a chat template may ask for the date",
 }
 """Where the clock on the wall is asked, and why nothing is lost when it is wrong."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from capotune.engine.checkpoint import save_checkpoint
 from capotune.engine.state import TrainingState
+from capotune.errors import OutputError
 from capotune.files import check_there
 from capotune.interval import Interval
 from capotune.run_folder import CHECKPOINTS, is_requested, withdraw_request
@@ -98,6 +99,10 @@ class CheckpointSaver:
     def _write(self, state: TrainingState, request: int | None) -> None:
         self._before_writing()
         check_there(self._out)
-        save_checkpoint(self._out / CHECKPOINTS, state)
+        try:
+            save_checkpoint(self._out / CHECKPOINTS, state)
+        except OutputError:
+            check_there(self._out)  # that it is gone says more
+            raise
         if request == is_requested(self._out):  # else it was asked for once more meanwhile
             withdraw_request(self._out)
