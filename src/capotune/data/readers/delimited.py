@@ -14,9 +14,11 @@ from capotune.data.columns import refuse_duplicates
 from capotune.data.readers.lines import Lines
 from capotune.data.table import Origin, RowsBuilder, Table
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt
+from capotune.errors import DataError
 
 __all__ = ["read_delimited"]
 
+_MOST_COLUMNS: Final = 10_000
 _FIELD_LIMIT_LOCK: Final = threading.Lock()
 
 
@@ -110,6 +112,12 @@ def _csv_problem(error: csv.Error) -> str:
 
 
 def _column_names(fields: list[str], where: str) -> list[str]:
+    if len(fields) > _MOST_COLUMNS:
+        raise DataError(
+            f"the header has {len(fields):,} columns; at most {_MOST_COLUMNS:,} are read.",
+            where=where,
+            advice="Write the columns that are needed into a file of their own.",
+        )
     names = [field.strip() or f"column {number}" for number, field in enumerate(fields, start=1)]
     refuse_duplicates(names, where)
     return names

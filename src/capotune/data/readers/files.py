@@ -32,6 +32,10 @@ def read_file(path: Path, source: str, limit: int | None) -> Table:
     ending = path.suffix.lower()
     if path.is_dir():
         raise DataError("is a folder; one file is needed.", where=source, advice=_data_files_in(path))
+    if not path.is_file():
+        raise DataError(
+            "is a pipe or a device; a file is needed.", where=source, advice="Write its content into a file."
+        )
     if ending not in ENDINGS:
         advice = OTHER_ENDINGS.get(ending, "Rename or convert it.")
         raise DataError(f"files ending in {ending!r} are not read.", where=source, allowed=ALLOWED, advice=advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,9 @@ from capotune.data.wording import first_line
 from capotune.errors import DataError, needs_extra
 
 __all__ = ["class_names", "named", "read_parquet"]
+
+_AT_ONCE, _LARGEST, _MOST_TIMES = 2**14, 10**9, 100
+"""Rows; bytes that any file's values may take, and how many times its size otherwise: text shrinks to a tenth."""
 
 
 def read_parquet(path: Path, source: str, limit: int | None) -> Table:
@@ -28,9 +32,9 @@ def read_parquet(path: Path, source: str, limit: int | None) -> Table:
             columns = [str(name) for name in file.schema_arrow.names]
             refuse_duplicates(columns, source)
             metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-            table = file.read() if limit is None else pyarrow.Table.from_batches(
-                islice(file.iter_batches(limit), 1), file.schema_arrow
-            )  # fmt: skip
+            batches = islice(file.iter_batches(limit), 1) if limit is not None else file.iter_batches(_AT_ONCE)
+            room = max(_LARGEST, _MOST_TIMES * path.stat().st_size)
+            table = pyarrow.Table.from_batches(_within(room, batches, source), file.schema_arrow)
         values = {name: table.column(at).to_pylist() for at, name in enumerate(columns)}
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
@@ -41,6 +45,20 @@ def read_parquet(path: Path, source: str, limit: int | None) -> Table:
             values[name] = [named(value, names) for value in values[name]]
     lines = list(range(1, table.num_rows + 1))
     return Table(columns, ColumnRows(values), lines, Origin(source), nulls_are_absent=True)
+
+
+def _within(room: int, batches: Iterable[Any], source: str) -> Iterator[Any]:
+    """The batches; ``DataError`` once their values take more than ``room`` bytes."""
+    for batch in batches:
+        room -= batch.nbytes
+        if room < 0:
+            raise DataError(
+                f"holds more than {_MOST_TIMES} times the values that its size lets expect; reading it would "
+                "fill the memory.",
+                where=source,
+                advice="If it is sound, write it as several files, or without compression.",
+            )
+        yield batch
 
 
 def _features(written_by_datasets: bytes) -> dict[str, Any]:
