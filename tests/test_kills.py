@@ -24,7 +24,7 @@ KILLS = [
     ("evaluation", 0.5),
     ("final save", 0.3),
     ("final save", 0.9),
-    ("record", 0.9),
+    ("folder", 0.97),
 ]
 
 

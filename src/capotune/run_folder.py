@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capotune.errors import OutputError, SettingError
-from capotune.files import check_free, remove_folder, write_atomic
+from capotune.files import check_free, remove_folder, remove_partial, write_atomic
 
 __all__ = [
     "CHECKPOINTS",
@@ -132,6 +132,7 @@ def has_checkpoint(out: Path) -> bool:
 def tidy(out: Path) -> None:
     """Remove what only a run that goes on needs."""
     remove_folder(out / CHECKPOINTS)
+    remove_partial(out)
     withdraw_request(out)
 
 
