@@ -118,6 +118,10 @@ def assert_one_line(refused: Result) -> None:
 
 
 AT_LEAST_1, HELP = "should be greater than or equal to 1.", "--help` lists the settings."
+INSIDE = (
+    "--prompt-tuning.init text needs --prompt-tuning.init-text, and --prompt-tuning.init-text needs "
+    f"--prompt-tuning.init text. `capo compare {HELP}"
+)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,7 @@ AT_LEAST_1, HELP = "should be greater than or equal to 1.", "--help` lists the s
         ("train lora --data x --schedule up", "--schedule up: not allowed. Allowed: linear, cosine, constant."),
         ("compare --data x --lora.rank abc", "--lora.rank abc: not allowed. Allowed: whole numbers, at least 1."),
         ("compare --data x --lora.rank 0", f"--lora.rank 0: input {AT_LEAST_1} `capo compare {HELP}"),
+        ("compare --data x --prompt-tuning.init text", INSIDE),
         ("generate x --temperature hot", "--temperature hot: not allowed. Allowed: numbers, at least 0."),
         ("demo labels", "TASK labels: not allowed. Allowed: generation."),
     ],

@@ -7,9 +7,11 @@ large, and nothing else needs them.
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,10 @@ def test_trackio_stores_a_run_on_this_machine(out: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TRACKIO_DIR", str(out.parent / "trackio"))
     pytest.importorskip("trackio")
     report_run("trackio", out)
-    assert list((out.parent / "trackio").rglob("capotune*"))
+    with closing(sqlite3.connect(out.parent / "trackio" / "capotune.db")) as stored:
+        rows = [(step, json.loads(values)) for step, values in stored.execute("select step, metrics from metrics")]
+    assert sorted((step, values["train/loss"]) for step, values in rows if "train/loss" in values) == LOSSES
+    assert rows[-1][1] == {"test/accuracy": 0.9}
 
 
 # What is the same for all
@@ -155,6 +160,7 @@ def test_run_reports_and_goes_on_in_its_tracker_when_it_is_resumed(
     told = [
         (step, values["train/loss"]) for one in (first, second) for step, values in one.told if "train/loss" in values
     ]
+    assert [step for one in (first, second) for step, _ in one.told].count(0) == 1
     lines = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run") if "step" in line]
     assert told == [line for line in lines if line[0] != 12]  # which the stop came before
     assert "test/accuracy" in second.told[-1][1]

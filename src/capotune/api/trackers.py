@@ -239,7 +239,8 @@ class _Listener:
         if isinstance(event, TrainingStarted):
             self.close(finished=False)
             self._open(event.method)
-            self._log(0, {"trainable_parameters": event.trainable})
+            if not self._seen_step:
+                self._log(0, {"trainable_parameters": event.trainable})
         elif isinstance(event, StepTaken):
             self._step = event.step
             if event.step > self._seen_step:

@@ -6,6 +6,7 @@ and where it is missing the box stays.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -45,11 +46,15 @@ def as_one_line(cls: type[BaseModel], flags: Sequence[str], program: str) -> Abs
         if isinstance(event, found.InstantiationFailure):
             if event.argument is None:  # the settings' own check, which says all
                 inside = getattr(sys.exc_info()[1], "arg", None)  # of settings inside these, by their name
-                said = event.message.replace("`", f"`{inside}.", 1) if inside else event.message
-                raise SettingError(said, advice=advice)
+                raise SettingError(_put_inside(event.message, inside) if inside else event.message, advice=advice)
             raise _not_allowed(cls, event.argument, _given(flags, event.argument))
 
     return found.on_parse_error(refuse)
+
+
+def _put_inside(message: str, name: str) -> str:
+    """A message about settings that stand inside others by that ``name``: its `rank` is their `lora.rank`."""
+    return re.sub(r"`(?=[a-z][a-z_0-9.]*[=`])", f"`{name.replace('-', '_')}.", message)
 
 
 def _known_flags(cls: type[BaseModel], before: str = "--") -> Iterator[str]:
