@@ -15,10 +15,10 @@ ROOT = Path(capotune.__file__).parent
 BELOW = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "cli")
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 OF_OTHERS = re.compile(
-    r"(?:pip install|llama-gguf-split) --[\w-]+|var\(--[\w-]+"
+    r"(?:pip install|llama-gguf-split) --[\w-]+|var\(--[\w-]+|^git .*"
     r"|--(?:model-path|enable-lora|max-lora-rank|lora-modules|lora-paths|lora )"
 )
-"""A flag of pip's, llama.cpp's, vLLM's or SGLang's, a variable of CSS's."""
+"""A flag of pip's, git's, llama.cpp's, vLLM's or SGLang's, a variable of CSS's."""
 
 
 def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:

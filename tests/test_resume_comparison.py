@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8}
 OWN: dict[str, Any] = {
     "lora": {"rank": 2, "dropout": 0.1, **QUICK},
 }
-TAKES = {"train_seconds", "reused_seconds", "forward_rows", "peak_memory_bytes", "adapter_bytes"}
+TAKES = {"started", "train_seconds", "reused_seconds", "forward_rows", "peak_memory_bytes", "adapter_bytes"}
 """What a run took, which may differ; and what the cache had."""
 
 

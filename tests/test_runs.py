@@ -198,6 +198,28 @@ def test_comparison_is_listed_by_what_its_techniques_came_to(runs: Path, tmp_pat
     assert compared.as_json()["started"] == lora.as_json()["started"]
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("[]", "no record of a run"),
+        ('{"settings": {}, "method": ["x"]}', "method: Input should be a valid string"),
+        ('{"settings": {}, "method": "x", "result": 3}', "result: "),
+        ('{"settings": {}, "method": "x", "result": {"train_seconds": 1.0, "score": "1"}}', "result.score: "),
+        ('{"settings": {}, "method": "x", "result": {"train_seconds": 1.0, "adapter": "../x"}}', "no such adapter"),
+        (r'{"settings": {}, "method": "\u001b[2Jx"}', "before its first checkpoint"),
+        ('{"settings": {}, "method": "x", "environment": 3}', "environment: "),
+    ],
+)
+def test_record_of_a_stranger_is_listed_in_words(content: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    (run,) = api.list_runs(tmp_path)
+    assert run.status == ("stopped" if "checkpoint" in why else "broken")
+    assert why in run.details
+    shown = capo("runs", tmp_path)
+    assert shown.code == 0
+    assert "\x1b" not in shown.out
+
+
 def test_folder_without_runs_is_said(tmp_path: Path) -> None:
     assert capo("runs", tmp_path).out == f"no run in {tmp_path}.\n"
     assert "no such folder" in capo("runs", tmp_path / "none").err

@@ -9,9 +9,9 @@ from typing import Any
 
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from capotune.cli.console import terminal
 from capotune.cli.display import score_text, watch
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
@@ -72,7 +72,7 @@ def _show(listed: Sequence[Mapping[str, Any]], folder: Path) -> None:
             f"{run['train_seconds']:,.1f}" if run["train_seconds"] is not None else "",
             (run["started"] or "")[5:16].replace("T", " "),
         )
-    Console(markup=False).print(table, highlight=False)
+    terminal().print(table, highlight=False)
 
 
 def show_differences(found: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ def show_differences(found: Mapping[str, Any]) -> None:
         grid.add_row("adapter", "equal to the bit" if found["adapters"] else "other weights")
     if found["losses"] is not None:
         grid.add_row("losses", loss_words(found["losses"]))
-    Console(markup=False).print(grid, highlight=False)
+    terminal().print(grid, highlight=False)
 
 
 def loss_words(losses: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def _show_reproduced(found: Mapping[str, Any]) -> None:
     one, again = found["scores"]
     grid.add_row("scores", "equal" if one == again else "; ".join(_scores(one, again)))
     grid.add_row("losses", loss_words(found["losses"]) if found["losses"] else "none: it is not trained in steps")
-    console = Console(markup=False)
+    console = terminal()
     console.print(grid, highlight=False)
     if found["same"]:
         console.print("\nThe run is reproduced to the bit.")

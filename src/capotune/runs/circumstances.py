@@ -18,7 +18,7 @@ from capotune.settings import Settings
 __all__ = ["circumstances", "now", "repository", "settings_from"]
 
 _GIT_SECONDS = 10
-_RUNS_NOTHING = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+_RUNS_NOTHING = "git --no-optional-locks -c core.fsmonitor=false -c core.hooksPath=/dev/null"
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -49,22 +49,22 @@ def repository(folder: Path) -> dict[str, Any] | None:
     Nothing that a stranger's repository names is run: no hook, no monitor, and where its own configuration names
     filters for files, these are not compared.
     """
-    commit = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    commit = _git(folder, "git rev-parse --verify --quiet HEAD^{commit}")
     if not commit:
         return None
-    own = _git(folder, "config", "--local", "--includes", "--name-only", "--list")
+    own = _git(folder, "git config --local --includes --name-only --list")
     dirty = None
     if own is not None and not any(name.startswith("filter.") for name in own.lower().splitlines()):
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+        changes = _git(folder, "git status --porcelain --untracked-files=no --ignore-submodules=all")
         dirty = None if changes is None else bool(changes)
     return {"commit": commit, "dirty": dirty}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where it is missing, refuses, or takes too long."""
+def _git(folder: Path, command: str) -> str | None:
+    """What a command of git says; None where it is missing, refuses, or takes too long."""
     try:
         done = subprocess.run(
-            ["git", "--no-optional-locks", *_RUNS_NOTHING, *arguments], cwd=folder, capture_output=True, text=True,
+            [*_RUNS_NOTHING.split(), *command.split()[1:]], cwd=folder, capture_output=True, text=True,
             encoding="utf-8", errors="replace", timeout=_GIT_SECONDS, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

@@ -5,12 +5,13 @@ How far a run came is found by opening what it left: its adapter, or its newest 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import pydantic
 
 from capotune.adapters.files import WEIGHTS
 from capotune.adapters.store import read_adapter
@@ -27,6 +28,38 @@ _DEEPEST = 3
 """Folders below the one that is searched."""
 
 Status = Literal["complete", "running", "stopped", "broken"]
+
+
+class _Result(pydantic.BaseModel):
+    metric: str | None = None
+    score: pydantic.FiniteFloat | None = None
+    scores: dict[str, float | None] = {}
+    train_seconds: pydantic.FiniteFloat
+
+
+class _Record(pydantic.BaseModel):
+    """What is read of a run's or a comparison's record; more may stand there."""
+
+    method: str = ""
+    settings: dict[str, Any]
+    base: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    repository: dict[str, Any] = {}
+    started: str | None = None
+    result: _Result | None = None
+
+
+class _Row(pydantic.BaseModel):
+    method: str
+    score: pydantic.FiniteFloat | None
+
+
+class _Table(pydantic.BaseModel):
+    """What is read of ``compare.json``."""
+
+    rows: list[_Row]
+    metric: str
+    recommended: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +104,7 @@ def look_at(folder: Path) -> ListedRun:
         comparison = read_comparison(folder)
         if comparison is not None:
             return _comparison(folder, comparison)
-        record = read_run(folder)
+        record = _record(folder)
     except OutputError as error:
         return ListedRun(folder, "broken", str(error), {})
     try:
@@ -86,7 +119,7 @@ def compare_runs(one: Path, other: Path) -> dict[str, Any]:
 
     Raises ``OutputError`` for a folder without a run.
     """
-    records = read_run(one), read_run(other)
+    records = _record(one), _record(other)
     return {
         "runs": [str(one), str(other)],
         "differing": differences(*records),
@@ -127,6 +160,21 @@ def loss_curve(one: Path, other: Path) -> dict[str, Any] | None:
     }
 
 
+def _record(folder: Path) -> dict[str, Any]:
+    """As ``read_run``; also raises ``OutputError`` for one whose parts are not of the kinds that runs write."""
+    record = read_run(folder)
+    try:
+        _Record.model_validate(record, strict=True)
+    except pydantic.ValidationError as error:
+        raise _odd(folder / RUN, error) from None
+    return record
+
+
+def _odd(path: Path, error: pydantic.ValidationError) -> OutputError:
+    first = error.errors()[0]
+    return OutputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.", where=str(path))
+
+
 def _run_folders(folder: Path) -> Iterator[Path]:
     for parent, names, files in os.walk(folder):
         here = Path(parent)
@@ -145,7 +193,7 @@ def _how_far(folder: Path, record: Mapping[str, Any]) -> tuple[Status, str]:
         at = f", at step {steps[-1]['step']:,}{total}" if steps else ""
         return "running", f"{process}{at}"
     if "result" in record:
-        read_adapter(folder / str(record["result"]["adapter"]))
+        read_adapter(folder / "adapter")
         return "complete", ""
     state = load_checkpoint(folder / CHECKPOINTS)
     if state is None:
@@ -155,7 +203,7 @@ def _how_far(folder: Path, record: Mapping[str, Any]) -> tuple[Status, str]:
 
 def _comparison(folder: Path, record: Mapping[str, Any]) -> ListedRun:
     """A comparison, by what its techniques have come to."""
-    techniques = [folder / method for method in record["settings"]["methods"]]
+    techniques = [folder / str(method) for method in record["settings"].get("methods", ())]
     runs = [look_at(one) for one in techniques if (one / RUN).exists()]
     complete = sum(run.status == "complete" for run in runs)
     seconds = sum(run.record.get("result", {}).get("train_seconds", 0.0) for run in runs)
@@ -165,21 +213,24 @@ def _comparison(folder: Path, record: Mapping[str, Any]) -> ListedRun:
     if process is not None:
         return ListedRun(folder, "running", f"{process}, {done}", shown)
     try:
-        table = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+        table = _Table.model_validate_json((folder / "compare.json").read_bytes(), strict=True)
     except FileNotFoundError:
         return ListedRun(folder, "stopped", done, shown)
-    except (OSError, ValueError) as error:
+    except pydantic.ValidationError as error:
+        return ListedRun(folder, "broken", str(_odd(folder / "compare.json", error)), shown)
+    except OSError as error:
         return ListedRun(folder, "broken", f"compare.json cannot be read ({error})", shown)
-    best = next((row for row in table["rows"] if row["method"] == table["recommended"]), None)
+    best = next((row for row in table.rows if row.method == table.recommended), None)
     if best is None:
         return ListedRun(folder, "complete", "none is recommended", shown)
-    shown["result"] |= {"metric": table["metric"], "score": best["score"]}
-    return ListedRun(folder, "complete", f"{best['method']} is recommended", shown)
+    shown["result"] |= {"metric": table.metric, "score": best.score}
+    return ListedRun(folder, "complete", f"{best.method} is recommended", shown)
 
 
 def _parts(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A record's parts, each a name and a value for what is in it."""
     own = record.get(str(record.get("method")), {})
+    own = own if isinstance(own, dict) else {}
     said_elsewhere = ("adapter", "scores", "intervals")
     result = {name: value for name, value in record.get("result", {}).items() if name not in said_elsewhere}
     return {
