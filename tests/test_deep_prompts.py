@@ -96,6 +96,7 @@ def test_over_a_4_bit_base_it_is_stored_and_answers_alike(writers: dict[str, Pat
     assert (logits(full) - logits(assembled)).abs().max() > 1e-3, "the base is not in 4 bits"
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_beams_are_those_of_peft(base: str, writers: dict[str, Path], tmp_path: Path) -> None:
     assembled = on_base(writers[base], DEEP)
