@@ -17,6 +17,7 @@ flags (``--max-length 5``), a web page as fields.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,11 @@ __all__ = [
     "cut",
     "needs_extra",
     "quoted",
+    "without_secrets",
 ]
 
+_PASSWORD = re.compile(r"(\w+:/{1,2}[^\s/@:]*:)[^\s/@]+@")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 SHOWN = 200
 """Characters that a message shows of a value at most."""
 
@@ -75,7 +79,8 @@ class CapotuneError(ValueError):
         front = "".join(f"{part}: " for part in (self.where, named) if part)
         allowed = f"Allowed: {self.allowed.rstrip('.')}." if self.allowed else ""
         parted = "\n" if "\n" in self.problem else " "  # a problem may list the rows that have it
-        return parted.join(part for part in (front + self.problem, allowed, self.advice) if part)
+        whole = parted.join(part for part in (front + self.problem, allowed, self.advice) if part)
+        return without_secrets(whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.parts())
@@ -93,6 +98,11 @@ def cut(text: str, limit: int) -> str:
 def quoted(value: object, limit: int = 60) -> str:
     """A value as Python writes it, of which a message never shows more than about ``limit`` characters."""
     return repr(cut(value, limit)) if isinstance(value, str) else cut(repr(value), limit)
+
+
+def without_secrets(text: str) -> str:
+    """The text without the password of an address (``https://user:***@host``) and without tokens of the hub."""
+    return _TOKEN.sub("hf_***", _PASSWORD.sub(r"\1***@", text))
 
 
 def _rebuild(cls: type[CapotuneError], parts: dict[str, Any]) -> CapotuneError:

@@ -6,6 +6,7 @@ Its front matter is the hub's: https://huggingface.co/docs/hub/model-cards, with
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import yaml
@@ -18,6 +19,7 @@ from capotune.models.hub import hub_name
 _ON_HUB = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 """What the hub calls PEFT's tasks."""
 _HERE = "ADAPTER"
+_MARKUP = re.compile(r"[&<>`|]|\]\(")
 
 
 def card(
@@ -33,20 +35,20 @@ def card(
 
     ``config`` is its ``adapter_config.json``, ``repo`` its name on the hub if it has one, ``licence`` its base's.
     """
-    settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
+    settings = "\n".join(f"| {_plain(name)} | {_plain(value)} |" for name, value in record["settings"].items())
     base, method = record["base"], record["method"]
     name = "the model in the folder above" if base["name"] == ".." else base["name"]  # as ``store.ABOVE``
     front = yaml.safe_dump(_front(record, config, repo, licence), sort_keys=False, allow_unicode=True)
     where = f"With `{_HERE}` the folder of this file:\n\n" if repo == _HERE else ""
     return f"""---
 {front}---
-# {method} adapter for {name}
+# {method} adapter for {_plain(name)}
 
-{words.what}
+{_plain(words.what)}
 
-{words.score}, trained on {record["trained"]["train_rows"]:,} rows.
+{_plain(words.score)}, trained on {record["trained"]["train_rows"]:,} rows.
 {parameters:,} trained weights ({human_bytes(parameters * 4)}); the base itself is unchanged
-(fingerprint `{base["fingerprint"]}`).
+(fingerprint `{_plain(base["fingerprint"])}`).
 
 {where}```
 {words.shell.replace(_HERE, repo)}
@@ -63,6 +65,12 @@ adapter = "{repo}"
 | --- | --- |
 {settings}
 """
+
+
+def _plain(value: object) -> str:
+    """A text for Markdown, in one line, in which labels and names are no tags, links, code or cells."""
+    text = " ".join(str(value).split())
+    return _MARKUP.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", text)
 
 
 def base_on_hub(name: str) -> str | None:
