@@ -390,14 +390,16 @@ def soak(kills: int, seed: int, made: Path, progress: Callable[[str], None]) -> 
     }
 
 
-def full_disk(made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Every write of some runs finds the disk full, then there is room again."""
+def full_disk(made: Path, every: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """From every write of some runs on (or each ``every``-th) the disk is full, then there is room again."""
     chosen = [case for case in cases(made) if case.name in ("lora, classification", "lora, generation from GGUF")]
     said: Counter[str] = Counter()
     problems: list[str] = []
+    tried = 0
     for case in chosen:
         expected, folder = reference(case, made / "reference"), made / "full"
-        for number in range(1, expected.counts["change"] + 1):
+        for number in range(1, expected.counts["change"] + 1, every):
+            tried += 1
             folder.mkdir()
             ended = run(folder, case.arguments, moment(folder, "change", number, "full"))
             lines = [line for line in ended.said.splitlines() if line.startswith("capo:") or "goes on without" in line]
@@ -405,9 +407,9 @@ def full_disk(made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
             problems += [
                 f"{case.name}, write {number}: {text}" for text in _after_full(ended, lines, case, folder, expected)
             ]
-            progress(f"{case.name}: write {number} of {expected.counts['file']}, {len(problems)} problems")
+            progress(f"{case.name}: write {number} of {expected.counts['change']}, {len(problems)} problems")
             shutil.rmtree(folder)
-    return {"messages": dict(said.most_common()), "problems": problems}
+    return {"disks": tried, "messages": dict(said.most_common()), "problems": problems}
 
 
 def _after_full(ended: Ended, lines: list[str], case: Case, folder: Path, expected: Reference) -> list[str]:
@@ -434,6 +436,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full-disk", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="with --full-disk: of so many writes one")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -441,7 +444,7 @@ def main() -> int:
     made = Path(tempfile.mkdtemp(prefix="capotune-soak-"))
     make(made)
     warm(made)
-    found = full_disk(made, progress) if given.full_disk else soak(given.kills, given.seed, made, progress)
+    found = full_disk(made, given.every, progress) if given.full_disk else soak(given.kills, given.seed, made, progress)
     text = json.dumps(found, indent=2)
     print(text)
     if given.out:
