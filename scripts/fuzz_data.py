@@ -92,7 +92,8 @@ def page(path: Path) -> Target:
         report.page(made, details, path)
         Tags(path.read_text("utf-8"))
 
-    return Target(read, (CapotuneError,), [json.dumps(one).encode() for one in comparisons()], mutate_texts, whole=True)
+    seeds = [json.dumps(one).encode() for one in comparisons()]
+    return Target(read, (CapotuneError, json.JSONDecodeError), seeds, mutate_texts, whole=True)
 
 
 class Tags(HTMLParser):
@@ -168,16 +169,19 @@ def trained(part: str) -> Callable[[Path], Target]:
     """One file of a checkpoint of a few weights."""
 
     def make(folder: Path) -> Target:
-        weight = torch.ones(2, 3)
+        one, two, three, four = torch.ones(4, 2, 3).unbind()
+        weights, best = {"a.weight": one.clone()}, {"a.weight": two.clone()}
+        moments = {"a.weight": {"exp_avg": three.clone(), "exp_avg_sq": four.clone(), "step": torch.tensor(7.0)}}
         state = TrainingState(
-            epoch=1, step=7, weights={"a.weight": weight}, best_weights={"a.weight": weight}, best_score=(0.5, -1.0),
-            optimizer={"a.weight": {"exp_avg": weight, "exp_avg_sq": weight, "step": torch.tensor(7.0)}},
-        )  # fmt: skip
+            epoch=1, step=7, weights=weights, best_weights=best, best_score=(0.5, -1.0), optimizer=moments
+        )
         checkpoint.save_checkpoint(folder, state)
         (path,) = folder.rglob(part)
 
         def read(data: bytes) -> None:
             path.write_bytes(data)
+            sums = {one.name: one.read_bytes() for one in path.parent.iterdir() if one.name != "SHA256SUMS"}
+            (path.parent / "SHA256SUMS").write_bytes(checkpoint._sums(sums))  # as whoever changes it can
             checkpoint.load_checkpoint(folder)
 
         change = mutate_json if part.endswith(".json") else mutate_safetensors

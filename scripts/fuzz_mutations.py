@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -29,6 +30,11 @@ DTYPES = [
     "C64",
     "",
 ]
+
+
+def odd_value(chooser: random.Random) -> Any:
+    """One of ``ODD``, of its own: what is put into it stays out of the next."""
+    return copy.deepcopy(chooser.choice(ODD))
 
 
 def mutate_json(data: bytes, seed: int) -> bytes:
@@ -103,11 +109,11 @@ def _changed(values: Any, chooser: random.Random) -> Any:
     """The values with one of them, at any depth, changed."""
     places = list(_places(values))
     if not places:
-        return chooser.choice(ODD)
+        return odd_value(chooser)
     holder, key = chooser.choice(places)
     kind = chooser.randrange(8)
     if kind <= 3:
-        holder[key] = chooser.choice(ODD)
+        holder[key] = odd_value(chooser)
     elif kind == 4:
         del holder[key]
     elif kind == 5:
@@ -116,8 +122,8 @@ def _changed(values: Any, chooser: random.Random) -> Any:
     elif kind == 6:
         holder[key] = _wrapped(holder[key], chooser)
     elif isinstance(holder, dict):
-        holder[str(chooser.choice([key, "x", "", "rank", "labels", "base", "format", "r", "bias"]))] = chooser.choice(
-            ODD
+        holder[str(chooser.choice([key, "x", "", "rank", "labels", "base", "format", "r", "bias"]))] = odd_value(
+            chooser
         )
     else:
         holder += holder[:64]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from fuzz_mutations import ODD, mutate_json
+from fuzz_mutations import ODD, mutate_json, odd_value
 
 COLUMNS = [
     "text", "label", "split", "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
@@ -250,7 +250,7 @@ def _rows(chooser: random.Random, names: list[str]) -> Any:
             elif name == "split":
                 value = chooser.choice(["train", "test", "validation"])
             if chooser.random() < odd:
-                value = chooser.choice([*TEXTS, *ODD])
+                value = chooser.choice(TEXTS) if chooser.random() < 0.5 else odd_value(chooser)
             row[name] = value
         if chooser.random() > odd / 2:
             yield row

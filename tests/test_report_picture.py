@@ -165,3 +165,12 @@ def test_a_far_base_does_not_press_the_techniques_together(
 def test_the_base_stays_in_view_beside_a_single_technique(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = _drawn(generation(rows=generation().rows[1:2], base_score=41.2), monkeypatch).axes[0]
     assert axes.get_ylim()[1] > 41.2
+
+
+@pytest.mark.parametrize("ends", [(1.0, math.inf), (math.nan, 2.0)])
+@pytest.mark.parametrize("differences", [True, False])
+def test_interval_without_an_end_is_drawn_as_none(ends: tuple[float, float], differences: bool, tmp_path: Path) -> None:
+    made = generation()
+    worst = replace(made.rows[-1], interval=ends, difference_interval=ends if differences else None)
+    report.plot(replace(made, rows=(*made.rows[:-1], worst)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -298,6 +298,8 @@ def _bar(row: ComparisonRow, comparison: Comparison) -> tuple[float, float]:
     if row.difference is None or row.difference_interval is None:
         return row.score, row.score
     low, high = (row.score - row.difference + end for end in row.difference_interval)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return row.score, row.score
     if metric(comparison.metric).is_percentage:
         low, high = max(low, 0.0), min(high, 1.0)
     return min(low, row.score), max(high, row.score)

@@ -62,8 +62,11 @@ def cost(row: ComparisonRow) -> tuple[float, int]:
 
 
 def interval(row: ComparisonRow, rows: int, name: str) -> Interval:
-    """The 95 % confidence interval of a row's score; it holds the score, and has no width where none is known."""
+    """The 95 % confidence interval of a row's score; it holds the score, and has no width where none is known or an
+    end is not finite, as of a perplexity beyond all numbers."""
     low, high = _known_interval(row.score, row.interval, rows, name) or (row.score, row.score)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return row.score, row.score
     return min(low, row.score), max(high, row.score)
 
 

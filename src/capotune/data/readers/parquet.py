@@ -36,7 +36,7 @@ def read_parquet(path: Path, source: str, limit: int | None) -> Table:
             room = max(_LARGEST, _MOST_TIMES * path.stat().st_size)
             table = pyarrow.Table.from_batches(_within(room, batches, source), file.schema_arrow)
         values = {name: table.column(at).to_pylist() for at, name in enumerate(columns)}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # text need not be text
         raise DataError(
             f"is not whole parquet ({first_line(error)}).", where=source, advice="Write it again."
         ) from error
