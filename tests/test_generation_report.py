@@ -147,7 +147,10 @@ def test_a_row_without_a_sequence_has_nothing_to_learn() -> None:
 
 def test_repeats_and_leaks_ignore_case_and_space() -> None:
     train = rows(
-        chat("Hi", "yes"), chat(" hi ", "YES"), chat("hi", "no"), Conversation(chat("hi", "no").messages, (), 1)
+        chat("Hi", "yes"),
+        chat(" hi ", "YES"),
+        chat("hi", "no"),
+        Conversation(chat("hi", "no").messages, (), frozenset({1})),
     )
     report = inspect(train, rows(chat("new", "yes"), chat("HI", "maybe")))
     assert report.duplicates == Lines(2, [2, 4])

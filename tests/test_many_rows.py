@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capotune import api
-from capotune.data.batches import TokenLists, TokenRows, taken
+from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows, TokenLists, TokenRows, taken
+from capotune.data.generation import load_samples
 from capotune.data.inspect import measures
 from capotune.data.labelled import LabelledData, load_labelled
 from capotune.data.readers import read_table
@@ -24,6 +25,7 @@ from capotune.errors import DataError
 from capotune.models.base import find
 from capotune.tasks.classification import run as run_module
 from capotune.tasks.classification.task import Classification
+from capotune.tasks.generation.task import Generation
 
 WORDS = st.sampled_from(["late", "Late ", "where  is it", "where is it", "lost", "", "é", "e\u0301"])
 
@@ -83,6 +85,40 @@ def test_token_lists_are_lists_of_tokens(sequences: list[list[int]]) -> None:
     assert list(taken(held, rows)) == list(taken(sequences, rows)) == sequences[::2]
     with pytest.raises(IndexError):
         held[len(sequences)]
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=6)), max_size=3))
+)
+def test_encoded_rows_are_what_was_put_in(rows: list[list[tuple[list[tuple[int, bool]]]]]) -> None:
+    expected = [
+        [
+            Encoded(
+                [token for token, _ in tokens],
+                [token if in_loss else IGNORE_INDEX for token, in_loss in tokens],
+                len(tokens) + number,
+                answer_cut=number == 0,
+                straddles=number == 1,
+            )
+            for number, (tokens,) in enumerate(of_row)
+        ]
+        for of_row in rows
+    ]
+    held = EncodedRows(expected)
+    assert list(held) == expected
+    assert held[1:] == expected[1:]
+    with pytest.raises(IndexError):
+        held[len(expected)]
+
+
+def test_samples_are_tokenised_some_at_a_time(colour_chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capotune.tasks.generation.encoding._AT_ONCE", 1000)
+    samples = load_samples(str(colour_chats)).train
+    task = Generation.on(find("capo-tiny"), 64, 0, chat=True)
+    whole = task.encode(samples)
+    monkeypatch.setattr("capotune.tasks.generation.encoding._AT_ONCE", 3)
+    assert list(task.encode(samples)) == list(whole)
+    assert len(whole) == len(samples) > 3
 
 
 @pytest.mark.parametrize("rows", [3, 7])
@@ -223,3 +259,13 @@ def test_parquet_with_metadata_of_nobody_is_read(tmp_path: Path) -> None:
     assert found.column("n") == ["no", None]
     assert found.column("label") == [{"x": 1}, {"x": 2}]
     assert read_table(str(path), limit=1).rows == [{"text": "a", "label": {"x": 1}, "n": "no"}]
+
+
+def test_parquet_with_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a text that is long enough"] * 3, "label": [0, 1, 0]}), path)
+    path.write_bytes(path.read_bytes().replace(b"a text that", b"\xff text that"))
+    with pytest.raises(DataError, match="is not whole parquet"):
+        read_table(str(path))

@@ -28,7 +28,7 @@ _POOL = 50  # batches whose rows are sorted by length together: near-uniform len
 IGNORE_INDEX = -100
 """Label of a token that is read and not in the loss, as PyTorch's losses name it."""
 
-Targets = torch.Tensor | list[list[int]]
+Targets = torch.Tensor | Sequence[list[int]]
 """What rows should give: a class each, (rows,) int64; or a label for every token of every row."""
 
 
@@ -188,7 +188,7 @@ def collate(
     lengths = Sequences(tuple(map(len, chosen)))
     wanted: torch.Tensor | None = None
     in_loss: torch.Tensor | None = None
-    if isinstance(targets, list):
+    if targets is not None and not isinstance(targets, torch.Tensor):
         outside = [IGNORE_INDEX] * len(prefix)
         wanted = torch.tensor([label for row in rows for label in (*outside, *targets[row])])
         in_loss = (wanted != IGNORE_INDEX).nonzero()[:, 0]
@@ -234,6 +234,51 @@ class TokenLists(Sequence[list[int]]):
         at = range(len(self))[row]
         found: list[int] = self._values[self._starts[at] : self._starts[at + 1]].tolist()
         return found
+
+
+class EncodedRows(Sequence[list[Encoded]]):
+    """What many rows became, in a few arrays: 5 bytes a token, where lists of Python's integers take 70."""
+
+    def __init__(self, rows: Iterable[Sequence[Encoded]]) -> None:
+        ids, in_loss, lengths = array("i"), bytearray(), array("q", [0])
+        counts, self._of_text = array("q", [0]), array("q")
+        self._flags: list[tuple[bool, bool, bool]] = []
+        for of_row in rows:
+            counts.append(len(of_row))
+            for one in of_row:
+                ids.extend(one.ids)
+                in_loss.extend(label != IGNORE_INDEX for label in one.labels)
+                lengths.append(len(one.ids))
+                self._of_text.append(one.tokens)
+                self._flags.append((one.answer_cut, one.end_cut, one.straddles))
+        self._ids, self._in_loss = np.frombuffer(ids, dtype=np.int32), np.frombuffer(in_loss, dtype=bool)
+        self._starts, self._rows = np.cumsum(lengths), np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> list[Encoded]: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[list[Encoded]]: ...
+
+    def __getitem__(self, row: int | slice) -> list[Encoded] | list[list[Encoded]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        at = range(len(self))[row]
+        return [self._one(number) for number in range(self._rows[at], self._rows[at + 1])]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _one(self, number: int) -> Encoded:
+        place = slice(self._starts[number], self._starts[number + 1])
+        ids = self._ids[place]
+        labels = np.where(self._in_loss[place], ids, IGNORE_INDEX)
+        return Encoded(ids.tolist(), labels.tolist(), self._of_text[number], *self._flags[number])
 
 
 def taken(sequences: Sequence[list[int]], rows: Sequence[int]) -> Sequence[list[int]]:

@@ -34,7 +34,7 @@ class Examples:
         chosen, where = rows.tolist(), self.where
         tokens = replace(self.rows, sequences=taken(self.rows.sequences, chosen))
         every = self.targets
-        targets = every[rows] if isinstance(every, torch.Tensor) else [every[row] for row in chosen]
+        targets = every[rows] if isinstance(every, torch.Tensor) else taken(every, chosen)
         return Examples(tokens, targets, where=lambda at: where(chosen[at]))
 
     def after(self, prefix: Sequence[int]) -> Examples:

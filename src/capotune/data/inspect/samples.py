@@ -171,9 +171,9 @@ def inspect_samples(
     Raises:
         ValueError: ``train`` or ``test`` are not as many as the rows.
     """
-    train_tokens, test_tokens = _token_counts(data.train, train), _token_counts(data.test, test)
-    in_all = sum(len(one.ids) for of_row in train for one in of_row)
-    in_loss = [sum(one.tokens_in_loss for one in of_row) for of_row in train]
+    train_rows, test_rows = _measured(data.train, train), _measured(data.test, test)
+    train_tokens, test_tokens = ([row.tokens for row in rows] for rows in (train_rows, test_rows))
+    in_all, in_loss = sum(row.read for row in train_rows), sum(row.in_loss for row in train_rows)
     questions = {normalised(asked(sample)) for sample in data.train.samples}
     return GenerationReport(
         source=str(data.train.source),
@@ -184,21 +184,21 @@ def inspect_samples(
         loss_part=_loss_part(data.train.samples, learn),
         train_rows=len(data.train),
         test_rows=len(data.test),
-        train_sequences=sum(map(len, train)),
+        train_sequences=sum(row.sequences for row in train_rows),
         max_length=max_length,
         base_length=base_length or max_length,
         train_tokens=lengths_of(train_tokens),
         test_tokens=lengths_of(test_tokens) if test_tokens else None,
         sequence_tokens=in_all,
-        loss_tokens=sum(in_loss),
-        loss_share=sum(in_loss) / max(in_all, 1),
-        train_without_loss=_rows_where(data.train, train, lambda of_row: not _is_in_loss(of_row)),
-        test_without_loss=_rows_where(data.test, test, lambda of_row: not _is_in_loss(of_row)),
-        train_answers_cut=_rows_where(data.train, train, _loses_its_answer),
-        test_answers_cut=_rows_where(data.test, test, _loses_its_answer),
-        train_ends_cut=_rows_where(data.train, train, _loses_its_end),
+        loss_tokens=in_loss,
+        loss_share=in_loss / max(in_all, 1),
+        train_without_loss=lines_where(data.train, (not row.in_loss for row in train_rows)),
+        test_without_loss=lines_where(data.test, (not row.in_loss for row in test_rows)),
+        train_answers_cut=lines_where(data.train, (row.loses_answer for row in train_rows)),
+        test_answers_cut=lines_where(data.test, (row.loses_answer for row in test_rows)),
+        train_ends_cut=lines_where(data.train, (row.loses_end for row in train_rows)),
         joined=lines_where(data.train, map(_is_joined, data.train.samples)),
-        straddling=_rows_where(data.train, train, lambda of_row: any(one.straddles for one in of_row)),
+        straddling=lines_where(data.train, (row.straddles for row in train_rows)),
         unanswered=lines_where(data.train, map(_is_unanswered, data.train.samples)),
         duplicates=lines_where(data.train, _repeats(data.train.samples)),
         leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
@@ -211,17 +211,13 @@ def inspect_samples(
 
 def lost_samples(rows: Samples, encoded: Sequence[Sequence[Encoded]], max_length: int) -> list[str]:
     """What of rows that are to be scored is too long, a sentence each; ``encoded`` as in ``inspect_samples``."""
-    limit = f"{max_length:,} tokens"
+    limit, found = f"{max_length:,} tokens", _measured(rows, encoded)
+    without = lines_where(rows, (not row.in_loss for row in found))
+    cut = lines_where(rows, (row.loses_answer for row in found))
     return rows_lost(
         [
-            (
-                _rows_where(rows, encoded, lambda of_row: not _is_in_loss(of_row)),
-                f"have nothing to score within {limit} and are left out",
-            ),
-            (
-                _rows_where(rows, encoded, _loses_its_answer),
-                f"are longer than {limit}: the end of what is scored is lost",
-            ),
+            (without, f"have nothing to score within {limit} and are left out"),
+            (cut, f"are longer than {limit}: the end of what is scored is lost"),
         ],
         len(rows),
     )
@@ -282,8 +278,36 @@ def _parts(row: SampleRow) -> list[Part]:
     return [Part(span.text, "in the loss" if span.in_loss else "") for span in row.spans]
 
 
-def _token_counts(rows: Samples, encoded: Sequence[Sequence[Encoded]]) -> list[int]:
-    return [_tokens(sample, of_row) for sample, of_row in zip(rows.samples, encoded, strict=True)]
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What there is to know of a row's sequences: each is looked at once."""
+
+    tokens: int
+    """As ``_tokens`` counts them."""
+    sequences: int
+    read: int
+    """Tokens in all of them."""
+    in_loss: int
+    loses_answer: bool
+    loses_end: bool
+    straddles: bool
+
+
+def _measured(rows: Samples, encoded: Sequence[Sequence[Encoded]]) -> list[_Row]:
+    return [_row(sample, of_row) for sample, of_row in zip(rows.samples, encoded, strict=True)]
+
+
+def _row(sample: Sample, of_row: Sequence[Encoded]) -> _Row:
+    in_loss = sum(one.tokens_in_loss for one in of_row)
+    return _Row(
+        _tokens(sample, of_row),
+        len(of_row),
+        sum(len(one.ids) for one in of_row),
+        in_loss,
+        loses_answer=in_loss > 0 and any(one.answer_cut for one in of_row),
+        loses_end=in_loss > 0 and any(one.end_cut and not one.answer_cut for one in of_row),
+        straddles=any(one.straddles for one in of_row),
+    )
 
 
 def _tokens(sample: Sample, of_row: Sequence[Encoded]) -> int:
@@ -298,24 +322,6 @@ def _loss_part(samples: Sequence[Sample], learn: str) -> str:
         but = f" but for {marked:,} that the rows say not to train on" if marked else ""
         return {"all": f"every answer{but}", "last": "the last answer of each row"}[learn]
     return "the completions" if isinstance(samples[0], Pair) else "all of the text"
-
-
-def _rows_where(
-    rows: Samples, encoded: Sequence[Sequence[Encoded]], is_so: Callable[[Sequence[Encoded]], bool]
-) -> Lines:
-    return lines_where(rows, map(is_so, encoded))
-
-
-def _is_in_loss(of_row: Sequence[Encoded]) -> bool:
-    return any(one.tokens_in_loss for one in of_row)
-
-
-def _loses_its_answer(of_row: Sequence[Encoded]) -> bool:
-    return _is_in_loss(of_row) and any(one.answer_cut for one in of_row)
-
-
-def _loses_its_end(of_row: Sequence[Encoded]) -> bool:
-    return _is_in_loss(of_row) and any(one.end_cut and not one.answer_cut for one in of_row)
 
 
 def _is_joined(sample: Sample) -> bool:

@@ -8,13 +8,13 @@ too: it is how the model stops.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
-from capotune.data.batches import IGNORE_INDEX, Encoded
+from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows
 from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import SettingError
 from capotune.models.base import Base
@@ -25,6 +25,7 @@ from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.tokens import Rendered, Tokens, added_tokens, tokenize
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_AT_ONCE = 1000  # samples tokenised together
 _CONTEXT = 16  # tokens before an answer that decide how its first ones read, at most
 _SHOWN_START = 48  # tokens of a plain text that a model is given to go on from, at most
 
@@ -56,7 +57,7 @@ class TextEncoder:
         """The base's tokenizer."""
         return self.base.tokenizer
 
-    def encode(self, samples: Samples, notices: Notices | None = None) -> list[list[Encoded]]:
+    def encode(self, samples: Samples, notices: Notices | None = None) -> EncodedRows:
         """What each sample becomes: one sequence, several windows for a long plain text, or several texts for a
         conversation of which the chat template writes earlier turns otherwise.
 
@@ -64,16 +65,19 @@ class TextEncoder:
         for a conversation that it does not take, and for a text with a token that the base has no embedding for.
         """
         noted = Notices() if notices is None else notices
-        texts = [self._texts(sample, samples.where(row), noted) for row, sample in enumerate(samples.samples)]
+        starts = range(0, len(samples), _AT_ONCE)
+        return EncodedRows(row for start in starts for row in self._some(samples, start, noted))
+
+    def _some(self, samples: Samples, start: int, notices: Notices) -> Iterator[list[Encoded]]:
+        """What the samples from ``start`` on become, as many as are tokenised together."""
+        rows = range(start, min(start + _AT_ONCE, len(samples)))
+        texts = [self._texts(samples.samples[row], samples.where(row), notices) for row in rows]
         tokens = iter(tokenize(self.tokenizer, [text for of_sample in texts for text in of_sample]))
-        found = [[next(tokens) for _ in of_sample] for of_sample in texts]
-        for row, of_sample in enumerate(found):
-            for one in of_sample:
+        for row, of_sample in zip(rows, texts, strict=True):
+            found = [next(tokens) for _ in of_sample]
+            for one in found:
                 self.base.check_tokens(one.ids, samples.where(row))
-        return [
-            [sequence for one in of_sample for sequence in self._encoded(sample, one)]
-            for sample, of_sample in zip(samples.samples, found, strict=True)
-        ]
+            yield [sequence for one in found for sequence in self._encoded(samples.samples[row], one)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt to go on from: its own tokens, as those of a text that ends there."""

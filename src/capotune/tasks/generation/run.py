@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import IGNORE_INDEX, Encoded, TokenRows
+from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows, TokenLists, TokenRows
 from capotune.data.generation import load_samples
 from capotune.data.inspect.samples import inspect_samples
 from capotune.data.samples import Conversation, Samples, answer_of, asked
@@ -87,7 +87,7 @@ class GenerationRun(TaskRun):
         fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(self.train.rows.sequences)
-        tests = TokenRows([one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss], task.pad_id)
+        tests = TokenRows(TokenLists.of(one.ids for one in _in_loss(self.test_rows)), task.pad_id)
         if data.test.samples and not tests.sequences:
             raise DataError(
                 f"no test row has a token to score within {task.max_length:,} tokens.",
@@ -227,22 +227,22 @@ class GenerationRun(TaskRun):
 
     def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:
         """Every sequence with a token in the loss, and for each the group that must stay on one side."""
-        chosen, groups, numbers = [], [], []
+        groups: list[str] = []
+        numbers: list[int] = []
         for number, of_sample in enumerate(encoded):
             for part, one in enumerate(of_sample):
                 if one.tokens_in_loss:
-                    chosen.append(one)
                     numbers.append(number)
                     window = f"window {number} {part}" if samples.is_one_text else None
                     groups.append(window or normalised(asked(samples.samples[number])))
-        if encoded and not chosen:
+        if encoded and not numbers:
             raise DataError(
                 f"no row has a token to train on within {self.task.max_length} tokens.",
                 where=str(samples.source),
                 advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
             )
-        rows = TokenRows([one.ids for one in chosen], self.task.pad_id)
-        labels = [one.labels for one in chosen]
+        rows = TokenRows(TokenLists.of(one.ids for one in _in_loss(encoded)), self.task.pad_id)
+        labels = TokenLists.of(one.labels for one in _in_loss(encoded))
         return Examples(rows, labels, where=lambda at: samples.where(numbers[at])), groups
 
     def _scored_as(self, settings: TrainSettings) -> ScoredAs:
@@ -261,9 +261,12 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _end_of(
-    windows: Sequence[Encoded], fraction: float, source: str
-) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
+def _in_loss(encoded: Iterable[Sequence[Encoded]]) -> Iterator[Encoded]:
+    """The sequences with a token in the loss."""
+    return (one for of_row in encoded for one in of_row if one.tokens_in_loss)
+
+
+def _end_of(windows: Sequence[Encoded], fraction: float, source: str) -> tuple[EncodedRows, EncodedRows]:
     """The windows of one text, and as test the last ``fraction`` of them."""
     count = len(windows) - round(fraction * len(windows))
     if fraction and count == len(windows):
@@ -272,4 +275,4 @@ def _end_of(
             where=source,
             advice="Give a longer text, or `test_fraction=0`.",
         )
-    return [list(windows[:count])], [list(windows[count:])] if count < len(windows) else []
+    return EncodedRows([windows[:count]]), EncodedRows([windows[count:]] if count < len(windows) else [])
