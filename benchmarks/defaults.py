@@ -189,7 +189,7 @@ def score(adapter: Path | None, test: Path) -> dict[str, float]:
     for row in rows:
         labels = torch.tensor(row.labels[1:])
         at = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        logits = model(input_ids=torch.tensor([row.ids])).logits[0, at]
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0, -len(row.ids) :][at]  # a soft prompt's come first
         nats += float(functional.cross_entropy(logits, labels[at], reduction="sum"))
         tokens += len(at)
         exact += bool((logits.argmax(-1) == labels[at]).all())
