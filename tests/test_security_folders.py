@@ -303,9 +303,6 @@ USED: dict[str, Plant] = {
     "a way to generate": both(
         code("custom_generate/generate.py"), in_json("generation_config.json", custom_generate="./custom_generate")
     ),
-    "a tokenizer's file of the machine where it was saved": in_json(
-        "tokenizer_config.json", tokenizer_file="/home/maker/.cache/tokenizer.json"
-    ),
     "kernels asked for": in_json("config.json", use_kernels=True, kernel_config={"RMSNorm": "evil/kernel:RMSNorm"}),
     "a foreign module of sentence-transformers": both(
         code("code.py"),
