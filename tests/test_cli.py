@@ -13,6 +13,9 @@ import pytest
 from commands import PATIENCE, Result, capo, tree
 from warm import WARM
 
+from capotune import api
+from capotune.cli.flags import parse
+
 COMMANDS = ("compare", "train", "evaluate", "predict", "info")
 METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
 
@@ -329,6 +332,17 @@ def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], 
     assert (found["train_rows"], found["test_rows"]) == (72, 24)
     assert found["recommended"] in ("lora", "prompt-tuning")
     assert found["recommended"] in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "deep"), [("", None), ("--deep", True), ("--no-deep", False), ("--deep False --seed 1", False)]
+)
+def test_switch_that_may_be_left_to_the_program_needs_no_value(flags: str, deep: bool | None) -> None:
+    assert parse(api.method_settings("prompt-tuning"), flags.split(), "capo train prompt-tuning").deep is deep
+    inside = [flag.replace("deep", "prompt-tuning.deep").replace("no-prompt-tuning.", "prompt-tuning.no-")
+              for flag in flags.split()]  # fmt: skip
+    both = parse(api.compare_settings(), ["--data", "a.csv", *inside], "capo compare")
+    assert both.for_method("prompt-tuning").deep is deep
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(compared: tuple[Path, Result]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
+from pydantic import BaseModel
 
 from capotune.cli.messages import in_flags
 from capotune.cli.refusals import as_one_line
@@ -81,6 +82,7 @@ def base_of(settings: BaseSettings) -> dict[str, Any]:
 def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = None) -> Any:
     """Settings of ``cls`` from the flags, which win over the YAML file ``config``; ``SettingError`` for a mistake."""
     values = read_yaml(config) if config else {}
+    flags = list(_spelt_out(flags, set(_undecided_switches(cls))))
     cls = _named(cls, program)
     if not values:
         with as_one_line(cls, flags, program):
@@ -90,6 +92,28 @@ def parse(cls: type[Any], flags: list[str], program: str, config: Path | None = 
     default = checked.model_copy(update=dict.fromkeys(required, tyro.MISSING))
     with as_one_line(cls, flags, program):
         return tyro.cli(cls, args=flags, prog=program, default=default, registry=_RULES)
+
+
+def _undecided_switches(cls: type[BaseModel], before: str = "--") -> Iterator[str]:
+    """The flags of settings that are yes, no, or left to the program."""
+    for name, field in cls.model_fields.items():
+        flag = before + name.replace("_", "-")
+        if field.annotation == bool | None:
+            yield flag
+        elif isinstance(field.default, BaseModel):
+            yield from _undecided_switches(type(field.default), f"{flag}.")
+
+
+def _spelt_out(flags: list[str], switches: set[str]) -> Iterator[str]:
+    """``--deep`` as ``--deep True``, ``--no-deep`` as ``--deep False``: tyro reads such switches by a value alone."""
+    for at, flag in enumerate(flags):
+        before, dashes, last = flag.rpartition("no-")
+        if flag in switches and flags[at + 1 : at + 2] not in (["True"], ["False"], ["None"]):
+            yield from (flag, "True")
+        elif dashes and before + last in switches:
+            yield from (before + last, "False")
+        else:
+            yield flag
 
 
 def parse_repeating(cls: type[Any], flags: list[str], program: str) -> Any:
