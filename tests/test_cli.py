@@ -335,12 +335,11 @@ def test_compare_writes_the_schema_of_the_design(compared: tuple[Path, Result], 
 
 
 @pytest.mark.parametrize(
-    ("flags", "deep"), [("", None), ("--deep", True), ("--no-deep", False), ("--deep False --seed 1", False)]
+    ("flags", "deep"), [("", None), ("--deep", True), ("--no-deep", False), ("--deep False --batch-size 4", False)]
 )
 def test_switch_that_may_be_left_to_the_program_needs_no_value(flags: str, deep: bool | None) -> None:
     assert parse(api.method_settings("prompt-tuning"), flags.split(), "capo train prompt-tuning").deep is deep
-    inside = [flag.replace("deep", "prompt-tuning.deep").replace("no-prompt-tuning.", "prompt-tuning.no-")
-              for flag in flags.split()]  # fmt: skip
+    inside = [flag.replace("--", "--prompt-tuning.") for flag in flags.split()]
     both = parse(api.compare_settings(), ["--data", "a.csv", *inside], "capo compare")
     assert both.for_method("prompt-tuning").deep is deep
 
