@@ -104,6 +104,7 @@ def test_import_time_lists_no_framework() -> None:
         (["train", "lora", "--lora.epochs", "1"], ["has no --lora.epochs. Did you mean '--epochs'?"]),
         (["compare", "--data", "x.csv", "--rank", "4"], ["mean '--lora.rank' or '--qlora.rank'?"]),
         (["info", "a", "b"], ["capo info takes no 'b'"]),
+        (["train", "lora", "--data", "x.csv", "--resume"], ["has no --resume. `capo resume DIR` goes on with what"]),
     ],
 )  # fmt: skip
 def test_what_is_unknown_or_missing_is_named_with_the_nearest(arguments: list[str], words: list[str]) -> None:
@@ -120,6 +121,7 @@ def assert_one_line(refused: Result) -> None:
     assert refused.err.count("\n") == 1
 
 
+TRACKERS = "tensorboard, wandb, mlflow, trackio"
 AT_LEAST_1, HELP = "should be greater than or equal to 1.", "--help` lists the settings."
 INSIDE = (
     "--prompt-tuning.init text needs --prompt-tuning.init-text, and --prompt-tuning.init-text needs "
@@ -142,6 +144,11 @@ INSIDE = (
         ("compare --data x --prompt-tuning.init text", INSIDE),
         ("generate x --temperature hot", "--temperature hot: not allowed. Allowed: numbers, at least 0."),
         ("demo labels", "TASK labels: not allowed. Allowed: generation."),
+        ("runs --compare a", "--compare a: not allowed. Allowed: a path and a path."),
+        ("runs --compare a b c d", "--compare a b c d: not allowed. Allowed: a path and a path."),
+        ("runs --compare", "--compare needs a value. Allowed: a path and a path."),
+        ("train lora --report-to --data x", f"--report-to needs a value. Allowed: {TRACKERS}, one or more."),
+        ("compare --data x --lora.layers", "--lora.layers needs a value. Allowed: whole numbers, one or more."),
     ],
 )
 def test_refused_value_is_one_line_with_what_is_allowed(flags: str, said: str) -> None:

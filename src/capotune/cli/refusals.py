@@ -10,28 +10,35 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from capotune.errors import SettingError
 from capotune.settings import TrainingSettings, nearest
 
 __all__ = ["as_one_line"]
 
-_KINDS = {"integer": "whole numbers", "number": "numbers"}
+_KINDS = {"integer": "whole numbers", "number": "numbers", "path": "a path"}
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 """Words for what JSON schema says of a number."""
+_GONE = {"--resume": " `capo resume DIR` goes on with what was stopped."}
+"""Flags that there were, and what to do instead."""
 
 
 def as_one_line(cls: type[BaseModel], flags: Sequence[str], program: str) -> AbstractContextManager[None]:
-    """Inside, tyro raises ``SettingError`` for ``flags`` that it cannot read as settings of ``cls``."""
+    """Inside, tyro raises ``SettingError`` for ``flags`` that it cannot read as settings of ``cls``.
+
+    Itself raises it for a list's flag with nothing behind it, which tyro takes for an empty list.
+    """
     try:
         from tyro import _errors as found
     except ImportError:
         return nullcontext()
     advice = f"`{program} --help` lists the settings."
+    _refuse_lists_without_values(cls, flags)
 
     def refuse(event: found.ParseErrorEvent) -> None:
         tokens = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
@@ -42,7 +49,7 @@ def as_one_line(cls: type[BaseModel], flags: Sequence[str], program: str) -> Abs
         if isinstance(event, found.InvalidChoice):
             raise _not_allowed(cls, event.argument, event.value)
         if isinstance(event, found.BadValue):
-            raise SettingError(f"{_shown(event.argument)} needs a value.", allowed=_allowed(cls, event.argument))
+            raise _not_allowed(cls, event.argument, "")
         if isinstance(event, found.InstantiationFailure):
             if event.argument is None:  # the settings' own check, which says all
                 inside = getattr(sys.exc_info()[1], "arg", None)  # of settings inside these, by their name
@@ -57,24 +64,35 @@ def _put_inside(message: str, name: str) -> str:
     return re.sub(r"`(?=[a-z][a-z_0-9.]*[=`])", f"`{name.replace('-', '_')}.", message)
 
 
-def _known_flags(cls: type[BaseModel], before: str = "--") -> Iterator[str]:
+def _known_flags(cls: type[BaseModel], before: str = "--") -> Iterator[tuple[str, FieldInfo]]:
     """Every flag of the settings, those of settings inside them with a dot: ``--lora.rank``."""
     for name, field in cls.model_fields.items():
         flag = before + name.replace("_", "-")
         if isinstance(field.default, TrainingSettings):
             yield from _known_flags(type(field.default), f"{flag}.")
         else:
-            yield flag
+            yield flag, field
+
+
+def _refuse_lists_without_values(cls: type[BaseModel], flags: Sequence[str]) -> None:
+    known = dict(_known_flags(cls))
+    for token, behind in pairwise([*flags, "--"]):
+        field = known.get(token.replace("_", "-"))
+        if field is None or field.default or not behind.startswith("--"):  # with a default they check it themselves
+            continue
+        schema = _schema(field)
+        if _not_none(schema).get("type") == "array":
+            raise SettingError(f"{token} needs a value.", allowed=_in_words(schema))
 
 
 def _unknown(cls: type[BaseModel], tokens: Sequence[str], program: str, advice: str) -> SettingError:
     flag = next((one for one in tokens if one.startswith("-")), None)
     if flag is None:
         return SettingError(f"{program} takes no '{' '.join(tokens)}'.", advice=advice)
-    flag, known = flag.partition("=")[0], list(_known_flags(cls))
+    flag, known = flag.partition("=")[0], list(dict(_known_flags(cls)))
     last = flag.rpartition(".")[2].lstrip("-")
     same = [one for one in known if one.rpartition(".")[2].lstrip("-") == last]
-    hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else nearest(flag, known)
+    hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else _GONE.get(flag) or nearest(flag, known)
     return SettingError(f"{program} has no {flag}.{hint}", advice=advice)
 
 
@@ -86,6 +104,8 @@ def _missing(argument: Any, advice: str) -> SettingError:
 
 
 def _not_allowed(cls: type[BaseModel], argument: Any, given: str) -> SettingError:
+    if not given:
+        return SettingError(f"{_shown(argument)} needs a value.", allowed=_allowed(cls, argument))
     return SettingError("not allowed.", where=f"{_shown(argument)} {given}", allowed=_allowed(cls, argument))
 
 
@@ -95,9 +115,9 @@ def _shown(argument: Any) -> str:
     return str(name).upper() if argument.is_positional() else str(argument.lowered.name_or_flags[0])
 
 
-def _name(argument: Any) -> str:
-    """A setting's name in Python, of tyro's argument; with a dot where it stands inside another."""
-    return str(argument.get_output_key()).lstrip("-").replace("-", "_")
+def _flag_of(argument: Any) -> str:
+    """As ``_known_flags`` names tyro's argument, one that stands without a flag too."""
+    return "--" + str(argument.get_output_key()).lstrip("-").replace("_", "-")
 
 
 def _given(flags: Sequence[str], argument: Any) -> str:
@@ -112,20 +132,27 @@ def _given(flags: Sequence[str], argument: Any) -> str:
 
 def _allowed(cls: type[BaseModel], argument: Any) -> str:
     """What a setting may be, in words, from its JSON schema."""
-    *path, last = _name(argument).split(".")
-    for part in path:
-        cls = type(cls.model_fields[part].default)
-    field = cls.model_fields[last]
+    return _in_words(_schema(dict(_known_flags(cls))[_flag_of(argument)]))
+
+
+def _schema(field: FieldInfo) -> dict[str, Any]:
     annotated: Any = Annotated[field.annotation, field]
-    return _in_words(TypeAdapter(annotated).json_schema())
+    return TypeAdapter(annotated).json_schema()
+
+
+def _not_none(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a schema that also allows None the other part; else the schema."""
+    return next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:
     """The values that a JSON schema allows: ``whole numbers, at least 1``."""
-    schema = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    schema = _not_none(schema)
     if choices := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return ", ".join(map(str, choices))
+    if "prefixItems" in schema:
+        return " and ".join(map(_in_words, schema["prefixItems"]))
     if schema.get("type") == "array":
         return f"{_in_words(schema['items'])}, one or more"
     bounds = [f"{words} {schema[name]:g}" for name, words in _BOUNDS.items() if name in schema]
-    return ", ".join([_KINDS.get(schema.get("type", ""), "a text"), *bounds])
+    return ", ".join([_KINDS.get(schema.get("format", schema.get("type", "")), "a text"), *bounds])
