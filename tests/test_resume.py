@@ -20,7 +20,7 @@ import capotune
 from capotune import api
 from capotune.engine.state import TrainingState
 from capotune.errors import DataError, OutputError, SettingError
-from capotune.events import Event, StepTaken, Warned
+from capotune.events import Event, Finished, StepTaken, Warned
 from capotune.folder_lock import locked
 from capotune.interrupts import asked_by_signal, uninterrupted
 from capotune.methods.lora.settings import LoraSettings
@@ -150,11 +150,24 @@ def test_stopped_while_the_last_files_are_written(
     assert_same(out, whole[name])
 
 
+def test_ctrl_c_after_the_result_loses_nothing(cases: dict[str, Case], whole: dict[str, Path], tmp_path: Path) -> None:
+    """While trackers are told of it, say."""
+    name, out = "tokens", tmp_path / "run"
+
+    def report(event: Event) -> None:
+        if isinstance(event, Finished):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cases[name].train(out, report)
+    assert_same(out, whole[name])
+
+
 def test_killed_before_the_first_checkpoint_it_begins_anew(
     cases: dict[str, Case], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, out = "labels, stopped early", tmp_path / "run"
-    monkeypatch.setattr(run_module, "has_checkpoint", lambda _: True)  # as if nobody could tidy up
+    monkeypatch.setattr(run_module, "is_worth_keeping", lambda _: True)  # as if nobody could tidy up
     with pytest.raises(StoppedError):
         cases[name].train(out, stopping_at(2, StoppedError))
     assert not checkpoints(out / "checkpoints")

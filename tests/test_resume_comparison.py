@@ -18,6 +18,7 @@ from capotune.errors import DataError, ModelError, SettingError
 from capotune.events import Event, Failed, Finished, StepTaken
 from capotune.folder_lock import holder
 from capotune.run_folder import checkpoints, has_checkpoint
+from capotune.runs import compare as runs_compare
 
 METHODS = ("feature-extraction", "lora")
 QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8}
@@ -102,6 +103,35 @@ def test_ctrl_c_saves_the_technique_in_hand_and_resume_finishes_it(out: Path, wh
     steps = [event.step for event in events if isinstance(event, StepTaken) and event.method == "lora"]
     assert steps[0] >= 14
     assert (out / "feature-extraction" / "run.json").stat().st_mtime_ns == finished_before
+    assert_equal(out, whole)
+
+
+def test_ctrl_c_when_a_technique_has_finished_loses_nothing(bert: Path, tickets: Path, tmp_path: Path) -> None:
+    def report(event: Event) -> None:
+        if isinstance(event, Finished):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        capotune.compare(out=out, report=report, **{**given(bert, tickets), "methods": ("feature-extraction",)})
+    assert "result" in json.loads((out / "feature-extraction" / "run.json").read_text())
+    assert (out / "feature-extraction" / "adapter").exists()
+
+
+def test_a_technique_whose_process_dies_after_its_result_is_finished(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("lora", "compare.*")))
+
+    def run_one(*_: object) -> str:
+        shutil.copytree(whole / "lora", out / "lora")
+        return "its process ended with code -11"
+
+    monkeypatch.setattr(runs_compare, "_run_one", run_one)
+    events: list[Event] = []
+    capotune.resume(out, report=events.append)
+    assert not [event for event in events if isinstance(event, Failed)]
+    assert [event.method for event in events if isinstance(event, Finished)] == [*METHODS]
     assert_equal(out, whole)
 
 

@@ -26,7 +26,9 @@ __all__ = [
     "check_nothing_there",
     "checkpoints",
     "has_checkpoint",
+    "is_complete",
     "is_requested",
+    "is_worth_keeping",
     "read_comparison",
     "read_run",
     "recorded_settings",
@@ -127,6 +129,16 @@ def step_and_epoch(checkpoint: Path) -> list[int]:
 def has_checkpoint(out: Path) -> bool:
     """Whether there is a state of the run in ``out`` to go on from."""
     return bool(checkpoints(out / CHECKPOINTS))
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the run in ``out`` has its result. Raises ``OutputError`` for a record that cannot be read."""
+    return (out / RUN).exists() and "result" in read_run(out)
+
+
+def is_worth_keeping(out: Path) -> bool:
+    """Whether the run in ``out`` is complete, or can be gone on with."""
+    return has_checkpoint(out) or is_complete(out)
 
 
 def tidy(out: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from capotune import errors
+from capotune import errors, run_folder
 from capotune.errors import CapotuneError, DataError, OutOfMemoryError
 from capotune.events import CancelToken, Event, Failed, Finished, Reporter, from_json
 from capotune.files import remove_folder
@@ -64,7 +64,7 @@ def check_same(record: dict[str, Any], out: Path, report: Reporter) -> None:
 
 def is_worth_keeping(out: Path) -> bool:
     """Whether a technique of the comparison in ``out`` is finished, or can be gone on with."""
-    return any(has_checkpoint(path.parent) or (path.parent / "adapter").exists() for path in out.glob(f"*/{RUN}"))
+    return any(run_folder.is_worth_keeping(path.parent) for path in out.glob(f"*/{RUN}"))
 
 
 def run_techniques(
@@ -83,25 +83,26 @@ def run_techniques(
         out = settings.out / method
 
         def listen(event: Event, method: str = method) -> None:
-            report(replace(event, method=method))
+            if not isinstance(event, Finished):  # it is once its process has ended
+                report(replace(event, method=method))
 
-        if (record := _finished(out)) is not None:
-            listen(Finished(result=record["result"]))
+        failure: str | None = None
+        if _finished(out) is None:
+            request = _request(settings, method, out, base_score=number == 0)
+            own = method.replace("-", "_") + "."
+            request["given"] = {name.removeprefix(own): source for name, source in given.items()}
+            try:
+                failure = _run_one(request, listen, cancel)
+            except OutOfMemoryError as error:  # the next one may need less
+                failure = str(error)
+        record = _finished(out)
+        if record is not None:  # its process may have died after that
+            report(Finished(method=method, result=record["result"]))
             results[method] = record
-            continue
-        request = _request(settings, method, out, base_score=number == 0)
-        own = method.replace("-", "_") + "."
-        request["given"] = {name.removeprefix(own): source for name, source in given.items()}
-        try:
-            failure = _run_one(request, listen, cancel)
-        except OutOfMemoryError as error:  # the next one may need less
-            failure = str(error)
-        if failure is None:
-            results[method] = read_run(out)
             continue
         if not has_checkpoint(out):
             remove_folder(out)  # there is nothing to go on with
-        report(Failed(method=method, text=failure))
+        report(Failed(method=method, text=failure or "its process ended without a result"))
     if not results:
         raise CapotuneError("no technique finished; the messages above say why.")
     agree(results, settings.out)

@@ -32,7 +32,7 @@ from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
-from capotune.run_folder import RUN, as_json, check_nothing_there, has_checkpoint, tidy
+from capotune.run_folder import RUN, as_json, check_nothing_there, is_worth_keeping, tidy
 from capotune.runs.circumstances import circumstances, now, settings_from
 from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
@@ -76,7 +76,7 @@ def run(
     prepared = prepare(settings, method, report)
     record = record_of(prepared, base_score, report)
     record |= {"started": now(), "settings_from": settings_from(settings, method, given or {})}
-    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: has_checkpoint(out)), locked(out):
+    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: is_worth_keeping(out)), locked(out):
         return complete(prepared, record, None, report)
 
 
