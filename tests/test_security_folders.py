@@ -226,6 +226,19 @@ REFUSED: dict[str, tuple[Plant, str]] = {
         ),
         "cannot be used",
     ),
+    "trust that a configuration takes itself": (
+        lambda folder: both(
+            code("other/code.py"),
+            in_json("other/config.json", auto_map=OWN, model_type="strange"),
+            in_json(
+                "config.json",
+                model_type="lightglue",
+                trust_remote_code=True,
+                keypoint_detector_config={"model_type": "strange", "_name_or_path": str(folder / "other")},
+            ),
+        )(folder),
+        r"asks for trust \(trust_remote_code is True\), which only you can give",
+    ),
     "a kernel of the hub": (in_json("config.json", attn_implementation="evil/kernel"), "code from the hub"),
     "a kernel of the hub, inside": (
         in_json("config.json", text_config={"_attn_implementation": {"": "evil/kernel:code"}}),

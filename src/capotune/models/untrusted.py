@@ -64,8 +64,14 @@ def check_elsewhere(path: Path) -> None:
 
 
 def check_code(config: dict[str, Any]) -> None:
-    """Refuse a configuration that has compiled code fetched: Transformers takes kernels from the hub by such names."""
+    """Refuse a configuration that has compiled code fetched, as Transformers takes kernels from the hub by such names,
+    or that trusts code itself, which Transformers before 5.5 believes (CVE-2026-5241)."""
     for name, value in _named(config):
+        if name == "trust_remote_code" and value:
+            raise ModelError(
+                f"its config.json asks for trust ({name} is {value!r:.40}), which only you can give.",
+                advice=f"Take {name} out of config.json; where you trust its code, give `trust_remote_code=True`.",
+            )
         if name.endswith("_implementation") and any("/" in text for text in _texts(value)):
             asked = quoted(next(_texts(value)))
             raise ModelError(
