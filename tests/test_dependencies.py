@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import check_dependencies
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -110,6 +114,60 @@ def test_oldest_pins_are_the_floors(project: dict[str, Any]) -> None:
         floor = re.fullmatch(r"[>=]=([\w.]+)", str(requirement.specifier))
         assert floor is not None, f"{requirement}: a floor alone"
         assert pinned[name] == Version(floor[1]), requirement
+
+
+def test_no_allowed_release_has_a_known_hole() -> None:
+    assert check_dependencies.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "found"),
+    [
+        ("constraints.txt", "urllib3==2.8.0", "urllib3==2.6.2", {"CVE-2026-21441", "CVE-2026-44432"}),
+        ("constraints.txt", "torch==2.13.0", "torch==2.9.0", {"CVE-2026-24747"}),
+        ("constraints-oldest.txt", "Jinja2==3.1.6", "Jinja2==3.1.5", {"CVE-2025-27516"}),
+        ("pyproject.toml", '"jinja2>=3.1.6"', '"jinja2"', {"CVE-2024-56326", "CVE-2025-27516"}),
+        ("pyproject.toml", '["setuptools>=78.1.1"]', '["setuptools>=77.0.1"]', {"CVE-2025-47273"}),
+    ],
+)
+def test_release_with_a_known_hole_is_found(
+    file: str, before: str, after: str, found: set[str], tmp_path: Path
+) -> None:
+    for name in ("pyproject.toml", "constraints.txt", "constraints-oldest.txt", "security-floors.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after), encoding="utf-8")
+    lines = check_dependencies.problems(tmp_path)
+    assert {re.findall(r"CVE-[\d-]+", line)[0] for line in lines} == found
+    assert all(line.startswith(f"{file}: ") for line in lines)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_findings_of_pip_audit_are_shown(tmp_path: Path) -> None:
+    """In the form that its README shows for ``--format json``."""
+    holes = [{"id": "PYSEC-2020-1", "fix_versions": ["2.0"], "aliases": [], "description": ""}]
+    answer = {
+        "dependencies": [{"name": "a", "version": "1.0", "vulns": holes}, {"name": "b", "version": "1.0", "vulns": []}]
+    }
+    program = tmp_path / "pip-audit"
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\nexit 1\n", encoding="utf-8")
+    program.chmod(0o755)
+    found, said = check_dependencies.audit(str(program))
+    assert found == ["constraints.txt: a 1.0 has PYSEC-2020-1, fixed in 2.0."]
+    assert said == "pip-audit looked at 2 packages."
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_pip_audit_without_its_data_is_said(tmp_path: Path) -> None:
+    program = tmp_path / "pip-audit"
+    program.write_text("#!/bin/sh\necho no connection >&2\nexit 1\n", encoding="utf-8")
+    program.chmod(0o755)
+    assert check_dependencies.audit(str(program)) == (
+        [],
+        "pip-audit cannot reach its data: the list alone was checked.",
+    )
+    assert check_dependencies.audit(None) == ([], "pip-audit is not installed: the list alone was checked.")
 
 
 def test_make_installs_smollm2_as_messages_say() -> None:

@@ -144,7 +144,8 @@ def _pickled(folder: Path) -> AdapterError:
     return AdapterError(
         f"its weights are in {PICKLED}, which pickle wrote; such a file can run code and is not opened.",
         where=str(folder),
-        advice='Convert it in its folder, with weights only: python -c "import torch, safetensors.torch as s; '
+        advice="Where you trust who made it, convert it in its folder, with PyTorch 2.10 or later (before, "
+        'weights_only did not keep it from running code): python -c "import torch, safetensors.torch as s; '
         f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{PICKLED}', weights_only=True, "
         f"map_location='cpu').items()}}, '{WEIGHTS}')\"",
     )

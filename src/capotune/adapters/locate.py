@@ -51,7 +51,8 @@ def adapter_folder(name: str | Path) -> Path:
         raise AdapterError(
             f"its weights on the hub are in {_PICKLED}, which can run code and is not fetched.",
             where=str(name),
-            advice="Ask who made it for safetensors, or download and convert it (`torch.load` with weights_only=True).",
+            advice="Ask who made it for safetensors. Where you trust them, download and convert it: `torch.load` with "
+            "weights_only=True, of PyTorch 2.10 or later.",
         )
     return found
 
