@@ -223,6 +223,22 @@ def test_killed_while_the_adapter_is_written_leaves_no_half_of_it(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["train lora", "compare"])
+def test_how_to_go_on_is_not_said_of_a_folder_without_a_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capotune import api
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("train_run", "compare_run"):
+        monkeypatch.setattr(api, name, stop)
+    (tmp_path / "settings.json").write_text('{"another": "program"}')
+    stopped = capo(*command.split(), "--data", "x.csv", "--out", tmp_path)
+    assert (stopped.code, stopped.err) == (130, "\ncapo: stopped.\n")
+
+
 def test_resume_wants_the_same_data_and_base(
     bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from commands import capo
 
 import capotune
 from capotune import api
+from capotune.cli.flags import given_by
 from capotune.errors import DataError, OutputError, SettingError
 from capotune.events import Event, StepTaken
 from capotune.folder_lock import locked
@@ -80,6 +81,12 @@ def test_record_says_which_machine_and_versions(runs: Path) -> None:
     }
     assert named <= machine.keys()
     assert all(isinstance(value, str) and value for value in machine.values())
+
+
+def test_flags_of_settings_inside_others_are_told_where_they_say_no() -> None:
+    flags = ["--lora.no-gradient-checkpointing", "--no-cache", "--lora.rank=4", "--notes"]
+    told = given_by(flags, None)
+    assert told == dict.fromkeys(["lora.gradient_checkpointing", "cache", "lora.rank", "notes"], "flag")
 
 
 # The user's repository

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -53,7 +54,7 @@ def take_config(rest: list[str]) -> tuple[list[str], Path | None]:
 def given_by(flags: list[str], config: Path | None) -> dict[str, str]:
     """Where settings came from, ``flag`` or ``file``, by their names; those of a method in a comparison with a dot."""
     from_file = dict.fromkeys(_names(read_yaml(config)), "file") if config else {}
-    names = [token[2:].partition("=")[0].removeprefix("no-") for token in flags if token.startswith("--")]
+    names = [re.sub(r"(^|\.)no-", r"\1", token[2:].partition("=")[0]) for token in flags if token.startswith("--")]
     return from_file | {name.replace("-", "_"): "flag" for name in names}
 
 

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from capotune.cli.flags import Json, base_of, given_by, parse, take_config, with
 from capotune.cli.messages import in_flags
 from capotune.cli.terminal import for_output, harmless
 from capotune.device import is_out_of_memory
-from capotune.errors import CapotuneError, DataError, SettingError
+from capotune.errors import CapotuneError, DataError, OutputError, SettingError
 from capotune.interrupts import asked_by_signal, heed_sigterm, ignore_requests, lose_no_signal
 from capotune.settings import BaseSettings, CompareSettings, DataSettings, Settings, TrainSettings, build, nearest
 
@@ -322,7 +322,8 @@ def _stoppable(out: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if out.exists():  # else there was nothing to go on with yet
+            with suppress(OutputError):  # of a folder that holds no run
+                api.methods_of(out)
                 raise KeyboardInterrupt(f"Go on with: capo resume {shlex.quote(str(out))}") from None
             raise
 
