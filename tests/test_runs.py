@@ -208,7 +208,6 @@ def test_comparison_is_listed_by_what_its_techniques_came_to(runs: Path, tmp_pat
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("[]", "no record of a run"),
         ('{"settings": {}, "method": ["x"]}', "method: Input should be a valid string"),
         ('{"settings": {}, "method": "x", "result": 3}', "result: "),
         ('{"settings": {}, "method": "x", "result": {"train_seconds": 1.0, "score": "1"}}', "result.score: "),
@@ -225,6 +224,17 @@ def test_record_of_a_stranger_is_listed_in_words(content: str, why: str, tmp_pat
     shown = capo("runs", tmp_path)
     assert shown.code == 0
     assert "\x1b" not in shown.out
+
+
+@pytest.mark.parametrize("name", ["run.json", "settings.json"])
+@pytest.mark.parametrize("content", ["[]", '{"editor": 1}', "// no JSON", '{"settings": {}}'])
+def test_files_of_other_programs_are_no_runs(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "run.json").write_text('{"settings": {}, "method": "x"}')
+    assert [run.folder.name for run in api.list_runs(tmp_path)] == ["below"]
+    (tmp_path / "checkpoints").mkdir()
+    assert api.list_runs(tmp_path)[0].status == "broken"
 
 
 def test_folder_without_runs_is_said(tmp_path: Path) -> None:

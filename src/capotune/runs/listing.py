@@ -178,10 +178,23 @@ def _odd(path: Path, error: pydantic.ValidationError) -> OutputError:
 def _run_folders(folder: Path) -> Iterator[Path]:
     for parent, names, files in os.walk(folder):
         here = Path(parent)
-        if RUN in files or COMPARISON in files:
+        found = (RUN in files or COMPARISON in files) and _is_ours(here)
+        if found:
             yield here
         deep = len(here.relative_to(folder).parts) >= _DEEPEST
-        names[:] = [] if RUN in files or deep else [name for name in names if not name.startswith(".")]
+        whole = found and RUN in files
+        names[:] = [] if whole or deep else [name for name in names if not name.startswith(".")]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run or a comparison wrote the record in ``folder``, or what stands beside it: other programs have files
+    of these names too."""
+    if any((folder / name).exists() for name in (CHECKPOINTS, "adapter", "compare.json")):
+        return True
+    try:
+        return read_comparison(folder) is not None or bool(read_run(folder))
+    except OutputError:
+        return False
 
 
 def _how_far(folder: Path, record: Mapping[str, Any]) -> tuple[Status, str]:
