@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import tree
+from commands import PATIENCE, tree
 from helpers import assert_same_bits, fit, on_base, weights
 
 import capotune
@@ -266,15 +266,16 @@ def test_a_signal_asks_for_a_checkpoint(cases: dict[str, Case], tmp_path: Path) 
 
 def test_another_terminal_asks_for_a_checkpoint_and_gets_its_folder(cases: dict[str, Case], tmp_path: Path) -> None:
     out, given = tmp_path / "run", []
-    asking = threading.Thread(target=lambda: given.append(capotune.checkpoint(out)))
+    asking = threading.Thread(target=lambda: given.append(capotune.checkpoint(out)), daemon=True)
 
     def report(event: Event) -> None:
         if isinstance(event, StepTaken) and event.step == 2:
             asking.start()
             while is_requested(out) is None:
-                pass
+                asking.join(0.01)
+                assert asking.is_alive(), "it has ended without asking"
         if isinstance(event, StepTaken) and event.step == 3:
-            asking.join()
+            asking.join(PATIENCE)
         stopping_at(4, StoppedError)(event)
 
     with pytest.raises(StoppedError):
