@@ -13,6 +13,7 @@ from capotune.errors import OutputError
 from capotune.files import cache_folder
 from capotune.kernels import native
 
+grp, pwd = pytest.importorskip("grp"), pytest.importorskip("pwd")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs owners and permissions of files")
 
 
@@ -41,8 +42,31 @@ def test_cache_is_made_for_its_user_alone(reach: Callable[[], object], tmp_path:
     assert stat.S_IMODE((tmp_path / "capotune").stat().st_mode) == 0o700
 
 
+def in_group(monkeypatch: pytest.MonkeyPatch, *others: str) -> None:
+    """The user's group has the user's name, with ``others`` in it."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    group = grp.struct_group((user, "x", os.getgid(), [user, *others]))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+
+
+def test_cache_that_a_group_of_the_user_alone_may_write_into_is_taken(
+    reach: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where umask is 002."""
+    in_group(monkeypatch)
+    (tmp_path / "capotune").mkdir()
+    (tmp_path / "capotune").chmod(0o775)
+    reach()
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.struct_passwd(("anna", "x", 0, 0, "", "", "")))
+    with pytest.raises(OutputError, match="others may write"):
+        reach()
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
-def test_cache_that_others_may_write_into_is_refused(reach: Callable[[], object], mode: int, tmp_path: Path) -> None:
+def test_cache_that_others_may_write_into_is_refused(
+    reach: Callable[[], object], mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_group(monkeypatch, "somebody")
     (tmp_path / "capotune").mkdir()
     (tmp_path / "capotune").chmod(mode)
     with pytest.raises(OutputError, match=r"others may write into the cache folder .*chmod go-w"):

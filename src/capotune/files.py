@@ -41,11 +41,11 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 def cache_folder() -> Path:
     """``$CAPOTUNE_CACHE``, else capotune under ``$XDG_CACHE_HOME`` or ``~/.cache``: the user's own (``own_folder``)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return own_folder(Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune"))
+    return own_folder(Path(os.environ.get("CAPOTUNE_CACHE") or Path(base) / "capotune"), "CAPOTUNE_CACHE")
 
 
-def own_folder(folder: Path) -> Path:
-    """The same folder, made where it is missing so that nobody else reads it.
+def own_folder(folder: Path, variable: str) -> Path:
+    """The same folder, made where it is missing so that nobody else reads it. ``variable`` of the environment names it.
 
     Raises ``OutputError`` for one that belongs to another user or that others may write into: what is found there, the
     compiled kernels too, would be theirs. A folder that cannot be made is an error for whoever writes into it.
@@ -56,14 +56,29 @@ def own_folder(folder: Path) -> Path:
         found = folder.stat()
     except OSError:
         return folder
-    other = "Name a folder of your own with CAPOTUNE_CACHE and XDG_CACHE_HOME"
+    other = f"Name a folder of your own with {variable}"
     if hasattr(os, "getuid") and found.st_uid != os.getuid():
         raise OutputError(f"the cache folder {folder} belongs to another user.", advice=f"{other}.")
-    if os.name == "posix" and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if os.name == "posix" and _others_may_write(found):
         raise OutputError(
             f"others may write into the cache folder {folder}.", advice=f"{other}, or run: chmod go-w {folder}"
         )
     return folder
+
+
+def _others_may_write(found: os.stat_result) -> bool:
+    """Whether somebody besides its owner may. Where each user has a group of the same name with nobody else in it, new
+    folders may be written by that group (umask 002)."""
+    import grp
+    import pwd
+
+    if found.st_mode & stat.S_IWOTH or not found.st_mode & stat.S_IWGRP:
+        return bool(found.st_mode & stat.S_IWOTH)
+    try:
+        group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        return True
+    return group.gr_name != user or any(member != user for member in group.gr_mem)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:

@@ -25,7 +25,7 @@ class Cache(Settings):
     """What to look at: features that heads read, boundary states that frozen layers compute, models converted from
     GGUF, hashes of files. Left out: all."""
     clear: bool = False
-    """Remove them, without asking; what another command works with stays."""
+    """Remove them, without asking; converted models that another command works with stay."""
     as_json: Json = False
     """Print one JSON object."""
 

@@ -103,7 +103,8 @@ def _compiled(source: Path) -> Path:
     flags = FLAGS + SOURCE_FLAGS[source.stem] + simd + (MORE_SIMD_FLAGS.get(source.stem, ()) if simd else ())
     content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     key = hashlib.sha256("\0".join([platform.machine(), compiler, *flags]).encode() + content).hexdigest()
-    folder = own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capotune")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = own_folder(cache / "capotune", "XDG_CACHE_HOME")
     name = f"{source.stem}-{key[:16]}"
     for built in folder.glob(f"{name}-*.so"):
         if built.stem == f"{name}-{checksum(built)}":

@@ -30,7 +30,7 @@ def leads_out(folder: Path, path: Path) -> Path | None:
     which keeps files beside its folders of links. Raises ``OSError`` or ``RuntimeError`` for links in a circle."""
     target, home = path.resolve(), folder.resolve()
     snapshots = next((above for above in home.parents if above.name == "snapshots"), None)
-    is_in_cache = snapshots is not None and snapshots.parent / "blobs" in target.parents
+    is_in_cache = snapshots is not None and (snapshots.parent / "blobs").resolve() in target.parents
     return None if home in target.parents or is_in_cache else target
 
 
