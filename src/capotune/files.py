@@ -13,10 +13,11 @@ import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from capotune.errors import OutputError
+from capotune.folder_lock import locked
 
 __all__ = [
     "cache_folder",
@@ -141,26 +142,29 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def growing_folder(path: Path, first: Mapping[str, str], *, keep: Callable[[], bool]) -> Iterator[None]:
-    """Make the folder ``path`` with the files ``first`` (name: text) in it, both at once, for a block that fills it in
-    place and may be gone on with later.
+    """Make the folder ``path`` with the files ``first`` (name: text) in it and its lock held, all at once, for a block
+    that fills it in place and may be gone on with later.
 
-    When the block fails or is interrupted and ``keep()`` is false, the folder and the parents made for it are removed.
+    When the block fails or is interrupted and ``keep()`` is false, the folder and the parents made for it are removed,
+    before the lock is given back: who waits for it finds either no folder or one to go on in.
     Raises ``OutputError`` if ``path`` exists, cannot be made, or the disk fills up while the block runs.
     """
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
     ours: os.stat_result | None = None
-    try:
-        with output_folder(path) as new:
-            for name, text in first.items():
-                (new / name).write_text(text, encoding="utf-8")
-            ours = new.stat()
-        with full_disk_is_said(path):
-            yield
-    except BaseException:
-        if ours and path.exists() and os.path.samestat(path.stat(), ours) and not keep():
-            remove_folder(path)
-            _remove_if_empty(made)
-        raise
+    with ExitStack() as lock:
+        try:
+            with output_folder(path) as new:
+                for name, text in first.items():
+                    (new / name).write_text(text, encoding="utf-8")
+                ours = new.stat()
+                lock.enter_context(locked(new, becomes=path))
+            with full_disk_is_said(path):
+                yield
+        except BaseException:
+            if ours and path.exists() and os.path.samestat(path.stat(), ours) and not keep():
+                remove_folder(path)
+                _remove_if_empty(made)
+            raise
 
 
 def checksum(path: Path) -> str:

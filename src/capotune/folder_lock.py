@@ -18,19 +18,25 @@ from typing import IO
 
 from capotune.errors import OutputError
 
-__all__ = ["holder", "locked"]
+__all__ = ["holder", "locked", "wait_for_its_end"]
 
 _NAME = ".lock"
 _POLL_SECONDS = 0.05
+_PATIENCE = 1.0
+"""Seconds: who looks whether a folder is locked has the lock for a moment."""
 
 
 @contextmanager
-def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock of ``folder``, which exists, while the block runs.
+def locked(folder: Path, *, becomes: Path | None = None) -> Iterator[None]:
+    """Hold the lock of ``folder``, which exists, while the block runs; the block may rename the folder to ``becomes``,
+    or remove it.
 
-    Raises ``OutputError`` that names the process when another one still has it after ``patience`` seconds.
+    Raises ``OutputError`` that names the process when another one has it.
     """
-    end = time.monotonic() + patience
+    if sys.platform == "win32":  # an open file would not let the folder be renamed
+        yield
+        return
+    end = time.monotonic() + _PATIENCE
     while (file := _acquired(folder / _NAME)) is None:
         if time.monotonic() >= end:
             raise OutputError(
@@ -43,7 +49,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                (folder / _NAME).unlink()
+                ((becomes or folder) / _NAME).unlink()
 
 
 def holder(folder: Path) -> str | None:
@@ -57,6 +63,13 @@ def holder(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return f"process {content.get('pid', '?')} on {content.get('host', '?')}"
+
+
+def wait_for_its_end(folder: Path, seconds: float) -> None:
+    """Return once no process has the lock of ``folder``, which may be removed meanwhile, or after ``seconds``."""
+    end = time.monotonic() + seconds
+    while holder(folder) is not None and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
 
 
 def _acquired(path: Path) -> IO[bytes] | None:

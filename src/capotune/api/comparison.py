@@ -73,7 +73,7 @@ def compare_run(
     out = settings.out
     check_nothing_there(out)
     record = record_of(settings, command or _command(settings), given or {})
-    with growing_folder(out, {COMPARISON: as_json(record)}, keep=lambda: is_worth_keeping(out)), locked(out):
+    with growing_folder(out, {COMPARISON: as_json(record)}, keep=lambda: is_worth_keeping(out)):
         return _complete(settings, record, report, cancel or CancelToken())
 
 

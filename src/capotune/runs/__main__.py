@@ -18,7 +18,8 @@ from typing import Any
 from capotune.device import collector_at_rest
 from capotune.errors import CapotuneError
 from capotune.events import Event, Reporter, to_json
-from capotune.interrupts import asked_by_signal, heed_sigterm, lose_no_signal
+from capotune.folder_lock import wait_for_its_end
+from capotune.interrupts import asked_by_signal, heed_sigterm, ignore_requests, lose_no_signal
 from capotune.memory_table import MemoryTable
 from capotune.run_folder import RUN, request_checkpoint
 
@@ -31,6 +32,7 @@ with collector_at_rest():
 
 def main() -> int:
     """The process; returns its exit code."""
+    ignore_requests()
     events, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the events
 
     def write(values: dict[str, Any]) -> None:
@@ -62,7 +64,8 @@ def main() -> int:
 
 
 def _run_or_resume(settings: TrainSettings, request: dict[str, Any], report: Reporter) -> None:
-    """Go on with the run where there is one."""
+    """Go on with the run where there is one, once the process of a comparison that was killed has left its folder."""
+    wait_for_its_end(settings.out, request["patience"])
     if not (settings.out / RUN).exists():
         method = build(methods.get(request["method"]).Settings, request["method_settings"])
         run(settings, method, report, base_score=request["base_score"], given=request["given"])
@@ -70,7 +73,7 @@ def _run_or_resume(settings: TrainSettings, request: dict[str, Any], report: Rep
     given = {"data": settings.data, "test": settings.test}
     rows = {name: value for name, value in given.items() if isinstance(value, MemoryTable)}
     trusted = settings.trust_remote_code
-    resume(settings.out, report, rows=rows, trust_remote_code=trusted, patience=request["patience"])
+    resume(settings.out, report, rows=rows, trust_remote_code=trusted)
 
 
 def _end_with_the_parent() -> None:

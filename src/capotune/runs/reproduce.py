@@ -10,7 +10,6 @@ from typing import Any
 from capotune.errors import OutputError
 from capotune.events import Reporter, Stage
 from capotune.files import check_free, growing_folder
-from capotune.folder_lock import locked
 from capotune.memory_table import MemoryTable
 from capotune.run_folder import RUN, as_json, read_run
 from capotune.runs.circumstances import now
@@ -57,7 +56,7 @@ def _again(
     record = record_of(prepared, False, report)
     check_same(before, record, run)
     record |= {"started": now(), "settings_from": before.get("settings_from", {})}
-    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: False), locked(out):
+    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: False):
         complete(prepared, record, None, report)
     return _compared(run, out)
 

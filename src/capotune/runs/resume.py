@@ -29,7 +29,6 @@ def resume(
     *,
     rows: Mapping[str, MemoryTable] | None = None,
     trust_remote_code: bool = False,
-    patience: float = 0.0,
 ) -> dict[str, Any]:
     """Go on with the run in ``out`` to the same bits as if it had never stopped; returns what ``run.json`` holds. Of a
     run that is complete nothing is done again.
@@ -39,13 +38,12 @@ def resume(
         report: called with the events.
         rows: what the settings ``data`` and ``test`` held, where that was rows in memory.
         trust_remote_code: whether the run may have it, if it had.
-        patience: seconds to wait for another process that works there.
 
     Raises ``OutputError`` where no run is or another process works on it, ``DataError`` and ``ModelError`` when data or
     base are not what they were, and whatever ``run`` raises.
     """
     read_run(out)
-    with locked(out, patience), full_disk_is_said(out):
+    with locked(out), full_disk_is_said(out):
         before = read_run(out)
         if "result" in before:
             tidy(out)

@@ -26,7 +26,6 @@ from capotune.engine.recorded import Clock, Recording
 from capotune.engine.state import TrainingState
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
 from capotune.files import cache_folder, check_there, growing_folder, remove_folder, write_atomic
-from capotune.folder_lock import locked
 from capotune.interval import interval
 from capotune.kernels import described
 from capotune.methods import make
@@ -76,7 +75,7 @@ def run(
     prepared = prepare(settings, method, report)
     record = record_of(prepared, base_score, report)
     record |= {"started": now(), "settings_from": settings_from(settings, method, given or {})}
-    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: is_worth_keeping(out)), locked(out):
+    with growing_folder(out, {RUN: as_json(record)}, keep=lambda: is_worth_keeping(out)):
         return complete(prepared, record, None, report)
 
 
