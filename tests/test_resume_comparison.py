@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 from commands import capo, start, wait_until
 
 import capotune
-from capotune.errors import DataError, ModelError, SettingError
+from capotune.errors import DataError, ModelError, OutputError, SettingError
 from capotune.events import Event, Failed, Finished, StepTaken
 from capotune.folder_lock import holder
 from capotune.run_folder import checkpoints, has_checkpoint
+from capotune.runs import __main__ as technique
 from capotune.runs import compare as runs_compare
 
 METHODS = ("feature-extraction", "lora")
@@ -206,9 +208,38 @@ def test_rows_in_memory_are_given_again(bert: Path, tmp_path: Path) -> None:
         capotune.compare(data=rows, out=tmp_path / "out", report=stopping_at(2), **own)
     with pytest.raises(SettingError, match="Give the same rows again in Python"):
         capotune.resume(tmp_path / "out")
-    with pytest.raises(DataError, match="the data is another than when"):
-        capotune.resume(tmp_path / "out", data=rows[1:])
+    shutil.copytree(tmp_path / "out", tmp_path / "early")
+    shutil.rmtree(tmp_path / "early" / "lora")  # no technique is there that would tell
+    for out in ("out", "early"):
+        with pytest.raises(DataError, match="its content is another than when the comparison"):
+            capotune.resume(tmp_path / out, data=rows[1:])
     compared = capotune.resume(tmp_path / "out", data=rows)
     assert isinstance(compared, capotune.api.Comparison)
     whole = capotune.compare(data=rows, out=tmp_path / "whole", **own)
     assert compared.rows[0].scores == whole.rows[0].scores
+
+
+@pytest.mark.parametrize("settings", [{}, {"methods": "lora"}, {"methods": [1]}])
+def test_settings_of_something_else_are_no_comparison(settings: dict[str, Any], tmp_path: Path) -> None:
+    record = {"settings": settings, "command": "", "files_sha256": {}, "data": {}}
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    with pytest.raises(OutputError, match="is no record of a comparison"):
+        capotune.api.methods_of(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such signal")
+def test_a_technique_that_starts_ignores_who_asks_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal would end it."""
+
+    def started() -> None:
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(technique, "heed_sigterm", started)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            technique.main()
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -66,10 +66,17 @@ def read_comparison(out: Path) -> dict[str, Any] | None:
         record = _read(out / COMPARISON)
     except FileNotFoundError:
         return None
-    parts = {"settings": dict, "command": str, "files_sha256": dict, "data": dict}
-    if not (isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in parts.items())):
+    if not (isinstance(record, dict) and _is_comparison(record)):
         raise OutputError("is no record of a comparison.", where=str(out / COMPARISON))
     return record
+
+
+def _is_comparison(record: dict[str, Any]) -> bool:
+    parts = {"settings": dict, "command": str, "files_sha256": dict, "data": dict}
+    if not all(isinstance(record.get(name), kind) for name, kind in parts.items()):
+        return False
+    methods = record["settings"].get("methods")
+    return isinstance(methods, list) and all(isinstance(method, str) for method in methods)
 
 
 def _read(path: Path) -> Any:

@@ -91,7 +91,7 @@ def resume_comparison(
     values = recorded_settings(record, out, rows, trust_remote_code)
     settings = build(compare_settings(), values, str(out / COMPARISON))
     with locked(out), full_disk_is_said(out):
-        check_same(record, out, cancel.watching(report))
+        check_same(record, settings, cancel.watching(report))
         remove_partial(out)
         return _complete(settings, record, report, cancel)
 

@@ -25,8 +25,8 @@ from capotune.models.content import sha256_of
 from capotune.run_folder import RUN, has_checkpoint, read_run, tidy
 from capotune.settings import CompareSettings, RunSettings
 
-_FILES = ("data", "test", "general")
-"""Settings that may name a file which every technique reads."""
+_READ = ("data", "test", "general")
+"""Settings that hold what every technique reads."""
 _SECONDS_TO_SAVE = 30.0
 _SECONDS_TO_LEAVE = 30.0
 
@@ -44,18 +44,18 @@ def record_of(settings: CompareSettings, command: str, given: Mapping[str, str])
     }
 
 
-def check_same(record: dict[str, Any], out: Path, report: Reporter) -> None:
-    """``DataError`` or ``ModelError`` where files or base are not what they were when the comparison in ``out`` was
-    started: its techniques would not be comparable."""
+def check_same(record: dict[str, Any], settings: CompareSettings, report: Reporter) -> None:
+    """``DataError`` or ``ModelError`` where rows in memory, files or base are not what they were when the comparison of
+    these ``settings`` was started: its techniques would not be comparable."""
     from capotune.runs.resume import AS_IT_WAS, check_base
 
-    now = _hashes(record["settings"])
+    out, now = settings.out, _hashes(settings.model_dump(mode="json", exclude={"out"}))
     for name, value in record["files_sha256"].items():
         if now.get(name) != value:
             raise DataError(
                 f"its content is another than when the comparison in {out} was started.",
                 setting=name,
-                given=record["settings"][name],
+                given=str(getattr(settings, name)),
                 advice=AS_IT_WAS,
             )
     for path in sorted(out.glob(f"*/{RUN}"))[:1]:
@@ -119,9 +119,15 @@ def _finished(out: Path) -> dict[str, Any] | None:
 
 
 def _hashes(settings: dict[str, Any]) -> dict[str, str]:
-    """Of the files that every technique reads, by the setting that names them."""
-    paths = {name: Path(settings[name]).expanduser() for name in _FILES if isinstance(settings[name], str)}
-    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
+    """Of the rows in memory and the files that every technique reads, by the setting that holds or names them."""
+    found: dict[str, str] = {}
+    for name in _READ:
+        value = settings[name]
+        if isinstance(value, dict):
+            found[name] = value["sha256"]
+        elif isinstance(value, str) and (path := Path(value).expanduser()).is_file():
+            found[name] = sha256_of(path)
+    return found
 
 
 def _request(settings: CompareSettings, method: str, out: Path, base_score: bool) -> dict[str, Any]:
