@@ -24,7 +24,7 @@ from capotune.events import Event, Finished, StepTaken, Warned
 from capotune.folder_lock import locked
 from capotune.interrupts import asked_by_signal, uninterrupted
 from capotune.methods.lora.settings import LoraSettings
-from capotune.run_folder import checkpoints, is_requested
+from capotune.run_folder import checkpoints, is_requested, tidy
 from capotune.runs import run as run_module
 
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "predictions.jsonl", "metrics.jsonl")
@@ -281,6 +281,17 @@ def test_another_terminal_asks_for_a_checkpoint_and_gets_its_folder(cases: dict[
     with pytest.raises(StoppedError):
         cases["labels, stopped early"].train(out, report)
     assert given == [out / "checkpoints" / "step-2-epoch-0"]
+
+
+def test_who_asks_a_run_that_ends_meanwhile_is_told_so(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        cases["tokens"].train(out, stopping_at(1))
+    monkeypatch.setattr(api.resuming.time, "sleep", lambda _: tidy(out))
+    with locked(out), pytest.raises(OutputError, match="ended before its next step"):
+        capotune.checkpoint(out)
 
 
 # Refused

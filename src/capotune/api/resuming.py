@@ -82,11 +82,12 @@ def checkpoint(out: str | Path) -> Path:
     if trains is None:
         raise OutputError(f"no process trains in {out}.", advice="Name the folder of a run that is going on.")
     run_folder.request_checkpoint(trains)
-    while is_requested(trains) is not None:
-        if holder(trains) is None:
-            raise OutputError(f"the run in {trains} ended before its next step.")
+    while is_requested(trains) is not None and holder(trains) is not None:
         time.sleep(_POLL_SECONDS)
-    return checkpoints(trains / CHECKPOINTS)[-1]
+    written = checkpoints(trains / CHECKPOINTS)
+    if is_requested(trains) is not None or not written:  # a run that ends withdraws it, and removes its checkpoints
+        raise OutputError(f"the run in {trains} ended before its next step.")
+    return written[-1]
 
 
 def _trains_in(out: Path) -> Path | None:
