@@ -18,6 +18,7 @@ from helpers import assert_same_bits, fit, on_base, weights
 
 import capotune
 from capotune import api
+from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
 from capotune.errors import DataError, OutputError, SettingError
 from capotune.events import Event, Finished, StepTaken, Warned
@@ -25,6 +26,7 @@ from capotune.folder_lock import locked
 from capotune.interrupts import asked_by_signal, uninterrupted
 from capotune.methods.lora.settings import LoraSettings
 from capotune.run_folder import checkpoints, is_requested, tidy
+from capotune.runs import resume as resume_module
 from capotune.runs import run as run_module
 
 SAME = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "predictions.jsonl", "metrics.jsonl")
@@ -302,6 +304,20 @@ def test_a_folder_in_which_another_process_works_is_refused(cases: dict[str, Cas
     with pytest.raises(KeyboardInterrupt):
         cases["tokens"].train(out, stopping_at(1))
     with locked(out), pytest.raises(OutputError, match=f"process {os.getpid()} on .* works in"):
+        capotune.resume(out)
+
+
+def test_a_run_of_another_kind_of_device_is_refused(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        cases["tokens"].train(out, stopping_at(1))
+    state = load_checkpoint(out / "checkpoints")
+    assert state is not None
+    there = replace(state, rng=torch.zeros(16, dtype=torch.uint8))  # as long as CUDA's
+    monkeypatch.setattr(resume_module, "load_checkpoint", lambda *_: there)
+    with pytest.raises(OutputError, match="was started on another kind of device than cpu"):
         capotune.resume(out)
 
 

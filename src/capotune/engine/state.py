@@ -99,6 +99,11 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
+def draws_on(state: TrainingState, device: torch.device) -> bool:
+    """Whether the state's random numbers go on on this kind of device: each has a generator of its own."""
+    return state.rng.shape == random_state(device).shape
+
+
 def capture(state: TrainingState, weights: dict[str, nn.Parameter], optimizer: FlatAdamW) -> TrainingState:
     """Copy what lives in model and optimizer into the state. Its tensors are never written to afterwards."""
     state.weights = {key: weight.detach().clone() for key, weight in weights.items()}

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from capotune import methods
+from capotune.device import pick_device
 from capotune.engine.checkpoint import load_checkpoint
-from capotune.errors import DataError, ModelError
+from capotune.engine.state import draws_on
+from capotune.errors import DataError, ModelError, OutputError
 from capotune.events import Finished, Reporter, Stage, ignore
 from capotune.files import full_disk_is_said, remove_partial
 from capotune.folder_lock import locked
@@ -39,8 +41,8 @@ def resume(
         rows: what the settings ``data`` and ``test`` held, where that was rows in memory.
         trust_remote_code: whether the run may have it, if it had.
 
-    Raises ``OutputError`` where no run is or another process works on it, ``DataError`` and ``ModelError`` when data or
-    base are not what they were, and whatever ``run`` raises.
+    Raises ``OutputError`` where no run is, another process works on it, or it began on another kind of device,
+    ``DataError`` and ``ModelError`` when data or base are not what they were, and whatever ``run`` raises.
     """
     read_run(out)
     with locked(out), full_disk_is_said(out):
@@ -51,6 +53,11 @@ def resume(
             return before
         settings, method = run_settings(before, out, rows or {}, trust_remote_code)
         state = load_checkpoint(out / CHECKPOINTS, report)
+        if state is not None and not draws_on(state, pick_device()):
+            raise OutputError(
+                f"the run in {out} was started on another kind of device than {pick_device()}, the one that is here.",
+                advice="Go on where it was started, or begin anew in another `out`.",
+            )
         report(Stage(text="reading data"))
         prepared = prepare(settings, method, report)
         record = record_of(prepared, before.get(SCORES_BASE, False), report)
