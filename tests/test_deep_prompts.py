@@ -131,10 +131,20 @@ def trained_from(assembled: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return before, assembled.method.stored()[KEY]
 
 
-def test_the_first_vector_rests_and_the_others_learn(writers: dict[str, Path]) -> None:
-    before, after = trained_from(on_base(writers["llama"], DEEP))
+@pytest.mark.parametrize("weight_decay", [0.0, 1.0])
+def test_the_first_vector_rests_and_the_others_learn(weight_decay: float, writers: dict[str, Path]) -> None:
+    before, after = trained_from(on_base(writers["llama"], DEEP.model_copy(update={"weight_decay": weight_decay})))
     assert torch.equal(after[0], before[0])
     assert (after[1:] != before[1:]).any(1).all()
+
+
+def test_a_loaded_first_vector_is_read_and_stored(writers: dict[str, Path]) -> None:
+    one, other = (on_base(writers["llama"], DEEP) for _ in range(2))
+    stored = one.method.stored()[KEY].clone()
+    stored[0] += 1
+    other.method.load({KEY: stored})
+    assert torch.equal(other.method.stored()[KEY], stored)
+    assert (logits(other) != logits(one)).any()
 
 
 def test_a_single_vector_learns(writers: dict[str, Path]) -> None:
