@@ -177,9 +177,16 @@ def test_as_much_is_given_back_as_leaves_90_percent_of_the_held_out_gain(
     assembled, went = on_base(writers["llama"], DEEP), []
     monkeypatch.setattr(assembled.method, "way_from_start", lambda: went.append)
     monkeypatch.setattr(giving_back, "held_out_score", lambda *_: (-losses[went[-1]],))
-    score = giving_back.give_back(assembled, examples(assembled, 2), (-1.0,), lambda _: None)
+    found = giving_back.give_back(assembled, examples(assembled, 2), (-1.0,), lambda _: None)
     assert went[-1] == part
-    assert score == (-losses.get(part, 1.0),)
+    assert found == ((-losses.get(part, 1.0),), part)
+
+
+def test_the_records_say_how_much_of_the_change_was_left(compared: Path) -> None:
+    result = json.loads((compared / "prompt-tuning" / "run.json").read_text(encoding="utf-8"))["result"]
+    adapter = json.loads((adapter_of(compared) / "capotune.json").read_text(encoding="utf-8"))
+    assert result["part_of_change"] in (0.6, 0.7, 0.8, 0.9, 1.0)
+    assert adapter["trained"]["part_of_change"] == result["part_of_change"]
 
 
 def test_the_recorded_held_out_loss_is_that_of_the_stored_vectors(

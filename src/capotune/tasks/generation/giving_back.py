@@ -20,13 +20,13 @@ _ENOUGH: Final = 0.9
 """Of what training brought on the held-out rows."""
 
 
-def give_back(assembled: Assembled, held: Examples, score: Score, report: Reporter) -> Score:
+def give_back(assembled: Assembled, held: Examples, score: Score, report: Reporter) -> tuple[Score, float | None]:
     """Leave the trained weights at the smallest part of their way that has ``_ENOUGH`` of the gain; the held-out score
-    there. ``score``: theirs as they are."""
+    there, and the part, None where the method has no way. ``score``: theirs as they are."""
     go = assembled.method.way_from_start()
     if go is None:
-        return score
-    report(Stage(text="giving back what other text gains by"))
+        return score, None
+    report(Stage(text="choosing how much of the change to leave"))
 
     def at(part: float) -> Score:
         go(part)
@@ -37,6 +37,6 @@ def give_back(assembled: Assembled, held: Examples, score: Score, report: Report
     for part in _PARTS:
         found = at(part)
         if found[0] >= enough:
-            return found
+            return found, part
     go(1.0)
-    return score
+    return score, 1.0

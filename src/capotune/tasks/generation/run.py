@@ -152,7 +152,7 @@ class GenerationRun(TaskRun):
     ) -> Fitted:
         """Train in steps; a hard prompt stays as it is."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
-        extra = {"candidates": self.tried} if self.tried else {}
+        extra: dict[str, Any] = {"candidates": self.tried} if self.tried else {}
         shown = self.task.objective.shown
         if not assembled.method.settings.trains:
             score = held_out_score(assembled, self.train.take(self.held_rows), alive(report))
@@ -163,7 +163,9 @@ class GenerationRun(TaskRun):
         state = recording.state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
         state = train_recorded(recording, assembled, fit, held, seed=self.seed, state=state, report=report)
         extra |= incidents(state)
-        score = give_back(assembled, held, state.best_score, report)
+        score, part = give_back(assembled, held, state.best_score, report)
+        if part is not None:  # the held-out score is of this part then, and not of the best epoch
+            extra["part_of_change"] = part
         return Fitted(float(state.epoch), state.best_epoch, shown(score), extra)
 
     # ---------------------------------------------------------------------------------------------- testing
