@@ -75,7 +75,7 @@ RUNS: dict[str, TrainingSettings] = {
     "QLoRA, NF4": QloraSettings(),
     "QLoRA, FP4": QloraSettings(quant_type="fp4"),
     "QLoRA, NF4 without double quantisation": QloraSettings(double_quant=False),
-    "prompt tuning": PromptTuningSettings(deep=False),
+    "prompt tuning, before the input alone": PromptTuningSettings(deep=False),
     "full fine-tuning": FullSettings(trainable_layers=5, learning_rate=2e-3),
 }
 

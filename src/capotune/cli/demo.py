@@ -52,7 +52,7 @@ def on_expressions(out: Path, chosen: dict[str, Any]) -> CompareSettings:
     """capo-tiny writes Python expressions."""
     few_rows: dict[str, Any] = {"epochs": 7, "patience": 7, "batch_size": 16, "learning_rate": 4e-3}
     each: dict[str, Any] = dict.fromkeys(("feature_extraction", "lora", "qlora"), few_rows | chosen)
-    each["prompt_tuning"] = {"batch_size": 32} | chosen
+    each["prompt_tuning"] = {"batch_size": 32, "deep": False} | chosen  # as benchmarks/README.md has it
     return api.compare_settings()(data=str(EXPRESSIONS), model="capo-tiny", out=out, **each)
 
 
