@@ -391,10 +391,10 @@ TRAITS: dict[str, dict[str, Any]] = {
     "rank above 512": {"ranks": (1024,)},
     "rank below 8": {"ranks": (4,)},
     "some blocks alone": {},
-    "soft prompt": {**NO_DELTA, "soft_prompt": True},
+    "soft or deep prompt": {**NO_DELTA, "soft_prompt": True},
     "labels": {"head": True},
     "labels, LoRA": {"head": True},
-    "labels, soft prompt": {**NO_DELTA, "head": True, "soft_prompt": True},
+    "labels, soft or deep prompt": {**NO_DELTA, "head": True, "soft_prompt": True},
     "labels, a head alone": {**NO_DELTA, "head": True},
     "labels, whole layers": {**NO_DELTA, "head": True, "blocks": True},
 }

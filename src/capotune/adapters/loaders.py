@@ -181,8 +181,8 @@ def _graph(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdic
 def _prompt(adapter: Traits, loader: Loader, refused: Callable[[str, str], Verdict]) -> Verdict:
     """Of adapters that change no weight."""
     if adapter.soft_prompt and loader.prompts:
-        return Verdict(loader, "adapter", True, "it takes the soft prompt as it is.")
-    what = "vectors stand before the text" if adapter.soft_prompt else "no weight changes"
+        return Verdict(loader, "adapter", True, "it takes the trained vectors as they are.")
+    what = "vectors are trained and no weight changes" if adapter.soft_prompt else "no weight changes"
     nearest = "Give `loader=peft` (`capo generate` uses it as it is); or train lora, which every program takes."
     return refused(f"{loader.title} takes changes of weights, and here {what}.", _AS_GRAPH if adapter.head else nearest)
 

@@ -45,7 +45,7 @@ def quantize(rest: list[str]) -> int:
 
 
 class Merge(MergeSettings):
-    """Write an adapter's change into its base: a Transformers checkpoint that needs none. Not for soft prompts."""
+    """Write an adapter's change into its base: a Transformers checkpoint that needs none. Not for trained prompts."""
 
     adapter: tyro.conf.Positional[str]
     """Adapter folder, of lora, qlora, feature-extraction with trained blocks, or PEFT's own, or an adapter on the hub
