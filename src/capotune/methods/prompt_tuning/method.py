@@ -1,5 +1,5 @@
-"""Prompt tuning: trained vectors before the input embeddings; no weight changes (Lester et al. 2021, arXiv 2104.08691).
-With ``deep`` they stand before every block's keys and values instead (``deep.py``).
+"""Prompt tuning: trained vectors before every block's keys and values (``deep``: ``deep.py``), or before the input
+embeddings (Lester et al. 2021, arXiv 2104.08691); no weight changes.
 
 The vectors are handled as words that the vocabulary lacks: virtual token j has id vocab_size + j and stands before the
 text like any token, so attention mask, positions and padding need no special case, and the prompt touches its text

@@ -13,7 +13,8 @@ from capotune.settings import Context, Count, Positive, TrainingSettings
 
 
 class PromptTuningSettings(TrainingSettings):
-    """Prompt tuning (Lester et al. 2021): trained vectors before the input embeddings; no weight changes."""
+    """Prompt tuning: trained vectors before every block's keys and values, or before the input embeddings; no weight
+    changes (Li & Liang 2021; Lester et al. 2021)."""
 
     method: ClassVar[str] = "prompt-tuning"
     deep: bool | None = None
