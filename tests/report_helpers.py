@@ -18,7 +18,7 @@ from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quot
 from capotune.tasks.classification import Classification
 from capotune.tasks.generation import Generation
 
-HOSTILE = """<script>alert("x")</script>' " & <img src=http://evil.example/x.png> {{ 7*7 }} </style>"""
+HOSTILE = """<script>alert("x")</script>' " & "><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} </style>"""
 METHODS = ("feature-extraction", "lora", "qlora", "prompt-tuning")
 
 # Test prompts with every sort of answer: right, right but for blanks, wrong, none, preformatted.

@@ -27,6 +27,7 @@ from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.gguf import write
+from capotune.runs.publish import publish
 from capotune.settings import ExportSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
@@ -75,6 +76,19 @@ def merged_llama(lora: tuple[Path, torch.Tensor], tmp_path_factory: pytest.TempP
 
 
 # ------------------------------------------------------------------------------------------------ vLLM, SGLang, PEFT
+
+
+def test_a_link_out_of_an_adapter_is_not_exported(writers: dict[str, Path], tmp_path: Path) -> None:
+    adapter, _ = made(writers["llama"], tmp_path, PromptTuningSettings(num_virtual_tokens=3, deep=False))
+    (tmp_path / "secret").write_text("hunter2", encoding="utf-8")
+    (adapter / "README.md").unlink()
+    (adapter / "README.md").symlink_to(tmp_path / "secret")
+    for name in ("notes.txt", "more.safetensors"):
+        (adapter / name).symlink_to(tmp_path / "secret")
+    assert "hunter2" not in str(publish(read_adapter(adapter), "ours/copy", "ours/base", None).files)
+    with pytest.raises(AdapterError, match=r"README.md.*a link that leaves the folder"):
+        capotune.export(adapter, loader="peft", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capotune.data.readers import parquet, read_table
+from capotune.data.readers.lines import LONGEST
 from capotune.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -75,12 +76,38 @@ def test_parquet_whose_footer_lies_is_refused(tmp_path: Path) -> None:
         read_table(str(path))
 
 
-@pytest.mark.parametrize("content", ['{"text":' + "[" * 1_000_000, "[" * 1_000_000, '{"text":' * 1_000_000])
-def test_json_nested_a_million_deep_is_refused(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"text":' + "[" * 1_000_000, "[" * 1_000_000, '{"text":' * 500_000])
+def test_json_nested_very_deep_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="nested too deeply"):
         read_table(str(path))
+
+
+LONG = "a" * (LONGEST + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("rows.csv", f"text,label\na,b\n{LONG},b\n", 3),
+        ("rows.csv", 'text,label\na,b\n"' + "a\n" * (LONGEST // 2 + 1), 3),
+        ("rows.jsonl", f'{{"text": "a"}}\n{{"text": "{LONG}"}}\n', 2),
+        ("rows.json", f'[{{"text": "a"}},\n{{"text": "{LONG}"}}]', 2),
+    ],
+    ids=["csv", "a quote that is never closed", "jsonl", "json"],
+)
+def test_a_text_that_takes_minutes_to_tokenise_is_refused(name: str, content: str, line: int, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"{name}:{line}: more than 4,194,304 characters; divide such a text"):
+        read_table(str(path))
+
+
+def test_a_long_text_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text,label\n{LONG[1:]},b\n", encoding="utf-8")
+    assert read_table(str(path)).rows[0]["text"] == LONG[1:]
 
 
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.joblib", "rows.npy", "rows.pt", "rows.bin", "rows.pickle"])

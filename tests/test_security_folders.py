@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -17,8 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import capotune
 from capotune.api import inspect
-from capotune.errors import CapotuneError
+from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
+from capotune.engine.state import TrainingState
+from capotune.errors import CapotuneError, OutputError
 from capotune.models.base import find
 from capotune.models.load import load_backbone
 
@@ -356,6 +360,40 @@ def test_what_could_run_is_passed_over(name: str, planted: Callable[[Plant], Pat
     assert not {"code", "modeling_bert", "sitecustomize"} & {
         name for name, module in sys.modules.items() if str(folder) in str(getattr(module, "__file__", ""))
     }
+
+
+def test_pickle_in_a_checkpoint_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its files, and in the place of one, with checksums that fit."""
+    monkeypatch.chdir(tmp_path)
+    state = TrainingState(step=1, rng=torch.get_rng_state(), weights={"a": torch.ones(2)})
+    path = save_checkpoint(tmp_path / "checkpoints", state)
+    pickled("optimizer.pt", "rng_state.pth", "state.pkl")(path)
+    assert torch.equal(load_checkpoint(path.parent).weights["a"], torch.ones(2))
+    torch.save({"a": Exploit()}, path / "state.safetensors")
+    names = ("state.safetensors", "state.json")
+    sums = (f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    (path / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+    with pytest.raises(OutputError, match=r"every checkpoint in .* is damaged"):
+        load_checkpoint(path.parent)
+    assert not Path(MARKER).exists()
+
+
+def test_pickle_in_the_cache_is_not_opened(
+    bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path / "cache"))
+    given = {"data": str(tickets), "model": str(bert)}
+    capotune.train("feature-extraction", **given, out=tmp_path / "first")
+    entries = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
+    assert entries
+    for path in entries:
+        torch.save({"a": Exploit()}, path)
+        torch.save({"a": Exploit()}, path.with_suffix(".pt"))
+    capotune.train("feature-extraction", **given, out=tmp_path / "again")
+    first, again = (next((tmp_path / name).rglob("adapter_model.safetensors")) for name in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    assert not Path(MARKER).exists()
 
 
 def test_the_exploits_work_where_they_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

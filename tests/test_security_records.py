@@ -55,14 +55,17 @@ def test_secrets_are_taken_out_of_messages(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--model", "--data"])
-def test_password_in_a_flag_is_not_said(flag: str, capsys: pytest.CaptureFixture[str], tickets: Path) -> None:
+def test_password_in_a_flag_is_neither_said_nor_recorded(
+    flag: str, capsys: pytest.CaptureFixture[str], tickets: Path, tmp_path: Path
+) -> None:
     address = "https://user:hunter2@host/file.csv"
-    given = {"--data": str(tickets), "--model": "capo-tiny", flag: address}
+    given = {"--data": str(tickets), "--model": "capo-tiny", flag: address, "--out": str(tmp_path / "run")}
     code = main(["train", "lora", *(part for item in given.items() for part in item)])
     assert code == 2
     shown = "".join(capsys.readouterr())
     assert "hunter2" not in shown
     assert "host" in shown
+    assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_error_of_the_api_holds_no_password() -> None:

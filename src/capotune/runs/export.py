@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capotune import methods
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.files import CONFIG, RECORD, WEIGHTS
+from capotune.adapters.files import CONFIG, RECORD, WEIGHTS, inside
 from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
@@ -170,8 +170,8 @@ def _add(assembled: Assembled, adapter: Portable) -> None:
 def _copy(making: _Export) -> str:
     """The adapter folder byte by byte, where the program takes it so; the command that loads it."""
     for name in (CONFIG, WEIGHTS, RECORD, CARD):
-        if (making.stored.folder / name).is_file():
-            shutil.copyfile(making.stored.folder / name, making.new / name)
+        if (path := inside(making.stored.folder, name)).is_file():
+            shutil.copyfile(path, making.new / name)
     making.said.append(f"{making.loader.title} takes the adapter as it is; its files are copied byte by byte.")
     return _python_command(making)
 

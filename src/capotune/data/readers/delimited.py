@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from capotune.data.columns import refuse_duplicates
-from capotune.data.readers.lines import Lines
+from capotune.data.readers.lines import LONGEST, TOO_LONG, Lines
 from capotune.data.table import Origin, RowsBuilder, Table
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt
 from capotune.errors import DataError
@@ -68,10 +68,11 @@ def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int 
 
 @contextmanager
 def _fields_up_to(size: int) -> Iterator[None]:
-    """Let csv read fields of ``size`` characters. Its limit is one number a process: it is lent, and put back."""
+    """Let csv read fields of ``size`` characters, up to the longest allowed. Its limit is one number a process: it is
+    lent, and put back."""
     with _FIELD_LIMIT_LOCK:
         before = csv.field_size_limit()
-        csv.field_size_limit(max(before, min(size, 2**31 - 1)))
+        csv.field_size_limit(max(before, min(size, LONGEST)))
         try:
             yield
         finally:
@@ -84,7 +85,7 @@ def _header(lines: Lines, delimiter: str | None) -> tuple[int, str]:
     if excel := re.fullmatch(r"sep=(.)\s*", header):
         return first + 1, excel[1]
     candidates = delimiter or ",;\t|"
-    return first, max(candidates, key=lambda candidate: len(next(csv.reader([header], delimiter=candidate))))
+    return first, max(candidates, key=lambda candidate: len(next(csv.reader([header[:LONGEST]], delimiter=candidate))))
 
 
 def _split_fields(lines: Lines, delimiter: str, first: int) -> Iterator[tuple[int, list[str] | _Broken]]:
@@ -108,7 +109,7 @@ def _csv_problem(error: csv.Error) -> str:
         return "a double quote opens a field here and is never closed"
     if "expected after" in str(error):
         return "its double quotes do not pair up (text follows a closing one)"
-    return str(error)
+    return TOO_LONG if "field larger than field limit" in str(error) else str(error)
 
 
 def _column_names(fields: list[str], where: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from capotune.data.readers.lines import Lines
+from capotune.data.readers.lines import LONGEST, TOO_LONG, Lines
 from capotune.data.table import Origin, RowsBuilder, Table
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt, quoted
 
@@ -60,7 +60,9 @@ def _line_values(lines: Lines) -> Iterator[tuple[int, Any, bool]]:
     decode = json.JSONDecoder(object_pairs_hook=_object).decode
     for line, ended in enumerate(lines.since(0), start=1):
         content = ended.removesuffix("\n")
-        if content.strip():
+        if len(content) > LONGEST:
+            yield line, _Broken(TOO_LONG), False
+        elif content.strip():
             try:
                 yield line, decode(content), _HALF.search(content) is not None
             except (ValueError, RecursionError) as error:
@@ -75,12 +77,13 @@ def _array_values(text: str) -> Iterator[tuple[int, Any, bool]]:
     more = not text.startswith("]", position)
     while more:
         line, counted = line + text.count("\n", counted, position), position
+        start = position
         try:
             value, position = decode(text, position)
         except (ValueError, RecursionError) as error:
             yield getattr(error, "lineno", line), _Broken(_decoder_problem(error)), False
             return
-        yield line, value, may_be_halved
+        yield line, _Broken(TOO_LONG) if position - start > LONGEST else value, may_be_halved
         position = _after_space(text, position)
         more = text.startswith(",", position)
         position = _after_space(text, position + more)

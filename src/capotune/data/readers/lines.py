@@ -8,12 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Lines", "NoTextError"]
+__all__ = ["LONGEST", "TOO_LONG", "Lines", "NoTextError"]
 
 ANY = ""
 """Every sort of line ending ends a line (\\n, \\r\\n, \\r), and stays as it is."""
 LINE_FEED = "\n"
 """A line feed alone does."""
+LONGEST = 4 * 2**20
+"""Characters of one text in a table, or of its row in JSON: a text is tokenised whole, two seconds a million."""
+TOO_LONG = f"more than {LONGEST:,} characters; divide such a text into rows"
 
 
 class NoTextError(ValueError):
