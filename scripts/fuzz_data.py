@@ -180,8 +180,8 @@ def trained(part: str) -> Callable[[Path], Target]:
 
         def read(data: bytes) -> None:
             path.write_bytes(data)
-            sums = {one.name: one.read_bytes() for one in path.parent.iterdir() if one.name != "SHA256SUMS"}
-            (path.parent / "SHA256SUMS").write_bytes(checkpoint._sums(sums))  # as whoever changes it can
+            files = {name: (path.parent / name).read_bytes() for name in ("state.safetensors", "state.json")}
+            (path.parent / "SHA256SUMS").write_bytes(checkpoint._sums(files))  # as whoever changes it can
             checkpoint.load_checkpoint(folder)
 
         change = mutate_json if part.endswith(".json") else mutate_safetensors
