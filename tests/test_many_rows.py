@@ -269,3 +269,17 @@ def test_parquet_with_text_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"a text that", b"\xff text that"))
     with pytest.raises(DataError, match="is not whole parquet"):
         read_table(str(path))
+
+
+def test_parquet_that_lies_about_its_rows_is_refused(tmp_path: Path) -> None:
+    """At fewer than none pyarrow would end the process."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}).select([]), path)
+    whole = path.read_bytes()
+    group = b"\x19\x1c\x19\x0c\x16\x00\x16\x00"  # one, of no columns, no bytes and no rows
+    assert whole.count(group) == 1
+    path.write_bytes(whole.replace(group, group[:-1] + b"\x09"))
+    with pytest.raises(DataError, match=r"is not whole parquet .*the number of its rows"):
+        read_table(str(path))

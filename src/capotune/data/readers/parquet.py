@@ -29,6 +29,9 @@ def read_parquet(path: Path, source: str, limit: int | None) -> Table:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(at).num_rows for at in range(file.metadata.num_row_groups)]
+            if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:  # at which pyarrow would abort
+                raise pyarrow.ArrowInvalid("it contradicts itself in the number of its rows")
             columns = [str(name) for name in file.schema_arrow.names]
             refuse_duplicates(columns, source)
             metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
