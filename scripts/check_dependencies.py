@@ -103,8 +103,10 @@ def audit(command: str | None, root: Path = ROOT) -> tuple[list[str], str]:
     options = ["--requirement", NEWEST, "--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off"]
     try:
         done = subprocess.run([command, *options], cwd=root, capture_output=True, text=True, timeout=SECONDS)
-        packages = json.loads(done.stdout)["dependencies"]
+        packages = [one for one in json.loads(done.stdout)["dependencies"] if "skip_reason" not in one]
     except (subprocess.TimeoutExpired, ValueError, KeyError):
+        packages = []
+    if not packages:
         return [], "pip-audit cannot reach its data: the list alone was checked."
     found = [
         f"{NEWEST}: {one['name']} {one['version']} has {hole['id']}, fixed in {', '.join(hole['fix_versions']) or '?'}."

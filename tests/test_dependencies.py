@@ -145,11 +145,12 @@ def test_release_with_a_known_hole_is_found(
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_findings_of_pip_audit_are_shown(tmp_path: Path) -> None:
-    """In the form that its README shows for ``--format json``."""
+    """In the form of pip-audit 2.10's ``--format json``; a package that is not in the index is passed over."""
     holes = [{"id": "PYSEC-2020-1", "fix_versions": ["2.0"], "aliases": [], "description": ""}]
     answer = {
-        "dependencies": [{"name": "a", "version": "1.0", "vulns": holes}, {"name": "b", "version": "1.0", "vulns": []}]
-    }
+        "dependencies": [{"name": "a", "version": "1.0", "vulns": holes}, {"name": "b", "version": "1.0", "vulns": []},
+                         {"name": "c", "skip_reason": "Dependency not found on PyPI"}]
+    }  # fmt: skip
     program = tmp_path / "pip-audit"
     program.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\nexit 1\n", encoding="utf-8")
     program.chmod(0o755)
