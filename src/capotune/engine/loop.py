@@ -111,7 +111,7 @@ def train(
                         set_learning_rate(optimizer, learning_rate_factor(state.step, total, settings))
                         summed = _accumulate_in_memory(assembled, examples, chosen, settings, state)
                         with uninterrupted():
-                            loss, taken = _update(optimizer, settings, summed)
+                            loss, taken = _update(assembled, optimizer, settings, summed)
                             states.count_step(state, loss, taken, device)
                             if on_step and on_step(state, total, loss):
                                 return capture(state, weights, optimizer)
@@ -161,10 +161,17 @@ def _dropout(assembled: Assembled) -> Iterator[None]:
         switch(False)
 
 
-def _update(optimizer: FlatAdamW, settings: TrainingSettings, total: torch.Tensor) -> tuple[float, bool]:
-    """Clip and update. Returns the step's loss and whether the weights were updated: not where loss or gradient is not
-    finite. A GPU is waited for once, when it has been given all there is to do."""
+def _update(
+    assembled: Assembled, optimizer: FlatAdamW, settings: TrainingSettings, total: torch.Tensor
+) -> tuple[float, bool]:
+    """Clip and update, all but what the method leaves as it is.
+
+    Returns the step's loss and whether the weights were updated: not where loss or gradient is not finite. A GPU is
+    waited for once, when it has been given all there is to do."""
+    resting = [(part, part.clone()) for part in assembled.method.resting()]
     taken = optimizer.step(settings.max_grad_norm, total)
+    for part, before in resting:  # AdamW's decay draws at them too
+        part.copy_(before)
     loss, was_taken = torch.stack([total, taken.double()]).tolist()
     return loss, bool(was_taken)
 

@@ -34,24 +34,15 @@ class LayerPrefix:
     """As the keys."""
     places: Places = field(repr=False)
     """Of the whole model."""
-    resting_keys: torch.Tensor = field(repr=False)
-    """(resting virtual tokens, key-value heads, head_dim): read in place of the first of ``keys``, which no training
-    reaches then, an optimizer's weight decay included."""
-    resting_values: torch.Tensor = field(repr=False)
-    """As the resting keys."""
-
-    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all virtual tokens, of the shape of ``keys``."""
-        pairs = (self.resting_keys, self.keys), (self.resting_values, self.values)
-        keys, values = (torch.cat([rest.to(one.device), one[len(rest) :]]) for rest, one in pairs)
-        return keys, values
+    resting: int = 0
+    """How many of the first virtual tokens get no gradient, unless it has no others."""
 
     def put(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (tokens, key-value heads, head_dim) of all sequences → new ones of the same shapes."""
         rows = self.places.rows
         if rows is None:
             return k, v
-        keys, values = (_for(rows, one, x) for one, x in zip(self.whole(), (k, v), strict=True))
+        keys, values = self._for(rows, self.keys, k), self._for(rows, self.values, v)
         return k.index_copy(0, rows, keys), v.index_copy(0, rows, values)
 
     def put_padded(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,8 +52,7 @@ class LayerPrefix:
         the prefix from then on.
         """
         if self.places.leading:
-            keys, values = self.whole()
-            return _after(keys, k), _after(values, v)
+            return _after(self.keys, k), _after(self.values, v)
         rows, tokens = self.places.rows, self.places.tokens
         if rows is None:
             return k, v
@@ -70,14 +60,15 @@ class LayerPrefix:
             flat = self.put(*(x.transpose(1, 2).flatten(0, 1) for x in (k, v)))
             k, v = (x.view(len(k), -1, *x.shape[1:]).transpose(1, 2) for x in flat)
             return k, v
-        for x, one in zip((k, v), self.whole(), strict=True):
-            x[:, :, -tokens:].transpose(1, 2)[rows // tokens, rows % tokens] = _for(rows, one, x)
+        for x, one in ((k, self.keys), (v, self.values)):
+            x[:, :, -tokens:].transpose(1, 2)[rows // tokens, rows % tokens] = self._for(rows, one, x)
         return k, v
 
-
-def _for(rows: torch.Tensor, one: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """For all the sequences: (sequences · virtual tokens, key-value heads, head_dim)."""
-    return one.to(like.dtype).repeat(len(rows) // len(one), 1, 1)
+    def _for(self, rows: torch.Tensor, one: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """For all the sequences: (sequences · virtual tokens, key-value heads, head_dim)."""
+        if len(one) > self.resting:
+            one = torch.cat([one[: self.resting].detach(), one[self.resting :]])
+        return one.to(like.dtype).repeat(len(rows) // len(one), 1, 1)
 
 
 def _after(prefix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -143,6 +143,10 @@ class Method(ABC):
     def train_mode(self, on: bool) -> None:  # noqa: B027 - most methods have nothing that differs
         """Switch the method's own dropout."""
 
+    def resting(self) -> list[torch.Tensor]:
+        """Parts of the trained weights, without gradients, that each step must leave as they are."""
+        return []
+
     def way_from_start(self) -> Callable[[float], None] | None:
         """Called after training, where a part of the change is better given back: a function that puts the trained
         weights at a part of their way, from 0 (the start) to 1. None: all of it is wanted."""

@@ -26,7 +26,7 @@ from capotune.models.prefix import AttentionSeen, observe_attention
 KEY = "prompt_embeddings"
 """What PEFT calls them."""
 RESTING = 1
-"""Vectors at the start of a prefix that stay as they were, where it has more; counted as trained all the same."""
+"""Vectors at the start of a prefix that stay as they were, where it has more."""
 
 
 class DeepPromptEmbedding(nn.Module):
@@ -69,18 +69,16 @@ class DeepPromptEmbedding(nn.Module):
 
     def prefixes(self) -> list[LayerPrefix]:
         """One for each block."""
-        count = RESTING if len(self.keys[0]) > RESTING else 0
-        rest = {key: one[:count] for key, one in self._start.items()}
-        return [
-            LayerPrefix(k, v, self._places, rest[f"{KEY}.{number}.keys"], rest[f"{KEY}.{number}.values"])
-            for number, (k, v) in enumerate(zip(self.keys, self.values, strict=True))
-        ]
+        return [LayerPrefix(k, v, self._places, RESTING) for k, v in zip(self.keys, self.values, strict=True)]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Each block's keys and values apart, so that each trains at a rate of its own scale; the resting vectors have
-        their places in them, which nothing reads."""
+        """Each block's keys and values apart, so that each trains at a rate of its own scale."""
         named = (("keys", self.keys), ("values", self.values))
         return {f"{KEY}.{number}.{name}": one for name, many in named for number, one in enumerate(many)}
+
+    def resting(self) -> list[torch.Tensor]:
+        """The first of each block's keys and values (1, key-value heads, head_dim), where it has others."""
+        return [one.detach()[:RESTING] for one in self.trained().values() if len(one) > RESTING]
 
     def way_from_start(self) -> Callable[[float], None]:
         """As ``Method`` has it: a straight line."""
@@ -96,8 +94,8 @@ class DeepPromptEmbedding(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """PEFT's one tensor (virtual tokens, blocks · 2 · key-value width): keys, then values, block by block."""
-        wholes = [one for prefix in self.prefixes() for one in prefix.whole()]
-        return {KEY: torch.cat([one.detach().cpu().flatten(1) for one in wholes], dim=1)}
+        pairs = zip(self.keys, self.values, strict=True)
+        return {KEY: torch.cat([one.detach().cpu().flatten(1) for pair in pairs for one in pair], dim=1)}
 
     @torch.no_grad()
     def load(self, stored: torch.Tensor) -> None:
@@ -107,12 +105,9 @@ class DeepPromptEmbedding(nn.Module):
             raise ValueError(f"{KEY} is {tuple(stored.shape)}, expected {tuple(expected)}")
         count, heads, size = self.keys[0].shape
         parts = stored.view(count, len(self.keys), 2, heads, size)
-        for number, prefix in enumerate(self.prefixes()):
-            for at, (one, resting) in enumerate(
-                ((prefix.keys, prefix.resting_keys), (prefix.values, prefix.resting_values))
-            ):
-                one.copy_(parts[:, number, at])
-                resting.copy_(parts[: len(resting), number, at])
+        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys.copy_(parts[:, number, 0])
+            values.copy_(parts[:, number, 1])
 
 
 def observe_start(backbone: Any, blocks: int, ids: range) -> list[AttentionSeen]:

@@ -156,6 +156,10 @@ class PromptTuning(Method):
             "the base's attention lets no vectors in before its keys and values: they stand before the input alone."
         ]
 
+    def resting(self) -> list[torch.Tensor]:
+        """The first vectors of a deep prompt."""
+        return self.embedding.resting() if isinstance(self.embedding, DeepPromptEmbedding) else []
+
     def way_from_start(self) -> Callable[[float], None] | None:
         """A deep prompt's, which costs much on other text."""
         return self.embedding.way_from_start() if isinstance(self.embedding, DeepPromptEmbedding) else None
