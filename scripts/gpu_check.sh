@@ -8,15 +8,15 @@ if [ $# -ne 3 ]; then
     echo "usage: bash scripts/gpu_check.sh DIR OUT SECONDS" >&2
     exit 2
 fi
-wheels=$1 out=$2 seconds=$3
+wheels=$1 out=$2 seconds=$3 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$out"
 
 site=${TMPDIR:-/tmp}/capotune-gpu-site
 if compgen -G "$wheels/*.whl" >/dev/null && [ ! -d "$site" ]; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site.new" "$wheels"/*.whl
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site.new" "$wheels"/*.whl
     mv "$site.new" "$site"
 fi
 [ ! -d "$site" ] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH=$here/src${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONUNBUFFERED=1
-exec python3 "$here/scripts/gpu_check.py" "$out" "$seconds"
+exec "$python" "$here/scripts/gpu_check.py" "$out" "$seconds"

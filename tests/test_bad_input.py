@@ -522,7 +522,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 128 kB, where the machine lets us mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k,mode=700", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (needs root with CAP_SYS_ADMIN)")
     yield folder

@@ -440,7 +440,9 @@ def test_a_hard_prompt_of_ones_own(colour_pairs: Path, primed_writer: Path, tmp_
 
 
 def test_init_text_starts_from_its_words(colour_pairs: Path, llama_writer: Path, tmp_path: Path) -> None:
-    method = hard(hard=False, init="text", init_text=GOOD, num_virtual_tokens=3, learning_rate=1e-9, epochs=1)
+    method = hard(
+        hard=False, init="text", init_text=GOOD, num_virtual_tokens=3, learning_rate=1e-9, epochs=1, deep=False
+    )
     start(method, colour_pairs, llama_writer, tmp_path / "run", answers=0)
     (vectors,) = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()
     words = embeddings_of(llama_writer, GOOD)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ def test_every_part_runs_once(tmp_path: Path) -> None:
     def check() -> str:
         script = ROOT / "scripts" / "gpu_check.sh"
         command = ["bash", str(script), str(tmp_path / "no-wheels"), str(tmp_path / "out"), "3000"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False
+        )
         log = tmp_path / "out" / "log.txt"
         assert done.returncode == 0, done.stderr + (log.read_text("utf-8") if log.is_file() else "")
         return done.stdout

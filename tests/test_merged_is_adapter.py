@@ -355,6 +355,7 @@ def test_a_sum_that_the_dtype_cannot_hold_is_refused(llama_writer: Path, tmp_pat
     adapter = adapter_on(base, METHODS["lora"], tmp_path / "adapter", chat=False)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: 1000 * one for name, one in weights.items()}, adapter / "adapter_model.safetensors")
+    helpers.unsigned(adapter)
     with pytest.raises(AdapterError, match=r"NaN or infinite in float16.*in float32"):
         capotune.merge(adapter, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,15 @@ def test_stopped_between_the_parts_of_a_step_nothing_is_lost(
     assert_same_bits(weights(again), weights(whole))
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """As at a terminal: what a shell starts in the background is deaf to them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_a_signal_waits_for_the_end_of_an_update() -> None:
     done: list[str] = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
