@@ -1,8 +1,7 @@
-"""After training: a part of the change is given back, where the method has a way to its start and other text gains.
+"""After training, weights may be interpolated between their start and their end, which costs less on other text.
 
-Weights on the straight line between start and end do better on other data than the end does, and hardly worse on the
-trained kind (Wortsman et al. 2022, arXiv 2109.01903, §4, for whole models). How far to go back is decided by the
-held-out rows.
+On the straight line between the two, models do better on other data than at its end, and hardly worse on the trained
+kind (Wortsman et al. 2022, arXiv 2109.01903, §4, for whole models). Held-out rows decide which point is taken.
 """
 
 from __future__ import annotations
@@ -15,14 +14,17 @@ from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import Reporter, Stage, alive
 
 _PARTS: Final = (0.6, 0.7, 0.8, 0.9)
-"""Of the way, in the order in which they are tried."""
+"""Parts of the change to leave, the smallest first: the first that is good enough is taken."""
 _ENOUGH: Final = 0.9
-"""Of what training brought on the held-out rows."""
+"""Share of the gain on the held-out rows that a part must have to be good enough."""
 
 
 def give_back(assembled: Assembled, held: Examples, score: Score, report: Reporter) -> tuple[Score, float | None]:
-    """Leave the trained weights at the smallest part of their way that has ``_ENOUGH`` of the gain; the held-out score
-    there, and the part, None where the method has no way. ``score``: theirs as they are."""
+    """Leave the smallest part of the trained weights' change that has ``_ENOUGH`` of the gain.
+
+    Returns the held-out score there and the part, from 0 (the start) to 1. The part is None where the method does not
+    interpolate (``Method.way_from_start``). ``score`` is that of the weights as they are.
+    """
     go = assembled.method.way_from_start()
     if go is None:
         return score, None
