@@ -62,6 +62,29 @@ def test_the_optimum_is_that_of_scikit_learn(
         torch.testing.assert_close(weight, torch.as_tensor(model.coef_), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("small_sample", [False, True])
+def test_the_weighted_optimum_is_that_of_scikit_learn(small_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, features, labels = 300, 20, 4
+    if small_sample:
+        monkeypatch.setattr(linear_head, "_SAMPLE", features // 4)
+    x, targets = problem(rows, features, labels)
+    weights = torch.tensor([0.2, 3.0, 1.0, 0.5], dtype=torch.float64)
+    head = solve(x, targets, labels, 1e-2, EXACT, label_weights=weights)
+    model = LogisticRegression(C=1 / (2 * 1e-2 * rows), tol=1e-10, max_iter=10_000, solver="newton-cg")
+    model.fit(standardised(x).numpy(), targets.numpy(), sample_weight=weights[targets].numpy())
+    expected = torch.as_tensor(model.predict_log_proba(standardised(x).numpy()))
+    torch.testing.assert_close(head.logits(x).log_softmax(1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_weights_are_none() -> None:
+    x, targets = problem(200, 12, 4)
+    plain = choose_regularization(x[:150], targets[:150], x[150:], targets[150:], 4)
+    ones = torch.ones(4, dtype=torch.float64)
+    weighted = choose_regularization(x[:150], targets[:150], x[150:], targets[150:], 4, label_weights=ones)
+    assert weighted[1] == plain[1]
+    torch.testing.assert_close(weighted[0].weight, plain[0].weight, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sample", [768, 8])
 def test_the_gradient_at_the_solution_vanishes(

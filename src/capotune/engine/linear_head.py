@@ -4,6 +4,8 @@ Multinomial logistic regression is convex: there is one best head, found without
 
     min over W, b of  F = mean cross-entropy(xWᵀ + b) + λ·‖W‖²        x standardised
 
+The mean may be a weighted one, with a weight for each label.
+
 λ is chosen on held-out rows along a path from strong to weak, each solution starting the next. Features and the
 standardisation are folded into one plain linear layer at the end.
 
@@ -59,6 +61,7 @@ def choose_regularization(
     held_targets: torch.Tensor,
     labels: int,
     tolerance: float = 2e-3,
+    label_weights: torch.Tensor | None = None,
     on_iteration: Callable[[], object] = nothing,
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
@@ -66,15 +69,16 @@ def choose_regularization(
     Shapes: features (rows, features), targets (rows,). The path ends when the held-out loss has risen twice in a row.
     On the path the problem is solved roughly and within the sample's span; the λ chosen is then solved to
     ``tolerance``, looser than that of ``solve``: this head is to be judged or trained on, not the final one.
+    ``label_weights`` (labels,) multiply the cross-entropy of each label's rows, fitted and held out; None: 1 for each.
     ``on_iteration`` is called before every step of the solver.
     """
-    problem = _Problem.of(features, targets, on_iteration)
+    problem = _Problem.of(features, targets, label_weights, on_iteration)
     held = problem.project(held_features)
     head = best = problem.zeros(labels)
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
     for regularization in _PATH:
         head = problem.minimize_in_span(head, regularization, problem.rough)
-        loss = float(functional.cross_entropy(_logits(held, head).t(), held_targets))
+        loss = float(functional.cross_entropy(_logits(held, head).t(), held_targets, weight=label_weights))
         if loss < best_loss:
             best, best_loss, worse, chosen = head, loss, 0, regularization
         else:
@@ -91,11 +95,12 @@ def solve(
     regularization: float,
     tolerance: float = 1e-4,
     near: LinearHead | None = None,
+    label_weights: torch.Tensor | None = None,
     on_iteration: Callable[[], object] = nothing,
 ) -> LinearHead:
     """The best head for one λ: F is within about ``tolerance``·F of its minimum. ``near``: one to start from, such as
-    that of most of these rows; without it the path is followed."""
-    problem = _Problem.of(features, targets, on_iteration)
+    that of most of these rows; without it the path is followed. ``label_weights`` as in ``choose_regularization``."""
+    problem = _Problem.of(features, targets, label_weights, on_iteration)
     if near is not None:
         return problem.finish(problem.in_span(near), regularization, tolerance)
     head = problem.zeros(labels)
@@ -114,6 +119,8 @@ class _Problem:
     x: torch.Tensor
     """(rows, features), standardised."""
     targets: torch.Tensor
+    weights: torch.Tensor | None
+    """(rows,), of each row's cross-entropy; None: 1 for each."""
     basis: torch.Tensor
     """(features, columns), orthonormal: the principal axes of the rows within the span of a sample of them."""
     variance: torch.Tensor
@@ -125,7 +132,12 @@ class _Problem:
     on_iteration: Callable[[], object]
 
     @staticmethod
-    def of(features: torch.Tensor, targets: torch.Tensor, on_iteration: Callable[[], object]) -> _Problem:
+    def of(
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        label_weights: torch.Tensor | None,
+        on_iteration: Callable[[], object],
+    ) -> _Problem:
         mean, (rows, columns) = features.mean(0), features.shape
         x = features - mean
         std = torch.linalg.vector_norm(x, dim=0) / rows**0.5
@@ -137,7 +149,8 @@ class _Problem:
         z = x @ basis
         variance, axes = torch.linalg.eigh(z.t() @ z / rows)
         exact = count == rows or basis.shape[1] == columns
-        return _Problem(mean, scale, x, targets, basis @ axes, variance.clamp_min(0), z @ axes, exact, on_iteration)
+        weights, variance = None if label_weights is None else label_weights[targets], variance.clamp_min(0)
+        return _Problem(mean, scale, x, targets, weights, basis @ axes, variance, z @ axes, exact, on_iteration)
 
     @property
     def rough(self) -> float:
@@ -164,7 +177,7 @@ class _Problem:
             weight = gradient[:, :-1] / (c * self.variance + 2 * regularization)
             return torch.cat([weight, gradient[:, -1:] / c], 1)
 
-        return _minimize(self.z, self.targets, head, regularization, precondition, tolerance, self.on_iteration)
+        return self._minimize(self.z, head, regularization, precondition, tolerance)
 
     def finish(self, head: torch.Tensor, regularization: float, tolerance: float) -> LinearHead:
         """The best of all heads, from one within the span, for features as they come."""
@@ -182,14 +195,47 @@ class _Problem:
                 weight = weight / outside + LinearInput(within).linear(self.basis)
                 return torch.cat([weight, gradient[:, -1:] / c], 1)
 
-            head = _minimize(self.x, self.targets, head, regularization, precondition, tolerance, self.on_iteration)
+            head = self._minimize(self.x, head, regularization, precondition, tolerance)
         weight = head[:, :-1] * self.scale
         return LinearHead(weight, head[:, -1] - weight @ self.mean, regularization)
 
+    def _minimize(
+        self,
+        x: torch.Tensor,
+        head: torch.Tensor,
+        regularization: float,
+        precondition: Callable[[torch.Tensor, float], torch.Tensor],
+        tolerance: float,
+    ) -> torch.Tensor:
+        rows = _Rows(x, self.targets, self.weights)
+        return _minimize(rows, head, regularization, precondition, tolerance, self.on_iteration)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is fitted: x (rows, columns), targets (rows,), and the weights (rows,) of the rows' losses."""
+
+    x: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of a value of each row."""
+        return (values if self.weights is None else values * self.weights).mean()
+
+    def at_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values (labels, rows) those of each row's own label, (rows,)."""
+        return values[self.targets, torch.arange(len(self.targets), device=values.device)]
+
+    def residual(self, p: torch.Tensor) -> torch.Tensor:
+        """The gradient of the mean loss by the logits (labels, rows), in place of the probabilities ``p``."""
+        p[self.targets, torch.arange(len(self.targets), device=p.device)] -= 1
+        p /= len(self.x)
+        return p if self.weights is None else p.mul_(self.weights)
+
 
 def _minimize(
-    x: torch.Tensor,
-    targets: torch.Tensor,
+    rows: _Rows,
     head: torch.Tensor,
     regularization: float,
     precondition: Callable[[torch.Tensor, float], torch.Tensor],
@@ -200,21 +246,19 @@ def _minimize(
 
     Along a line the logits are linear, so a step costs two products with x, however often the line search looks.
     """
-    rows = torch.arange(len(x), device=x.device)
-    logits = _logits(x, head)
+    logits = _logits(rows.x, head)
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # step s, change of gradient y, s·y
     before, before_p, step = head, head, head
     c = 0.0
     for number in range(_MAX_STEPS):
         on_iteration()
         log_p = torch.log_softmax(logits, 0)
-        loss = -log_p[targets, rows].mean() + regularization * head[:, :-1].square().sum()
-        residual = log_p.exp_()
+        loss = -rows.mean(rows.at_target(log_p)) + regularization * head[:, :-1].square().sum()
+        p = log_p.exp_()
         if number == 0:
-            c = max(float((residual * (1 - residual)).mean()), 1e-8)
-        residual[targets, rows] -= 1
-        residual /= len(x)
-        weight = _gradient(residual, x).add_(head[:, :-1], alpha=2 * regularization)
+            c = max(float(rows.mean(p * (1 - p))), 1e-8)
+        residual = rows.residual(p)
+        weight = _gradient(residual, rows.x).add_(head[:, :-1], alpha=2 * regularization)
         gradient = torch.cat([weight, residual.sum(1)[:, None]], 1)
         preconditioned = precondition(gradient, c)
         if float(_dot(gradient, preconditioned)) <= 2 * tolerance * float(loss):
@@ -233,8 +277,8 @@ def _minimize(
         for s, y, sy in pairs:
             direction = direction + (weights.pop() - _dot(y, direction) / sy) * s
         direction = -direction
-        along = _logits(x, direction)
-        length = _line_search(logits, along, targets, head, direction, regularization, float(_dot(gradient, direction)))
+        along = _logits(rows.x, direction)
+        length = _line_search(logits, along, rows, head, direction, regularization, float(_dot(gradient, direction)))
         if not length > 0:
             break  # rounding leaves nothing to gain
         step, before, before_p = length * direction, gradient, preconditioned
@@ -246,7 +290,7 @@ def _minimize(
 def _line_search(
     logits: torch.Tensor,
     along: torch.Tensor,
-    targets: torch.Tensor,
+    rows: _Rows,
     head: torch.Tensor,
     direction: torch.Tensor,
     regularization: float,
@@ -258,16 +302,15 @@ def _line_search(
     """
     if not slope < 0:
         return 0.0
-    rows = torch.arange(len(targets), device=targets.device)
-    target = along[targets, rows].mean()
+    target = rows.mean(rows.at_target(along))
     w, d = head[:, :-1], direction[:, :-1]
     linear, square = 2 * regularization * _dot(w, d), 2 * regularization * _dot(d, d)
     low, high, t = 0.0, float("inf"), 1.0
     for _ in range(20):
         p = torch.softmax(torch.add(logits, along, alpha=t), 0).mul_(along)
         mean = p.sum(0)
-        first = float(mean.mean() - target + linear + t * square)
-        second = float((p.mul_(along).sum(0) - mean.square()).mean() + square)
+        first = float(rows.mean(mean) - target + linear + t * square)
+        second = float(rows.mean(p.mul_(along).sum(0) - mean.square()) + square)
         if abs(first) <= 0.1 * -slope:
             break
         low, high = (t, high) if first < 0 else (low, t)
