@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import capotune
 from capotune.adapters.store import read_adapter, save_adapter
+from capotune.cli.display import show_run
 from capotune.cli.info import show_info
 from capotune.engine.loop import train
 from capotune.errors import SettingError
@@ -55,7 +56,8 @@ def test_compare_counts_and_scores_it(compared: Path) -> None:
     deep = rows["prompt-tuning"]
     config = json.loads((adapter_of(compared) / "adapter_config.json").read_text(encoding="utf-8"))
     width = config["token_dim"]
-    assert deep["trainable_parameters"] == 5 * config["num_layers"] * 2 * width
+    assert deep["trainable_parameters"] == (5 - 1) * config["num_layers"] * 2 * width, "the first vector rests"
+    assert deep["scores"]["part_of_change"] in (0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def test_info_says_where_the_vectors_stand(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,11 +184,17 @@ def test_as_much_is_given_back_as_leaves_90_percent_of_the_held_out_gain(
     assert found == ((-losses.get(part, 1.0),), part)
 
 
-def test_the_records_say_how_much_of_the_change_was_left(compared: Path) -> None:
-    result = json.loads((compared / "prompt-tuning" / "run.json").read_text(encoding="utf-8"))["result"]
+def test_records_and_summary_say_how_much_of_the_change_was_left(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((compared / "prompt-tuning" / "run.json").read_text(encoding="utf-8"))
+    result = record["result"]
     adapter = json.loads((adapter_of(compared) / "capotune.json").read_text(encoding="utf-8"))
     assert result["part_of_change"] in (0.6, 0.7, 0.8, 0.9, 1.0)
     assert adapter["trained"]["part_of_change"] == result["part_of_change"]
+    show_run(record, compared)
+    assert f"{result['part_of_change']:.0%} of what training changed" in capsys.readouterr().out
+    assert "part of the change" in (compared / "compare.html").read_text(encoding="utf-8")
 
 
 def test_the_recorded_held_out_loss_is_that_of_the_stored_vectors(

@@ -169,11 +169,13 @@ def _comparison(results: Records, folder: Path, tolerance: float) -> Comparison:
 
 
 def _elsewhere(result: dict[str, Any]) -> dict[str, float]:
-    """What training cost on text that is not the user's, where that was measured, as scores."""
+    """What training cost on text that is not the user's, and which part of its change was left for that; as scores,
+    where they are known."""
+    left = {name: result[name] for name in ("part_of_change",) if name in result}
     cost = result.get("general")
     if cost is None:
-        return {}
-    return {"general_change": cost["loss"] - cost["base_loss"], "general_agreement": cost["agreement"]}
+        return left
+    return {"general_change": cost["loss"] - cost["base_loss"], "general_agreement": cost["agreement"]} | left
 
 
 def _base(results: Records) -> dict[str, Any]:

@@ -254,6 +254,9 @@ def show_run(record: dict[str, Any], out: Path) -> None:
         grid.add_row("compared by", result["metric_why"])
     if "general" in result:
         grid.add_row("elsewhere", result["general"]["words"])
+    if "part_of_change" in result:
+        part = f"{result['part_of_change']:.0%} of what training changed, chosen on the held-out rows"
+        grid.add_row("left of it", part)
     grid.add_row(
         "trained", f"{result['epochs']:g} epoch{'' if result['epochs'] == 1 else 's'}, {result['train_seconds']:.1f} s"
     )

@@ -156,6 +156,12 @@ for _metric in (
         "the share of that text's positions where the adapted model and its base find the same token most probable",
         kind="percentage",
     ),
+    Metric(
+        "part_of_change", "part of the change",
+        "the part of what training changed that was left, since the rest gained little on held-out rows and cost much "
+        "on other text",
+        kind="percentage",
+    ),
 ):  # fmt: skip
     register(_metric)
 
