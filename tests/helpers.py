@@ -123,6 +123,12 @@ def weights(assembled: Assembled) -> dict[str, torch.Tensor]:
     return {key: weight.detach().clone() for key, weight in assembled.trainable().items()}
 
 
+def trained_count(assembled: Assembled) -> int:
+    """Weights that training changes: of those that the method trains, all but what it leaves as they are."""
+    resting = sum(part.numel() for part in assembled.method.resting())
+    return sum(weight.numel() for weight in assembled.trainable().values()) - resting
+
+
 def contents(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every tensor of a module, packed codes included."""
     named = [*module.named_parameters(), *module.named_buffers()]

@@ -21,6 +21,7 @@ from helpers import (
     folder_digest,
     sequences,
     shake,
+    trained_count,
     weights,
 )
 from safetensors.torch import load_file
@@ -103,8 +104,7 @@ def logits(assembled: Assembled) -> torch.Tensor:
 def test_head_is_counted_by_formula(variant: str, base: str, models: dict[str, Path]) -> None:
     assembled = on_base(models[base], VARIANTS[variant])
     head = 5 * ((BLOCKS[base] + 1) * 32 + 1 if variant == "features" else 32 + 1)
-    found = sum(weight.numel() for weight in assembled.trainable().values())
-    assert found == assembled.expected_trainable() == assembled.method.expected_parameters() + head
+    assert trained_count(assembled) == assembled.expected_trainable() == assembled.method.expected_parameters() + head
 
 
 @pytest.mark.parametrize(("variant", "base"), [pair for pair in PAIRS if "prompt" not in pair[0]])

@@ -151,6 +151,7 @@ def attach(assembled: Assembled, start: Start) -> None:
     method.attach(assembled.model, assembled.architecture, start)
     assembled.task.prompt_attached(assembled.model, len(method.virtual_token_ids))
     found = sum(weight.numel() for weight in assembled.trainable().values())
+    found -= sum(part.numel() for part in method.resting())
     assert found == assembled.expected_trainable(), (found, assembled.expected_trainable())
 
 

@@ -181,11 +181,15 @@ def collate(
     targets: Targets | None = None,
     *,
     first_position: int | None = None,
+    placeholders: bool = False,
 ) -> Batch:
     """The sequences of ``rows``, each after the ``prefix`` ids (a soft prompt's): packed, the first token of each at
-    position ``first_position``; padded with ``pad_id`` where that is None."""
+    position ``first_position``; padded with ``pad_id`` where that is None. Packed, ``placeholders`` are left out: the
+    positions after them stay as they are."""
+    left_out = len(prefix) if placeholders and first_position is not None else 0
+    prefix = prefix[left_out:]
     chosen = [[*prefix, *sequences[row]] for row in rows]
-    lengths = Sequences(tuple(map(len, chosen)))
+    lengths = Sequences(tuple(map(len, chosen)), left_out)
     wanted: torch.Tensor | None = None
     in_loss: torch.Tensor | None = None
     if targets is not None and not isinstance(targets, torch.Tensor):
@@ -296,9 +300,18 @@ class TokenRows:
     prefix: Sequence[int] = range(0)
     """Tokens before every sequence: a soft prompt's virtual ones, or a hard prompt's."""
 
-    def batch(self, rows: np.ndarray, targets: Targets | None = None, first_position: int | None = None) -> Batch:
-        """The batch of these rows, packed from ``first_position`` on or, where that is None, padded."""
-        return collate(self.sequences, rows, self.pad_id, self.prefix, targets, first_position=first_position)
+    def batch(
+        self,
+        rows: np.ndarray,
+        targets: Targets | None = None,
+        first_position: int | None = None,
+        *,
+        placeholders: bool = False,
+    ) -> Batch:
+        """The batch of these rows, packed from ``first_position`` on or, where that is None, padded; ``placeholders``:
+        the prefix is such."""
+        how: dict[str, Any] = {"first_position": first_position, "placeholders": placeholders}
+        return collate(self.sequences, rows, self.pad_id, self.prefix, targets, **how)
 
     @cached_property
     def lengths(self) -> list[int]:

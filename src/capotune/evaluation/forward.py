@@ -82,7 +82,8 @@ def batch_of(
 ) -> Batch:
     """The rows on the model's device; cached states, where there are some, are given to the model too."""
     device = assembled.model.device
-    batch = examples.rows.batch(chosen, examples.targets, assembled.packing.first_position)
+    first, placeholders = assembled.packing.first_position, assembled.method.virtual_tokens_are_placeholders
+    batch = examples.rows.batch(chosen, examples.targets, first, placeholders=placeholders)
     if examples.boundary is not None and give is not None:
         give(batch.laid_out(examples.boundary.flat(chosen)).to(device))
     return batch.to(device)

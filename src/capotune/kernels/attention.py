@@ -37,6 +37,8 @@ class Sequences:
 
     lengths: tuple[int, ...]
     """Tokens of each."""
+    prefix: int = 0
+    """Keys and values of a deep prompt before those of each, which no token stands for (``kernels.prefix``)."""
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -44,8 +46,14 @@ class Sequences:
         return tuple((sum(1 for _ in run), length) for length, run in groupby(self.lengths) if length)
 
     def positions(self, first: int) -> torch.Tensor:
-        """Position of each token in its own sequence, counted from ``first``: (tokens,) int64."""
+        """Position of each token in its own sequence, where the prefix begins at ``first``: (tokens,) int64."""
+        first += self.prefix
         return torch.cat([torch.arange(first, first + length) for length in self.lengths])
+
+    @cached_property
+    def whole(self) -> Sequences:
+        """The same with the prefix counted in each."""
+        return Sequences(tuple(self.prefix + length for length in self.lengths))
 
     @cached_property
     def starts(self) -> torch.Tensor:
@@ -58,8 +66,19 @@ class Sequences:
             self._moved[gpu] = self.starts.to(gpu, torch.int32)
         return self._moved[gpu]
 
+    def split_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in ``whole`` the prefixes stand, (sequences · prefix,), and the tokens, (tokens,): int64, rising."""
+        if device not in self._split:
+            of_prefix = torch.cat([torch.arange(length) < self.prefix for length in self.whole.lengths])
+            self._split[device] = of_prefix.nonzero()[:, 0].to(device), (~of_prefix).nonzero()[:, 0].to(device)
+        return self._split[device]
+
     @cached_property
     def _moved(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _split(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
         return {}
 
 

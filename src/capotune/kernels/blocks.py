@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from capotune.kernels.attention import Sequences, packed_attention_reference
 from capotune.kernels.lora_linear import LinearLayer, lora_reference
-from capotune.kernels.prefix import LayerPrefix
+from capotune.kernels.prefix import LayerPrefix, prefixed_attention_reference
 from capotune.kernels.reference import (
     add_layer_norm_reference,
     gelu_reference,
@@ -200,7 +200,7 @@ class Block:
     window: int | None = None
     """Of attention, in tokens; None: whole sequences."""
     prefix: LayerPrefix | None = None
-    """Keys and values that attention reads in place of some of its own."""
+    """Keys and values that attention reads before its own."""
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,12 @@ def reference(block: Block, x: torch.Tensor, call: Call) -> torch.Tensor:
                 values |= {name: _linear(values[source], block.layers[name]) for name in names}
             case Attention(q, k, v, y):
                 query, key, value = (values[name].view(len(x), -1, block.head_size) for name in (q, k, v))
-                key, value = (key, value) if block.prefix is None else block.prefix.put(key, value)
-                values[y] = packed_attention_reference(
-                    query, key, value, call.sequences, causal=block.causal, scale=block.scale, window=block.window
-                ).flatten(1)
+                how: dict[str, Any] = {"causal": block.causal, "scale": block.scale, "window": block.window}
+                if block.prefix is not None and call.sequences.prefix:
+                    mixed = prefixed_attention_reference(block.prefix, query, key, value, call.sequences, **how)
+                else:
+                    mixed = packed_attention_reference(query, key, value, call.sequences, **how)
+                values[y] = mixed.flatten(1)
             case Subset(source, y):
                 values[y] = values[source] if call.rows is None else values[source][call.rows]
             case Dropout(source, number, y):

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 
 from capotune.kernels import blocks
-from capotune.kernels.attention import packed_attention
 from capotune.kernels.blocks import Block, Call, Norm
 from capotune.kernels.gelu import GeluPrologue
 from capotune.kernels.layer_norm import add_layer_norm
 from capotune.kernels.lora_linear import Prologue, lora_linears
+from capotune.kernels.prefix import prefixed_attention
 from capotune.kernels.rms_norm import RmsNormPrologue
 from capotune.kernels.rotary import rotary
 from capotune.kernels.swiglu import SwiGLUPrologue
@@ -110,9 +110,8 @@ def _heads(x: torch.Tensor, head_size: int) -> torch.Tensor:
 
 def _attention(op: blocks.Attention, block: Block, values: Values, call: Call) -> None:
     q, k, v = (_heads(values[name], block.head_size) for name in (op.q, op.k, op.v))
-    k, v = (k, v) if block.prefix is None else block.prefix.put(k, v)
-    out = packed_attention(q, k, v, call.sequences, causal=block.causal, scale=block.scale, window=block.window)
-    values[op.y] = out.flatten(1)
+    how = {"causal": block.causal, "scale": block.scale, "window": block.window}
+    values[op.y] = prefixed_attention(block.prefix, q, k, v, call.sequences, **how).flatten(1)
 
 
 def _rotary(op: blocks.Rotary, head_size: int, values: Values, call: Call) -> None:

@@ -101,6 +101,11 @@ class Method(ABC):
         return range(0)
 
     @property
+    def virtual_tokens_are_placeholders(self) -> bool:
+        """Whether nothing that is computed of them is read, but what attention has in their place."""
+        return False
+
+    @property
     def feature_layers(self) -> tuple[int, ...] | None:
         """Hidden states that a head on this method should read; None: every one of them."""
         return (-1,)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from capotune.kernels.attention import Sequences, packed_attention
+from capotune.kernels.attention import Sequences
+from capotune.kernels.prefix import prefixed_attention
 from capotune.models.architecture import FAILURES
 from capotune.models.prefix import PREFIXED, prefix_of
 
@@ -229,11 +230,12 @@ def _attention(
         raise PackingError(f"its attention asks for {', '.join(extra) or 'a mask or dropout'}")
     if observed_windows is not None:
         observed_windows[module] = sliding_window
-    prefix = prefix_of(module)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = packed_attention(
+    out = prefixed_attention(
+        prefix_of(module),
         q,
-        *((k, v) if prefix is None else prefix.put(k, v)),
+        k,
+        v,
         sequences,
         causal=bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,

@@ -87,6 +87,11 @@ class Peft(Method):
         """Those of the vectors before the text."""
         return range(0) if self.prompt is None else self.prompt.virtual_token_ids
 
+    @property
+    def virtual_tokens_are_placeholders(self) -> bool:
+        """Those of a deep prompt."""
+        return self.prompt is not None and self.prompt.virtual_tokens_are_placeholders
+
     def notices(self) -> list[str]:
         """What is stored and does nothing here."""
         if not self._idle:

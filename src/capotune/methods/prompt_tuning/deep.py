@@ -1,8 +1,8 @@
 """A deep prompt: trained vectors before every block's keys and values (Li and Liang 2021, §4; Liu et al. 2022).
 
-Virtual tokens stand in the sequence as for a shallow prompt, as placeholders: positions, masks, padding and caches need
-no special case. In each block's attention the trained keys and values replace those computed at the placeholders, which
-is what PEFT's ``past_key_values`` of prefix tuning compute.
+Virtual tokens stand in a padded sequence as for a shallow prompt, as placeholders: positions, masks and caches need no
+special case. In each block's attention the trained keys and values replace those computed at the placeholders, which is
+what PEFT's ``past_key_values`` of prefix tuning compute. Packed sequences go without placeholders (``kernels.prefix``).
 
 The vectors start from the keys and values that the base computes of a shallow prompt's start, real activations (Li and
 Liang 2021, §7.4). The first one stays there: a causal model's attention rests on a sequence's first position wherever
@@ -27,6 +27,11 @@ KEY = "prompt_embeddings"
 """What PEFT calls them."""
 RESTING = 1
 """Vectors at the start of a prefix that stay as they were, where it has more."""
+
+
+def learning(virtual_tokens: int) -> int:
+    """How many of so many vectors train."""
+    return virtual_tokens - RESTING if virtual_tokens > RESTING else virtual_tokens
 
 
 class DeepPromptEmbedding(nn.Module):

@@ -21,6 +21,7 @@ from capotune.methods.prompt_tuning.deep import (
     DeepPromptEmbedding,
     can_go_deep,
     key_value_heads,
+    learning,
     observe_start,
     observe_words,
 )
@@ -117,6 +118,11 @@ class PromptTuning(Method):
         """Ids just beyond the vocabulary."""
         return range(self.embedding.vocab_size, self.embedding.vocab_size + self.settings.virtual_tokens)
 
+    @property
+    def virtual_tokens_are_placeholders(self) -> bool:
+        """Those of a deep prompt that is attached."""
+        return isinstance(vars(self).get("embedding"), DeepPromptEmbedding)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prompt (virtual tokens, hidden); of a deep one each block's keys and values."""
         return self.embedding.trained()
@@ -172,10 +178,10 @@ class PromptTuning(Method):
         return {key: float(f"{rate * self.embedding.spreads[key]:.3g}") for key, rate in rates.items()}
 
     def expected_parameters(self) -> int:
-        """virtual tokens · embedding size; of a deep prompt virtual tokens · blocks · 2 · key-value width."""
+        """virtual tokens · embedding size; of a deep prompt those that do not rest · blocks · 2 · key-value width."""
         if self.settings.deep:
             heads, size = key_value_heads(self.model.get_submodule(self.architecture.backbone))
-            return self.settings.virtual_tokens * len(self.architecture.blocks) * 2 * heads * size
+            return learning(self.settings.virtual_tokens) * len(self.architecture.blocks) * 2 * heads * size
         return self.settings.virtual_tokens * self.architecture.embedding_size
 
     def first_trainable_block(self) -> int:

@@ -35,7 +35,7 @@ class SequenceClassifier(HeadedBackbone):
 
     def features(self, batch: Batch, layers: tuple[int, ...] | None = None) -> torch.Tensor:
         """Pooled vectors (batch, len(layers)·hidden); ``layers`` are the head's own when left out."""
-        skip = self.virtual_tokens
+        skip = self.virtual_tokens - batch.sequences.prefix
         layers = layers or self.feature_layers
         pooled = pooled_positions(batch.sequences.starts, self.pooling, skip)
         if pooled is not None:
