@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from capotune.tasks.generation.sandbox import render
+from capotune.tasks.generation.thinking import OPENED, ThinkingMarkers
 
 Message = Mapping[str, Any]
 """A turn, as ``data.samples.Conversation`` holds it."""
@@ -178,6 +179,20 @@ class ChatTemplate:
         asking, answered = self._after(ASKED, [_USER], ask=True), self._after(ASKED, [_USER, _ANSWER])
         lead = answered[len(asking) :].partition(ANSWERED)[0]
         return lead if answered.startswith(asking) and lead.isspace() else ""
+
+    @cached_property
+    def thinking(self) -> ThinkingMarkers | None:
+        """The markers around what was thought, where they are others than ``<think>`` and ``</think>``."""
+        asking = self._after(ASKED, [_USER], ask=True)
+        alone, thought = ({**_ANSWER, **more} for more in ({}, {"reasoning_content": TOLD}))
+        written, plain = (self._after(ASKED, [_USER, answer]) for answer in (thought, alone))
+        if not (written.startswith(asking) and plain.startswith(asking)):
+            return None
+        before, told, rest = written[len(asking) :].partition(TOLD)
+        between, answered, _ = rest.partition(ANSWERED)
+        if not (told and answered and before.strip() and between.strip()) or OPENED in before:
+            return None
+        return ThinkingMarkers(before, between, plain[len(asking) :].partition(ANSWERED)[0])
 
     # ---------------------------------------------------------------------------------------------- how a turn ends
 

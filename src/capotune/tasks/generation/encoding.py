@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from capotune.settings import DecodingSettings
 from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from capotune.tasks.generation.conversation import ConversationRenderer
 from capotune.tasks.generation.notices import Notices
+from capotune.tasks.generation.thinking import with_thinking_apart
 from capotune.tasks.generation.tokens import Rendered, Tokens, added_tokens, tokenize
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -93,6 +94,8 @@ class TextEncoder:
                 "the model has no chat template: it continues text and was not made to chat.",
                 advice="Let it continue a text with `capo generate`, or train an adapter on conversations first.",
             )
+        if self._renderer.template.thinking is not None:
+            messages = [with_thinking_apart(message) for message in messages]
         return self._asked(self._renderer.asked(messages, tools))
 
     def encode_question(self, sample: Sample) -> list[int]:
@@ -124,14 +127,22 @@ class TextEncoder:
         return str(text)
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """What ``ids`` add to the text of the tokens before them.
+        """What ``ids`` add to the text of the tokens before them; what was thought as ``<think>…</think>``, where the
+        chat template has other markers.
 
         Tokens read otherwise at the start of a text: ``▁red`` is "red" there and " red" behind a word.
         """
-        context = list(before[-_CONTEXT:])
-        start = self.decode(context).rstrip("\ufffd")  # a half character that ``ids`` may complete
-        whole = self.decode([*context, *ids])
-        return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
+        if self.chat_template is not None and (markers := self._renderer.template.thinking):
+            text = markers.read(self._added_text(before, ids, special_tokens=True))
+            if text is not None:
+                return self._renderer.template.special_pattern.sub("", text)
+        return self._added_text(before, ids)
+
+    def _added_text(self, before: Sequence[int], ids: Sequence[int], *, special_tokens: bool = False) -> str:
+        context, decode = list(before[-_CONTEXT:]), partial(self.decode, special_tokens=special_tokens)
+        start = decode(context).rstrip("\ufffd")  # a half character that ``ids`` may complete
+        whole = decode([*context, *ids])
+        return whole[len(start) :] if whole.startswith(start) else decode(ids)
 
     def without_open_bytes(self, ids: Sequence[int]) -> list[int]:
         """``ids`` without the bytes at their end that SentencePiece writes a character with that it has no token for.
