@@ -342,28 +342,31 @@ def reading(content: dict[str, Any]) -> list[str]:
 
 
 def decoding(content: dict[str, Any]) -> list[str]:
-    """Tokens a second of both, and the ratio of times."""
+    """Tokens a second of both, and the ratio of times: on one thread and on more."""
+    first = next(iter(content.values()))
     lines = [
-        f"SmolLM2-135M-Instruct with LoRA against Transformers' `generate` with the merged model, {content['prompts']} "
-        f"prompts in one batch, at most {content['most_tokens']} tokens each; prompts included.",
+        f"SmolLM2-135M-Instruct with LoRA against Transformers' `generate` with the merged model, {first['prompts']} "
+        "prompts in one batch; prompts included.",
         "",
-        "| answers | tokens written | capotune, tokens/s | Transformers, tokens/s | times as fast | equal answers |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| threads | seconds of | answers | tokens written | capotune, tokens/s | Transformers, tokens/s "
+        "| times as fast | equal answers |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, one in content["results"].items():
-        speed = one["tokens_per_second"]
-        equal = f"{one['equal_answers']} / {content['prompts']}"
-        lines.append(
-            f"| {name} | {one['tokens']:,} | {speed['capotune']:.1f} | {speed['transformers']:.1f} "
-            f"| {one['ratio']:.2f} | {equal} |"
-        )
-    machine = content["environment"]
+    for part in content.values():
+        clock = "the processor" if part["threads"] == 1 else "the wall clock"
+        for name, one in part["results"].items():
+            speed = one["tokens_per_second"]
+            lines.append(
+                f"| {part['threads']} | {clock} | {name} | {one['tokens']:,} of at most "
+                f"{part['prompts'] * part['most_tokens']:,} | {speed['capotune']:.1f} | {speed['transformers']:.1f} "
+                f"| {one['ratio']:.2f} | {one['equal_answers']} / {part['prompts']} |"
+            )
+    machine, rounds = first["environment"], first["rounds"]
     return [
         *lines,
         "",
-        f"Medians of {content['rounds']} alternating rounds in one process, {content['threads']} thread, fp32, by the "
-        f"processor's seconds; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"Medians of {rounds} alternating rounds in one process, fp32; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}.",
     ]
 
 

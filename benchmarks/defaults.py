@@ -209,6 +209,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "learning rate 6.5e-4": {"learning_rate": 6.5e-4},
     "warm-up 0.2": {"warmup": 0.2},
     "cosine": {"schedule": "cosine"},
+    "batches of 2": {"batch_size": 2},
+    "batches of 2, learning rate 6.5e-4": {"batch_size": 2, "learning_rate": 6.5e-4},
+    "no weight decay": {"weight_decay": 0.0},
 }
 """Settings of Capotune that a default was chosen among."""
 
