@@ -27,9 +27,9 @@ from capotune.data.readers import as_source
 from capotune.errors import CapotuneError, ModelError
 from capotune.models.base import Base, find, quiet
 from capotune.settings import Context
-from capotune.tasks.classification.features import compute_features
-from capotune.tasks.classification.model import pool, pooled_positions
 from capotune.tasks.generation import Generation
+from capotune.tasks.text_targets.features import compute_features
+from capotune.tasks.text_targets.model import pool, pooled_positions
 
 TOLERANCE = 1e-4
 _MOST_WORDS = 600

@@ -40,7 +40,7 @@ from capotune.runs import run as run_module
 from capotune.runs.run import run
 from capotune.settings import TrainSettings
 from capotune.tasks import linear_head as head_module
-from capotune.tasks.classification.features import compute_features
+from capotune.tasks.text_targets.features import compute_features
 
 BASES = ("bert", "llama", "gpt2")
 QUICK: dict[str, Any] = {"epochs": 2, "patience": 2, "batch_size": 8, "learning_rate": 5e-3, "head_learning_rate": 2e-2}

@@ -18,9 +18,9 @@ from rich.console import Console
 from capotune import api
 from capotune.cli import data_report
 from capotune.cli.messages import in_flags
+from capotune.data.classes import CLASSES, class_names
 from capotune.data.columns import find_column, given_column, plain_name
 from capotune.data.generation import load_samples, looks_like_generation
-from capotune.data.labelled import load_labelled, read_labelled
 from capotune.data.readers import read_table
 from capotune.data.samples import Conversation, Document, Pair, Sample
 from capotune.errors import CapotuneError, DataError, SettingError
@@ -57,7 +57,7 @@ def refusal(data: Any) -> str:
     """What is said of data, by whichever task takes it."""
 
     def read(data: Any) -> object:
-        return (load_samples if looks_like_generation(data) else load_labelled)(data)
+        return (load_samples if looks_like_generation(data) else CLASSES.load)(data)
 
     return error_of(read, data)
 
@@ -104,7 +104,7 @@ def test_messages_beside_a_context_are_read_and_the_context_is_named() -> None:
 def test_input_beside_labels_stays_text_to_classify() -> None:
     data = rows(input=said("what a day"), output=one_of("good", "bad"))
     assert not looks_like_generation(data)
-    assert load_labelled(data).label_names == ["bad", "good"]
+    assert class_names(CLASSES.load(data).train.labels) == ["bad", "good"]
 
 
 def test_one_of_several_answers_is_said() -> None:
@@ -152,7 +152,7 @@ def test_the_suggested_template_reads_the_columns(data: Rows, first: Pair, tmp_p
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in data), "utf-8")
     with pytest.raises(DataError) as caught:
-        (load_samples if looks_like_generation(str(path)) else load_labelled)(str(path))
+        (load_samples if looks_like_generation(str(path)) else CLASSES.load)(str(path))
     found = re.search(r"--prompt-template .+? --completion-column \"[^\"]+\"", in_flags(caught.value))
     assert found, caught.value
     _, template, _, completion = shlex.split(found[0])
@@ -211,7 +211,7 @@ def test_data_of_other_kinds_is_refused_in_words(data: Rows, expected: str) -> N
     ],
 )
 def test_labels_that_only_look_like_others_are_read(labels: tuple[str, ...]) -> None:
-    assert load_labelled(rows(40, text=said("a b"), label=one_of(*labels))).label_names == sorted(labels)
+    assert class_names(CLASSES.load(rows(40, text=said("a b"), label=one_of(*labels))).train.labels) == sorted(labels)
 
 
 # Labels: columns
@@ -234,7 +234,7 @@ def test_labels_that_only_look_like_others_are_read(labels: tuple[str, ...]) -> 
 )
 def test_usual_names_of_text_and_label(names: tuple[str, ...], expected: tuple[str, str]) -> None:
     data = [{name: f"{name} {at % 3}" if name == expected[1] else f"{name} {at}" for name in names} for at in range(12)]
-    found = read_labelled(data)
+    found = CLASSES.read(data)
     assert (found.text_column, found.label_column) == expected
     assert found.unused == tuple(name for name in names if name not in expected)
 
@@ -281,18 +281,18 @@ def test_columns_that_are_not_read_are_named_for_every_task(bert: Path, llama_wr
     ],
 )  # fmt: skip
 def test_one_label_in_several_spellings(written: tuple[Any, ...], names: list[str], respelled: dict[str, str]) -> None:
-    data = load_labelled(rows(24, text=said("a b"), label=one_of(*written)))
-    assert data.label_names == names
+    data = CLASSES.load(rows(24, text=said("a b"), label=one_of(*written)))
+    assert class_names(data.train.labels) == names
     assert data.respelled == respelled
 
 
 def test_a_test_file_may_spell_labels_in_another_way() -> None:
     train = rows(text=said("a b"), label=one_of(1, 0))
     test = [{"text": "c", "label": "1.0"}, {"text": "d", "label": "0"}]
-    data = load_labelled(train, test=test)
+    data = CLASSES.load(train, test=test)
     assert data.test.labels == ["1", "0"]
     from_csv = [{"text": f"{at} a", "label": f"{at % 2}.0"} for at in range(8)]
-    assert load_labelled(from_csv, test=test).label_names == ["0", "1"]
+    assert class_names(CLASSES.load(from_csv, test=test).train.labels) == ["0", "1"]
 
 
 def test_evaluate_knows_a_label_in_another_spelling(bert: Path, tmp_path: Path) -> None:
@@ -327,14 +327,14 @@ def test_no_message_shows_a_long_value_whole() -> None:
     long = "word " * 5000
     many = [{"text": long, "label": long + str(at)} for at in range(1000)]
     messages = [
-        error_of(load_labelled, many),
-        error_of(load_labelled, [{"text": "a", "label": "b"}, *([{"text": "", "label": many}] * 10)]),
-        error_of(load_labelled, rows(text=said("a b"), label=one_of("a", "b")), test=many),
-        error_of(load_labelled, [{**row, "split": long} for row in many]),
+        error_of(CLASSES.load, many),
+        error_of(CLASSES.load, [{"text": "a", "label": "b"}, *([{"text": "", "label": many}] * 10)]),
+        error_of(CLASSES.load, rows(text=said("a b"), label=one_of("a", "b")), test=many),
+        error_of(CLASSES.load, [{**row, "split": long} for row in many]),
         error_of(load_samples, [{"messages": [{"role": long, "content": long}]}]),
         error_of(load_samples, [{"messages": many}]),
         error_of(load_samples, [{long: "a", "b": long}]),
-        error_of(load_labelled, [{long: "a", "b": long}], text_column=long + "x"),
+        error_of(CLASSES.load, [{long: "a", "b": long}], text_column=long + "x"),
         error_of(build, TrainSettings, {"data": "a.csv", "test_fraction": many}),
         error_of(build, TrainSettings, {"data": "a.csv", "epochs": [many]}),
         error_of(build, TrainSettings, {"data": many}),
@@ -361,7 +361,7 @@ ROWS = st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=5)
 def refusals(data: Any) -> list[str]:
     """What is said of data that one of the readers refuses."""
     found = []
-    for call in (looks_like_generation, load_samples, load_labelled):
+    for call in (looks_like_generation, load_samples, CLASSES.load):
         try:
             call(data)
         except (DataError, SettingError) as error:

@@ -45,8 +45,8 @@ from capotune.methods.qlora.settings import QloraSettings
 from capotune.run_folder import checkpoints
 from capotune.runs import run as run_module
 from capotune.settings import TrainingSettings
-from capotune.tasks.classification.run import ClassificationRun
 from capotune.tasks.loading import load_adapter
+from capotune.tasks.text_targets.run import TextTargetRun
 
 QUICK: dict[str, Any] = {"epochs": 4, "patience": 4, "batch_size": 8, "head_learning_rate": 2e-2}
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 5e-3, **QUICK}
@@ -446,7 +446,7 @@ def test_a_crash_after_training_resumes_too(
 ) -> None:
     """Killed while testing, or between the finished adapter and the end."""
     whole_run("lora", tickets, bert, tmp_path / "whole")
-    where, name = (ClassificationRun, "test") if moment == "result" else (run_module, "_write_scored")
+    where, name = (TextTargetRun, "test") if moment == "result" else (run_module, "_write_scored")
 
     def crash(*_: Any) -> None:
         raise StoppedError

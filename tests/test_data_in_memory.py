@@ -19,8 +19,8 @@ import pytest
 
 import capotune
 from capotune import api, events
+from capotune.data.classes import CLASSES
 from capotune.data.generation import load_samples, looks_like_generation, read_samples_to_score
-from capotune.data.labelled import load_labelled, read_labelled, read_to_score
 from capotune.data.readers import as_source, read_table
 from capotune.errors import CapotuneError, DataError, SettingError
 from capotune.memory_table import MemoryTable, Unreadable
@@ -78,7 +78,7 @@ def test_rows_in_memory_are_those_of_the_file(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_split_by_seed_is_that_of_the_file(kind: str, tmp_path: Path) -> None:
-    in_memory, file = load_labelled(KINDS[kind](ROWS), seed=3), load_labelled(jsonl(tmp_path, "a.jsonl", ROWS), seed=3)
+    in_memory, file = CLASSES.load(KINDS[kind](ROWS), seed=3), CLASSES.load(jsonl(tmp_path, "a.jsonl", ROWS), seed=3)
     for one, other in ((in_memory.train, file.train), (in_memory.test, file.test)):
         assert (one.texts, one.labels) == (other.texts, other.labels)
         assert one.lines == [line - 1 for line in other.lines]
@@ -133,36 +133,36 @@ def test_missing_values_of_a_frame_are_none() -> None:
 
 def test_categories_and_numbers_are_labels() -> None:
     data = frame(text=["a b", "c d", "e f"], label=pandas.Categorical(["x", "y", "x"]))
-    assert read_labelled(data).labels == ["x", "y", "x"]
-    assert read_labelled(frame(text=["a b", "c d"], label=[1.0, 2.0])).labels == ["1", "2"]
-    assert read_labelled(frame(text=["a b", "c d"], label=[True, False])).labels == ["true", "false"]
+    assert CLASSES.read(data).labels == ["x", "y", "x"]
+    assert CLASSES.read(frame(text=["a b", "c d"], label=[1.0, 2.0])).labels == ["1", "2"]
+    assert CLASSES.read(frame(text=["a b", "c d"], label=[True, False])).labels == ["true", "false"]
 
 
 def test_the_index_of_a_frame_is_not_its_rows_place() -> None:
     data = pandas.DataFrame({"text": ["a", None], "label": ["x", "y"]}, index=[70, 80])
-    assert "row 1: empty text (text)" in error_of(read_labelled, data)
+    assert "row 1: empty text (text)" in error_of(CLASSES.read, data)
 
 
 def test_a_class_label_has_its_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"text": ["a b", "c d", "e f"], "label": [1, 0, 1]}
-    assert read_labelled(datasets.Dataset.from_dict(rows, features=features)).labels == ["yes", "no", "yes"]
+    assert CLASSES.read(datasets.Dataset.from_dict(rows, features=features)).labels == ["yes", "no", "yes"]
 
 
 def test_a_dataset_dict_says_which_rows_are_the_test() -> None:
     both = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(TEST))
-    data = load_labelled(both)
+    data = CLASSES.load(both)
     assert data.train.texts == [row["text"] for row in ROWS]
     assert data.test.texts == [row["text"] for row in TEST]
-    assert read_to_score(both).texts == data.test.texts
+    assert CLASSES.read_to_score(both).texts == data.test.texts
     assert "several splits and a column 'split'" in error_of(
-        load_labelled, datasets.DatasetDict(a=datasets.Dataset.from_list([{"split": "x"}]), b=both["test"])
+        CLASSES.load, datasets.DatasetDict(a=datasets.Dataset.from_list([{"split": "x"}]), b=both["test"])
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_test_rows_in_memory_have_their_own_name(kind: str) -> None:
-    data = load_labelled(ROWS, test=KINDS[kind](TEST))
+    data = CLASSES.load(ROWS, test=KINDS[kind](TEST))
     assert data.test.texts == [row["text"] for row in TEST]
     assert data.test_from.startswith("test data in memory (")
     assert data.test.where(1) == "test row 1"
@@ -181,25 +181,25 @@ def test_a_subclass_of_a_frame_is_a_frame() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_rows_are_named_by_their_position(kind: str) -> None:
     rows = [*ROWS[:3], {"text": " ", "label": "late"}, {"text": "a b", "label": None}]
-    message = error_of(load_labelled, KINDS[kind](rows))
+    message = error_of(CLASSES.load, KINDS[kind](rows))
     assert "2 of 5 rows cannot be used:\n  row 3: empty text (text)\n  row 4: missing label (label)\n" in message
     assert message.startswith("data in memory (")
 
 
 def test_a_nan_label_is_a_missing_label() -> None:
     assert "  row 1: missing label (label)\n" in error_of(
-        read_labelled, frame(text=["a", "b", "c"], label=[1.0, math.nan, 2.0])
+        CLASSES.read, frame(text=["a", "b", "c"], label=[1.0, math.nan, 2.0])
     )
 
 
 def test_values_of_other_types_are_refused_where_they_are_read() -> None:
     day = pandas.Timestamp("2020-01-01")
     data = frame(text=["a b", "c d"], label=["x", "y"], day=[day, day], price=[Decimal(1), Decimal(2)])
-    assert read_labelled(data).labels == ["x", "y"]
+    assert CLASSES.read(data).labels == ["x", "y"]
     assert "  row 0: label (day) is Timestamp, neither text nor a number\n" in error_of(
-        read_labelled, data, label_column="day"
+        CLASSES.read, data, label_column="day"
     )
-    assert "  row 0: text (price) is Decimal, not a string\n" in error_of(read_labelled, data, text_column="price")
+    assert "  row 0: text (price) is Decimal, not a string\n" in error_of(CLASSES.read, data, text_column="price")
     assert "  row 0: price is Decimal, not text\n" in error_of(
         load_samples, data, prompt_template="{price}", completion_column="text"
     )
@@ -234,17 +234,17 @@ def test_other_things_are_refused(data: Any, message: str) -> None:
 
 
 def test_test_rows_of_another_type_name_their_setting() -> None:
-    assert "`test` of the type int is not read" in error_of(load_labelled, ROWS, test=3)
-    assert "test data in memory (list of 0 rows): holds no rows" in error_of(load_labelled, ROWS, test=[])
+    assert "`test` of the type int is not read" in error_of(CLASSES.load, ROWS, test=3)
+    assert "test data in memory (list of 0 rows): holds no rows" in error_of(CLASSES.load, ROWS, test=[])
 
 
 def test_the_same_rows_twice_are_refused() -> None:
     for same in (ROWS, list(ROWS), pandas.DataFrame(ROWS)):
-        assert "is given as test data (`test`) and as training data" in error_of(load_labelled, ROWS, test=same)
+        assert "is given as test data (`test`) and as training data" in error_of(CLASSES.load, ROWS, test=same)
 
 
 def test_a_label_of_the_test_rows_alone_is_named_by_its_row() -> None:
-    message = error_of(load_labelled, ROWS, test=[*TEST, {"text": "a", "label": "brokn"}])
+    message = error_of(CLASSES.load, ROWS, test=[*TEST, {"text": "a", "label": "brokn"}])
     assert "  test row 2: 'brokn'\n" in message
     assert "Did you mean 'broken'?" in message
 

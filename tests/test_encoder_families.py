@@ -20,7 +20,7 @@ from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import find
-from capotune.tasks.classification.features import compute_features
+from capotune.tasks.text_targets.features import compute_features
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

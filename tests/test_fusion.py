@@ -42,7 +42,7 @@ from capotune.models.fusion import Fusing, fused, try_fusing, why_not_fused
 from capotune.models.sequence_packing import Packing, packed, try_packing
 from capotune.settings import Context, TrainingSettings
 from capotune.tasks.classification import Classification
-from capotune.tasks.classification.model import pooled_positions
+from capotune.tasks.text_targets.model import pooled_positions
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOMETHING_ELSE = "the model's blocks compute something else (by "

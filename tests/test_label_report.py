@@ -11,17 +11,18 @@ from rich.console import Console
 from shared import SHARED, needs_shared
 
 from capotune.cli import data_report
+from capotune.data.classes import CLASSES
 from capotune.data.inspect.labels import LabelCount, LabelReport, inspect_data
 from capotune.data.inspect.measures import Lengths, Lines
-from capotune.data.labelled import LabelledData, LabelledText, load_labelled
+from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.table import Origin
 from capotune.tasks.classification import Classification
 
 
-def rows(*pairs: tuple[str, str], source: str = "a.csv") -> LabelledText:
+def rows(*pairs: tuple[str, str], source: str = "a.csv") -> LabelledText[str]:
     lines = list(range(2, 2 + len(pairs)))
     return LabelledText(
-        [text for text, _ in pairs], [label for _, label in pairs], lines, Origin(source), "text", "label"
+        [text for text, _ in pairs], [label for _, label in pairs], lines, Origin(source), "text", ("label",)
     )
 
 
@@ -29,7 +30,7 @@ def words(texts: Sequence[str]) -> list[int]:
     return [len(text.split()) for text in texts]
 
 
-def inspect(train: LabelledText, test: LabelledText, max_length: int = 8) -> LabelReport:
+def inspect(train: LabelledText[str], test: LabelledText[str], max_length: int = 8) -> LabelReport:
     return inspect_data(LabelledData(train, test), words(train.texts), words(test.texts), max_length)
 
 
@@ -169,7 +170,7 @@ def test_long_names_and_markup_keep_their_place() -> None:
 @needs_shared
 def test_banking77() -> None:
     folder = SHARED / "data" / "banking77"
-    data = load_labelled(str(folder / "train.csv"), test=str(folder / "test.csv"))
+    data = CLASSES.load(str(folder / "train.csv"), test=str(folder / "test.csv"))
     report = inspect_data(data, words(data.train.texts), words(data.test.texts), 64)
     assert len(report.labels) == 77
     assert report.labels[0] == LabelCount("card_payment_fee_charged", 187, 40)

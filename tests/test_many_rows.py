@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 
 from capotune import api
 from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows, TokenLists, TokenRows, taken
+from capotune.data.classes import CLASSES
 from capotune.data.generation import load_samples
 from capotune.data.inspect import measures
-from capotune.data.labelled import LabelledData, load_labelled
+from capotune.data.labelled import LabelledData
 from capotune.data.readers import read_table
 from capotune.data.split import _quotas, hold_out, normalised, text_numbers
 from capotune.data.table import ColumnRows
 from capotune.errors import DataError
 from capotune.models.base import find
-from capotune.tasks.classification import run as run_module
 from capotune.tasks.classification.task import Classification
 from capotune.tasks.generation.task import Generation
+from capotune.tasks.text_targets import run as run_module
 
 WORDS = st.sampled_from(["late", "Late ", "where  is it", "where is it", "lost", "", "é", "e\u0301"])
 
@@ -124,14 +125,14 @@ def test_samples_are_tokenised_some_at_a_time(colour_chats: Path, monkeypatch: p
 @pytest.mark.parametrize("rows", [3, 7])
 def test_data_hash_is_that_of_one_json_text(tickets: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_HASHED_AT_ONCE", rows)
-    every = load_labelled(str(tickets))
+    every = CLASSES.load(str(tickets))
     for data in (every, LabelledData(every.train, every.train.take([]))):
         content = [data.train.texts, data.train.labels, data.test.texts, data.test.labels]
         assert run_module._data_hash(data) == hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def test_texts_are_cut_and_counted_in_one_pass(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capotune.tasks.classification.task._AT_ONCE", 3)
+    monkeypatch.setattr("capotune.tasks.text_targets.task._AT_ONCE", 3)
     task = Classification.on(find(str(bert)), ["a", "b"], 6, 0)
     texts = ["late", "where is my parcel late lost card", "the", "a a a a", "a a a a a", "lost", "where where"]
     held, lengths = task.encode_many(texts)

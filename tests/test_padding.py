@@ -18,7 +18,7 @@ from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.base import Pooling
 from capotune.settings import TrainingSettings
-from capotune.tasks.classification.model import pool, pool_padded, pooled_positions
+from capotune.tasks.text_targets.model import pool, pool_padded, pooled_positions
 
 VARIANTS: dict[str, TrainingSettings] = {
     "features": FeatureExtractionSettings(),

@@ -478,7 +478,7 @@ def test_real_json_lines(name: str, rows: int) -> None:
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, csv; before = csv.field_size_limit()\n"
-        "import capotune.data.readers, capotune.data.labelled, capotune.data.inspect.labels\n"
+        "import capotune.data.readers, capotune.data.classes, capotune.data.inspect.labels\n"
         "assert csv.field_size_limit() == before\n"
         "print([m for m in ('datasets', 'pandas', 'pyarrow', 'sklearn', 'torch', 'rich') if m in sys.modules])"
     )

@@ -17,7 +17,7 @@ from capotune.errors import ModelError
 from capotune.events import Event, Warned
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.models.base import find
-from capotune.tasks.classification.features import compute_features
+from capotune.tasks.text_targets.features import compute_features
 
 FLAGS = {
     "cls": "pooling_mode_cls_token",

@@ -44,7 +44,7 @@ from capotune.models.prefix import PREFIXED
 from capotune.models.sequence_packing import Packing, packed, probe_sequences, relative_error, try_packing
 from capotune.settings import DecodingSettings, TrainingSettings
 from capotune.tasks.classification import Classification
-from capotune.tasks.classification.features import compute_features
+from capotune.tasks.text_targets.features import compute_features
 
 PADDED = Packing(None, "for this test")
 SMALL: dict[str, Any] = {

@@ -17,8 +17,8 @@ from capotune.evaluation.forward import Examples
 from capotune.events import DataInspected, Reporter, Stage, counter
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
-from capotune.tasks.classification.features import all_features
 from capotune.tasks.prompt_start import prompt_tokens
+from capotune.tasks.text_targets.features import all_features
 from toy_task.data import held_out, load
 from toy_task.task import Regression, score, scored
 

@@ -22,10 +22,10 @@ from capotune.models.base import Base
 from capotune.models.load import load_backbone
 from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings
 from capotune.tasks.base import Scored, Task, TaskRun
-from capotune.tasks.classification.features import all_features, head_features
-from capotune.tasks.classification.model import SequenceClassifier, readable_layers
 from capotune.tasks.facade import Predictor
 from capotune.tasks.room import text_length
+from capotune.tasks.text_targets.features import all_features, head_features
+from capotune.tasks.text_targets.model import SequenceClassifier, readable_layers
 from toy_task.data import NumberedText, is_numbered, read_to_score
 
 MAE = register(

@@ -1,4 +1,6 @@
-"""Texts with a label each: find the two columns, check every row, and set rows aside for the test.
+"""Texts with a label each: find the columns, check every row, and set rows aside for the test.
+
+What a label is (a class, several labels, numbers) is a ``LabelReading``'s; each kind has a module of its own.
 
 A row that cannot be used is an error and not a warning: training on an empty text or on the label ``nan`` would give a
 number that looks like a result. Nothing is dropped or filled in here; the message names the rows.
@@ -6,49 +8,55 @@ number that looks like a result. Nothing is dropped or filled in here; the messa
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from capotune.data.columns import part_of_each_row, unused_columns
-from capotune.data.label_columns import find_label_columns
-from capotune.data.label_values import label_text, one_spelling, refuse_no_classes, why_no_label
 from capotune.data.readers import as_source, read_table
 from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked, text_numbers
 from capotune.data.table import Origin, Table
-from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten, type_name
+from capotune.data.wording import bad_rows, shorten, type_name
 from capotune.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LabelledData", "LabelledText", "load_labelled", "read_labelled", "read_to_score", "with_known_labels"]
+__all__ = ["LabelReading", "LabelledData", "LabelledText"]
+
+Label = TypeVar("Label")
+"""What a row is labelled with: a class's name, several names, numbers."""
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabelledText(Generic[Label]):
     """Rows of one source; ``texts[i]`` has the label ``labels[i]`` and stands on line ``lines[i]`` of ``source``."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[Label]
     lines: list[int]
     source: Origin
     text_column: str
-    label_column: str
+    label_columns: tuple[str, ...]
     unused: tuple[str, ...] = ()
     """Columns that are not read."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def label_column(self) -> str:
+        """The column of the label; of several their names."""
+        return self.label_columns[0] if len(self.label_columns) == 1 else shorten(self.label_columns)
+
     def where(self, row: int) -> str:
         """Where a row stands, as messages name it."""
         return self.source.at(self.lines[row])
 
-    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledText:
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledText[Label]:
         """The rows at ``indices``, in that order."""
         indices = indices if isinstance(indices, list) else np.asarray(indices, dtype=np.int64).tolist()
         return replace(
@@ -58,201 +66,190 @@ class LabelledText:
             lines=[self.lines[index] for index in indices],
         )
 
-    def respelled(self, spelling: Mapping[str, str]) -> LabelledText:
-        """The same rows with other names for some labels."""
-        return replace(self, labels=[spelling.get(label, label) for label in self.labels]) if spelling else self
-
 
 @dataclass(frozen=True)
-class LabelledData:
+class LabelledData(Generic[Label]):
     """What to train on and what to test on. ``test_from`` says in words where the test rows are from."""
 
-    train: LabelledText
-    test: LabelledText
+    train: LabelledText[Label]
+    test: LabelledText[Label]
     test_from: str = "given"
     respelled: dict[str, str] = field(default_factory=dict)
     """Labels that were read as another one, which is the same in another spelling (``label_values.one_spelling``)."""
 
-    @property
-    def label_names(self) -> list[str]:
-        """The labels of the training rows, each once: by number when all are whole numbers, else by letter."""
-        names = sorted(set(self.train.labels))
-        return sorted(names, key=int) if all(map(_is_whole_number, names)) else names
 
+class LabelReading(ABC, Generic[Label]):
+    """How labels of one kind are read, and what rows with them must be."""
 
-def load_labelled(
-    data: object,
-    *,
-    test: object = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-) -> LabelledData:
-    """Read labelled texts to train on and to test on.
+    # ------------------------------------------------------------------------------------------- what each kind says
 
-    The test rows are those of ``test``; without it those that a column ``split`` marks as test (``validation`` counts
-    as train); without that column a part of ``data``, held out by ``hold_out`` so that equal texts stay together.
+    @abstractmethod
+    def find(
+        self, table: Table, text_column: str | None, label_columns: Sequence[str], named_by: str | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """The columns of text and label. Those that are not given are found by their names (``text``, ``sentence``,
+        ``message`` …; ``label``, ``category``, ``intent`` …; as it is written, then in any case), else by content where
+        one alone can be meant; ``named_by`` names the source that the given ones are from. Raises ``DataError``."""
 
-    Args:
-        data: a file, a hub dataset or rows in memory, as ``read_table`` takes it.
-        test: a second one with the same columns, to test on.
-        text_column: the column to read, found by its name or content when not given.
-        label_column: the column to predict, found likewise.
-        test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
-        seed: decides which rows are held out; the same seed and data give the same rows.
+    @abstractmethod
+    def labels(self, table: Table, columns: Sequence[str]) -> list[Label | None]:
+        """Of each row its label; None where it has none that can be used."""
 
-    Labels that differ only in how a number or a truth value is written are one (``respelled``).
+    @abstractmethod
+    def why_none(self, values: Sequence[Any], columns: Sequence[str]) -> str:
+        """Why a row with these values in ``columns`` has no label, in a few words."""
 
-    Raises:
-        DataError: a source cannot be read, a row has no text or no label, there is one label only, the labels are
-            several in one, numbers with fractions or texts, a label is in the test rows alone, ``test`` is the same
-            file as ``data``, or no row can be held out.
-        SettingError: ``test_fraction`` is out of range.
-    """
-    data, test = as_source(data), None if test is None else as_source(test, "test")
-    if test is not None:
-        refuse_same_source(data, test)
-    rows, parts = _read(data, text_column, label_column)
-    second = None if test is None else _read(test, rows.text_column, rows.label_column, named_by=str(rows.source))
-    spelling = one_spelling({*rows.labels, *(second[0].labels if second else ())})
-    rows = rows.respelled(spelling)
-    refuse_no_classes(rows.labels, rows.text_column, rows.label_column, str(rows.source))
-    if second is not None:
-        second = second[0].respelled(spelling), second[1]
-    if marked := split_as_marked(rows, parts, second):
-        split = LabelledData(*marked)
-    elif test_fraction == 0:
-        split = LabelledData(rows, rows.take([]), "none asked for")
-    else:
-        split = _split_by_seed(rows, test_fraction, seed)
-    _check_labels(split)
-    return replace(split, respelled=spelling)
+    def settled(
+        self, rows: LabelledText[Label], test: LabelledText[Label] | None
+    ) -> tuple[LabelledText[Label], LabelledText[Label] | None, dict[str, str]]:
+        """All rows, and those of a second source, with each label in one spelling; and what was respelled.
 
+        Raises ``DataError`` for labels that are of another kind.
+        """
+        return rows, test, {}
 
-def read_labelled(source: object, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
-    """Read one source and check every row.
+    def strata(self, labels: Sequence[Label]) -> list[int]:
+        """A number for each label; of rows with each the same part is held out."""
+        return [0] * len(labels)
 
-    A column is found by its name (``text``, ``sentence``, ``message`` …; ``label``, ``category``, ``intent`` …; as it
-    is written, then in any case), else by its content where only one column can be meant. Labels are text or numbers:
-    ``1.0`` becomes ``"1"`` and ``true`` ``"true"``; space around a text label is removed. Texts are kept as they are.
+    def check_train(self, rows: LabelledText[Label]) -> None:
+        """``DataError`` for rows to train on that nothing can be learned from."""
 
-    Raises:
-        DataError: the source cannot be read, the columns are not found, or a row has no text or no label.
-    """
-    return _read(source, text_column, label_column)[0]
+    def check_test(self, train: LabelledText[Label], test: LabelledText[Label]) -> None:
+        """``DataError`` for test rows with a label that no training row has."""
 
+    # ------------------------------------------------------------------------------------------------ what all share
 
-def read_to_score(source: object, *, text_column: str | None = None, label_column: str | None = None) -> LabelledText:
-    """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
+    def load(
+        self,
+        data: object,
+        *,
+        test: object = None,
+        text_column: str | None = None,
+        label_column: str | None = None,
+        label_columns: Sequence[str] | None = None,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> LabelledData[Label]:
+        """Read labelled texts to train on and to test on.
 
-    Raises:
-        DataError: as ``read_labelled``.
-    """
-    return rows_to_score(*_read(source, text_column, label_column))
+        The test rows are those of ``test``; without it those that a column ``split`` marks as test (``validation``
+        counts as train); without that column a part of ``data``, held out by ``hold_out`` so that equal texts stay
+        together.
 
+        Args:
+            data: a file, a hub dataset or rows in memory, as ``read_table`` takes it.
+            test: a second one with the same columns, to test on.
+            text_column: the column to read, found by its name or content when not given.
+            label_column: the column to predict, found likewise.
+            label_columns: several of them.
+            test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
+            seed: decides which rows are held out; the same seed and data give the same rows.
 
-def with_known_labels(rows: LabelledText, known: Sequence[str]) -> LabelledText:
-    """The rows with each label as ``known`` spells it; one that it does not hold stays as it is."""
-    return rows.respelled(one_spelling(set(rows.labels), known))
-
-
-def _read(
-    source: object, text_column: str | None, label_column: str | None, named_by: str | None = None
-) -> tuple[LabelledText, list[str]]:
-    """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
-    table = read_table(source)
-    text, label = find_label_columns(table, text_column, label_column, named_by)
-    rows = replace(_check_rows(table, text, label), unused=unused_columns(table, (text, label)))
-    return rows, part_of_each_row(table, (text, label))
-
-
-# Rows
-
-
-def _check_rows(table: Table, text_column: str, label_column: str) -> LabelledText:
-    texts, values = table.column(text_column), table.column(label_column)
-    labels = _label_texts(values)
-    bad = {
-        line: problem
-        for line, text, value, label in zip(table.lines, texts, values, labels, strict=True)
-        if (problem := _problem(text, value, label, text_column, label_column))
-    }
-    if bad:
-        rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(texts):,} rows"
-        advice = "Fill these in or delete the rows."
-        if len(bad) > len(texts) / 2:
-            advice += f" Or is another column meant? {shorten(table.columns)} (`text_column`, `label_column`)"
-        raise bad_rows(table.source, f"{rows} cannot be used", bad, advice)
-    return LabelledText(texts, [label or "" for label in labels], table.lines, table.source, text_column, label_column)
-
-
-def _label_texts(values: list[Any]) -> list[str | None]:
-    """Each label as text; that of values which are the same text is worked out once."""
-    known: dict[str, str | None] = {}
-    found = []
-    for value in values:
-        if not isinstance(value, str):
-            found.append(label_text(value))
-        elif value in known:
-            found.append(known[value])
+        Raises:
+            DataError: a source cannot be read, a row has no text or no label, there is one label only, the labels are
+                of another kind, a label is in the test rows alone, ``test`` is the same file as ``data``, or no row can
+                be held out.
+            SettingError: ``test_fraction`` is out of range.
+        """
+        data, test = as_source(data), None if test is None else as_source(test, "test")
+        if test is not None:
+            refuse_same_source(data, test)
+        rows, parts = self._read(data, text_column, label_columns or given(label_column))
+        second = None
+        if test is not None:
+            second = self._read(test, rows.text_column, rows.label_columns, named_by=str(rows.source))
+        rows, test_rows, respelled = self.settled(rows, second[0] if second else None)
+        if second is not None and test_rows is not None:
+            second = test_rows, second[1]
+        if marked := split_as_marked(rows, parts, second):
+            split = LabelledData(*marked)
+        elif test_fraction == 0:
+            split = LabelledData(rows, rows.take([]), "none asked for")
         else:
-            found.append(known.setdefault(value, label_text(value)))
-    return found
+            split = self._split_by_seed(rows, test_fraction, seed)
+        self.check_train(split.train)
+        self.check_test(split.train, split.test)
+        return replace(split, respelled=respelled)
+
+    def read(
+        self,
+        source: object,
+        *,
+        text_column: str | None = None,
+        label_column: str | None = None,
+        label_columns: Sequence[str] | None = None,
+    ) -> LabelledText[Label]:
+        """Read one source and check every row; texts stay as they are.
+
+        Raises:
+            DataError: the source cannot be read, the columns are not found, or a row has no text or no label.
+        """
+        return self._read(source, text_column, label_columns or given(label_column))[0]
+
+    def read_to_score(
+        self,
+        source: object,
+        *,
+        text_column: str | None = None,
+        label_column: str | None = None,
+        label_columns: Sequence[str] | None = None,
+    ) -> LabelledText[Label]:
+        """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
+
+        Raises:
+            DataError: as ``read``.
+        """
+        return rows_to_score(*self._read(source, text_column, label_columns or given(label_column)))
+
+    def _read(
+        self, source: object, text_column: str | None, label_columns: Sequence[str], named_by: str | None = None
+    ) -> tuple[LabelledText[Label], list[str]]:
+        """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
+        table = read_table(source)
+        text, labels = self.find(table, text_column, label_columns, named_by)
+        read = (text, *labels)
+        rows = replace(self._checked(table, text, labels), unused=unused_columns(table, read))
+        return rows, part_of_each_row(table, read)
+
+    def _checked(self, table: Table, text_column: str, columns: tuple[str, ...]) -> LabelledText[Label]:
+        texts, found = table.column(text_column), self.labels(table, columns)
+        bad = {
+            table.lines[row]: self._problem(table, row, text_column, columns, label)
+            for row, (text, label) in enumerate(zip(texts, found, strict=True))
+            if label is None or not isinstance(text, str) or not text.strip()
+        }
+        if bad:
+            rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(texts):,} rows"
+            advice = "Fill these in or delete the rows."
+            if len(bad) > len(texts) / 2:
+                advice += f" Or is another column meant? {shorten(table.columns)} (`text_column`, `label_column`)"
+            raise bad_rows(table.source, f"{rows} cannot be used", bad, advice)
+        labels = [label for label in found if label is not None]
+        return LabelledText(texts, labels, table.lines, table.source, text_column, columns)
+
+    def _problem(self, table: Table, row: int, text_column: str, columns: tuple[str, ...], label: Label | None) -> str:
+        values = table.rows[row]
+        text = values.get(text_column)
+        problems = []
+        if text is None or (isinstance(text, str) and not text.strip()):
+            problems.append(f"empty text ({text_column})")
+        elif not isinstance(text, str):
+            problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
+        if label is None:
+            problems.append(self.why_none([values.get(column) for column in columns], columns))
+        return " and ".join(problems)
+
+    def _split_by_seed(self, rows: LabelledText[Label], fraction: float, seed: int) -> LabelledData[Label]:
+        self.check_train(rows)
+        try:
+            train, test = hold_out(self.strata(rows.labels), fraction, seed, text_numbers(rows.texts))
+        except DataError as error:
+            advice = f"{error.advice} Or give rows to test on (`test`)."
+            raise DataError(error.problem, where=str(rows.source), advice=advice) from error
+        return LabelledData(rows.take(train), rows.take(test), f"{fraction:.0%} of the rows, stratified, seed {seed}")
 
 
-def _problem(text: Any, value: Any, label: str | None, text_column: str, label_column: str) -> str | None:
-    if label and isinstance(text, str) and text.strip():
-        return None
-    problems = []
-    if text is None or (isinstance(text, str) and not text.strip()):
-        problems.append(f"empty text ({text_column})")
-    elif not isinstance(text, str):
-        problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
-    if label is None:
-        problems.append(why_no_label(value, label_column))
-    elif not label:
-        problems.append(f"missing label ({label_column})")
-    return " and ".join(problems) or None
-
-
-# Train and test
-
-
-def _split_by_seed(rows: LabelledText, fraction: float, seed: int) -> LabelledData:
-    codes = {name: code for code, name in enumerate(sorted(set(rows.labels)))}
-    _refuse_one_label(rows)
-    try:
-        train, test = hold_out([codes[label] for label in rows.labels], fraction, seed, text_numbers(rows.texts))
-    except DataError as error:
-        advice = f"{error.advice} Or give rows to test on (`test`)."
-        raise DataError(error.problem, where=str(rows.source), advice=advice) from error
-    return LabelledData(rows.take(train), rows.take(test), f"{fraction:.0%} of the rows, stratified, seed {seed}")
-
-
-def _check_labels(data: LabelledData) -> None:
-    _refuse_one_label(data.train)
-    known = set(data.train.labels)
-    unknown = {
-        line: quoted(label) for line, label in zip(data.test.lines, data.test.labels, strict=True) if label not in known
-    }
-    if unknown:
-        names = list(Counter(label for label in data.test.labels if label not in known))
-        near = "".join(did_you_mean(name, sorted(known)) for name in names[:1])
-        summary = f"test rows have labels that no training row has ({len(names)} of them)"
-        advice = f"{near}Add training rows with the label {shorten(names)}, or correct these rows."
-        raise bad_rows(data.test.source, summary, unknown, advice)
-
-
-def _refuse_one_label(rows: LabelledText) -> None:
-    if len(set(rows.labels)) == 1:
-        raise DataError(
-            f"all {len(rows):,} training rows have one label, {quoted(rows.labels[0])} (column "
-            f"{quoted(rows.label_column)}); at least two are needed.",
-            where=str(rows.source),
-            advice="Add rows, or choose another `label_column`.",
-        )
-
-
-def _is_whole_number(name: str) -> bool:
-    return name.removeprefix("-").isdecimal() and len(name) < 20
+def given(label_column: str | None) -> tuple[str, ...]:
+    """The one column that is given, or none."""
+    return () if label_column is None else (label_column,)

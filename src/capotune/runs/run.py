@@ -159,6 +159,7 @@ class _Run:
         recording = Recording(self.settings.out, clock, interval(self.settings.save_every), state)
         with telling_what_to_lower(assembled.method.settings, self.base, "in training", assembled):
             fitted = self.task_run.fit(recording, assembled, cache, self.report)
+            assembled = self.task_run.decide(assembled, cache, self.report)
         seconds = clock.seconds()
         self.report(Stage(text="testing"))
         scored = self.task_run.test(assembled, cache, self.report)

@@ -366,6 +366,10 @@ class TaskRun(ABC):
     ) -> Fitted:
         """Train the attached method, from where ``recording`` stands; the model holds the best weights afterwards."""
 
+    def decide(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Assembled:  # noqa: ARG002
+        """After training: with a task that holds what was chosen on held-out rows, such as thresholds."""
+        return assembled
+
     @abstractmethod
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """Score the test rows."""

@@ -6,13 +6,14 @@ A random head's gradients would distort what the base knows (linear probing, the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.task_model import Score
+from capotune.adapters.task_model import Objective, Score
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
 from capotune.engine.recorded import Recording, incidents, train_recorded, with_boundary
@@ -31,13 +32,69 @@ class Units:
     features: torch.Tensor
     """(units, features) fp32."""
     targets: torch.Tensor
-    """(units,) int64."""
+    """(units, …), as the solver wants them."""
     fit: torch.Tensor
     """Positions of those that weights are fitted to."""
     held: torch.Tensor
     """Positions of those held out."""
+
+
+class HeadSolver(ABC):
+    """How a head is found that has one best solution for each regularization λ."""
+
+    @abstractmethod
+    def choose(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        held_features: torch.Tensor,
+        held_targets: torch.Tensor,
+        on_iteration: Callable[[], object],
+    ) -> tuple[LinearHead, float]:
+        """The head of the units that does best on those held out, and its λ. ``on_iteration`` is called before every
+        step."""
+
+    @abstractmethod
+    def solve(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        regularization: float,
+        near: LinearHead | None,
+        on_iteration: Callable[[], object],
+    ) -> LinearHead:
+        """The best head for one λ; ``near``: one to start from, such as that of most of these units."""
+
+
+@dataclass(frozen=True)
+class ClassSolver(HeadSolver):
+    """Multinomial logistic regression; targets (units,) int64, of which there are ``labels`` kinds."""
+
     labels: int
-    """How many labels there are."""
+
+    def choose(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        held_features: torch.Tensor,
+        held_targets: torch.Tensor,
+        on_iteration: Callable[[], object],
+    ) -> tuple[LinearHead, float]:
+        """The lowest held-out cross-entropy."""
+        return choose_regularization(
+            features, targets, held_features, held_targets, self.labels, on_iteration=on_iteration
+        )
+
+    def solve(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        regularization: float,
+        near: LinearHead | None,
+        on_iteration: Callable[[], object],
+    ) -> LinearHead:
+        """To convergence."""
+        return solve(features, targets, self.labels, regularization, near=near, on_iteration=on_iteration)
 
 
 @dataclass(frozen=True)
@@ -50,34 +107,39 @@ class SolvedHead:
     """The λ that was best on them."""
     unfinished: LinearHead | None
     """A more regularised head, which leaves the method something to gain; None: the method trains no weights."""
+    held_logits: torch.Tensor
+    """(units, outputs) of the held-out units, by the head that was fitted to the others alone."""
 
-    def fitted(self, state: TrainingState | None = None) -> Fitted:
+    def fitted(self, objective: Objective, state: TrainingState | None = None) -> Fitted:
         """For the run's record: how training ended, or where that is None, that nothing but the head was fitted."""
         extra = {"regularization": self.regularization}
         if state is None:
-            return Fitted(1.0, 1, self.score[0], extra)
-        return Fitted(float(state.epoch), state.best_epoch, state.best_score[0], extra | incidents(state))
+            return Fitted(1.0, 1, objective.shown(self.score), extra)
+        return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score), extra | incidents(state))
 
 
 def solve_head(
-    assembled: Assembled, units: Units, held_score: Callable[[torch.Tensor], Score], report: Reporter
+    assembled: Assembled,
+    units: Units,
+    solver: HeadSolver,
+    held_score: Callable[[torch.Tensor], Score],
+    report: Reporter,
 ) -> SolvedHead:
     """Solve the model's ``classifier``: on all units when the method trains no weights, else on those to fit.
 
-    ``held_score``: the objective's score from the logits (units, labels) of the held-out units.
+    ``held_score``: the objective's score from the logits (units, outputs) of the held-out units.
     """
     report(Stage(text="solving the head"))
-    features, targets, fit, held, labels = units.features, units.targets, units.fit, units.held, units.labels
-    head, regularization = choose_regularization(
-        features[fit], targets[fit], features[held], targets[held], labels, on_iteration=alive(report)
-    )
-    score = held_score(head.logits(features[held]))
+    features, targets, fit, held, tick = units.features, units.targets, units.fit, units.held, alive(report)
+    head, regularization = solver.choose(features[fit], targets[fit], features[held], targets[held], tick)
+    logits = head.logits(features[held])
+    score = held_score(logits)
     if not assembled.method.parameters():
-        set_head(assembled, solve(features, targets, labels, regularization, near=head, on_iteration=alive(report)))
-        return SolvedHead(score, regularization, None)
+        set_head(assembled, solver.solve(features, targets, regularization, head, tick))
+        return SolvedHead(score, regularization, None, logits)
     set_head(assembled, head)
-    unfinished = solve(features[fit], targets[fit], labels, _EASY_START * regularization, on_iteration=alive(report))
-    return SolvedHead(score, regularization, unfinished)
+    unfinished = solver.solve(features[fit], targets[fit], _EASY_START * regularization, None, tick)
+    return SolvedHead(score, regularization, unfinished, logits)
 
 
 def train_from(
@@ -99,7 +161,7 @@ def train_from(
         set_head(assembled, solved.unfinished)
     fit, held = (with_boundary(part, assembled, cache, report) for part in rows)
     state = train_recorded(recording, assembled, fit, held, seed=seed, state=state, report=report)
-    return solved.fitted(state)
+    return solved.fitted(assembled.task.objective, state)
 
 
 def set_head(assembled: Assembled, head: LinearHead) -> None:

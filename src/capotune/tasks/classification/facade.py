@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from capotune.data.batches import TokenRows
-from capotune.tasks.facade import Predictor
-from capotune.tasks.texts import check_texts
+from capotune.tasks.text_targets.facade import TextPredictor
 
 
 @dataclass(frozen=True)
@@ -31,29 +29,13 @@ class Prediction:
         return {"text": self.text, "label": self.label, "probability": round(self.probability, 6)}
 
 
-class Classifier(Predictor):
+class Classifier(TextPredictor):
     """A base with an adapter on it, ready to label texts. Made by ``load``; ``model`` gives logits (rows, labels)."""
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Label names, in the order of ``predict_proba``'s columns."""
-        labels: tuple[str, ...] = self._assembled.task.labels
-        return labels
-
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """(texts, labels) fp32 probabilities. Raises ``DataError`` for what is no text."""
-        check_texts(texts)
-        if not len(texts):
-            return np.zeros((0, len(self.labels)), dtype=np.float32)
-        task = self._assembled.task
-        rows = TokenRows(task.encode(list(texts)), task.pad_id, self._assembled.method.virtual_token_ids)
-        probabilities: np.ndarray = task.logits(self._assembled, rows).softmax(1).numpy()
+        """(texts, labels) fp32 probabilities, in the order of ``labels``. Raises ``DataError`` for what is no text."""
+        probabilities: np.ndarray = self.outputs(texts).softmax(1).numpy()
         return probabilities
-
-    def cut(self, texts: Sequence[str]) -> list[int]:
-        """Positions of the texts whose end is not read, as they are longer than ``max_length`` in training."""
-        task = self._assembled.task
-        return [at for at, length in enumerate(task.token_lengths(texts)) if length > task.max_length]
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text."""

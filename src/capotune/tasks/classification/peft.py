@@ -20,6 +20,7 @@ from torch import nn
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredAdapter
 from capotune.data.batches import Batch, TokenRows
+from capotune.data.classes import respelled
 from capotune.data.labelled import LabelledText
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import AdapterError
@@ -111,10 +112,10 @@ class PeftClassification(Classification):
             if part is not None:
                 part.register_forward_pre_hook(text_alone)
 
-    def with_own_labels(self, rows: LabelledText) -> LabelledText:
+    def with_own_labels(self, rows: LabelledText[str]) -> LabelledText[str]:
         """Data sets of the hub number their labels, as the model does: a number is the label at that position."""
         numbered = {str(at): label for at, label in enumerate(self.labels)}
-        return super().with_own_labels(rows.respelled(numbered | {label: label for label in self.labels}))
+        return super().with_own_labels(respelled(rows, numbered | {label: label for label in self.labels}))
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
         """The head reads where it reads."""

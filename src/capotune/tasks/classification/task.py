@@ -1,9 +1,9 @@
-"""Classification as a task: one label for one text, by a linear head on a pooled vector of the backbone."""
+"""Classification as a task: one label for one text."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,32 +12,27 @@ import torch
 from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
-from capotune.adapters.store import StoredAdapter, StoredRecord
+from capotune.adapters.store import StoredAdapter
 from capotune.adapters.task_model import CardWords, Objective, Score
-from capotune.data.batches import Batch, Encoded, Targets, TokenLists, TokenRows, without_loss
-from capotune.data.inspect.labels import LabelReport, describe_labels, lost_texts
-from capotune.data.labelled import LabelledText, read_to_score, with_known_labels
+from capotune.data.batches import Batch, Targets
+from capotune.data.classes import CLASSES, class_names, with_known_labels
+from capotune.data.inspect.labels import LabelReport, describe_labels, inspect_data
+from capotune.data.inspect.measures import Counted
+from capotune.data.inspect.texts import TextReport
+from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.wording import quoted, shorten
 from capotune.data_blocks import Block
-from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
-from capotune.events import OnProgress, Reporter, Warned, counter
-from capotune.methods.base import Method
+from capotune.evaluation.metrics import nearest_mean_logits
 from capotune.models.base import Base
-from capotune.models.sentence_files import Pooling
-from capotune.models.tokenizer_files import tokens_of
 from capotune.sections import Section
-from capotune.settings import DataSettings, EvaluateSettings, TrainingSettings, TrainSettings, nearest
-from capotune.tasks.base import Scored, TaskRun, untested
+from capotune.settings import DataSettings, nearest
+from capotune.tasks.base import Scored, untested
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
-from capotune.tasks.classification.model import SequenceClassifier, readable_layers
-from capotune.tasks.classification.score import logits_of, score_texts
-from capotune.tasks.linear_head import LinearHeadTask, inner_states
-from capotune.tasks.room import text_length
-
-_SHOWN_LABELS = 20
-_AT_ONCE = 5000  # texts given to the tokenizer together
+from capotune.tasks.classification.score import scored
+from capotune.tasks.solved_head import ClassSolver
+from capotune.tasks.text_targets.task import AnyTarget, TextTargetTask, first_labels
 
 
 class RowCrossEntropy(Objective):
@@ -71,22 +66,9 @@ class RowCrossEntropy(Objective):
         return score[0]
 
 
-class _Record(StoredRecord):
-    labels: list[str] = pydantic.Field(min_length=1)
-    pooling: Pooling
-    feature_layers: list[int]
-
-
 @dataclass(frozen=True)
-class Classification(LinearHeadTask):
-    """The task: its labels and lengths."""
-
-    base: Base
-    labels: tuple[str, ...]
-    """Label names; a target is a position in this tuple."""
-    max_length: int
-    """Longest text in tokens; longer ones are cut."""
-    pooling: Pooling
+class Classification(TextTargetTask):
+    """The task: its labels and lengths. A target is a position in ``labels``."""
 
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "labelled text"
@@ -95,23 +77,8 @@ class Classification(LinearHeadTask):
         "Each test row gets the label whose training rows have the nearest mean, in the frozen base's features; "
         "nothing is trained."
     )
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
-    Record = _Record
+    reading = CLASSES
     objective = RowCrossEntropy()
-
-    @classmethod
-    def on(
-        cls,
-        base: Base,
-        labels: Sequence[str],
-        max_length: int | None,
-        virtual_tokens: int,
-        pooling: Pooling | None = None,
-    ) -> Classification:
-        """The task on a base; ``max_length`` None is all that the base takes beside ``virtual_tokens``."""
-        marks = base.tokenizer.num_special_tokens_to_add()
-        length = text_length(base, max_length, virtual_tokens, marks)
-        return cls(base, tuple(labels), length, pooling or base.pooling)
 
     # ------------------------------------------------------------------------------------------------------ from data
 
@@ -121,119 +88,56 @@ class Classification(LinearHeadTask):
         return True
 
     @classmethod
-    def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
-        """Labelled rows, tokenised and split."""
-        from capotune.tasks.classification.run import ClassificationRun
-
-        return ClassificationRun(settings, method, base, report)
+    def of_data(
+        cls: type[AnyTarget], base: Base, data: LabelledData[str], max_length: int | None, virtual_tokens: int
+    ) -> AnyTarget:
+        """The labels of the training rows."""
+        return cls.on(base, class_names(data.train.labels), max_length, virtual_tokens)
 
     @classmethod
-    def inspect(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
-        """Labelled rows, of which enough are tokenised to say how long they are."""
-        from capotune.tasks.classification.run import inspect_rows
-
-        inspect_rows(settings, method, base, report)
-
-    def token_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in tokens before cutting."""
-        return [len(ids) for ids in self._ids(texts, truncation=False)]
-
-    def encode(self, texts: Sequence[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``.
-
-        ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
-        for a text of which no token comes, and for one with a token that the base has no embedding for.
-        """
-        found = list(self._ids(texts, truncation=True, max_length=self.max_length))
-        self.check(found, texts, where)
-        return found
-
-    def encode_many(self, texts: Sequence[str]) -> tuple[TokenLists, list[int]]:
-        """The same of any number of texts, unchecked, and their lengths before cutting; each is tokenised once, but
-        those that are cut."""
-        lengths: list[int] = []
-
-        def cut() -> Iterator[list[int]]:
-            for text, ids in zip(texts, self._ids(texts, truncation=False), strict=True):
-                lengths.append(len(ids))
-                too_long = len(ids) > self.max_length
-                yield next(self._ids([text], truncation=True, max_length=self.max_length)) if too_long else ids
-
-        return TokenLists.of(cut()), lengths
-
-    def check(
-        self, found: Sequence[list[int]], texts: Sequence[str], where: Callable[[int], str] | None = None
-    ) -> None:
-        """Raise the ``DataError``s of ``encode`` for the ids ``found`` of ``texts``."""
-
-        def place(at: int) -> str:
-            return where(at) if where else f"text {at + 1} of {len(texts)}"
-
-        for at, ids in enumerate(found):
-            if not ids:
-                raise DataError(
-                    f"the base's tokenizer makes no token of the text {quoted(texts[at])}.",
-                    where=place(at),
-                    advice="Remove it.",
-                )
-        for at, ids in enumerate(found):
-            self.base.check_tokens(ids, place(at))
-
-    def _ids(self, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
-        """Of each text, some thousand at a time."""
-        for start in range(0, len(texts), _AT_ONCE):
-            some = list(texts[start : start + _AT_ONCE])
-            lean = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-            found = tokens_of(self.tokenizer, some, **lean, **options)["input_ids"]
-            yield from map(list, found)
-
-    def logits(
-        self,
-        assembled: Assembled,
-        rows: TokenRows,
-        cache: ActivationCache | None = None,
-        progress: OnProgress | None = None,
-    ) -> torch.Tensor:
-        """Logits (rows, labels) on the CPU, in the order of the rows; ``cache`` may hold the head's features."""
-        return logits_of(assembled, rows, cache, progress)
+    def inspected(
+        cls,
+        data: LabelledData[str],
+        lengths: tuple[Sequence[int], Sequence[int]],
+        limits: tuple[int, int],
+        counted: Sequence[Counted | None],
+    ) -> TextReport:
+        """A ``LabelReport``."""
+        return inspect_data(data, *lengths, *limits, counted)
 
     def targets(self, labels: Sequence[str]) -> torch.Tensor:
         """(rows,) int64 positions of label names."""
         number = {label: at for at, label in enumerate(self.labels)}
         return torch.tensor([number[label] for label in labels], dtype=torch.long)
 
-    # --------------------------------------------------------------------------------------------------------- the head
+    def with_own_labels(self, rows: LabelledText[str]) -> LabelledText[str]:
+        """The rows with each label as the task spells it; one that it does not know stays as it is."""
+        return with_known_labels(rows, self.labels)
 
-    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
-        """A ``SequenceClassifier``."""
-        layers = method.feature_layers or readable_layers(inner_states(loaded), self.base.hidden_size)
-        model = SequenceClassifier(loaded, self.pooling, len(self.labels), layers)
-        return model, model.text_part
+    def check_labels(self, rows: LabelledText[str]) -> None:
+        """``DataError`` for the first label that is not one of the task's."""
+        for row, label in enumerate(rows.labels):
+            if label not in self.labels:
+                raise DataError(
+                    f"the label {quoted(label)} is not one the adapter knows.{nearest(label, self.labels)}",
+                    advice=f"It knows: {shorten(self.labels)}.",
+                    where=rows.where(row),
+                )
 
-    def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
-        """Pooling leaves a soft prompt's positions out."""
-        model.virtual_tokens = virtual_tokens
+    # --------------------------------------------------------------------------------------------- the head, and asking
 
-    # --------------------------------------------------------------------------------------------- to and from adapters
+    @property
+    def solver(self) -> ClassSolver:
+        """Multinomial logistic regression."""
+        return ClassSolver(len(self.labels))
 
-    def record(self, model: Any) -> dict[str, Any]:
-        """Labels, pooling, layers and length, as stored beside an adapter."""
-        return {
-            "task": self.name,
-            "labels": list(self.labels),
-            "pooling": self.pooling,
-            "max_length": self.max_length,
-            "feature_layers": list(model.feature_layers),
-        }
+    def untrained(self, train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+        """Similarity to each label's mean."""
+        return nearest_mean_logits(train, targets, test, len(self.labels))
 
-    @classmethod
-    def restore(cls, base: Base, record: dict[str, Any]) -> Classification:
-        """The task of a stored adapter."""
-        return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"])
-
-    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
-        """Texts; their labels are not looked at."""
-        return without_loss(self.encode(read_to_score(data).texts[:count]))
+    def scored(self, rows: LabelledText[str], outputs: torch.Tensor) -> Scored:
+        """Accuracy, macro F1 and loss."""
+        return scored(self.labels, rows, outputs, self.targets(rows.labels))
 
     @classmethod
     def of_peft(cls, base: Base, stored: StoredAdapter) -> Classification:
@@ -246,37 +150,6 @@ class Classification(LinearHeadTask):
         """A ``Classifier``."""
         return Classifier(assembled)
 
-    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
-        """(1, labels)."""
-        return self.logits_of_ids(assembled, self.encode([text]))
-
-    def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
-        """(rows, labels)."""
-        return self.logits(assembled, TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids))
-
-    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
-        """Accuracy, macro F1 and loss. ``DataError`` for a label that the adapter does not know."""
-        rows = read_to_score(settings.data, text_column=settings.text_column, label_column=settings.label_column)
-        rows = self.with_own_labels(rows)
-        self.check_labels(rows)
-        for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
-            report(Warned(text=text))
-        return score_texts(assembled, rows, progress=counter(report))
-
-    def with_own_labels(self, rows: LabelledText) -> LabelledText:
-        """The rows with each label as the task spells it; one that it does not know stays as it is."""
-        return with_known_labels(rows, self.labels)
-
-    def check_labels(self, rows: LabelledText) -> None:
-        """``DataError`` for the first label that is not one of the task's."""
-        for row, label in enumerate(rows.labels):
-            if label not in self.labels:
-                raise DataError(
-                    f"the label {quoted(label)} is not one the adapter knows.{nearest(label, self.labels)}",
-                    advice=f"It knows: {shorten(self.labels)}.",
-                    where=rows.where(row),
-                )
-
     # ------------------------------------------------------------------------------------------------------------ words
 
     @classmethod
@@ -287,32 +160,16 @@ class Classification(LinearHeadTask):
     @classmethod
     def card(cls, record: dict[str, Any]) -> CardWords:
         """Labels, accuracy and how to predict."""
-        trained, labels = record["trained"], record["labels"]
-        shown = ", ".join(labels[:_SHOWN_LABELS])
-        more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
+        trained = record["trained"]
         score = untested(trained, "accuracy")
         if trained["test_rows"]:
             score = f"Test accuracy {trained['score']:.2%} on {trained['test_rows']:,} rows"
         return CardWords(
-            f"Classifies a text into {len(labels)} labels: {shown}{more}.",
+            f"Classifies a text into {len(record['labels'])} labels: {first_labels(record)}.",
             score,
             'capo predict ADAPTER "your text"',
             'classifier = capotune.load(adapter)\nclassifier.predict(["your text"])',
         )
-
-    @classmethod
-    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
-        """Labels, pooling and length."""
-        return {name: record[name] for name in ("labels", "pooling", "max_length")}
-
-    @classmethod
-    def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
-        """The first labels, and what is read of a text."""
-        labels = facts["labels"]
-        return [
-            ("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}"),
-            ("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"),
-        ]
 
     @classmethod
     def chance(cls, metric: str, predictions: Sequence[Mapping[str, Any]]) -> tuple[float, str]:  # noqa: ARG003

@@ -18,7 +18,7 @@ from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
-from capotune.tasks.solved_head import Units, solve_head, train_from
+from capotune.tasks.solved_head import ClassSolver, Units, solve_head, train_from
 from capotune.tasks.token_classification.data import TaggedData, load_tagged, rarest_types, sentence_groups
 from capotune.tasks.token_classification.features import all_features, targets_in, words_in
 from capotune.tasks.token_classification.inspect import inspect_tags
@@ -96,11 +96,11 @@ class TokenClassificationRun(TaskRun):
             outputs = objective.of_logits(logits, self.targets[held], words[self.held_rows].tolist())
             return objective.score(outputs, self.train.targets)
 
-        units = Units(features, self.targets, fit, held, len(self.task.labels))
-        solved = solve_head(assembled, units, held_score, report)
+        units = Units(features, self.targets, fit, held)
+        solved = solve_head(assembled, units, ClassSolver(len(self.task.labels)), held_score, report)
         del features, units
         if solved.unfinished is None:
-            return solved.fitted()
+            return solved.fitted(objective)
         rows = self.train.take(self.fit_rows), self.train.take(self.held_rows)
         return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
 

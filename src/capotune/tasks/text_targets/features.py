@@ -1,4 +1,4 @@
-"""What a classifier's head reads: pooled hidden states, (rows, layers·hidden) fp32 on the CPU."""
+"""What a head on texts reads: pooled hidden states, (rows, layers·hidden) fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.evaluation.forward import Examples, batches
 from capotune.events import OnProgress
 from capotune.kernels.execution import reduced_precision, reusing_memory
-from capotune.tasks.classification.model import readable_layers
+from capotune.tasks.text_targets.model import readable_layers
 
 
 def all_features(

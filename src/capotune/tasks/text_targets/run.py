@@ -1,52 +1,56 @@
-"""A run that trains on labels: solve the head on what the start model computes, then train in steps the rest."""
+"""A run that trains on labelled text: solve the head on what the start model computes, then train in steps the rest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import TokenLists, TokenRows
-from capotune.data.inspect.labels import inspect_data
 from capotune.data.inspect.measures import Counted, rows_to_count
-from capotune.data.labelled import LabelledData, LabelledText, load_labelled
+from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import hold_out, text_numbers
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Recording
 from capotune.evaluation.forward import Examples
-from capotune.evaluation.metrics import nearest_mean_logits, wilson_interval
 from capotune.events import DataInspected, Reporter, Stage, Warned, counter
 from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
-from capotune.tasks.classification.features import all_features
-from capotune.tasks.classification.score import right_or_wrong, score_texts
-from capotune.tasks.classification.task import Classification
 from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import Units, solve_head, train_from
+from capotune.tasks.text_targets.features import all_features
+from capotune.tasks.text_targets.score import score_texts
+from capotune.tasks.text_targets.task import TextTargetTask
 
 _HASHED_AT_ONCE = 10_000
+AnyTask = type[TextTargetTask]
 
 
-def inspect_rows(settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+def inspect_rows(
+    kind: AnyTask, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter
+) -> None:
     """Do what a run does before its base is loaded, but of many rows tokenise some."""
-    data, task = _read(settings, method, base)
+    data, task = _read(kind, settings, method, base)
     counted = [rows_to_count(rows.texts, settings.seed) for rows in (data.train, data.test)]
     train, test = (
         rows if some is None else rows.take(some.rows)
         for rows, some in zip((data.train, data.test), counted, strict=True)
     )
     sequences = _tokenised(data, task, train, test, report, counted)
-    _held_out(data, task, settings)
+    _held_out(data, settings, kind)
     task.check(sequences, train.texts, train.where)
 
 
-def _read(settings: TrainSettings, method: TrainingSettings, base: Base) -> tuple[LabelledData, Classification]:
-    data = load_labelled(
+def _read(
+    kind: AnyTask, settings: TrainSettings, method: TrainingSettings, base: Base
+) -> tuple[LabelledData[Any], TextTargetTask]:
+    data = kind.reading.load(
         settings.data,
         test=settings.test,
         text_column=settings.text_column,
@@ -54,73 +58,72 @@ def _read(settings: TrainSettings, method: TrainingSettings, base: Base) -> tupl
         test_fraction=settings.test_fraction,
         seed=settings.seed,
     )
-    return data, Classification.on(base, data.label_names, settings.max_length, method.virtual_tokens)
+    return data, kind.of_data(base, data, settings.max_length, method.virtual_tokens)
 
 
 def _tokenised(
-    data: LabelledData,
-    task: Classification,
-    train: LabelledText,
-    test: LabelledText,
+    data: LabelledData[Any],
+    task: TextTargetTask,
+    train: LabelledText[Any],
+    test: LabelledText[Any],
     report: Reporter,
     counted: Sequence[Counted | None] = (None, None),
 ) -> TokenLists:
     """Tokenise the training rows, unchecked, and say what the data is; ``counted``: where ``train`` and ``test`` are
     not all of it, which rows they are."""
     sequences, lengths = task.encode_many(train.texts)
-    found = inspect_data(data, lengths, task.token_lengths(test.texts), task.max_length, task.base.max_length, counted)
+    limits = task.max_length, task.base.max_length
+    found = task.inspected(data, (lengths, task.token_lengths(test.texts)), limits, counted)
     report(DataInspected(task=task.name, report=asdict(found)))
     for notice in _notices(task, lengths):
         report(Warned(text=notice))
     return sequences
 
 
-def _held_out(
-    data: LabelledData, task: Classification, settings: TrainSettings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The targets, and the rows to fit and those held out. Equal texts do not stand on both sides."""
-    targets = task.targets(data.train.labels)
-    fraction = held_out_fraction(settings.validation_fraction, len(targets))
+def _held_out(data: LabelledData[Any], settings: TrainSettings, kind: AnyTask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows to fit and those held out. Equal texts do not stand on both sides."""
+    fraction = held_out_fraction(settings.validation_fraction, len(data.train))
     groups = text_numbers(data.train.texts).tolist()
-    fit, held = hold_out(targets.tolist(), fraction, settings.seed, groups)
-    return targets, torch.as_tensor(fit), torch.as_tensor(held)
+    fit, held = hold_out(kind.reading.strata(data.train.labels), fraction, settings.seed, groups)
+    return torch.as_tensor(fit), torch.as_tensor(held)
 
 
-class ClassificationRun(TaskRun):
+class TextTargetRun(TaskRun):
     """Labelled text, tokenised and split."""
 
-    task: Classification
+    task: TextTargetTask
 
-    def __init__(self, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+    def __init__(
+        self, kind: AnyTask, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter
+    ) -> None:
         self.seed = settings.seed
-        self.data, self.task = data, task = _read(settings, method, base)
+        self.data, self.task = data, task = _read(kind, settings, method, base)
         train = data.train
         sequences = _tokenised(data, task, train, data.test, report)
-        self.targets, self.fit_rows, self.held_rows = _held_out(data, task, settings)
+        self.targets = task.targets(train.labels)
+        self.fit_rows, self.held_rows = _held_out(data, settings, kind)
         task.check(sequences, train.texts, train.where)
         self.train = Examples(TokenRows(sequences, task.pad_id), self.targets, where=train.where)
         self.train_rows = len(train)
         self.data_sha256 = _data_hash(data)
         self._features: torch.Tensor | None = None
+        self._held_outputs: torch.Tensor | None = None
 
     def start_tokens(self, method: TrainingSettings) -> list[int]:
         """The label names' tokens, those of a text, or all that occur."""
         return prompt_tokens(self.task.tokenizer, self.task.labels, method, self.train.rows.sequences)
 
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
-        """Nearest class mean on the last layer's features."""
+        """What the last layer's features give without training; of its scores the compared one."""
         task, test = self.task, self.data.test
         if not len(test):
-            return Scored("accuracy", {}, {}, 0)
-        hidden, targets = assembled.model.width_of((-1,)), task.targets(test.labels)
+            return Scored(task.objective.metric, {}, {}, 0)
+        hidden = assembled.model.width_of((-1,))
         rows = TokenRows(task.encode(test.texts, test.where), task.pad_id)
         train_features = all_features(assembled, self.train.rows, cache, counter(report), reduced=True)[:, -hidden:]
         test_features = all_features(assembled, rows, cache, counter(report))[:, -hidden:]
-        logits = nearest_mean_logits(train_features, self.targets, test_features, len(task.labels))
-        accuracy = float((logits.argmax(1) == targets).float().mean())
-        interval = wilson_interval(accuracy, len(targets))
-        counts = right_or_wrong(logits, targets)
-        return Scored("accuracy", {"accuracy": accuracy}, {"accuracy": interval}, len(targets), counts=counts)
+        found = task.scored(test, task.untrained(train_features, self.targets, test_features))
+        return replace(found, scores={found.metric: found.scores[found.metric]}, predictions=[])
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """The features, when the method leaves them equal: to the bit, whoever filled the cache."""
@@ -139,17 +142,31 @@ class ClassificationRun(TaskRun):
         features = self._features if self._features is not None else self._start_features(assembled, cache, report)
         self._features = None
         fit, held, targets = self.fit_rows, self.held_rows, self.targets
-        units = Units(features, targets, fit, held, len(self.task.labels))
+        units = Units(features, targets, fit, held)
         objective = self.task.objective
-        solved = solve_head(assembled, units, lambda logits: objective.score(logits, targets[held]), report)
+        solved = solve_head(
+            assembled, units, self.task.solver, lambda logits: objective.score(logits, targets[held]), report
+        )
         del features, units
         if solved.unfinished is None:
-            return solved.fitted()
+            self._held_outputs = solved.held_logits
+            return solved.fitted(objective)
         rows = self.train.take(fit), self.train.take(held)
         return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
 
+    def decide(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Assembled:
+        """What the task chooses on the held-out rows' outputs, by weights that were not fitted to them."""
+
+        def held() -> torch.Tensor:
+            if self._held_outputs is not None:
+                return self._held_outputs
+            return self.task.logits(assembled, self.train.take(self.held_rows).rows, cache, counter(report))
+
+        self.task = self.task.decided(held, self.targets[self.held_rows])
+        return replace(assembled, task=self.task)
+
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
-        """Accuracy, macro F1 and loss."""
+        """The task's scores."""
         return score_texts(assembled, self.data.test, cache, counter(report))
 
     def _start_features(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> torch.Tensor:
@@ -161,7 +178,7 @@ class ClassificationRun(TaskRun):
         return features
 
 
-def _notices(task: Classification, lengths: list[int]) -> list[str]:
+def _notices(task: TextTargetTask, lengths: list[int]) -> list[str]:
     """Where sentence-transformers would make other vectors of the training texts."""
     files = task.base.sentence_files
     longest = files.longest
@@ -175,7 +192,7 @@ def _notices(task: Classification, lengths: list[int]) -> list[str]:
     ]
 
 
-def _data_hash(data: LabelledData) -> str:
+def _data_hash(data: LabelledData[Any]) -> str:
     """Of all texts and labels, as one JSON list of four lists, which is never whole in memory."""
     total = hashlib.sha256()
     for number, part in enumerate((data.train.texts, data.train.labels, data.test.texts, data.test.labels)):

@@ -1,0 +1,303 @@
+"""A task that predicts something of each text by a linear head on a pooled vector of the backbone.
+
+What it predicts is the kind's own: how a label is read, what the head's outputs are trained for, how they are scored.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+import torch
+
+from capotune.adapters.assemble import Assembled
+from capotune.adapters.store import StoredRecord
+from capotune.data.batches import Encoded, TokenLists, TokenRows, without_loss
+from capotune.data.inspect.measures import Counted
+from capotune.data.inspect.texts import TextReport, lost_texts
+from capotune.data.labelled import LabelledData, LabelledText, LabelReading
+from capotune.data.wording import quoted
+from capotune.engine.activation_cache import ActivationCache
+from capotune.errors import DataError
+from capotune.events import OnProgress, Reporter, Warned, counter
+from capotune.methods.base import Method
+from capotune.models.base import Base
+from capotune.models.sentence_files import Pooling
+from capotune.models.tokenizer_files import tokens_of
+from capotune.settings import EvaluateSettings, TrainingSettings, TrainSettings
+from capotune.tasks.base import Scored, TaskRun
+from capotune.tasks.linear_head import LinearHeadTask, inner_states
+from capotune.tasks.room import text_length
+from capotune.tasks.solved_head import HeadSolver
+from capotune.tasks.text_targets.model import SequenceClassifier, readable_layers
+from capotune.tasks.text_targets.score import logits_of, score_texts
+
+_AT_ONCE = 5000  # texts given to the tokenizer together
+AnyTarget = TypeVar("AnyTarget", bound="TextTargetTask")
+
+
+class TextTargetRecord(StoredRecord):
+    """What is stored of every kind."""
+
+    labels: list[str] = pydantic.Field(min_length=1)
+    pooling: Pooling
+    feature_layers: list[int]
+
+
+@dataclass(frozen=True)
+class TextTargetTask(LinearHeadTask):
+    """The task: its outputs and lengths.
+
+    A *label* is what a row of the data has (a class, several, numbers); a *target* is what the objective compares
+    outputs with, one row of a tensor.
+    """
+
+    base: Base
+    labels: tuple[str, ...]
+    """Names of the head's outputs."""
+    max_length: int
+    """Longest text in tokens; longer ones are cut."""
+    pooling: Pooling
+
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    Record = TextTargetRecord
+    reading: ClassVar[LabelReading[Any]]
+    """How a label is read."""
+
+    # ------------------------------------------------------------------------------------------- what each kind says
+
+    @classmethod
+    @abstractmethod
+    def of_data(
+        cls: type[AnyTarget], base: Base, data: LabelledData[Any], max_length: int | None, virtual_tokens: int
+    ) -> AnyTarget:
+        """The task for such training rows; the other arguments as ``on`` has them."""
+
+    @classmethod
+    @abstractmethod
+    def inspected(
+        cls,
+        data: LabelledData[Any],
+        lengths: tuple[Sequence[int], Sequence[int]],
+        limits: tuple[int, int],
+        counted: Sequence[Counted | None],
+    ) -> TextReport:
+        """The data report. ``lengths`` in tokens of training and test texts, ``limits`` of a text and of the base;
+        ``counted`` as ``text_facts`` has it."""
+
+    @abstractmethod
+    def targets(self, labels: Sequence[Any]) -> torch.Tensor:
+        """(rows, …), what the objective needs of each label."""
+
+    @property
+    @abstractmethod
+    def solver(self) -> HeadSolver:
+        """How the head is solved on features."""
+
+    @abstractmethod
+    def untrained(self, train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+        """Outputs (test rows, outputs) that one gets from frozen features without training, as ``base_note`` says.
+
+        Shapes: train (rows, features), targets (rows, …), test (test rows, features).
+        """
+
+    @abstractmethod
+    def scored(self, rows: LabelledText[Any], outputs: torch.Tensor) -> Scored:
+        """The score of outputs (rows, outputs) for rows, of which there may be none."""
+
+    def decided(self: AnyTarget, held: Callable[[], torch.Tensor], targets: torch.Tensor) -> AnyTarget:  # noqa: ARG002
+        """The task with what is chosen after training on held-out rows, such as thresholds; by default nothing is.
+
+        ``held`` gives their outputs (rows, outputs) by weights that were not fitted to them, ``targets`` are theirs.
+        """
+        return self
+
+    def with_own_labels(self, rows: LabelledText[Any]) -> LabelledText[Any]:
+        """The rows to score, with each label as the task spells it; one that it does not know stays as it is."""
+        return rows
+
+    def check_labels(self, rows: LabelledText[Any]) -> None:
+        """``DataError`` for the first row with a label that the task cannot score."""
+
+    # ------------------------------------------------------------------------------------------------------ from data
+
+    @classmethod
+    def on(
+        cls: type[AnyTarget],
+        base: Base,
+        labels: Sequence[str],
+        max_length: int | None,
+        virtual_tokens: int,
+        pooling: Pooling | None = None,
+        **own: Any,
+    ) -> AnyTarget:
+        """The task on a base; ``max_length`` None is all that the base takes beside ``virtual_tokens``; ``own`` are the
+        kind's further fields."""
+        marks = base.tokenizer.num_special_tokens_to_add()
+        length = text_length(base, max_length, virtual_tokens, marks)
+        return cls(base, tuple(labels), length, pooling or base.pooling, **own)
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
+        """Labelled rows, tokenised and split."""
+        from capotune.tasks.text_targets.run import TextTargetRun
+
+        return TextTargetRun(cls, settings, method, base, report)
+
+    @classmethod
+    def inspect(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
+        """Labelled rows, of which enough are tokenised to say how long they are."""
+        from capotune.tasks.text_targets.run import inspect_rows
+
+        inspect_rows(cls, settings, method, base, report)
+
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Length of each text in tokens before cutting."""
+        return [len(ids) for ids in self._ids(texts, truncation=False)]
+
+    def encode(self, texts: Sequence[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_length``.
+
+        ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
+        for a text of which no token comes, and for one with a token that the base has no embedding for.
+        """
+        found = list(self._ids(texts, truncation=True, max_length=self.max_length))
+        self.check(found, texts, where)
+        return found
+
+    def encode_many(self, texts: Sequence[str]) -> tuple[TokenLists, list[int]]:
+        """The same of any number of texts, unchecked, and their lengths before cutting; each is tokenised once, but
+        those that are cut."""
+        lengths: list[int] = []
+
+        def cut() -> Iterator[list[int]]:
+            for text, ids in zip(texts, self._ids(texts, truncation=False), strict=True):
+                lengths.append(len(ids))
+                too_long = len(ids) > self.max_length
+                yield next(self._ids([text], truncation=True, max_length=self.max_length)) if too_long else ids
+
+        return TokenLists.of(cut()), lengths
+
+    def check(
+        self, found: Sequence[list[int]], texts: Sequence[str], where: Callable[[int], str] | None = None
+    ) -> None:
+        """Raise the ``DataError``s of ``encode`` for the ids ``found`` of ``texts``."""
+
+        def place(at: int) -> str:
+            return where(at) if where else f"text {at + 1} of {len(texts)}"
+
+        for at, ids in enumerate(found):
+            if not ids:
+                raise DataError(
+                    f"the base's tokenizer makes no token of the text {quoted(texts[at])}.",
+                    where=place(at),
+                    advice="Remove it.",
+                )
+        for at, ids in enumerate(found):
+            self.base.check_tokens(ids, place(at))
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
+        """Of each text, some thousand at a time."""
+        for start in range(0, len(texts), _AT_ONCE):
+            some = list(texts[start : start + _AT_ONCE])
+            lean = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+            found = tokens_of(self.tokenizer, some, **lean, **options)["input_ids"]
+            yield from map(list, found)
+
+    # --------------------------------------------------------------------------------------------------------- the head
+
+    def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
+        """A ``SequenceClassifier``."""
+        layers = method.feature_layers or readable_layers(inner_states(loaded), self.base.hidden_size)
+        model = SequenceClassifier(loaded, self.pooling, len(self.labels), layers)
+        return model, model.text_part
+
+    def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
+        """Pooling leaves a soft prompt's positions out."""
+        model.virtual_tokens = virtual_tokens
+
+    def logits(
+        self,
+        assembled: Assembled,
+        rows: TokenRows,
+        cache: ActivationCache | None = None,
+        progress: OnProgress | None = None,
+    ) -> torch.Tensor:
+        """Outputs (rows, outputs) on the CPU, in the order of the rows; ``cache`` may hold the head's features."""
+        return logits_of(assembled, rows, cache, progress)
+
+    # --------------------------------------------------------------------------------------------- to and from adapters
+
+    def record(self, model: Any) -> dict[str, Any]:
+        """Labels, pooling, layers and length, as stored beside an adapter, and the kind's further fields."""
+        return {
+            "task": self.name,
+            "labels": list(self.labels),
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "feature_layers": list(model.feature_layers),
+            **self.own(),
+        }
+
+    def own(self) -> dict[str, Any]:
+        """The kind's further fields, for the record."""
+        return {}
+
+    @classmethod
+    def restore(cls: type[AnyTarget], base: Base, record: dict[str, Any]) -> AnyTarget:
+        """The task of a stored adapter."""
+        return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"], **cls.own_of(record))
+
+    @classmethod
+    def own_of(cls, record: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        """The kind's further fields, from the record."""
+        return {}
+
+    def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
+        """Texts; their labels are not looked at."""
+        return without_loss(self.encode(self.reading.read_to_score(data).texts[:count]))
+
+    def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
+        """(1, outputs)."""
+        return self.logits_of_ids(assembled, self.encode([text]))
+
+    def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
+        """(rows, outputs)."""
+        return self.logits(assembled, TokenRows(sequences, self.pad_id, assembled.method.virtual_token_ids))
+
+    def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
+        """The scores of a run. ``DataError`` for a label that the adapter does not know."""
+        rows = self.reading.read_to_score(
+            settings.data, text_column=settings.text_column, label_column=settings.label_column
+        )
+        rows = self.with_own_labels(rows)
+        self.check_labels(rows)
+        for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
+            report(Warned(text=text))
+        return score_texts(assembled, rows, progress=counter(report))
+
+    # ------------------------------------------------------------------------------------------------------------ words
+
+    @classmethod
+    def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """Labels, pooling and length."""
+        return {name: record[name] for name in ("labels", "pooling", "max_length")}
+
+    @classmethod
+    def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
+        """The first labels, and what is read of a text."""
+        labels = facts["labels"]
+        return [
+            ("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}"),
+            ("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"),
+        ]
+
+
+def first_labels(record: Mapping[str, Any], most: int = 20) -> str:
+    """The names of the outputs, for a card."""
+    labels = record["labels"]
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return f"{', '.join(labels[:most])}{more}"
