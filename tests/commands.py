@@ -78,4 +78,4 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
     while not happened():
         assert process.poll() is None, f"it ended before: {process.communicate()}"
         assert time.monotonic() < end, "it did not come so far"
-        time.sleep(0.002)
+        time.sleep(0.01)

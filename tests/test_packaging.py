@@ -102,12 +102,12 @@ def test_installed_wheel_is_what_runs(environment: Path, tmp_path: Path) -> None
 
 
 def test_comparison_runs_from_the_installed_wheel(environment: Path, tmp_path: Path) -> None:
-    """The embedded model, the data, the kernels' sources and the page's template all come with the wheel. Two
-    techniques and 200 of the demo's rows are enough for that."""
+    """The embedded model, the data, the kernels' sources and the page's template all come with the wheel. One
+    technique and 200 of the demo's rows are enough for that."""
     said = run(environment / "python", "-c", "from capotune.cli.demo import EXPRESSIONS as e; print(e)", cwd=tmp_path)
     lines = Path(said.strip()).read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:180] + lines[-20:]), encoding="utf-8")
-    methods = ["lora", "qlora"]
+    methods = ["qlora"]
     epochs = [part for method in methods for part in (f"--{method}.epochs", "1")]
     run(
         environment / "capo", "compare", "--data", "few.jsonl", "--model", "capo-tiny", "--methods", *methods, *epochs,
