@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 import capotune
 from capotune import methods
@@ -25,6 +25,7 @@ from capotune.data.batches import IGNORE_INDEX, Encoded
 from capotune.data.generation import read_samples_to_score
 from capotune.data.readers import as_source
 from capotune.errors import CapotuneError, ModelError
+from capotune.kernels.prefix import LayerPrefix
 from capotune.models.base import Base, find, quiet
 from capotune.settings import Context
 from capotune.tasks.generation import Generation
@@ -58,6 +59,7 @@ TRAINED_ON = {
 PROMPTS = ["The keeper", "How do I change the address on", "Two ships"]
 
 Check = Callable[[], float]
+Prompt = torch.Tensor | Sequence[LayerPrefix] | None
 Outcome = Literal["works", "differs", "refused", "fault"]
 
 
@@ -112,12 +114,14 @@ class Checks:
             "text: lora": partial(self.text, "lora", rank=4),
             "text: qlora": partial(self.text, "qlora", rank=4),
             "text: prompt": self.text_prompt,
+            "text: deep prompt": self.text_deep_prompt,
             "merge": self.merges,
             "labels: head": self.labels_head,
             "labels: last block": partial(self.labels, "feature-extraction", **BLOCKS),
             "labels: lora": partial(self.labels, "lora", rank=4),
             "labels: qlora": partial(self.labels, "qlora", rank=4),
-            "labels: prompt": partial(self.labels, "prompt-tuning", num_virtual_tokens=3),
+            "labels: prompt": partial(self.labels, "prompt-tuning", num_virtual_tokens=3, deep=False),
+            "labels: deep prompt": partial(self.labels, "prompt-tuning", num_virtual_tokens=3, deep=True),
             "labels: merge": self.merges_labels,
             "quantize": self.quantizes,
         }
@@ -153,6 +157,17 @@ class Checks:
             virtual = torch.tensor(loaded._assembled.method.virtual_token_ids)
             return abs(self._loss(loaded.model, virtual) - trained["loss"])
         return abs(self._loss(model, prompt) - trained["loss"])
+
+    def text_deep_prompt(self) -> float:
+        """A deep prompt: the stored adapter with placeholders before each row, and Transformers' model with its keys
+        and values in the cache, as PEFT gives them, against the run's score, which read no placeholders."""
+        loaded, trained = self._trained(
+            "prompt-tuning", PAIRS, "text", num_virtual_tokens=3, deep=True, learning_rate=0.1
+        )
+        virtual = torch.tensor(loaded._assembled.method.virtual_token_ids)
+        alone = self._loss(loaded.model, virtual)
+        theirs = self._loss(_causal(self.folder), loaded.method.embedding.prefixes())
+        return max(abs(alone - trained["loss"]), abs(theirs - trained["loss"]))
 
     def merges(self) -> float:
         """A merged lora adapter in Transformers against the run's own score."""
@@ -236,7 +251,8 @@ class Checks:
         self, method: str, rows: list[dict[str, str]], kind: str, **settings: Any
     ) -> tuple[Any, dict[str, Any]]:
         """The adapter of a short run, read from disk, and the run's scores."""
-        out = self.out / f"{method}-{kind}-{settings.get('trainable_layers', '')}".rstrip("-")
+        which = "deep" if settings.get("deep") else settings.get("trainable_layers", "")
+        out = self.out / f"{method}-{kind}-{which}".rstrip("-")
         given = {**SHORT, **settings, "test": rows, "model": str(self.folder), "out": out}
         result = capotune.train(method, data=TRAINED_ON[kind], **given, **({"answers": 0} if kind == "text" else {}))[
             "result"
@@ -253,8 +269,9 @@ class Checks:
         return scores
 
     @torch.no_grad()
-    def _loss(self, model: Any, prompt: torch.Tensor | None = None) -> float:
-        """Mean cross-entropy per token in the loss, each row by itself; ``prompt``: ids or vectors before each."""
+    def _loss(self, model: Any, prompt: Prompt = None) -> float:
+        """Mean cross-entropy per token in the loss, each row by itself; ``prompt``: ids, vectors, or each block's keys
+        and values before each."""
         task = Generation.on(self.base, None, 0 if prompt is None else len(prompt))
         encoded = [one for of_row in task.encode(read_samples_to_score(as_source(PAIRS))) for one in of_row]
         sums = [_row_loss(model, one, prompt) for one in encoded]
@@ -279,12 +296,15 @@ def _causal(folder: Path) -> Any:
         return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _row_loss(model: Any, row: Encoded, prompt: torch.Tensor | None) -> float:
+def _row_loss(model: Any, row: Encoded, prompt: Prompt) -> float:
     """Sum of the cross-entropies of one sequence."""
     ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels)
-    before = 0 if prompt is None else len(prompt)
+    before = len(prompt) if isinstance(prompt, torch.Tensor) else 0
+    inputs: dict[str, Any]
     if prompt is None:
         inputs = {"input_ids": ids}
+    elif not isinstance(prompt, torch.Tensor):
+        inputs = {"input_ids": ids, "past_key_values": _cache(prompt), "use_cache": True}
     elif prompt.dim() == 1:
         inputs = {"input_ids": torch.cat([prompt[None], ids], 1)}
     else:
@@ -294,6 +314,14 @@ def _row_loss(model: Any, row: Encoded, prompt: torch.Tensor | None) -> float:
             inputs["per_layer_inputs"] = model.base_model.get_per_layer_inputs(functional.pad(ids, (before, 0)))
     logits = model(**inputs).logits[0, before:]
     return float(functional.cross_entropy(logits[:-1].float(), labels[1:], reduction="sum", ignore_index=IGNORE_INDEX))
+
+
+def _cache(prefixes: Sequence[LayerPrefix]) -> DynamicCache:
+    """Their keys and values, as those of tokens that were read before."""
+    cache = DynamicCache()
+    for number, one in enumerate(prefixes):
+        cache.update(one.keys.detach().transpose(0, 1)[None], one.values.detach().transpose(0, 1)[None], number)
+    return cache
 
 
 @torch.no_grad()
