@@ -200,6 +200,11 @@ class TrainingSettings(Settings):
         return True
 
     @property
+    def solves_head_again(self) -> bool:
+        """Whether the head is solved once more after training, on what the trained model computes of all rows."""
+        return False
+
+    @property
     def over_full_precision(self) -> TrainingSettings:
         """The same over a base in full precision, where these are for one in 4 bits."""
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,9 +106,14 @@ class SolvedHead:
     regularization: float
     """The λ that was best on them."""
     unfinished: LinearHead | None
-    """A more regularised head, which leaves the method something to gain; None: the method trains no weights."""
+    """A more regularised head, which leaves the method something to gain; None: nothing is trained after it."""
     held_logits: torch.Tensor
     """(units, outputs) of the held-out units, by the head that was fitted to the others alone."""
+
+    def after(self, fitted: Fitted, objective: Objective) -> Fitted:
+        """The record of the training that ended with this head."""
+        extra = fitted.extra | {"regularization": self.regularization}
+        return replace(fitted, held_out_score=objective.shown(self.score), extra=extra)
 
     def fitted(self, objective: Objective, state: TrainingState | None = None) -> Fitted:
         """For the run's record: how training ended, or where that is None, that nothing but the head was fitted."""
@@ -124,8 +129,10 @@ def solve_head(
     solver: HeadSolver,
     held_score: Callable[[torch.Tensor], Score],
     report: Reporter,
+    *,
+    last: bool,
 ) -> SolvedHead:
-    """Solve the model's ``classifier``: on all units when the method trains no weights, else on those to fit.
+    """Solve the model's ``classifier``: on all units when nothing is trained after it (``last``), else on those to fit.
 
     ``held_score``: the objective's score from the logits (units, outputs) of the held-out units.
     """
@@ -134,7 +141,7 @@ def solve_head(
     head, regularization = solver.choose(features[fit], targets[fit], features[held], targets[held], tick)
     logits = head.logits(features[held])
     score = held_score(logits)
-    if not assembled.method.parameters():
+    if last:
         set_head(assembled, solver.solve(features, targets, regularization, head, tick))
         return SolvedHead(score, regularization, None, logits)
     set_head(assembled, head)

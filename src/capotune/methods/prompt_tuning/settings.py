@@ -120,6 +120,11 @@ class PromptTuningSettings(TrainingSettings):
         """A hard prompt stays as it is."""
         return not self.hard
 
+    @property
+    def solves_head_again(self) -> bool:
+        """With so few weights of the method's own the head decides most, and steps do not bring it to its best."""
+        return True
+
     def candidate_prompts(self) -> list[str]:
         """The lines of ``candidates``, each once; a typed \\n stands for a line break. ``hard`` alone: its text."""
         if self.candidates is None:

@@ -23,8 +23,8 @@ from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
-from capotune.tasks.solved_head import Units, solve_head, train_from
-from capotune.tasks.text_targets.features import all_features
+from capotune.tasks.solved_head import SolvedHead, Units, solve_head, train_from
+from capotune.tasks.text_targets.features import all_features, compute_features
 from capotune.tasks.text_targets.score import score_texts
 from capotune.tasks.text_targets.task import TextTargetTask
 
@@ -141,18 +141,35 @@ class TextTargetRun(TaskRun):
         self.train = self.train.after(assembled.method.virtual_token_ids)
         features = self._features if self._features is not None else self._start_features(assembled, cache, report)
         self._features = None
-        fit, held, targets = self.fit_rows, self.held_rows, self.targets
-        units = Units(features, targets, fit, held)
-        objective = self.task.objective
-        solved = solve_head(
-            assembled, units, self.task.solver, lambda logits: objective.score(logits, targets[held]), report
-        )
-        del features, units
+        fit, held, objective = self.fit_rows, self.held_rows, self.task.objective
+        solved = self._solve_head(assembled, features, report, last=not assembled.method.parameters())
+        del features
         if solved.unfinished is None:
             self._held_outputs = solved.held_logits
             return solved.fitted(objective)
         rows = self.train.take(fit), self.train.take(held)
-        return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
+        fitted = train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
+        if not assembled.method.settings.solves_head_again:
+            return fitted
+        report(Stage(text="computing features"))
+        trained = compute_features(
+            assembled, assembled.model.feature_layers, self.train.rows, counter(report), reduced=True
+        )
+        solved = self._solve_head(assembled, trained, report, last=True)
+        self._held_outputs = solved.held_logits
+        return solved.after(fitted, objective)
+
+    def _solve_head(self, assembled: Assembled, features: torch.Tensor, report: Reporter, *, last: bool) -> SolvedHead:
+        targets, held, objective = self.targets, self.held_rows, self.task.objective
+        units = Units(features, targets, self.fit_rows, held)
+        return solve_head(
+            assembled,
+            units,
+            self.task.solver,
+            lambda logits: objective.score(logits, targets[held]),
+            report,
+            last=last,
+        )
 
     def decide(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Assembled:
         """What the task chooses on the held-out rows' outputs, by weights that were not fitted to them."""

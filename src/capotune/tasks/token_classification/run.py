@@ -18,9 +18,9 @@ from capotune.models.base import Base
 from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
-from capotune.tasks.solved_head import ClassSolver, Units, solve_head, train_from
+from capotune.tasks.solved_head import ClassSolver, SolvedHead, Units, solve_head, train_from
 from capotune.tasks.token_classification.data import TaggedData, load_tagged, rarest_types, sentence_groups
-from capotune.tasks.token_classification.features import all_features, targets_in, words_in
+from capotune.tasks.token_classification.features import all_features, compute_features, targets_in, words_in
 from capotune.tasks.token_classification.inspect import inspect_tags
 from capotune.tasks.token_classification.objective import WordCrossEntropy
 from capotune.tasks.token_classification.score import of_predictions, score_rows, tags_of
@@ -96,13 +96,22 @@ class TokenClassificationRun(TaskRun):
             outputs = objective.of_logits(logits, self.targets[held], words[self.held_rows].tolist())
             return objective.score(outputs, self.train.targets)
 
-        units = Units(features, self.targets, fit, held)
-        solved = solve_head(assembled, units, ClassSolver(len(self.task.labels)), held_score, report)
-        del features, units
+        def solve(features: torch.Tensor, *, last: bool) -> SolvedHead:
+            units, solver = Units(features, self.targets, fit, held), ClassSolver(len(self.task.labels))
+            return solve_head(assembled, units, solver, held_score, report, last=last)
+
+        solved = solve(features, last=not assembled.method.parameters())
+        del features
         if solved.unfinished is None:
             return solved.fitted(objective)
         rows = self.train.take(self.fit_rows), self.train.take(self.held_rows)
-        return train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
+        fitted = train_from(solved, recording, assembled, rows, cache=cache, seed=self.seed, report=report)
+        if not assembled.method.settings.solves_head_again:
+            return fitted
+        report(Stage(text="computing features"))
+        layers = assembled.model.feature_layers
+        trained = compute_features(assembled, layers, self.train, counter(report), reduced=True)
+        return solve(trained, last=True).after(fitted, objective)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """F1, precision, recall and loss."""
