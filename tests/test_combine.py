@@ -18,6 +18,7 @@ from torch import Tensor
 import capotune
 from capotune.adapters.combine import Deltas, combine, threshold
 from capotune.adapters.store import read_adapter, save_adapter
+from capotune.conversion_settings import CombineSettings
 from capotune.errors import AdapterError, CapotuneError, SettingError
 from capotune.methods.base import LowRank
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
@@ -25,7 +26,7 @@ from capotune.methods.lora.method import Lora
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
-from capotune.settings import CombineSettings, TrainingSettings
+from capotune.settings import TrainingSettings
 
 SHAPES = {"wide": (12, 20), "tall": (24, 8), "square": (16, 16)}
 IDS = torch.randint(8, 300, (3, 12), generator=torch.Generator().manual_seed(5))

@@ -20,6 +20,7 @@ import capotune
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.loaders import LOADERS, Traits, judge, traits
 from capotune.adapters.store import read_adapter, save_adapter
+from capotune.conversion_settings import ExportSettings
 from capotune.errors import AdapterError, SettingError
 from capotune.evaluation.agreement import Agreement, agreement
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
@@ -28,7 +29,6 @@ from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.methods.qlora.settings import QloraSettings
 from capotune.models.gguf import write
 from capotune.runs.publish import publish
-from capotune.settings import ExportSettings
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 1}
 VARIANTS = {

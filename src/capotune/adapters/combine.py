@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from capotune.conversion_settings import CombineSettings
 from capotune.errors import AdapterError, SettingError
 from capotune.methods.base import LowRank
-from capotune.settings import CombineSettings
 
 Deltas = Mapping[str, LowRank]
 """An adapter's deltas by their layers' paths; none has a magnitude (DoRA)."""

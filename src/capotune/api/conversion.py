@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from capotune.events import CancelToken, Reporter, ignore
-from capotune.settings import (
+from capotune.conversion_settings import (
     CombineSettings,
     DiffSettings,
     ExportSettings,
     MergeSettings,
     PushSettings,
     QuantizeSettings,
-    build,
 )
+from capotune.events import CancelToken, Reporter, ignore
+from capotune.settings import build
 
 
 def quantize(

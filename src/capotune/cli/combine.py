@@ -10,7 +10,7 @@ import tyro
 from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
-from capotune.settings import CombineSettings
+from capotune.conversion_settings import CombineSettings
 
 
 class Combine(CombineSettings):

@@ -12,8 +12,8 @@ from capotune.cli.console import terminal
 from capotune.cli.export import describe_agreement
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
+from capotune.conversion_settings import MergeSettings, QuantizeSettings
 from capotune.files import human_bytes
-from capotune.settings import MergeSettings, QuantizeSettings
 
 SHOWN_LAYERS = 5
 

@@ -11,9 +11,9 @@ from rich.table import Table
 from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
+from capotune.conversion_settings import DiffSettings
 from capotune.errors import cut
 from capotune.files import human_bytes
-from capotune.settings import DiffSettings
 
 _SHOWN = 60
 

@@ -9,7 +9,7 @@ import tyro
 from capotune.cli.console import terminal
 from capotune.cli.flags import Json, parse
 from capotune.cli.grid import two_columns
-from capotune.settings import PushSettings
+from capotune.conversion_settings import PushSettings
 
 
 class Push(PushSettings):

@@ -85,25 +85,11 @@ def train(
     """
     assert settings.epochs is not None
     assert settings.batch_size is not None
-    weights = assembled.trainable()
-    rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
+    weights, device = assembled.trainable(), assembled.model.device
     state = state or start(assembled, evaluate(), seed)
-    lengths = examples.rows.lengths
-    size = settings.batch_size
-    batches = batches or (lambda epoch: epoch_order(lengths, size, seed, epoch))
-    per_epoch = math.ceil(len(lengths) / size)
-    total = settings.epochs * per_epoch
-    device = assembled.model.device
-    on_gpu = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=on_gpu),
-        training_memory(sparing=settings.gradient_checkpointing),
-        assembled.reading(),
-        checkpointing(assembled.blocks if settings.gradient_checkpointing else []),
-        FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
-    ):
-        restore(state, weights, optimizer)
-        states.set_random_state(state.rng, device)
+    batches = batches or partial(epoch_order, examples.rows.lengths, settings.batch_size, seed)
+    total = settings.epochs * math.ceil(len(examples.rows.lengths) / settings.batch_size)
+    with _optimizing(assembled, settings, state) as optimizer:
         try:
             while not finished(state, settings):
                 with _dropout(assembled), reduced_precision():
@@ -128,6 +114,25 @@ def train(
             raise
     restore_best(state, weights)
     return state
+
+
+@contextmanager
+def _optimizing(assembled: Assembled, settings: TrainingSettings, state: TrainingState) -> Iterator[FlatAdamW]:
+    """Inside, the model computes as in training, and weights, optimizer and random numbers stand where ``state`` has
+    them; the random numbers of before come back at the end."""
+    weights = assembled.trainable()
+    rates = dict.fromkeys(weights, float(settings.head_learning_rate)) | assembled.method.learning_rates()
+    device = assembled.model.device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        training_memory(sparing=settings.gradient_checkpointing),
+        assembled.reading(),
+        checkpointing(assembled.blocks if settings.gradient_checkpointing else []),
+        FlatAdamW(weights, rates, settings.weight_decay) as optimizer,
+    ):
+        restore(state, weights, optimizer)
+        states.set_random_state(state.rng, device)
+        yield optimizer
 
 
 def finished(state: TrainingState, settings: TrainingSettings) -> bool:

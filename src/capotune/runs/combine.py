@@ -14,6 +14,7 @@ from capotune.adapters.assemble import Assembled, assemble
 from capotune.adapters.combine import Combined, Deltas, combine
 from capotune.adapters.files import WEIGHTS
 from capotune.adapters.store import StoredAdapter, check_base, find_base, put_on, read_adapter, save_adapter
+from capotune.conversion_settings import CombineSettings
 from capotune.data.wording import shorten
 from capotune.device import pick_device
 from capotune.errors import AdapterError, SettingError
@@ -21,7 +22,6 @@ from capotune.events import Reporter, Stage, Warned, alive
 from capotune.files import check_free
 from capotune.methods.base import Method
 from capotune.methods.lora.settings import LoraSettings
-from capotune.settings import CombineSettings
 from capotune.tasks.golden import golden_answers
 from capotune.tasks.loading import task_class, task_on
 from capotune.text import words

@@ -12,6 +12,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.files import RECORD
 from capotune.adapters.fingerprint import fingerprint
 from capotune.adapters.store import StoredAdapter, find_base, is_own_base, read_adapter
+from capotune.conversion_settings import MergeSettings, QuantizeSettings
 from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError
@@ -27,7 +28,6 @@ from capotune.models.base import Base, Quantization, find
 from capotune.models.quantize import LayerError, write_quantized
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, check_can_merge, load_merged_model, on_merged_weights, write_merged_model
-from capotune.settings import MergeSettings, QuantizeSettings
 from capotune.tasks.loading import load_adapter, report_notices, task_on
 
 DIFFERENT_BASE = "different_base.json"

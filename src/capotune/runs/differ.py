@@ -9,6 +9,7 @@ from typing import Any
 from capotune import methods
 from capotune.adapters.deltas import Norms, compare, compare_blocks
 from capotune.adapters.store import StoredAdapter, read_adapter
+from capotune.conversion_settings import DiffSettings
 from capotune.device import pick_device
 from capotune.errors import SettingError
 from capotune.evaluation.agreement import loss_of
@@ -16,7 +17,6 @@ from capotune.evaluation.divergence import compare_logits
 from capotune.events import Reporter, Stage
 from capotune.methods.base import LowRank
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
-from capotune.settings import DiffSettings
 from capotune.tasks.loading import load_adapter, task_class
 
 _Found = Mapping[str, LowRank] | None

@@ -22,6 +22,7 @@ from capotune.adapters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from capotune.adapters.loaders import LOADERS, Loader, Verdict, judge, traits
 from capotune.adapters.portable import Portable, check_same, dense_weight, portable, read_peft, write_peft
 from capotune.adapters.store import CARD, StoredAdapter, find_base, read_adapter
+from capotune.conversion_settings import ExportSettings
 from capotune.data.batches import Encoded
 from capotune.device import pick_device
 from capotune.errors import SettingError
@@ -39,7 +40,6 @@ from capotune.models.load import load_causal_lm
 from capotune.runs import onnx
 from capotune.runs.asking import ask, ask_with_and_without, rows_to_ask
 from capotune.runs.merging import HEAD, load_merged_model, on_merged_weights, write_merged_model
-from capotune.settings import ExportSettings
 from capotune.tasks.generation.encoding import TextEncoder
 from capotune.tasks.generation.modelfile import modelfile
 from capotune.tasks.loading import load_adapter, task_class

@@ -10,12 +10,12 @@ import torch
 
 from capotune.adapters.card import base_on_hub
 from capotune.adapters.store import StoredAdapter, read_adapter
+from capotune.conversion_settings import PushSettings
 from capotune.errors import AdapterError, HubError, SettingError, needs_extra
 from capotune.events import Reporter, Stage
 from capotune.models.base import EMBEDDED
 from capotune.models.hub import LOG_IN, HubName, hub_name, told_plainly
 from capotune.runs.publish import Published, public_base, publish
-from capotune.settings import PushSettings
 
 
 def push(settings: PushSettings, report: Reporter) -> dict[str, Any]:
