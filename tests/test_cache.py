@@ -125,6 +125,8 @@ def test_model_that_another_process_uses_does_not_leave(four: list[Path], monkey
         os.utime(four[1], (20, 20))
         assert [one.path for one in cache.clear(["models", "hashes"])] == [four[2]]
         limited(monkeypatch, 1500)
+        assert not cache.make_room(501)
+        assert there(four) == [True, True, False, True], "no other one leaves for nothing"
         assert cache.make_room(500)
         assert there(four) == [False, True, False, False]
         process.communicate("\n")

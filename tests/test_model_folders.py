@@ -160,6 +160,21 @@ def test_links_and_slashes_lead_to_the_same_model(bert: Path, tmp_path: Path, mo
         find(str(snapshot))
 
 
+def test_links_into_the_hubs_cache_alone_are_the_models_own(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to huggingface_hub 0.22 a download into a folder of the user's was links for large files."""
+    blobs, folder = tmp_path / "hub" / "models--a--b" / "blobs", tmp_path / "download"
+    blobs.mkdir(parents=True)
+    shutil.copytree(bert, folder)
+    (folder / "tokenizer.json").rename(blobs / "0123")
+    (folder / "tokenizer.json").symlink_to(blobs / "0123")
+    with pytest.raises(ModelError, match="is a link that leaves the folder"):
+        find(str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert fingerprint(find(str(folder))) == fingerprint(find(str(bert)))
+
+
 # ------------------------------------------------------------------------------------------------------- what is said
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import adapter_matrix
 import peft
 import peft_cases
+import planted
 import pytest
 import torch
 from commands import capo
@@ -318,6 +319,24 @@ def test_damage_is_one_message(name: str, written: Path, bases: Path, tmp_path: 
     assert isinstance(error.value, AdapterError)
     assert str(folder) in str(error.value)
     assert os.linesep not in str(error.value)
+
+
+def test_pickles_in_an_adapters_folder_are_not_opened(
+    written: Path, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside its weights, in their place, and under their name."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(written, tmp_path / "adapter"))
+    planted.pickled("adapter_model.bin", "training_args.bin", "optimizer.pt", "lora.pkl")(folder)
+    capotune.load(folder, model=str(bases / "Llama"))
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    with pytest.raises(AdapterError, match="weights_only=True"):
+        capotune.load(folder, model=str(bases / "Llama"))
+    torch.save({"a": planted.Exploit()}, weights)
+    with pytest.raises(AdapterError, match="damaged or incomplete"):
+        capotune.load(folder, model=str(bases / "Llama"))
+    assert not Path(planted.MARKER).exists()
 
 
 def test_adapter_of_zeros_is_described_and_ids_beyond_all_are_refused(written: Path, tmp_path: Path) -> None:

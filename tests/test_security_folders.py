@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -16,17 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planted import MARKER, Plant, pickled
 from safetensors import safe_open
 
-import capotune
 from capotune.api import inspect
-from capotune.engine.checkpoint import load_checkpoint, save_checkpoint
-from capotune.engine.state import TrainingState
-from capotune.errors import CapotuneError, OutputError
+from capotune.errors import CapotuneError
 from capotune.models.base import find
 from capotune.models.load import load_backbone
 
-MARKER = "PWNED"
 CODE = f"""
 from pathlib import Path
 Path("{MARKER}").touch()
@@ -36,14 +32,6 @@ class Model(BertModel): config_class = Config
 class Tokenizer(PreTrainedTokenizerFast): pass
 """
 FIFO = "fifo"
-Plant = Callable[[Path], object]
-
-
-class Exploit:
-    """Unpickled, it makes the marker."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path(MARKER).touch, ()
 
 
 def use(folder: Path) -> None:
@@ -82,23 +70,6 @@ def in_json(name: str, **values: Any) -> Plant:
         path = folder / name
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(json.dumps({**before, **values}), encoding="utf-8")
-
-    return change
-
-
-def pickled(*names: str) -> Plant:
-    """By ``pickle``, as ``torch.save`` and joblib write it, and as an array of objects."""
-
-    def change(folder: Path) -> None:
-        for name in names:
-            path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            if name.endswith(".npy"):
-                np.save(path, np.array([Exploit()], dtype=object))
-            elif name.endswith((".pkl", ".joblib")):
-                path.write_bytes(pickle.dumps(Exploit()))
-            else:
-                torch.save({"weight": Exploit()}, path)
 
     return change
 
@@ -360,40 +331,6 @@ def test_what_could_run_is_passed_over(name: str, planted: Callable[[Plant], Pat
     assert not {"code", "modeling_bert", "sitecustomize"} & {
         name for name, module in sys.modules.items() if str(folder) in str(getattr(module, "__file__", ""))
     }
-
-
-def test_pickle_in_a_checkpoint_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside its files, and in the place of one, with checksums that fit."""
-    monkeypatch.chdir(tmp_path)
-    state = TrainingState(step=1, rng=torch.get_rng_state(), weights={"a": torch.ones(2)})
-    path = save_checkpoint(tmp_path / "checkpoints", state)
-    pickled("optimizer.pt", "rng_state.pth", "state.pkl")(path)
-    assert torch.equal(load_checkpoint(path.parent).weights["a"], torch.ones(2))
-    torch.save({"a": Exploit()}, path / "state.safetensors")
-    names = ("state.safetensors", "state.json")
-    sums = (f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
-    (path / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
-    with pytest.raises(OutputError, match=r"every checkpoint in .* is damaged"):
-        load_checkpoint(path.parent)
-    assert not Path(MARKER).exists()
-
-
-def test_pickle_in_the_cache_is_not_opened(
-    bert: Path, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path / "cache"))
-    given = {"data": str(tickets), "model": str(bert)}
-    capotune.train("feature-extraction", **given, out=tmp_path / "first")
-    entries = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
-    assert entries
-    for path in entries:
-        torch.save({"a": Exploit()}, path)
-        torch.save({"a": Exploit()}, path.with_suffix(".pt"))
-    capotune.train("feature-extraction", **given, out=tmp_path / "again")
-    first, again = (next((tmp_path / name).rglob("adapter_model.safetensors")) for name in ("first", "again"))
-    assert first.read_bytes() == again.read_bytes()
-    assert not Path(MARKER).exists()
 
 
 def test_the_exploits_work_where_they_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

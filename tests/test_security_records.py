@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import yaml
 import capotune
 from capotune.adapters.card import card
 from capotune.adapters.task_model import CardWords
+from capotune.api.comparison import compare_run, compare_settings
 from capotune.cli import main
 from capotune.errors import CapotuneError, ModelError, without_secrets
+from capotune.settings import build
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz012345",
@@ -37,6 +41,28 @@ def test_run_folder_cache_and_output_hold_no_secret_of_the_environment(
     for value in SECRETS.values():
         assert value.rpartition("hunter2")[2].encode() not in content or b"hunter2" not in content
         assert value.encode() not in content
+
+
+def test_secrets_of_a_comparisons_flags_and_of_its_old_records_are_not_written(
+    bert: Path, tickets: Path, tmp_path: Path
+) -> None:
+    """The command is shown as it was given, and a record of an earlier version may hold all of it."""
+    token, out = SECRETS["HF_TOKEN"], tmp_path / "out"
+    command = f"capo compare --data {tickets} --model https://user:hunter2@host/m --token {token}"
+    own = {"model": str(bert), "methods": ("feature-extraction",), "cache": False}
+    settings = build(compare_settings(), {"data": str(tickets), "out": out, **own})
+    compare_run(settings, command=command)
+    assert "https://user:***@host" in (out / "compare.html").read_text("utf-8")
+    record = json.loads((out / "settings.json").read_text("utf-8"))
+    (out / "settings.json").write_text(json.dumps({**record, "command": command, "data": {}}), encoding="utf-8")
+    assert token in (out / "settings.json").read_text("utf-8")
+    shutil.rmtree(out / "feature-extraction")
+    for name in ("compare.html", "compare.json", "compare.png"):
+        (out / name).unlink()
+    capotune.resume(out)
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert b"hunter2" not in path.read_bytes(), path
+        assert token.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize(

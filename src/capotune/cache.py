@@ -68,7 +68,7 @@ def tidy(room: Path) -> None:
     for path in room.glob(".*"):
         with suppress(OSError):  # another process was faster, or has just completed it
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if _is_folder(path) else path.unlink()
 
 
 def entries() -> list[Entry]:
@@ -85,15 +85,16 @@ def entries() -> list[Entry]:
 def limit() -> int:
     """Bytes that all entries together may take: ``$CAPOTUNE_CACHE_LIMIT``, else half of what the disk has for them, at
     most 50 GB. Raises ``SettingError`` for a variable that is no size."""
-    return _limit(_held())
+    return _limit(_bytes_there())
 
 
 def make_room(nbytes: int, spared: Collection[Path] = ()) -> bool:
     """Whether so many bytes more may be written: entries leave for them, the least recently used first, but none of
-    ``spared``. Where they would be too much even then, nothing leaves."""
-    held = _held()
-    over = max(held + nbytes - _limit(held), nbytes - _free())
-    leaving = [entry for entry in entries() if entry.path not in spared] if over > 0 else []
+    ``spared`` and none that a process holds. Where they would be too much even then, nothing leaves."""
+    there = _bytes_there()
+    over = max(there + nbytes - _limit(there), nbytes - _free())
+    every = entries() if over > 0 else []
+    leaving = [entry for entry in every if entry.path not in spared and not _is_held(entry.path)]
     if sum(entry.nbytes for entry in leaving) < over:
         return False
     for entry in leaving:
@@ -166,10 +167,17 @@ def _held_open(folder: Path) -> bool:
     return True
 
 
+def _is_held(path: Path) -> bool:
+    """Whether a process works with a folder."""
+    handle = _locked(path, alone=True) if _is_folder(path) else -1
+    _close(handle)
+    return handle is None
+
+
 def _remove(path: Path) -> bool:
     """Take an entry away at once; False where a process holds it."""
     try:
-        if not path.is_dir():
+        if not _is_folder(path):
             path.unlink()
             return True
         handle = _locked(path, alone=True)
@@ -234,7 +242,7 @@ def _limit(held: int) -> int:
     return int(float(read[1]) * _UNITS[read[2].lower()])
 
 
-def _held() -> int:
+def _bytes_there() -> int:
     """Bytes of all entries, and of those that are being written."""
     writing = (path for room in _ROOMS for path in (cache_folder() / room).glob(".*"))
     return sum(entry.nbytes for entry in entries()) + sum(map(_nbytes, writing))
@@ -248,10 +256,15 @@ def _free() -> int:
 def _nbytes(path: Path) -> int:
     """Of a file, or of all files in a folder; what leaves meanwhile is 0."""
     total = 0
-    for one in path.rglob("*") if path.is_dir() else [path]:
+    for one in path.rglob("*") if _is_folder(path) else [path]:
         with suppress(OSError):
             total += one.lstat().st_size
     return total
+
+
+def _is_folder(path: Path) -> bool:
+    """And no link to one: what it leads to is not the cache's."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _header(path: Path) -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 __all__ = [
     "SHOWN",
@@ -100,9 +100,21 @@ def quoted(value: object, limit: int = 60) -> str:
     return repr(cut(value, limit)) if isinstance(value, str) else cut(repr(value), limit)
 
 
-def without_secrets(text: str) -> str:
-    """The text without the password of an address (``https://user:***@host``) and without tokens of the hub."""
-    return _TOKEN.sub("hf_***", _PASSWORD.sub(r"\1***@", text))
+Plain = TypeVar("Plain")
+"""A text, or plain values with texts in them."""
+
+
+def without_secrets(value: Plain) -> Plain:
+    """A text without the password of an address (``https://user:***@host``) and without tokens of the hub, or the
+    dictionaries and lists that JSON knows with such texts."""
+    found: Any = value
+    if isinstance(found, str):
+        found = _TOKEN.sub("hf_***", _PASSWORD.sub(r"\1***@", found))
+    elif isinstance(found, dict):
+        found = {without_secrets(name): without_secrets(one) for name, one in found.items()}
+    elif isinstance(found, list | tuple):
+        found = [without_secrets(one) for one in found]
+    return cast("Plain", found)
 
 
 def _rebuild(cls: type[CapotuneError], parts: dict[str, Any]) -> CapotuneError:

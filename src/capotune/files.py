@@ -18,9 +18,11 @@ from pathlib import Path
 
 from capotune.errors import OutputError
 from capotune.folder_lock import locked
+from capotune.writing import DISK_FULL, as_output_error, free_bytes, full_disk_is_said, human_bytes, output_error
 
 __all__ = [
     "cache_folder",
+    "check_own",
     "check_there",
     "checksum",
     "free_bytes",
@@ -34,9 +36,7 @@ __all__ = [
     "write_atomic",
 ]
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_LOST = _DISK_FULL | {errno.EIO}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_LOST = DISK_FULL | {errno.EIO}
 
 
 def cache_folder() -> Path:
@@ -98,7 +98,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         partial.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise _output_error(path, error, len(data)) from error
+        raise output_error(path, error, len(data)) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -124,11 +124,11 @@ def output_folder(path: str | Path) -> Iterator[Path]:
     partial = _partial_name(path)
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
     try:
-        with _as_output_error(path, any_reason=True):
+        with as_output_error(path, any_reason=True):
             partial.mkdir(parents=True)
-        with _as_output_error(path, any_reason=False):
+        with as_output_error(path, any_reason=False):
             yield partial
-        with _as_output_error(path, any_reason=True):
+        with as_output_error(path, any_reason=True):
             _sync_tree(partial)
             partial.rename(path)
             _sync(path.parent)
@@ -176,9 +176,18 @@ def checksum(path: Path) -> str:
     return f"{total:08x}"
 
 
-def free_bytes(path: Path) -> int:
-    """Free on the disk of ``path``, which need not exist."""
-    return shutil.disk_usage(next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())).free
+def check_own(folder: Path) -> None:
+    """``OutputError`` where a link, a pipe or a device lies below a folder that will be written and tidied up: a
+    stranger's link would have other files of the user's changed or removed."""
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            kind = path.lstat().st_mode
+            if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+                what = "a link" if stat.S_ISLNK(kind) else "no file"
+                raise OutputError(
+                    f"{path} is {what}, and {folder} is written to.",
+                    advice="Remove it, or put what it leads to in its place.",
+                )
 
 
 def check_there(folder: Path) -> None:
@@ -201,59 +210,13 @@ def remove_folder(path: Path) -> None:
 
 def remove_partial(folder: Path) -> None:
     """What a killed process left half-written in ``folder``. Raises ``OutputError`` where that is not allowed."""
-    with _as_output_error(folder, any_reason=True):
+    with as_output_error(folder, any_reason=True):
         for left in folder.glob(".*.partial"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-@contextmanager
-def full_disk_is_said(path: Path) -> Iterator[None]:
-    """Around a block that writes into ``path``: ``OutputError`` when the disk fills up."""
-    with _as_output_error(path, any_reason=False):
-        yield
-
-
-def human_bytes(n: int) -> str:
-    """A size for people, in powers of 1000: ``512 B``, ``4.6 MB``, ``461 MB``, ``1.2 GB``."""
-    size = float(n)
-    for unit in ("B", "kB", "MB", "GB"):
-        if round(size) < 1000:
-            return _three_digits(size, unit)
-        size /= 1000
-    return _three_digits(size, "TB")
-
-
-def _three_digits(size: float, unit: str) -> str:
-    whole = unit == "B" or round(size, 1) >= 100
-    return f"{size:,.0f} {unit}" if whole else f"{size:.1f} {unit}"
-
-
 def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
-
-
-@contextmanager
-def _as_output_error(path: Path, *, any_reason: bool) -> Iterator[None]:
-    """Turn an ``OSError`` into an ``OutputError``; code that also reads files passes a full disk only."""
-    try:
-        yield
-    except OSError as error:
-        if any_reason or error.errno in _DISK_FULL:
-            raise _output_error(path, error) from error
-        raise
-
-
-def _output_error(path: Path, error: OSError, nbytes: int | None = None) -> OutputError:
-    """``nbytes``: what was to be written, where it is known."""
-    if error.errno in _DISK_FULL:
-        needed = f"{human_bytes(nbytes)} to write, " if nbytes is not None else ""
-        sizes = f"{needed}{human_bytes(free_bytes(path))} free"
-        return OutputError(
-            f"no space left on the disk while writing {path} ({sizes}).", advice="Free some space and run again."
-        )
-    if error.errno in _FORBIDDEN:
-        return OutputError(f"not allowed to write {path}.", advice="Choose a folder that you can write to.")
-    return OutputError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _under_its_name(error: OutputError, partial: Path, path: Path) -> OutputError:

@@ -12,11 +12,12 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from capotune.errors import OutputError
+from capotune.writing import as_output_error
 
 __all__ = ["holder", "locked", "wait_for_its_end"]
 
@@ -55,6 +56,8 @@ def locked(folder: Path, *, becomes: Path | None = None) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """The process that has the lock of ``folder``, in words; None where none has it."""
     path = folder / _NAME
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             if _lock(file):
@@ -74,17 +77,20 @@ def wait_for_its_end(folder: Path, seconds: float) -> None:
 
 def _acquired(path: Path) -> IO[bytes] | None:
     """The open lock file; None while another process has it."""
-    try:
-        file = path.open("a+b")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    if not _lock(file) or not _is_still(path, file):
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
-    file.flush()
-    return file
+    with as_output_error(path, any_reason=True), ExitStack() as on_failure:
+        file = on_failure.enter_context(open(path, "a+b", opener=_no_link))
+        if not _lock(file) or not _is_still(path, file):
+            return None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        file.flush()
+        on_failure.pop_all()
+        return file
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file, which is emptied then: not another one that somebody's link leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(file: IO[bytes]) -> bool:

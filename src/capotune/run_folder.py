@@ -80,10 +80,10 @@ def _is_comparison(record: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> Any:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"cannot be read ({error}).", where=str(path)) from None
 

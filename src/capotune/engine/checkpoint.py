@@ -24,7 +24,8 @@ from capotune.run_folder import checkpoints, step_and_epoch
 
 _COUNTERS = (
     "epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum",
-    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens", "seconds",
+    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens", "stored_states",
+    "seconds",
 )  # fmt: skip
 _TENSORS, _VALUES, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
@@ -71,9 +72,11 @@ def load_checkpoint(folder: Path, report: Reporter = ignore) -> TrainingState | 
 def _whole(path: Path, report: Reporter = ignore) -> TrainingState | None:
     """What the checkpoint holds; None for a damaged one."""
     try:
+        if path.is_symlink() or any(not _is_plain(path / name) for name in (_TENSORS, _VALUES)):
+            return None
         files = {name: (path / name).read_bytes() for name in (_TENSORS, _VALUES)}
         if (path / _SUMS).exists():
-            if (path / _SUMS).read_bytes() != _sums(files):
+            if not _is_plain(path / _SUMS) or (path / _SUMS).read_bytes() != _sums(files):
                 return None
         else:
             report(Warned(text=f"the checkpoint {path} is of an earlier version, without checksums."))
@@ -83,6 +86,11 @@ def _whole(path: Path, report: Reporter = ignore) -> TrainingState | None:
         return _state(counters, load(files[_TENSORS]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _prune(folder: Path, newest: Path, best_epoch: int) -> None:
@@ -101,6 +109,9 @@ def _prune(folder: Path, newest: Path, best_epoch: int) -> None:
 def _remove(path: Path) -> None:
     """Not to be seen half-removed."""
     hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.partial"))
+    if hidden.is_symlink():  # what it leads to is somebody else's
+        hidden.unlink()
+        return
     for file in hidden.iterdir():  # by rmtree, a signal may become an OSError
         file.unlink()
     hidden.rmdir()

@@ -64,7 +64,7 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines that a run has written so far; none where it has not trained in steps."""
     path = folder / METRICS
-    return [line for line, _ in _lines(path)] if path.exists() else []
+    return [line for line, _ in _lines(path)] if path.is_file() else []
 
 
 def _end_of_seen(path: Path, state: TrainingState) -> int:

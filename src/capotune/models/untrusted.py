@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -27,11 +28,21 @@ _LONGEST_COMPOSED = 18
 
 def leads_out(folder: Path, path: Path) -> Path | None:
     """Where ``path`` leads outside ``folder``; None where it stays inside, or goes to the blobs of the hub's cache,
-    which keeps files beside its folders of links. Raises ``OSError`` or ``RuntimeError`` for links in a circle."""
+    which keeps files beside its folders of links, as did downloads into other folders (``--local-dir``, up to
+    huggingface_hub 0.22). Raises ``OSError`` or ``RuntimeError`` for links in a circle."""
     target, home = path.resolve(), folder.resolve()
     snapshots = next((above for above in home.parents if above.name == "snapshots"), None)
-    is_in_cache = snapshots is not None and (snapshots.parent / "blobs").resolve() in target.parents
-    return None if home in target.parents or is_in_cache else target
+    beside = snapshots is not None and (snapshots.parent / "blobs").resolve() in target.parents
+    return None if home in target.parents or beside or _is_downloaded(target) else target
+
+
+def _is_downloaded(path: Path) -> bool:
+    """Whether it is a file, named by its hash, of a model in the user's own cache of the hub."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    above, repository = path.parent, path.parent.parent
+    is_blob = above.name == "blobs" and repository.name.startswith("models--")
+    return is_blob and repository.parent == Path(HF_HUB_CACHE).resolve()
 
 
 def check_links(folder: Path) -> None:
@@ -91,14 +102,24 @@ def check_depth(config: dict[str, Any], tensors: int) -> None:
 def check_tokenizer(path: Path) -> None:
     """Refuse a tokenizer.json whose replacements make a text a thousand times as long and more."""
     try:
+        file = path.stat()
+    except OSError:
+        return  # what reads it says what is wrong
+    if _growth(path, (file.st_ino, file.st_size, file.st_mtime_ns)) > _LARGEST_GROWTH:
+        raise ModelError(f"{path} replaces characters by so many others that a text would fill the memory.")
+
+
+@lru_cache(maxsize=32)
+def _growth(path: Path, _which: tuple[int, ...]) -> int:
+    """How many times as long all replacements of a tokenizer.json may make a text; the same file is read once."""
+    try:
         content = path.read_bytes() if path.is_file() else b""
         if not re.search(rb'"Replace"|"Precompiled"|\\u00[4-7]', content):  # or one of these with a letter escaped
-            return
+            return 1
         normalizer = json.loads(content).get("normalizer")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return  # what reads it says what is wrong
-    if prod(_growths(normalizer)) > _LARGEST_GROWTH:
-        raise ModelError(f"{path} replaces characters by so many others that a text would fill the memory.")
+        return 1  # what reads it says what is wrong
+    return prod(_growths(normalizer))
 
 
 def _growths(normalizer: Any) -> Iterator[int]:
