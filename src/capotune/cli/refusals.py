@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise, takewhile
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
+import tyro
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
@@ -21,6 +22,8 @@ from capotune.settings import TrainingSettings, nearest
 
 __all__ = ["as_one_line"]
 
+_PLACED: Any = get_args(tyro.conf.Positional[int])[1]
+"""Marks what stands on the command line without a flag."""
 _KINDS = {"integer": "whole numbers", "number": "numbers", "path": "a path"}
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 """Words for what JSON schema says of a number."""
@@ -74,6 +77,13 @@ def _known_flags(cls: type[BaseModel], before: str = "--") -> Iterator[tuple[str
             yield flag, field
 
 
+def _as_written(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Each flag by its setting's name, and as it is written on the command line: in capitals without one."""
+    for flag, field in _known_flags(cls):
+        named = next((one.name for one in field.metadata if getattr(one, "name", None)), flag[2:])
+        yield flag, named.upper() if _PLACED in field.metadata else f"--{named}"
+
+
 def _refuse_lists_without_values(cls: type[BaseModel], flags: Sequence[str]) -> None:
     known = dict(_known_flags(cls))
     for token, behind in pairwise([*flags, "--"]):
@@ -89,10 +99,11 @@ def _unknown(cls: type[BaseModel], tokens: Sequence[str], program: str, advice: 
     flag = next((one for one in tokens if one.startswith("-")), None)
     if flag is None:
         return SettingError(f"{program} takes no '{' '.join(tokens)}'.", advice=advice)
-    flag, known = flag.partition("=")[0], list(dict(_known_flags(cls)))
+    flag, known = flag.partition("=")[0], dict(_as_written(cls))
     last = flag.rpartition(".")[2].lstrip("-")
-    same = [one for one in known if one.rpartition(".")[2].lstrip("-") == last]
-    hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else _GONE.get(flag) or nearest(flag, known)
+    same = [written for one, written in known.items() if one.rpartition(".")[2].lstrip("-") == last]
+    near = _GONE.get(flag) or nearest(flag, [written for written in known.values() if written.startswith("--")])
+    hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else near
     return SettingError(f"{program} has no {flag}.{hint}", advice=advice)
 
 
