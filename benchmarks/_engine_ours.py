@@ -67,9 +67,9 @@ def train(job: Job, clock: Clock) -> None:
     with tempfile.TemporaryDirectory() as folder:
         state = start_state(model, (0.0,), 0)
         if second:
-            with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
+            with_boundary([examples], model, ActivationCache(Path(folder), {}), lambda _: None)
         clock.begin()
-        examples = with_boundary(examples, model, ActivationCache(Path(folder), {}), lambda _: None)
+        (examples,) = with_boundary([examples], model, ActivationCache(Path(folder), {}), lambda _: None)
         loop.train(
             model, examples, model.method.settings, seed=0, state=state, on_step=on_step, evaluate=lambda: (0.0,),
             batches=epochs.__getitem__,

@@ -41,7 +41,8 @@ class Moment:
     a scoring of the held-out rows."""
     number: int = 0
     deed: str = "kill"
-    """``kill``: SIGKILL. ``full``: from then on nothing new is written, ENOSPC."""
+    """``kill``: SIGKILL, of a comparison and its technique at work. ``kill the parent``: of the comparison alone.
+    ``full``: from then on nothing new is written, ENOSPC."""
 
     def to_json(self) -> str:
         """For the command line."""
@@ -69,10 +70,13 @@ class Watch:
             moment = self.moment
             if not moment.number or moment.kind not in kinds or self.counts[moment.kind] < moment.number:
                 return
-            if moment.deed == "kill":
+            if moment.deed != "full":
                 self.note(what)
-                for process in dict.fromkeys((self.first, os.getpid())):  # a comparison, and its technique at work
+                self.asleep = True
+                alone = moment.deed == "kill the parent"
+                for process in (self.first,) if alone else dict.fromkeys((self.first, os.getpid())):
                     os.kill(process, signal.SIGKILL)
+                return
             if what.split()[0] in ("open", "os.mkdir", "fsync"):
                 self.note(what)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what.split(maxsplit=1)[1])
@@ -80,7 +84,7 @@ class Watch:
     def note(self, what: str) -> None:
         """Write down what is done now, and what there was before."""
         self.asleep = True
-        known = {"what": what, "counts": self.counts}
+        known = {"what": what, "counts": self.counts, "process": os.getpid()}
         Path(self.moment.note).write_text(json.dumps(known), encoding="utf-8")
         self.asleep = False
 

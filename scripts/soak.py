@@ -1,12 +1,14 @@
 """Kill real processes at any moment, go on from what they leave, and compare with runs that nobody stopped.
 
     python scripts/soak.py --kills 200 --out benchmarks/results/soak.json
+    python scripts/soak.py --kills 12 --phase conversion    those alone of one kind (``dying.PLACES``)
     python scripts/soak.py --full-disk            every write of a run, one after the other, finds the disk full
 
 A trial starts ``capo train``, kills it (SIGKILL) at a change on the disk, a step or a scoring drawn at random, or from
 outside after some time; looks whether any file is half-written; goes on by ``capo resume``, which is killed too in one
 of two; and compares the result bit by bit. Processes are forked from this one, which has imported Capotune and run it
-once, so that a trial takes two seconds of a processor.
+once, so that a trial takes two seconds of a processor. Of a comparison half of the kills end the comparing process
+alone; its technique must end by itself then, with its state saved.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,9 +42,13 @@ HOW = {"train_seconds", "reused_seconds", "forward_rows", "peak_memory_bytes", "
 _SHARE_KILLED_AGAIN = 0.5
 
 
+_SECONDS_TO_END = 60
+"""For a technique whose comparison was killed."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A run or a comparison: its method, its task, and the command."""
+    """A run, a comparison, or what writes a folder from an adapter or a base: method, task, and the command."""
 
     method: str
     task: str
@@ -57,6 +63,11 @@ class Case:
     def is_comparison(self) -> bool:
         """Whether several techniques run."""
         return self.command[0] == "compare"
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether one that was stopped is gone on with; the others are run again."""
+        return self.command[0] in ("train", "compare")
 
     @property
     def name(self) -> str:
@@ -100,6 +111,22 @@ def cases(made: Path) -> list[Case]:
     ]
 
 
+def writers(made: Path) -> list[Case]:
+    """What writes a folder from an adapter that ``warm`` made, or from a base."""
+    tuned = {case.task: f"{made}/warm-{at}/adapter" for at, case in enumerate(cases(made)) if case.method == "lora"}
+    labels, text = tuned["classification"], tuned["generation"]
+    return [
+        Case("merge", "classification", ("merge", labels)),
+        Case("merge", "generation", ("merge", text)),
+        Case("export for peft", "classification", ("export", labels, "--for", "peft")),
+        Case("export for llama.cpp", "generation", ("export", text, "--for", "llama.cpp")),
+        Case("export for llama.cpp, merged", "generation", ("export", text, "--for", "llama.cpp", "--merged")),
+        Case("combine", "generation", ("combine", text, text)),
+        Case("quantize", "a folder", ("quantize", f"{made}/llama")),
+        Case("quantize", "a GGUF file", ("quantize", f"{made}/llama.gguf")),
+    ]
+
+
 def make(folder: Path) -> None:
     """Tiny models and data."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -140,6 +167,8 @@ class Ended:
     what: str = ""
     """What it did last, where it died at a moment of ours."""
     counts: dict[str, int] = field(default_factory=dict)
+    process: int = 0
+    """Of the comparison's technique, where that is what did it."""
 
 
 def moment(folder: Path, kind: str = "change", number: int = 0, deed: str = "kill") -> Moment:
@@ -229,7 +258,10 @@ def half_written(folder: Path) -> list[str]:
 
 
 def result(out: Path) -> dict[str, Any]:
-    """All of a run's folder that must be the same, by name; of a comparison's, that of each technique."""
+    """All of a run's folder that must be the same, by name; of a comparison's, that of each technique; of another's,
+    all."""
+    if not any((out / name).exists() for name in ("compare.json", "run.json")):
+        return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     if (out / "compare.json").exists():
         return {path.parent.name: result(path.parent) for path in out.glob("*/run.json")}
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -298,6 +330,8 @@ class Kill:
     how: str
     number: int = 0
     seconds: float | None = None
+    alone: bool = False
+    """Of a comparison, the comparing process and not its technique."""
 
 
 def trial(case: Case, expected: Reference, folder: Path, kills: Iterable[Kill]) -> Trial:
@@ -307,10 +341,13 @@ def trial(case: Case, expected: Reference, folder: Path, kills: Iterable[Kill]) 
     for kill in (*kills, Kill("none")):
         out = folder / "run"
         arguments = ["resume", "run"] if out.exists() else case.arguments
-        ended = run(folder, arguments, moment(folder, kill.how, kill.number), kill.seconds)
+        deed = "kill the parent" if kill.alone else "kill"
+        ended = run(folder, arguments, moment(folder, kill.how, kill.number, deed), kill.seconds)
         if ended.code != -signal.SIGKILL:
             break
-        found.kills.append(_phase(ended, kill.how))
+        found.kills.append(_phase(ended, "the comparing process alone" if kill.alone else kill.how))
+        if not _has_ended(ended.process):
+            found.problems.append(f"process {ended.process} works on {_SECONDS_TO_END} s after its comparison")
         found.problems += half_written(folder)
         if is_complete(out):
             before = expected.counts.get("step", 0)
@@ -331,15 +368,28 @@ def trial(case: Case, expected: Reference, folder: Path, kills: Iterable[Kill]) 
     return found
 
 
-def draw(expected: Reference, chooser: random.Random) -> Iterator[Kill]:
-    """One kill or some."""
-    kinds = [*(expected.counts.keys() - {"change"} or {"change"}), "time"]
+def _has_ended(process: int) -> bool:
+    """Whether a process ends in time (0: there is none)."""
+    end = time.monotonic() + _SECONDS_TO_END
+    while process and (stat := Path(f"/proc/{process}/stat")).exists() and time.monotonic() < end:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
+                return True
+        time.sleep(0.01)
+    return time.monotonic() < end
+
+
+def draw(case: Case, expected: Reference, phase: str | None, chooser: random.Random) -> Iterator[Kill]:
+    """One kill or some, in any phase or one."""
+    kinds = [phase] if phase else [*(expected.counts.keys() - {"change"} or {"change"}), "time"]
     while True:
         how = chooser.choice(sorted(kinds))
         if how == "time":
             yield Kill(how, seconds=chooser.uniform(0, expected.seconds))
         else:
-            yield Kill(how, chooser.randint(1, expected.counts[how]))
+            yield Kill(
+                how, chooser.randint(1, expected.counts[how]), alone=case.is_comparison and chooser.random() < 0.5
+            )
         if chooser.random() > _SHARE_KILLED_AGAIN:
             return
 
@@ -363,17 +413,20 @@ def warm(made: Path) -> None:
                 capo([*case.command, "--out", str(made / f"warm-{number}")])
 
 
-def soak(kills: int, seed: int, made: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """So many kills, shared out over all cases."""
-    chooser, every = random.Random(seed), cases(made)
-    expected = {case: reference(case, made / "reference") for case in every}
+def soak(
+    kills: int, seed: int, only: str, phase: str | None, made: Path, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """So many kills, shared out over all cases whose names have ``only`` in them and that have the ``phase``."""
+    chooser = random.Random(seed)
+    expected = {case: reference(case, made / "reference") for case in cases(made) if only in case.name}
+    every = [case for case in expected if phase is None or phase in expected[case].counts]
     by_phase: Counter[str] = Counter()
     by_case: Counter[str] = Counter()
     problems: list[str] = []
     lost = number = 0
     while sum(by_case.values()) < kills:
         case = every[number % len(every)]
-        one = trial(case, expected[case], made / f"trial-{number}", draw(expected[case], chooser))
+        one = trial(case, expected[case], made / f"trial-{number}", draw(case, expected[case], phase, chooser))
         number += 1
         by_phase.update(one.kills)
         by_case[case.name] += len(one.kills)
@@ -393,12 +446,13 @@ def soak(kills: int, seed: int, made: Path, progress: Callable[[str], None]) -> 
 def full_disk(made: Path, every: int, progress: Callable[[str], None]) -> dict[str, Any]:
     """From every write of some runs on (or each ``every``-th) the disk is full, then there is room again."""
     chosen = [case for case in cases(made) if case.name in ("lora, classification", "lora, generation from GGUF")]
+    chosen += writers(made)
     said: Counter[str] = Counter()
     problems: list[str] = []
     tried = 0
     for case in chosen:
         expected, folder = reference(case, made / "reference"), made / "full"
-        for number in range(1, expected.counts["change"] + 1, every):
+        for number in range(1, expected.counts["change"] + 1, every if case.can_resume else 1):
             tried += 1
             folder.mkdir()
             ended = run(folder, case.arguments, moment(folder, "change", number, "full"))
@@ -420,7 +474,7 @@ def _after_full(ended: Ended, lines: list[str], case: Case, folder: Path, expect
     if ended.code not in (0, 2):
         problems.append(f"ended with {ended.code}")
     if ended.code:
-        if list(folder.rglob("*.partial")):
+        if list(folder.rglob("*.partial")) or (not case.can_resume and (folder / "run").exists()):
             problems.append("left something half-written")
         arguments = ["resume", "run"] if (folder / "run").exists() else case.arguments
         again = run(folder, arguments)
@@ -435,8 +489,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phase", help="kill at changes of this kind alone (dying.PLACES)")
+    parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--full-disk", action="store_true")
-    parser.add_argument("--every", type=int, default=1, help="with --full-disk: of so many writes one")
+    parser.add_argument("--every", type=int, default=1, help="with --full-disk: of so many writes of a run one")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -444,7 +500,10 @@ def main() -> int:
     made = Path(tempfile.mkdtemp(prefix="capotune-soak-"))
     make(made)
     warm(made)
-    found = full_disk(made, given.every, progress) if given.full_disk else soak(given.kills, given.seed, made, progress)
+    if given.full_disk:
+        found = full_disk(made, given.every, progress)
+    else:
+        found = soak(given.kills, given.seed, given.only, given.phase, made, progress)
     text = json.dumps(found, indent=2)
     print(text)
     if given.out:
