@@ -358,7 +358,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], r
 
 def cached(assembled: Assembled, given: Examples) -> Examples:
     """With what enters the lowest trainable block computed beforehand."""
-    found = with_boundary(given, assembled, ActivationCache(None, {}), lambda _: None)
+    (found,) = with_boundary([given], assembled, ActivationCache(None, {}), lambda _: None)
     assert found.boundary is not None
     return found
 

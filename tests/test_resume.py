@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from helpers import assert_same_bits, fit, on_base, weights
 
 import capotune
 from capotune import api
+from capotune.device import environment
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import TrainingState
 from capotune.errors import DataError, OutputError, SettingError
@@ -27,6 +30,7 @@ from capotune.folder_lock import locked
 from capotune.interrupts import asked_by_signal, uninterrupted
 from capotune.methods.lora.settings import LoraSettings
 from capotune.run_folder import checkpoints, is_requested, tidy
+from capotune.runs import circumstances
 from capotune.runs import resume as resume_module
 from capotune.runs import run as run_module
 
@@ -177,6 +181,99 @@ def test_killed_before_the_first_checkpoint_it_begins_anew(
     (out / ".run.json.0.partial").write_text("half")
     capotune.resume(out)
     assert_same(out, whole[name])
+
+
+# Elsewhere
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """As on a machine with another environment."""
+    here = environment()
+    monkeypatch.setattr(circumstances, "environment", lambda: here | values)
+
+
+def warnings_of(out: Path, stop: int | None = None) -> list[str]:
+    """Go on with the run in ``out``, to its end or to a step."""
+    said: list[str] = []
+
+    def report(event: Event) -> None:
+        said.extend([event.text] if isinstance(event, Warned) else [])
+        stopping_at(stop or 0)(event)
+
+    with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+        capotune.resume(out, report=report)
+    return said
+
+
+def test_going_on_elsewhere_is_said_once_and_recorded(
+    cases: dict[str, Case], whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, out, began = "labels, stopped early", tmp_path / "run", environment()
+    with pytest.raises(KeyboardInterrupt):
+        cases[name].train(out, stopping_at(3))
+    elsewhere(monkeypatch, memory="another that decides about nothing")
+    assert warnings_of(out, stop=5) == []
+    elsewhere(monkeypatch, torch="9.9", cpu="64 threads used")
+    named = f"torch: {began['torch']} before, 9.9 now; cpu: {began['cpu']} before, 64 threads used now"
+    last_bits = "the result may differ in the last bits from that of a run that was never stopped."
+    assert warnings_of(out, stop=7) == [f"the run goes on elsewhere ({named}): {last_bits}"]
+    assert warnings_of(out, stop=8) == []
+    monkeypatch.undo()
+    (back,) = warnings_of(out)
+    assert f"torch: 9.9 before, {began['torch']} now" in back
+    record = json.loads((out / "run.json").read_text())
+    assert record["environment"] == json.loads((whole[name] / "run.json").read_text())["environment"]
+    assert [(one["step"], one["environment"]["torch"]) for one in record["resumed_in"]] == [
+        (5, "9.9"), (8, began["torch"]),
+    ]  # fmt: skip
+    differing = api.compare_runs(out, whole[name])["differing"]
+    (first, second), nothing = differing["resumed"]["resumed_in"]
+    assert (first, nothing) == (f"after step 5: {named}", [])
+    assert second.startswith("after step 8: torch: 9.9 before")
+    assert_same(out, whole[name])
+
+
+def test_a_run_that_begins_anew_elsewhere_is_of_there(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(run_module, "is_worth_keeping", lambda _: True)  # as if it was killed
+    with pytest.raises(StoppedError):
+        cases["tokens"].train(out, stopping_at(2, StoppedError))
+    elsewhere(monkeypatch, torch="9.9")
+    assert warnings_of(out) == []
+    record = json.loads((out / "run.json").read_text())
+    assert (record["environment"]["torch"], "resumed_in" in record) == ("9.9", False)
+
+
+def test_a_run_that_had_no_room_in_the_cache_computes_anew_to_its_end(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the limit is when it goes on or is made again: where states come from decides about the last bits."""
+    case, out, whole = cases["labels, frozen blocks from the cache"], tmp_path / "run", tmp_path / "whole"
+    monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CAPOTUNE_CACHE_LIMIT", "0")
+    assert case.train(whole)["result"]["stored_states"] is False
+    with pytest.raises(KeyboardInterrupt):
+        case.train(out, stopping_at(5))
+    monkeypatch.delenv("CAPOTUNE_CACHE_LIMIT")
+    assert warnings_of(out) == []
+    assert_same(out, whole)
+    assert api.reproduce(whole)["same"]
+    assert json.loads((out / "run.json").read_text())["result"]["stored_states"] is False
+
+
+def test_a_run_whose_states_find_no_room_any_more_says_so(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, out = cases["labels, frozen blocks from the cache"], tmp_path / "run"
+    monkeypatch.setenv("CAPOTUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KeyboardInterrupt):
+        case.train(out, stopping_at(5))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setenv("CAPOTUNE_CACHE_LIMIT", "0")
+    said = [text for text in warnings_of(out) if "last bits" in text]
+    assert [text.partition(":")[0] for text in said] == ["what the frozen layers compute was stored before"]
 
 
 def test_other_candidates_are_refused(cases: dict[str, Case], tmp_path: Path) -> None:

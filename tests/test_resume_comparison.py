@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -12,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import capo, start, wait_until
+from commands import PATIENCE, capo, start, wait_until
 
 import capotune
+from capotune.api.comparison import compare_settings
 from capotune.errors import DataError, ModelError, OutputError, SettingError
-from capotune.events import Event, Failed, Finished, StepTaken
-from capotune.folder_lock import holder
+from capotune.events import Event, Failed, Finished, StepTaken, ignore
+from capotune.folder_lock import holder, wait_for_its_end
 from capotune.run_folder import checkpoints, has_checkpoint
 from capotune.runs import __main__ as technique
 from capotune.runs import compare as runs_compare
+from capotune.settings import build
 
+WEIGHTS = "adapter/adapter_model.safetensors"
 METHODS = ("feature-extraction", "lora")
 QUICK: dict[str, Any] = {"epochs": 3, "patience": 3, "batch_size": 8}
 OWN: dict[str, Any] = {
@@ -181,6 +185,27 @@ def test_a_technique_that_was_killed_is_kept_and_tried_once_more(out: Path, whol
     assert_equal(out, whole)
 
 
+def test_a_comparison_is_reproduced_technique_by_technique(whole: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    found = capotune.api.reproduce(whole, report=events.append)
+    assert found["same"]
+    assert list(found["techniques"]) == [*METHODS]
+    assert {event.method for event in events if isinstance(event, StepTaken)} == {"lora"}
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    record = json.loads((out / "lora" / "run.json").read_text())
+    del record["result"]
+    (out / "lora" / "run.json").write_text(json.dumps(record))
+    (out / "feature-extraction" / WEIGHTS).write_bytes(b"other")
+    shown = capo("reproduce", out, "--out", tmp_path / "again")
+    assert shown.code == 1
+    assert "lora did not finish" in shown.err
+    assert "feature-extraction\nweights  other bits" in shown.out
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["feature-extraction"]
+    shutil.rmtree(out / "feature-extraction")
+    with pytest.raises(OutputError, match=r"no technique of the comparison in .* is complete"):
+        capotune.api.reproduce(out)
+
+
 def test_a_file_or_a_base_that_changed_meanwhile_is_refused(out: Path) -> None:
     record = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**record, "files_sha256": {"data": "0"}}))
@@ -192,6 +217,42 @@ def test_a_file_or_a_base_that_changed_meanwhile_is_refused(out: Path) -> None:
     (out / "feature-extraction" / "run.json").write_text(json.dumps(changed))
     with pytest.raises(ModelError, match="the base is another than when the run"):
         capotune.resume(out)
+
+
+def test_data_of_the_hub_is_read_and_compared_before_a_technique_goes_on(
+    out: Path, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    with tickets.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for path in (out / "settings.json", *out.glob("*/run.json")):
+        record = json.loads(path.read_text())
+        record["settings"]["data"] = "bank/tickets"
+        path.write_text(json.dumps(record | {"files_sha256": {}}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": datasets.Dataset.from_list(rows)})
+    begun: list[object] = []
+    monkeypatch.setattr(runs_compare, "_run_one", lambda *given: begun.append(given) or "it is not run here")
+    capotune.resume(out)
+    assert len(begun) == 1
+    rows[0]["text"] += " now"
+    with pytest.raises(DataError, match="bank/tickets: the data is another than when the run in"):
+        capotune.resume(out)
+    assert len(begun) == 1
+
+
+def test_candidates_of_a_technique_that_has_not_begun_are_compared(
+    llama_writer: Path, colour_pairs: Path, tmp_path: Path
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("friend one\n")
+    settings = {"data": str(colour_pairs), "model": str(llama_writer), "out": out, "methods": ("prompt-tuning",)}
+    given = build(compare_settings(), {**settings, "prompt_tuning": {"candidates": str(prompts)}})
+    record = runs_compare.record_of(given, "", {})
+    runs_compare.check_same(record, given, ignore)
+    prompts.write_text("friend two\n")
+    with pytest.raises(DataError, match=rf"`prompt_tuning.candidates={prompts}`: its content is another"):
+        runs_compare.check_same(record, given, ignore)
 
 
 def test_a_stopped_comparison_is_named_where_another_would_begin(out: Path, bert: Path, tickets: Path) -> None:
@@ -225,6 +286,25 @@ def test_settings_of_something_else_are_no_comparison(settings: dict[str, Any], 
     (tmp_path / "settings.json").write_text(json.dumps(record))
     with pytest.raises(OutputError, match="is no record of a comparison"):
         capotune.api.methods_of(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such signal")
+def test_a_comparison_is_asked_for_checkpoints_by_command_and_by_signal(bert: Path, tmp_path: Path) -> None:
+    """Its technique in hand makes them; the epochs are long, so that they are not those of an epoch's end."""
+    rows = [f"the {('lamp', 'card')[number % 2]} number {number},{number % 2}" for number in range(500)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    given = ("--methods", "lora", "--lora.batch-size", 1, "--lora.epochs", 9, "--lora.patience", 9)
+    made = tmp_path / "out" / "lora" / "checkpoints"
+    with start("compare", "--data", "rows.csv", "--model", bert, *given, "--out", "out", cwd=tmp_path) as process:
+        wait_until(lambda: holder(made.parent) is not None, process)
+        asked = capo("checkpoint", tmp_path / "out")
+        assert asked.code == 0, asked.err
+        first = Path(asked.out.strip())
+        assert first.parent == made
+        process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: checkpoints(made)[-1] != first, process)
+        process.kill()
+    wait_for_its_end(made.parent, PATIENCE)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such signal")

@@ -72,7 +72,7 @@ class RegressionRun(TaskRun):
             return Fitted(1.0, 1, objective.shown(scores[best]))
         _set_head(assembled, heads[best])
         state = recording.state or start(assembled, scores[best], self.seed)
-        examples = (with_boundary(self.train.take(rows), assembled, cache, report) for rows in (fit, held))
+        examples = with_boundary([self.train.take(rows) for rows in (fit, held)], assembled, cache, report)
         state = train_recorded(recording, assembled, *examples, seed=self.seed, state=state, report=report)
         return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score))
 

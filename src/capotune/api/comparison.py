@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from capotune.api.trackers import tracked
 from capotune.api.training import run_config, sources
-from capotune.errors import SettingError
+from capotune.errors import SettingError, without_secrets
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
-from capotune.files import full_disk_is_said, growing_folder, remove_partial, write_atomic
+from capotune.files import check_own, full_disk_is_said, growing_folder, remove_partial, write_atomic
 from capotune.folder_lock import locked
 from capotune.memory_table import MemoryTable
 from capotune.run_folder import COMPARISON, as_json, check_nothing_there, recorded_settings
@@ -88,6 +88,8 @@ def resume_comparison(
     """Go on with the comparison in ``out``, whose ``settings.json`` holds ``record``; the rest as in ``resume``."""
     from capotune.runs.compare import check_same
 
+    check_own(out)
+    record = {**record, "command": without_secrets(record["command"])}  # earlier versions wrote it as it was given
     values = recorded_settings(record, out, rows, trust_remote_code)
     settings = build(compare_settings(), values, str(out / COMPARISON))
     with locked(out), full_disk_is_said(out):
@@ -202,10 +204,10 @@ def _details(
         sections=sections,
         snippets=_snippets(comparison),
         base_note=task.base_note,
-        settings={name: {**record["settings"], **record[name]} for name, record in results.items()},
+        settings=without_secrets({name: {**record["settings"], **record[name]} for name, record in results.items()}),
         data=inspected,
         environment=next(iter(results.values()))["environment"],
-        command=command,
+        command=without_secrets(command),
     )
 
 

@@ -49,11 +49,11 @@ def reproduce(
     cancel: CancelToken | None = None,
 ) -> dict[str, Any]:
     """Make a recorded run again and compare: ``same`` says whether weights, scores and losses are equal to the bit, and
-    the rest is as ``compare_runs`` has it, the recorded run first.
+    the rest is as ``compare_runs`` has it, the recorded run first. Of a comparison ``techniques`` holds that of each.
 
     Args:
-        run: the run's folder, complete.
-        out: folder for the run that is made again; must not exist. Left out: a temporary one, which is removed.
+        run: the folder of a run or a comparison, complete.
+        out: folder for what is made again; must not exist. Left out: a temporary one, which is removed.
         data: the rows, where they were given in memory; ``test`` the same.
         trust_remote_code: to be given again where the run had it.
         report: called with progress events (``capotune.events``).

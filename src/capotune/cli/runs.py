@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from capotune.cli.console import terminal
@@ -21,7 +22,7 @@ from capotune.settings import Settings
 _SHOWN = 60
 _TITLES = {
     "settings": "settings", "base": "base", "data": "data", "environment": "machine and versions",
-    "repository": "your repository", "result": "result",
+    "resumed": "gone on with elsewhere", "repository": "your repository", "result": "result",
 }  # fmt: skip
 
 
@@ -103,16 +104,19 @@ def loss_words(losses: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "-"
     return "-" if value is None else cut(str(value), _SHOWN)
 
 
 class Reproduce(Settings):
-    """Make a recorded run again, and say whether weights, scores and losses are the same to the bit."""
+    """Make a recorded run, or those of a comparison, again, and say whether weights, scores and losses are the same to
+    the bit."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run that is complete."""
+    """Folder of a run or a comparison that is complete."""
     out: Path | None = None
-    """Folder for the run that is made again. Must not exist. Left out: a temporary one, which is removed."""
+    """Folder for what is made again. Must not exist. Left out: a temporary one, which is removed."""
     trust_remote_code: bool = False
     """Allow the model to run its own Python code on this machine, where the run had it."""
     as_json: Json = False
@@ -126,7 +130,14 @@ def reproduce(rest: list[str]) -> int:
 
     with watch(api.methods_of(given.run)) as report:
         found = api.reproduce(given.run, out=given.out, trust_remote_code=given.trust_remote_code, report=report)
-    print(json.dumps(found, ensure_ascii=False)) if given.as_json else _show_reproduced(found)
+    if given.as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    elif "techniques" in found:
+        for name, one in found["techniques"].items():
+            print(f"\n{name}")
+            _show_reproduced(one)
+    else:
+        _show_reproduced(found)
     return 0 if found["same"] else 1
 
 
@@ -142,10 +153,19 @@ def _show_reproduced(found: Mapping[str, Any]) -> None:
     if found["same"]:
         console.print("\nThe run is reproduced to the bit.")
         return
+    elsewhere, _ = found["differing"].get("resumed", {}).get("resumed_in", ([], []))
+    if elsewhere:
+        console.print("\nThe recorded run was gone on with elsewhere, so that other bits are to be expected:")
+        console.print(*(f"  {words}" for words in elsewhere), sep="\n", highlight=False)
     differing = found["differing"].get("environment", {})
-    if not differing:
+    if not differing and not elsewhere:
         console.print("\nNothing that the record holds of the machine differs. Is the cache, or a library, another?")
         return
+    if differing:
+        _show_machines(differing, console)
+
+
+def _show_machines(differing: Mapping[str, Sequence[str]], console: Console) -> None:
     console.print("\nOther bits are to be expected where these differ (docs/determinism.md):")
     machine = two_columns()
     for name, (there, here) in differing.items():

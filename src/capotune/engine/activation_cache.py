@@ -54,6 +54,8 @@ class ActivationCache:
     """The names of ``base`` and ``data``, for people who look at the entries."""
     report: Reporter = ignore
     """Told once when something is too large to be stored, cannot be written, or was damaged."""
+    stores: bool | None = None
+    """Whether the run has boundary states stored so far; None: it begins, and whether there is room decides."""
     forward_rows: int = 0
     """TokenRows that had to go through the model."""
     reused_seconds: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
 from capotune.events import EpochEnded, Reporter, Stage, StepTaken, Warned, alive, counter
 from capotune.interval import Interval
+
+MAY_DIFFER = "the result may differ in the last bits from that of a run that was never stopped."
+STORED_STATES = "stored_states"
 
 
 class Clock:
@@ -83,6 +87,7 @@ def train_recorded(
     assert settings.learning_rate is not None
     if state.seconds:
         clock.go_on_from(state.seconds)
+    state.stored_states = fit.boundary is not None
     say, last = _Notices(report, state), math.nan
 
     def on_step(state: TrainingState, total: int, loss: float) -> bool:
@@ -123,22 +128,36 @@ def train_recorded(
         return state
 
 
-def with_boundary(examples: Examples, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Examples:
+def with_boundary(
+    parts: Sequence[Examples], assembled: Assembled, cache: ActivationCache, report: Reporter
+) -> list[Examples]:
     """Compute once what is below the lowest trainable block, when something is, the model can go on from there, and the
-    cache has room for it."""
-    block = assembled.method.first_trainable_block()
+    cache has room for it: of all ``parts`` or of none.
+
+    A run that computed it anew (``cache.stores``) does so when it is gone on with or reproduced: where states come from
+    decides about the last bits.
+    """
+    block = 0 if cache.stores is False else assembled.method.first_trainable_block()
     outputs = resumes_with(assembled, block) if block else None
     if outputs is None:
-        return examples
+        return list(parts)
     report(Stage(text="computing the frozen layers once"))
-    states = cache.boundary(assembled, block, examples.rows, counter(report), outputs=outputs)
-    return examples if states is None else replace(examples, boundary=states)
+    above = []
+    for part in parts:
+        states = cache.boundary(assembled, block, part.rows, counter(report), outputs=outputs)
+        if states is None:
+            if cache.stores:
+                report(Warned(text=f"what the frozen layers compute was stored before: {MAY_DIFFER}"))
+            return list(parts)
+        above.append(replace(part, boundary=states))
+    return above
 
 
-def incidents(state: TrainingState) -> dict[str, Any]:
-    """What a run's record says of steps that did not go as the settings ask; nothing where all did."""
-    found = {"skipped_steps": state.skipped, "micro_batch_tokens": state.micro_batch_tokens}
-    return {name: value for name, value in found.items() if value}
+def how_it_went(state: TrainingState) -> dict[str, Any]:
+    """What a run's record says of its steps beside the settings: incidents, where there were any, and whether they
+    began above the frozen layers."""
+    incidents = {"skipped_steps": state.skipped, "micro_batch_tokens": state.micro_batch_tokens}
+    return {name: value for name, value in incidents.items() if value} | {STORED_STATES: state.stored_states}
 
 
 class _Notices:

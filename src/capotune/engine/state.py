@@ -47,6 +47,8 @@ class TrainingState:
     """Up to the last step."""
     micro_batch_tokens: int | None = None
     """What the setting of that name was lowered to where memory ran out."""
+    stored_states: bool | None = None
+    """Whether steps begin above the frozen layers, at states computed once; None: not known, of an earlier version."""
     seconds: float = 0.0
     """What the run has taken so far, what was computed before the first step included."""
 

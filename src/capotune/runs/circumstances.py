@@ -6,18 +6,26 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from capotune.device import environment
+from capotune.engine.recorded import MAY_DIFFER
+from capotune.errors import SHOWN, cut
+from capotune.events import Reporter, Warned
 from capotune.kernels import described
 from capotune.settings import Settings
 
-__all__ = ["circumstances", "now", "repository", "settings_from"]
+__all__ = ["CIRCUMSTANCES", "circumstances", "gone_on", "now", "repository", "resumed_elsewhere", "settings_from"]
 
+CIRCUMSTANCES = ("environment", "repository", "resumed_in")
+"""Parts of a record."""
 _GIT_SECONDS = 10
+_SAME_BITS = {"memory", "system"}
+"""Of a machine: what does not decide about the bits of a result."""
 _RUNS_NOTHING = "git --no-optional-locks -c core.fsmonitor=false -c core.hooksPath=/dev/null"
 
 
@@ -28,6 +36,36 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "environment": environment() | {"kernels": described(device)},
         **({"repository": here} if here else {}),
     }
+
+
+def gone_on(record: Mapping[str, Any], here: Mapping[str, Any], step: int, report: Reporter) -> dict[str, Any]:
+    """What the record of a run says that goes on ``here`` after ``step``: the circumstances it began under stay, and
+    these come to ``resumed_in`` where they differ from the ones before in what decides about bits; ``Warned`` names it.
+    """
+    earlier = record.get("resumed_in", [])
+    differing = _differing((earlier or [record])[-1], here)
+    if differing:
+        report(Warned(text=f"the run goes on elsewhere ({differing}): {MAY_DIFFER}"))
+        earlier = [*earlier, {"step": step, **here}]
+    began = {name: record[name] for name in CIRCUMSTANCES if name in record}
+    return {**here, **began, **({"resumed_in": earlier} if earlier else {})}
+
+
+def resumed_elsewhere(record: Mapping[str, Any]) -> list[str]:
+    """Of each time that a run was gone on with elsewhere, after which step, and what differed; in words."""
+    places = [record, *record.get("resumed_in", [])]
+    return [f"after step {here.get('step')}: {_differing(there, here)}" for there, here in pairwise(places)]
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two environments and decides about bits; earlier versions recorded less of it."""
+    before, now = there.get("environment", {}), here.get("environment", {})
+    names = [name for name in now if before.get(name, now[name]) != now[name] and name not in _SAME_BITS]
+    return "; ".join(f"{name}: {_shown(before[name])} before, {_shown(now[name])} now" for name in names)
+
+
+def _shown(value: object) -> str:
+    return cut(str(value), SHOWN)
 
 
 def now() -> str:

@@ -5,6 +5,7 @@ A process of its own makes each technique's peak memory its own, and leaves the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any
 
 from capotune import errors, run_folder
-from capotune.errors import CapotuneError, DataError, OutOfMemoryError
+from capotune.errors import CapotuneError, DataError, OutOfMemoryError, without_secrets
 from capotune.events import CancelToken, Event, Failed, Finished, Reporter, from_json
 from capotune.files import remove_folder
 from capotune.memory_table import MemoryTable
@@ -38,28 +40,34 @@ def record_of(settings: CompareSettings, command: str, given: Mapping[str, str])
     return {
         "settings": values,
         "settings_from": dict(given),
-        "command": command,
-        "files_sha256": _hashes(values),
+        "command": without_secrets(command),
+        "files_sha256": _hashes(settings),
         "data": {},
     }
 
 
 def check_same(record: dict[str, Any], settings: CompareSettings, report: Reporter) -> None:
-    """``DataError`` or ``ModelError`` where rows in memory, files or base are not what they were when the comparison of
-    these ``settings`` was started: its techniques would not be comparable."""
-    from capotune.runs.resume import AS_IT_WAS, check_base
+    """``DataError`` or ``ModelError`` where rows in memory, files, data of the hub or base are not what they were when
+    the comparison of these ``settings`` was started: its techniques would not be comparable."""
+    from capotune.runs.resume import AS_IT_WAS, check_base, check_inputs
 
-    out, now = settings.out, _hashes(settings.model_dump(mode="json", exclude={"out"}))
-    for name, value in record["files_sha256"].items():
+    out, was, now = settings.out, record["files_sha256"], _hashes(settings)
+    for name, value in was.items():
         if now.get(name) != value:
             raise DataError(
                 f"its content is another than when the comparison in {out} was started.",
                 setting=name,
-                given=str(getattr(settings, name)),
+                given=str(reduce(getattr, name.split("."), settings)),
                 advice=AS_IT_WAS,
             )
+    sources = {"data": settings.data, "test": settings.test}
+    is_on_the_hub = any(value is not None and name not in was for name, value in sources.items())
     for path in sorted(out.glob(f"*/{RUN}"))[:1]:
-        check_base(path.parent, report)
+        if is_on_the_hub:  # it is read as that technique read it
+            rows = {name: value for name, value in sources.items() if isinstance(value, MemoryTable)}
+            check_inputs(path.parent, rows, settings.trust_remote_code, report)
+        else:
+            check_base(path.parent, report)
 
 
 def is_worth_keeping(out: Path) -> bool:
@@ -118,15 +126,19 @@ def _finished(out: Path) -> dict[str, Any] | None:
     return record
 
 
-def _hashes(settings: dict[str, Any]) -> dict[str, str]:
-    """Of the rows in memory and the files that every technique reads, by the setting that holds or names them."""
-    found: dict[str, str] = {}
+def _hashes(settings: CompareSettings) -> dict[str, str]:
+    """Of the rows in memory and the files that techniques read, by the setting that holds or names them."""
+    values, found = settings.model_dump(mode="json"), dict[str, str]()
     for name in _READ:
-        value = settings[name]
+        value = values[name]
         if isinstance(value, dict):
             found[name] = value["sha256"]
         elif isinstance(value, str) and (path := Path(value).expanduser()).is_file():
             found[name] = sha256_of(path)
+    for method in settings.methods:
+        if prompts := settings.for_method(method).candidate_prompts():
+            content = json.dumps(prompts).encode()
+            found[f"{method.replace('-', '_')}.candidates"] = hashlib.sha256(content).hexdigest()
     return found
 
 

@@ -21,8 +21,9 @@ from capotune.errors import CapotuneError, OutputError
 from capotune.folder_lock import holder
 from capotune.models.content import sha256_of
 from capotune.run_folder import CHECKPOINTS, COMPARISON, RUN, read_comparison, read_run
+from capotune.runs.circumstances import resumed_elsewhere
 
-__all__ = ["ListedRun", "compare_runs", "differences", "list_runs", "loss_curve"]
+__all__ = ["ListedRun", "checked_record", "compare_runs", "differences", "list_runs", "loss_curve"]
 
 _DEEPEST = 3
 """Folders below the one that is searched."""
@@ -37,6 +38,11 @@ class _Result(pydantic.BaseModel):
     train_seconds: pydantic.FiniteFloat
 
 
+class _Place(pydantic.BaseModel):
+    step: int
+    environment: dict[str, Any]
+
+
 class _Record(pydantic.BaseModel):
     """What is read of a run's or a comparison's record; more may stand there."""
 
@@ -45,6 +51,7 @@ class _Record(pydantic.BaseModel):
     base: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     repository: dict[str, Any] = {}
+    resumed_in: list[_Place] = []
     started: str | None = None
     result: _Result | None = None
 
@@ -104,7 +111,7 @@ def look_at(folder: Path) -> ListedRun:
         comparison = read_comparison(folder)
         if comparison is not None:
             return _comparison(folder, comparison)
-        record = _record(folder)
+        record = checked_record(folder)
     except OutputError as error:
         return ListedRun(folder, "broken", str(error), {})
     try:
@@ -119,7 +126,7 @@ def compare_runs(one: Path, other: Path) -> dict[str, Any]:
 
     Raises ``OutputError`` for a folder without a run.
     """
-    records = _record(one), _record(other)
+    records = checked_record(one), checked_record(other)
     return {
         "runs": [str(one), str(other)],
         "differing": differences(*records),
@@ -160,7 +167,7 @@ def loss_curve(one: Path, other: Path) -> dict[str, Any] | None:
     }
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def checked_record(folder: Path) -> dict[str, Any]:
     """As ``read_run``; also raises ``OutputError`` for one whose parts are not of the kinds that runs write."""
     record = read_run(folder)
     try:
@@ -251,6 +258,7 @@ def _parts(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "base": record.get("base", {}),
         "data": {"data_sha256": record.get("data_sha256")},
         "environment": record.get("environment", {}),
+        "resumed": {"resumed_in": resumed_elsewhere(record)},
         "repository": record.get("repository", {}),
         "result": {**result, **record.get("result", {}).get("scores", {})},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from capotune.device import pick_device
 from capotune.engine.checkpoint import load_checkpoint
 from capotune.engine.state import draws_on
 from capotune.errors import DataError, ModelError, OutputError
-from capotune.events import Finished, Reporter, Stage, ignore
-from capotune.files import full_disk_is_said, remove_partial
+from capotune.events import Finished, Reporter, Stage, alive, ignore
+from capotune.files import check_own, full_disk_is_said, remove_partial
 from capotune.folder_lock import locked
 from capotune.memory_table import MemoryTable
 from capotune.models.base import find
 from capotune.run_folder import CHECKPOINTS, RUN, read_run, recorded_settings, tidy
+from capotune.runs.circumstances import CIRCUMSTANCES
+from capotune.runs.listing import checked_record
 from capotune.runs.run import SCORES_BASE, base_record, complete, prepare, record_of
 from capotune.settings import TrainingSettings, TrainSettings, build
 
-__all__ = ["check_base", "check_same", "resume", "run_settings"]
+__all__ = ["check_base", "check_inputs", "check_same", "resume", "run_settings"]
 
 AS_IT_WAS = "Bring back what it was, or begin anew in another `out`: a run goes on exactly or not at all."
 
@@ -45,8 +48,9 @@ def resume(
     ``DataError`` and ``ModelError`` when data or base are not what they were, and whatever ``run`` raises.
     """
     read_run(out)
+    check_own(out)
     with locked(out), full_disk_is_said(out):
-        before = read_run(out)
+        before = checked_record(out)
         if "result" in before:
             tidy(out)
             report(Finished(result=before["result"]))
@@ -59,10 +63,12 @@ def resume(
                 advice="Go on where it was started, or begin anew in another `out`.",
             )
         report(Stage(text="reading data"))
-        prepared = prepare(settings, method, report)
+        stored_states = state.stored_states if state else None
+        prepared = replace(prepare(settings, method, report), stored_states=stored_states)
         record = record_of(prepared, before.get(SCORES_BASE, False), report)
         check_same(before, record, out)
-        record |= {name: before[name] for name in ("started", "settings_from") if name in before}
+        since = ("started", "settings_from", *(CIRCUMSTANCES if state else ()))
+        record |= {name: before[name] for name in since if name in before}
         remove_partial(out)
         return complete(prepared, record, state, report)
 
@@ -82,6 +88,16 @@ def check_base(out: Path, report: Reporter = ignore) -> None:
     before = read_run(out)
     name, trusted = before["settings"]["model"], before["settings"].get("trust_remote_code", False)
     _check_same_base(before, base_record(find(name, trust_remote_code=trusted, report=report), report), out)
+
+
+def check_inputs(
+    out: Path, rows: Mapping[str, MemoryTable], trust_remote_code: bool, report: Reporter = ignore
+) -> None:
+    """``DataError`` or ``ModelError`` when data, further files or base of the run in ``out`` are not what they were;
+    the data is read for it. The arguments are those of ``resume``."""
+    before = checked_record(out)
+    prepared = prepare(*run_settings(before, out, rows, trust_remote_code), alive(report))
+    check_same(before, record_of(prepared, False, report), out)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

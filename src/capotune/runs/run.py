@@ -32,7 +32,7 @@ from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
 from capotune.run_folder import RUN, as_json, check_nothing_there, is_worth_keeping, tidy
-from capotune.runs.circumstances import circumstances, now, settings_from
+from capotune.runs.circumstances import circumstances, gone_on, now, settings_from
 from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, Task, TaskRun
@@ -51,6 +51,8 @@ class Prepared:
     method: TrainingSettings
     base: Base
     task_run: TaskRun
+    stored_states: bool | None = None
+    """Of a run that is gone on with or made again, whether its steps began above the frozen layers."""
 
 
 def run(
@@ -139,12 +141,15 @@ class _Run:
     def __init__(self, prepared: Prepared, record: dict[str, Any], report: Reporter) -> None:
         self.settings, self.method, self.base = prepared.settings, prepared.method, prepared.base
         self.task_run, self.record, self.report = prepared.task_run, record, report
+        self.stored_states = prepared.stored_states
 
     def finish(self, state: TrainingState | None) -> dict[str, Any]:
         """Everything from loading the base to the last file."""
         reset_peak_memory()
         device = pick_device()
-        self.record |= circumstances(device)
+        here = circumstances(device)
+        self.environment = here["environment"]
+        self.record |= here if state is None else gone_on(self.record, here, state.step, self.report)
         write_atomic(self.settings.out / RUN, as_json(self.record))
         assembled, dtype = self._load(device)
         cache = self._cache(assembled, dtype)
@@ -179,7 +184,7 @@ class _Run:
     def _cache(self, assembled: Assembled, dtype: torch.dtype) -> ActivationCache:
         folder = cache_folder() / "activations" if self.settings.cache else None
         made_of = {"base": self.base.name, "data": str(self.settings.data)}
-        return ActivationCache(folder, self._identity(assembled, dtype), made_of, self.report)
+        return ActivationCache(folder, self._identity(assembled, dtype), made_of, self.report, self.stored_states)
 
     def _identity(self, assembled: Assembled, dtype: torch.dtype) -> dict[str, Any]:
         """All that cached activations depend on, besides the tokens."""
@@ -192,7 +197,7 @@ class _Run:
             "dtype": str(dtype),
             "torch": torch.__version__,
             # these decide how sequences are read and what computes the blocks, and so the last bits
-            "transformers": self.record["environment"]["transformers"],
+            "transformers": self.environment["transformers"],
             "kernels": described(assembled.model.device),
         }
 

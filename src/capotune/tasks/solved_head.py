@@ -16,7 +16,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Objective, Score
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.linear_head import LinearHead, choose_regularization, solve
-from capotune.engine.recorded import Recording, incidents, train_recorded, with_boundary
+from capotune.engine.recorded import Recording, how_it_went, train_recorded, with_boundary
 from capotune.engine.state import TrainingState, start
 from capotune.evaluation.forward import Examples
 from capotune.events import Reporter, Stage, alive
@@ -120,7 +120,7 @@ class SolvedHead:
         extra = {"regularization": self.regularization}
         if state is None:
             return Fitted(1.0, 1, objective.shown(self.score), extra)
-        return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score), extra | incidents(state))
+        return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score), extra | how_it_went(state))
 
 
 def solve_head(
@@ -166,7 +166,7 @@ def train_from(
         assert solved.unfinished is not None
         state = start(assembled, solved.score, seed)
         set_head(assembled, solved.unfinished)
-    fit, held = (with_boundary(part, assembled, cache, report) for part in rows)
+    fit, held = with_boundary(rows, assembled, cache, report)
     state = train_recorded(recording, assembled, fit, held, seed=seed, state=state, report=report)
     return solved.fitted(assembled.task.objective, state)
 

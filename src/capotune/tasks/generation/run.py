@@ -19,7 +19,7 @@ from capotune.data.inspect.samples import inspect_samples
 from capotune.data.samples import Conversation, Samples, answer_of, asked
 from capotune.data.split import hold_out, normalised
 from capotune.engine.activation_cache import ActivationCache
-from capotune.engine.recorded import Recording, incidents, train_recorded, with_boundary
+from capotune.engine.recorded import Recording, how_it_went, train_recorded, with_boundary
 from capotune.engine.state import start
 from capotune.errors import DataError, SettingError, quoted
 from capotune.evaluation.forward import Examples, held_out_score
@@ -157,12 +157,11 @@ class GenerationRun(TaskRun):
         if not assembled.method.settings.trains:
             score = held_out_score(assembled, self.train.take(self.held_rows), alive(report))
             return Fitted(0.0, 0, shown(score), extra)
-        fit, held = (
-            with_boundary(self.train.take(rows), assembled, cache, report) for rows in (self.fit_rows, self.held_rows)
-        )
+        parts = [self.train.take(rows) for rows in (self.fit_rows, self.held_rows)]
+        fit, held = with_boundary(parts, assembled, cache, report)
         state = recording.state or start(assembled, held_out_score(assembled, held, alive(report)), self.seed)
         state = train_recorded(recording, assembled, fit, held, seed=self.seed, state=state, report=report)
-        extra |= incidents(state)
+        extra |= how_it_went(state)
         score, part = give_back(assembled, held, state.best_score, report)
         if part is not None:  # the held-out score is of this part then, and not of the best epoch
             extra["part_of_change"] = part
