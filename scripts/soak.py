@@ -443,17 +443,17 @@ def soak(
     }
 
 
-def full_disk(made: Path, every: int, progress: Callable[[str], None]) -> dict[str, Any]:
+def full_disk(made: Path, every: int, only: str, progress: Callable[[str], None]) -> dict[str, Any]:
     """From every write of some runs on (or each ``every``-th) the disk is full, then there is room again."""
     chosen = [case for case in cases(made) if case.name in ("lora, classification", "lora, generation from GGUF")]
-    chosen += writers(made)
+    chosen = [case for case in [*chosen, *writers(made)] if only in case.name]
     said: Counter[str] = Counter()
     problems: list[str] = []
-    tried = 0
+    tried: Counter[str] = Counter()
     for case in chosen:
         expected, folder = reference(case, made / "reference"), made / "full"
         for number in range(1, expected.counts["change"] + 1, every if case.can_resume else 1):
-            tried += 1
+            tried[case.name] += 1
             folder.mkdir()
             ended = run(folder, case.arguments, moment(folder, "change", number, "full"))
             lines = [line for line in ended.said.splitlines() if line.startswith("capo:") or "goes on without" in line]
@@ -463,7 +463,7 @@ def full_disk(made: Path, every: int, progress: Callable[[str], None]) -> dict[s
             ]
             progress(f"{case.name}: write {number} of {expected.counts['change']}, {len(problems)} problems")
             shutil.rmtree(folder)
-    return {"disks": tried, "messages": dict(said.most_common()), "problems": problems}
+    return {"disks": dict(tried), "messages": dict(said.most_common()), "problems": problems}
 
 
 def _after_full(ended: Ended, lines: list[str], case: Case, folder: Path, expected: Reference) -> list[str]:
@@ -501,7 +501,7 @@ def main() -> int:
     make(made)
     warm(made)
     if given.full_disk:
-        found = full_disk(made, given.every, progress)
+        found = full_disk(made, given.every, given.only, progress)
     else:
         found = soak(given.kills, given.seed, given.only, given.phase, made, progress)
     text = json.dumps(found, indent=2)
