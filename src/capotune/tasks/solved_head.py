@@ -120,7 +120,8 @@ class SolvedHead:
         extra = {"regularization": self.regularization}
         if state is None:
             return Fitted(1.0, 1, objective.shown(self.score), extra)
-        return Fitted(float(state.epoch), state.best_epoch, objective.shown(state.best_score), extra | how_it_went(state))
+        score = objective.shown(state.best_score)
+        return Fitted(float(state.epoch), state.best_epoch, score, extra | how_it_went(state))
 
 
 def solve_head(
