@@ -41,11 +41,16 @@ CASES = "not (contract and (gpt2 or qwen2)) and not (importing or cut_short or f
 blocks are composed of the same kernels. None about the compiled files themselves: they are files at every level."""
 
 
+ONE_CODE = ("abi", "cpu_level", "elementwise", "nf4", "prologue", "short_attention")
+"""Kernels that are compiled alike for avx512 and amx (``native.SIMD_FLAGS``): the machine's own level tests them."""
+
+
 class Level(NamedTuple):
     """How to run at it."""
 
     name: str
     environment: dict[str, str]
+    kernels: tuple[str, ...] = KERNELS
 
 
 def levels() -> dict[str, Level]:
@@ -54,7 +59,8 @@ def levels() -> dict[str, Level]:
     found = [Level("none", {"CAPOTUNE_NATIVE": "0"})]
     found += [Level(name, {"CAPOTUNE_CPU_LEVEL": name}) for name in CPU_LEVELS[: CPU_LEVELS.index(own)]]
     if own != "amx" and software_amx.why_not() is None:
-        found.append(Level("amx", {"SOFTWARE_AMX": "1"}))
+        products = tuple(name for name in KERNELS if name not in ONE_CODE)
+        found.append(Level("amx", {"SOFTWARE_AMX": "1"}, products))
     return {level.name: level for level in found}
 
 
@@ -69,7 +75,7 @@ class Outcome(NamedTuple):
 
 def run(level: Level) -> Outcome:
     """The tests there, in as many processes as there are cores."""
-    started, paths = time.monotonic(), [str(TESTS / f"test_{name}.py") for name in KERNELS]
+    started, paths = time.monotonic(), [str(TESTS / f"test_{name}.py") for name in level.kernels]
     paths += [str(TESTS / f"test_{name}.py::test_{what}") for name, whats in CONTRACTS.items() for what in whats]
     plain = {name: value for name, value in os.environ.items() if name not in ("CAPOTUNE_NATIVE", "CAPOTUNE_CPU_LEVEL")}
     with tempfile.TemporaryDirectory() as folder:

@@ -439,7 +439,7 @@ def test_training_above_cached_layers_is_training_above_them(
 
 
 @pytest.mark.usefixtures("all_bits")
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["gpt2", "qwen2"])
 @pytest.mark.parametrize(
     "variant",
     ["features", "features, cached", "lora", "lora, dropout", "dora, dropout", "qlora", "prompt-tuning", "deep"],
@@ -496,7 +496,7 @@ IN_HALF: dict[str, TrainingSettings] = {
 }
 
 
-@pytest.mark.parametrize("base", [*BASES, "gemma2"])
+@pytest.mark.parametrize("base", ["gpt2", "qwen2", "gemma2"])
 @pytest.mark.parametrize("variant", [*IN_HALF, "features, cached"])
 def test_a_base_in_bf16_trains_and_is_stored(
     variant: str, base: str, all_writers: dict[str, Path], tmp_path: Path
