@@ -178,7 +178,7 @@ def test_graph_that_answers_otherwise_is_not_written(
 def test_model_that_cannot_be_traced_is_refused_with_the_reason(
     unwritten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise torch.onnx.OnnxExporterError("no such op\nand more")
 
     monkeypatch.setattr(module, "_trace", fail)

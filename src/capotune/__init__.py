@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capotune.api import (
+        check_labels,
         checkpoint,
         combine,
         compare,
@@ -41,6 +42,7 @@ __all__ = [
     "Generator",
     "Prediction",
     "Tagger",
+    "check_labels",
     "checkpoint",
     "combine",
     "compare",

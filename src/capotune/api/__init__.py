@@ -32,6 +32,7 @@ from capotune.api.inference import (
 from capotune.api.resuming import checkpoint, methods_of, request_checkpoint, resume
 from capotune.api.runs import compare_runs, list_runs, reproduce
 from capotune.api.training import (
+    check_labels,
     command_of,
     describe_data,
     inspect,
@@ -40,13 +41,17 @@ from capotune.api.training import (
     train,
     train_run,
 )
+from capotune.data.suspects import LabelCheck, Suspect
 from capotune.evaluation.metrics import Metric, metric
 from capotune.report import Comparison, ComparisonRow
 
 __all__ = [
     "Comparison",
     "ComparisonRow",
+    "LabelCheck",
     "Metric",
+    "Suspect",
+    "check_labels",
     "checkpoint",
     "combine",
     "command_of",

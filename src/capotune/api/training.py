@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capotune.api.trackers import recorded_config, tracked
 from capotune.data_blocks import Block
@@ -12,6 +12,9 @@ from capotune.device import collector_at_rest
 from capotune.errors import DataError, SettingError
 from capotune.events import CancelToken, DataInspected, Event, Reporter, ignore
 from capotune.settings import RunSettings, TrainingSettings, TrainSettings, build, nearest
+
+if TYPE_CHECKING:
+    from capotune.data.suspects import LabelCheck
 
 
 def train(
@@ -121,6 +124,42 @@ def inspect(*, data: Any, report: Reporter = ignore, **settings: Any) -> dict[st
             raise
         found["refused"] = str(error)
     return {"model": run.model, "title": tasks.get(found["task"]).title, **found}
+
+
+def check_labels(
+    *,
+    data: Any,
+    out: str | Path | None = None,
+    report: Reporter = ignore,
+    cancel: CancelToken | None = None,
+    **settings: Any,
+) -> LabelCheck:
+    """Labels of texts that are likely to be wrong, ranked, each with the label that is more probable.
+
+    Every row is labelled by a linear head on the frozen base's features that has not seen it (confident learning,
+    Northcutt et al. 2021; needs cleanlab). The data is not changed.
+
+    Args:
+        data: labelled text, as in ``train``.
+        out: a csv file to write (none must be there): the rows and columns of ``data`` and the columns ``suggestion``,
+            ``suggestion_probability`` and ``label_probability``, empty where nothing is suspect. Corrected, it is data
+            to train on.
+        report, cancel: as in ``train``.
+        settings: those of ``capo data --help`` by name (``model``, ``text_column``, ``seed`` …), and ``cache``.
+
+    Raises ``CapotuneError`` subclasses, as ``train``; ``MissingLibraryError`` without cleanlab.
+
+    >>> check = capotune.check_labels(data="tickets.csv", out="to_correct.csv")    # doctest: +SKIP
+    >>> check.suspects[0].suggestion                                               # doctest: +SKIP
+    'refund'
+    """
+    with collector_at_rest():
+        from capotune.runs import label_check
+
+    shared, _ = _separate("feature-extraction", settings)
+    built = build(TrainSettings, sources(data, shared))
+    told = (cancel or CancelToken()).watching(report)
+    return label_check.check_labels(built, None if out is None else Path(out), told)
 
 
 def sources(data: object, settings: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ Fine-tune a pretrained transformer four ways and keep a small adapter; the base 
   capo chat ADAPTER                        a conversation; /adapter switches
   capo info ADAPTER                        what an adapter is
   capo diff A B                            what differs between two adapters
-  capo data tickets.csv                    what a data file holds, and what is wrong with it
+  capo data tickets.csv                    what a data file holds, and what is wrong with it (--check-labels)
   capo demo generation                     a comparison on data that is already here
   capo merge ADAPTER --out DIR             the base with the adapter's change in its weights
   capo export ADAPTER --for vllm           for vllm, sglang, llama.cpp, ollama, peft or transformers (--out DIR)
@@ -120,6 +120,11 @@ class Data(DataSettings):
     """The model whose tokens are counted. Left out: minilm for labels, smollm2 for text."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides which rows are held out for the test."""
+    check_labels: bool = False
+    """Labels of texts: list those that are likely to be wrong, each with the label that is more probable."""
+    out: Path | None = None
+    """With `check_labels`: a csv file to write, to correct and to train on: the data's rows and columns, and behind
+    them a suggestion where a label is suspect. Must not exist."""
     as_json: Json = False
     """Print one JSON object."""
 
@@ -402,7 +407,13 @@ def _data(rest: list[str]) -> int:
     from capotune import api
     from capotune.cli.display import show_data, watch_bytes
 
-    given = {name: value for name, value in settings.model_dump().items() if name != "as_json"}
+    given = {name: value for name, value in settings.model_dump().items() if name not in ("as_json", "check_labels")}
+    if settings.check_labels:
+        from capotune.cli.label_check import check_labels
+
+        return check_labels(given, as_json=settings.as_json)
+    if given.pop("out") is not None:
+        raise SettingError("belongs to `check_labels`.", setting="out", given=settings.out, advice="Give both.")
     with watch_bytes() as report:
         found = api.inspect(report=report, **given)
     if settings.as_json:

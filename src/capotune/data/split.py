@@ -16,7 +16,7 @@ from capotune.memory_table import MemoryTable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["hold_out", "normalised", "refuse_same_source", "rows_to_score", "split_as_marked", "text_numbers"]
+__all__ = ["folds", "hold_out", "normalised", "refuse_same_source", "rows_to_score", "split_as_marked", "text_numbers"]
 
 
 class TakesRows(Protocol):
@@ -125,6 +125,21 @@ def hold_out(
     held = [of_label[rng.permutation(len(of_label))[:quota]] for of_label, quota in zip(units, quotas, strict=True)]
     is_held = np.isin(number, np.concatenate(held))
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def folds(labels: Sequence[int], count: int, seed: int, groups: Iterable[Hashable] | None = None) -> NDArray[np.int64]:
+    """For each row the fold, of 0 to ``count`` - 1, that it is in when each is held out in turn.
+
+    Folds are of like size and hold like parts of each label; rows of one group stay together. Arguments as for
+    ``hold_out``.
+    """
+    number = _numbered(range(len(labels)) if groups is None else groups)
+    _, first = np.unique(number, return_index=True)
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(np.asarray(labels)[first][order], kind="stable")]
+    fold = np.empty(len(first), dtype=np.int64)
+    fold[order] = np.arange(len(first)) % count  # dealt out label by label
+    return fold[number]
 
 
 def _by_label(groups: NDArray[np.int64], label_of: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Clock, Recording
 from capotune.engine.state import TrainingState
 from capotune.events import Finished, Reporter, Stage, TrainingStarted, Warned, alive, bytes_as_progress, ignore
-from capotune.files import cache_folder, check_there, growing_folder, remove_folder, write_atomic
+from capotune.files import check_there, growing_folder, remove_folder, write_atomic
 from capotune.interval import interval
-from capotune.kernels import described
 from capotune.methods import make
 from capotune.methods.base import Start
 from capotune.models.base import EMBEDDED, Base, embedded_file, find
 from capotune.run_folder import RUN, as_json, check_nothing_there, is_worth_keeping, tidy
+from capotune.runs.cached import activation_cache
 from capotune.runs.circumstances import circumstances, gone_on, now, settings_from
 from capotune.runs.memory import telling_what_to_lower
 from capotune.settings import Context, TrainingSettings, TrainSettings
@@ -94,18 +94,19 @@ def complete(
 
 def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> Prepared:
     """Resolve what was left out of the settings, find the base, and read the data for it."""
-    settings, task, base, context = _found(settings, report)
+    settings, task, base, context = found(settings, report)
     task_run = task.prepare(settings, method.completed(context), base, report)
     return Prepared(settings, method.completed(replace(context, train_rows=task_run.train_rows)), base, task_run)
 
 
 def inspect(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> None:
     """Read and check the data and report on it, as ``prepare`` does; nothing more is to come."""
-    settings, task, base, context = _found(settings, report)
+    settings, task, base, context = found(settings, report)
     task.inspect(settings, method.completed(context), base, report)
 
 
-def _found(settings: TrainSettings, report: Reporter) -> tuple[TrainSettings, type[Task], Base, Context]:
+def found(settings: TrainSettings, report: Reporter) -> tuple[TrainSettings, type[Task], Base, Context]:
+    """The settings with task and base filled in, both of them, and what the defaults of a method depend on."""
     settings = resolve(settings, report)
     task = tasks.recognise(settings)
     assert settings.model is not None
@@ -148,7 +149,6 @@ class _Run:
         reset_peak_memory()
         device = pick_device()
         here = circumstances(device)
-        self.environment = here["environment"]
         self.record |= here if state is None else gone_on(self.record, here, state.step, self.report)
         write_atomic(self.settings.out / RUN, as_json(self.record))
         assembled, dtype = self._load(device)
@@ -182,24 +182,9 @@ class _Run:
         return assemble(task, self.method, device=device, dtype=dtype, progress=progress), dtype
 
     def _cache(self, assembled: Assembled, dtype: torch.dtype) -> ActivationCache:
-        folder = cache_folder() / "activations" if self.settings.cache else None
-        made_of = {"base": self.base.name, "data": str(self.settings.data)}
-        return ActivationCache(folder, self._identity(assembled, dtype), made_of, self.report, self.stored_states)
-
-    def _identity(self, assembled: Assembled, dtype: torch.dtype) -> dict[str, Any]:
-        """All that cached activations depend on, besides the tokens."""
-        quantization = assembled.method.quantization
-        return {
-            "base": self.record["base"]["fingerprint"],
-            "config": self.record["base"]["config"],
-            "quantization": asdict(quantization) if quantization else None,
-            "device": assembled.model.device.type,
-            "dtype": str(dtype),
-            "torch": torch.__version__,
-            # these decide how sequences are read and what computes the blocks, and so the last bits
-            "transformers": self.environment["transformers"],
-            "kernels": described(assembled.model.device),
-        }
+        return activation_cache(
+            self.settings, self.record["base"], assembled, dtype, self.report, stores=self.stored_states
+        )
 
     def _score_base(self, assembled: Assembled, cache: ActivationCache) -> Scored:
         self.report(Stage(text="scoring the base"))

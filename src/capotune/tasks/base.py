@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredAdapter, StoredRecord
 from capotune.adapters.task_model import CardWords, TaskModel
 from capotune.data.batches import Encoded
+from capotune.data.suspects import LabelCheck
 from capotune.data.texts import read_texts
 from capotune.data_blocks import Block, Finding, Findings
 from capotune.engine.activation_cache import ActivationCache
@@ -160,6 +161,18 @@ class Task(TaskModel):
     def inspect(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> None:
         """Report what was found as ``prepare`` does, where nothing is trained after it. Raises the same."""
         cls.prepare(settings, method, base, report)
+
+    @classmethod
+    def find_wrong_labels(
+        cls,
+        settings: TrainSettings,  # noqa: ARG003
+        base: Base,  # noqa: ARG003
+        load: Callable[[Any], tuple[Assembled, ActivationCache]],  # noqa: ARG003
+        report: Reporter,  # noqa: ARG003
+    ) -> LabelCheck:
+        """Look for wrong labels among all rows of ``settings.data``. ``load`` gives the frozen base with a task on it,
+        and the cache of what it computes. Raises ``SettingError`` where a task does not, ``DataError``."""
+        raise SettingError(f"does not apply to {cls.title}: labels of texts are checked.", setting="check_labels")
 
     @classmethod
     def read_texts(cls, source: str, text_column: str | None) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,13 +20,16 @@ from capotune.data.inspect.labels import LabelReport, describe_labels, inspect_d
 from capotune.data.inspect.measures import Counted
 from capotune.data.inspect.texts import TextReport
 from capotune.data.labelled import LabelledData, LabelledText
+from capotune.data.suspects import LabelCheck
 from capotune.data.wording import quoted, shorten
 from capotune.data_blocks import Block
+from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
 from capotune.evaluation.metrics import nearest_mean_logits
+from capotune.events import Reporter
 from capotune.models.base import Base
 from capotune.sections import Section
-from capotune.settings import DataSettings, nearest
+from capotune.settings import DataSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, untested
 from capotune.tasks.classification import page
 from capotune.tasks.classification.facade import Classifier
@@ -93,6 +96,19 @@ class Classification(TextTargetTask):
     ) -> AnyTarget:
         """The labels of the training rows."""
         return cls.on(base, class_names(data.train.labels), max_length, virtual_tokens)
+
+    @classmethod
+    def find_wrong_labels(
+        cls,
+        settings: TrainSettings,
+        base: Base,
+        load: Callable[[Any], tuple[Assembled, ActivationCache]],
+        report: Reporter,
+    ) -> LabelCheck:
+        """By heads on frozen features that have not seen the label."""
+        from capotune.tasks.classification.label_check import check_labels
+
+        return check_labels(settings, base, load, report)
 
     @classmethod
     def inspected(
