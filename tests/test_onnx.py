@@ -156,7 +156,7 @@ def test_tags_after_a_soft_prompt_are_the_adapters(tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def unwritten(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An adapter; the exporter is not run."""
-    monkeypatch.setattr(module, "_trace", lambda *_: None)
+    monkeypatch.setattr(module, "_trace", lambda *_, **__: None)
     return saved(on_base(bert, METHODS["lora"]), tmp_path / "adapter")
 
 

@@ -216,7 +216,7 @@ def test_save_writes_an_adapter_for_everyone(fitted: TextClassifier, tmp_path: P
     ("texts", "labels", "message"),
     [
         ("one text", ["a"], "a list of texts is needed"),
-        ([["a", "b"], ["c", "d"]], ["a", "b"], "row 0: texts must be strings, found list"),
+        ([["a"], ["c"]], ["a", "b"], "row 0: texts must be strings, found list"),
         (["a b", None], ["a", "b"], "row 1: texts must be strings, found NoneType"),
         (np.zeros((4, 2)), list("abab"), "texts must be strings, found ndarray"),
         (["a b", "c d", "e f"], ["a", "b"], "3 texts but 2 labels"),

@@ -68,6 +68,9 @@ class DataSettings(Settings):
     """Column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
     """Column that holds the label, or the list of tags. Found by name when left out."""
+    pair_columns: tuple[str, str] | None = None
+    """Labels of texts: two columns of texts that are read together, the first and the second. Left out: found by names
+    such as premise and hypothesis, sentence1 and sentence2, question and answer; else one text is read."""
     prompt_template: str | None = None
     """Generation: the prompt made from other columns, as in `Question: {question} Answer:`."""
     completion_column: str | None = None

@@ -42,12 +42,13 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.seed = seed
         self.settings = settings
 
-    def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> TextClassifier:
-        """Train on texts (rows,) and labels (rows,) of any kind that numpy can sort."""
-        texts, values = _checked(texts), _checked_labels(labels)
-        if len(texts) != len(values):
-            raise DataError(f"{len(texts)} texts but {len(values)} labels were given; they go in pairs.")
-        empty = next((at for at, text in enumerate(texts) if not text.strip()), None)
+    def fit(self, texts: Sequence[Any], labels: Sequence[Any]) -> TextClassifier:
+        """Train on texts (rows,), or pairs of texts (rows, 2) or as tuples, and labels (rows,) of any kind that numpy
+        can sort."""
+        read, values = _checked(texts), _checked_labels(labels)
+        if len(read) != len(values):
+            raise DataError(f"{len(read)} texts but {len(values)} labels were given; they go in pairs.")
+        empty = next((at for at, text in enumerate(read) if not all(map(str.strip, _parts(text)))), None)
         if empty is not None:
             raise DataError("empty text.", where=f"row {empty}", advice="Fill it in or leave the row out.")
         classes = np.unique(values)
@@ -60,7 +61,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         own = sorted({"data", "test", "out", "report"} & set(self.settings or {}))
         if own:
             raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
-        rows = [{"text": text, "label": _name(label)} for text, label in zip(texts, values, strict=True)]
+        columns = ("text", "text_pair")
+        rows = [
+            {**dict(zip(columns, _parts(text), strict=False)), "label": _name(label)}
+            for text, label in zip(read, values, strict=True)
+        ]
         with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
             run = {"out": Path(folder) / "run", "model": self.model, "seed": self.seed, "test_fraction": 0}
             record = api.train(self.method, data=rows, **{**run, **(self.settings or {})})
@@ -70,19 +75,19 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._classifier: Any = None
         return self
 
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    def predict_proba(self, texts: Sequence[Any]) -> np.ndarray:
         """(rows, classes) probabilities in the order of ``classes_``."""
         check_is_fitted(self)
-        texts = _checked(texts)
+        read = _checked(texts)
         if self._classifier is None:
             with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
                 self._classifier = api.load_predictor(self.save(Path(folder) / "adapter"), model=self.model)
         classifier = self._classifier
-        probabilities: np.ndarray = classifier.predict_proba(texts)
+        probabilities: np.ndarray = classifier.predict_proba(read)
         columns = [classifier.labels.index(_name(one)) for one in self.classes_]
         return probabilities[:, columns]
 
-    def predict(self, texts: Sequence[str]) -> np.ndarray:
+    def predict(self, texts: Sequence[Any]) -> np.ndarray:
         """(rows,) the most probable class of each text."""
         probabilities = self.predict_proba(texts)
         predicted: np.ndarray = self.classes_[probabilities.argmax(1)]
@@ -124,13 +129,29 @@ def _checked_labels(labels: Sequence[Any]) -> np.ndarray:
     return values
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
+def _parts(text: str | tuple[str, str]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _checked(texts: Sequence[Any]) -> list[Any]:
+    """Texts, or pairs of texts as tuples: all of one form."""
     if isinstance(texts, str):
         raise DataError(f"a list of texts is needed, found one string: {texts[:40]!r}.", advice="Put it in a list.")
-    rows = list(texts)
-    wrong = next((at for at, text in enumerate(rows) if not isinstance(text, str)), None)
+    rows = texts.to_numpy() if hasattr(texts, "to_numpy") else texts  # a DataFrame of two columns
+    rows = [row if isinstance(row, str) else _as_pair(row) for row in rows]
+    kind = tuple if rows and isinstance(rows[0], tuple) else str
+    wrong = next((at for at, row in enumerate(rows) if not isinstance(row, kind)), None)
     if wrong is not None:
+        wanted = "pairs of strings, as the first is one" if kind is tuple else "strings"
         raise DataError(
-            f"texts must be strings, found {type(rows[wrong]).__name__} {quoted(rows[wrong])}.", where=f"row {wrong}"
+            f"texts must be {wanted}, found {type(rows[wrong]).__name__} {quoted(rows[wrong])}.", where=f"row {wrong}"
         )
     return rows
+
+
+def _as_pair(row: Any) -> Any:
+    """A row of two strings as a tuple, others as they are."""
+    if not isinstance(row, list | tuple | np.ndarray):
+        return row
+    pair = tuple(row)
+    return pair if len(pair) == 2 and all(isinstance(text, str) for text in pair) else row

@@ -204,9 +204,9 @@ def load_base(adapter: str | Path, *, model: str | None = None) -> nn.Module:
     return base
 
 
-def predict(adapter: str | Path, texts: Sequence[str], *, model: str | None = None) -> list[Any]:
-    """What the adapter says of each text, such as its label and probability. For many calls, ``load`` once and use its
-    methods."""
+def predict(adapter: str | Path, texts: Sequence[Any], *, model: str | None = None) -> list[Any]:
+    """What the adapter says of each text (of a pair, a tuple), such as its label and probability. For many calls,
+    ``load`` once and use its methods."""
     return list(load_predictor(adapter, model=model).answer(texts))
 
 
@@ -227,7 +227,7 @@ def evaluate(
     allow_different_base: bool = False,
     report: Reporter = ignore,
     cancel: CancelToken | None = None,
-    **columns: str | None,
+    **columns: Any,
 ) -> dict[str, Any]:
     """Score an adapter, or a language model alone, on data: the test rows when a `split` column marks some, else all.
 
@@ -241,7 +241,8 @@ def evaluate(
     the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each; on weights that the adapter was not
     trained on ``different_base``, True.
 
-    ``columns`` are ``text_column``, ``label_column``, ``prompt_template``, ``completion_column``.
+    ``columns`` are ``text_column``, ``label_column``, ``pair_columns`` (two), ``prompt_template``,
+    ``completion_column``.
 
     Raises ``DataError`` for data that cannot be read or a label that the adapter does not know.
     """
@@ -367,16 +368,22 @@ def _check(stored: StoredAdapter, assembled: Assembled) -> dict[str, Any]:
     return {**asdict(found), "agrees": found.agrees}
 
 
-def read_texts(source: str, text_column: str | None = None, predictor: Predictor | None = None) -> list[Any]:
+def read_texts(
+    source: str,
+    text_column: str | None = None,
+    predictor: Predictor | None = None,
+    pair_columns: tuple[str, str] | None = None,
+) -> list[Any]:
     """Texts to predict: a column of a csv, tsv, jsonl or parquet file, or the lines of any other file but blank ones.
 
-    ``predictor``: what they are for, made by ``load_predictor``; it may know other forms, such as lists of words.
+    ``predictor``: what they are for, made by ``load_predictor``; it may know other forms, such as lists of words, or
+    pairs of texts in two columns.
     """
     from capotune.data import texts
 
     if predictor is None:
         return list(texts.read_texts(source, text_column))
-    return predictor.read_texts(source, text_column)
+    return predictor.read_texts(source, text_column, pair_columns)
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:

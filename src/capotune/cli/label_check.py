@@ -42,7 +42,8 @@ def _table(check: api.LabelCheck) -> Table:
     table.add_column("it / the label")
     for one in check.suspects[:_SHOWN]:
         sure = f"{_percent(one.probability)} / {_percent(one.label_probability)}"
-        table.add_row(str(one.line), " ".join(one.text.split()), one.label, one.suggestion, sure)
+        text = one.text if isinstance(one.text, str) else " | ".join(one.text)
+        table.add_row(str(one.line), " ".join(text.split()), one.label, one.suggestion, sure)
     return table
 
 

@@ -68,6 +68,8 @@ class Evaluate(BaseSettings):
     """Labels, tags: column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
     """Labels, tags: column that holds the label, or the list of tags. Found by name when left out."""
+    pair_columns: tuple[str, str] | None = None
+    """Labels: two columns of texts that are read together. Found by name when left out."""
     prompt_template: str | None = None
     """Text to write: the prompt made from columns, as in `Question: {question} Answer:`."""
     completion_column: str | None = None
@@ -88,12 +90,14 @@ class Predict(BaseSettings):
     adapter: tyro.conf.Positional[str]
     """Adapter folder, or an adapter on the hub (`owner/name@revision`)."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to read."""
+    """Texts to read; of pairs the first and then the second."""
     file: str | None = None
     """A file of texts: a column of a csv, tsv, jsonl or parquet file, or the lines of any other. For entities also
     lists of words, or CoNLL text."""
     text_column: str | None = None
     """Column of the file that holds the text, or the list of words. Found by name when left out."""
+    pair_columns: tuple[str, str] | None = None
+    """Two columns of the file that hold texts to read together. Found by name when left out."""
     as_json: Json = False
     """Print one JSON object a line."""
 
@@ -358,15 +362,16 @@ def _predict(rest: list[str]) -> int:
     with watch_bytes() as report:
         predictor = api.load_predictor(settings.adapter, report=report, **base_of(settings))
     if settings.texts or settings.file:
-        texts = list(settings.texts) or api.read_texts(str(settings.file), settings.text_column, predictor)
+        columns = settings.text_column, predictor, settings.pair_columns
+        texts = predictor.of_arguments(settings.texts) or api.read_texts(str(settings.file), *columns)
         _print_predictions(predictor.answer(texts), settings.as_json)
         _say_cut(len(predictor.cut(texts)), len(texts))
         return 0
     read = cut = 0
     try:
-        for line in sys.stdin:  # answered as they come, so that it works inside a pipe
+        for number, line in enumerate(sys.stdin, start=1):  # answered as they come, so that it works inside a pipe
             if line.strip():
-                texts = [line.rstrip("\n")]
+                texts = [predictor.of_line(line.rstrip("\n"), f"line {number}")]
                 _print_predictions(predictor.answer(texts), settings.as_json)
                 read, cut = read + 1, cut + len(predictor.cut(texts))
     except UnicodeDecodeError as error:

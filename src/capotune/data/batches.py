@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, overload
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from capotune.data.token_types import TypedTokens
 from capotune.kernels import policy
 from capotune.kernels.attention import Sequences
 
@@ -81,13 +82,16 @@ class Batch:
     in_loss: torch.Tensor | None = None
     """Flat positions in the loss (n,), where targets are labels: found here, since to look for them on a GPU is to wait
     for it."""
+    token_type_ids: torch.Tensor | None = None
+    """As ``input_ids``, where rows are pairs of texts and the base reads which of them a token is of."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What the model is called with."""
+        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
         if self.attention_mask is not None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "sequences": self.sequences}
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **types}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "sequences": self.sequences, **types}
 
     @cached_property
     def starts(self) -> torch.Tensor:
@@ -188,7 +192,9 @@ def collate(
     positions after them stay as they are."""
     left_out = len(prefix) if placeholders and first_position is not None else 0
     prefix = prefix[left_out:]
-    chosen = [[*prefix, *sequences[row]] for row in rows]
+    found = [sequences[row] for row in rows]
+    chosen = [[*prefix, *sequence] for sequence in found]
+    types = [bytes(len(prefix)) + one.types for one in found if isinstance(one, TypedTokens)]
     lengths = Sequences(tuple(map(len, chosen)), left_out)
     wanted: torch.Tensor | None = None
     in_loss: torch.Tensor | None = None
@@ -201,11 +207,13 @@ def collate(
     if first_position is not None:
         ids = torch.tensor([[token for sequence in chosen for token in sequence]])
         positions = lengths.positions(first_position)[None]
-        return Batch(ids, lengths, position_ids=positions, targets=wanted, in_loss=in_loss)
+        packed = torch.tensor([list(b"".join(types))]) if types else None
+        return Batch(ids, lengths, position_ids=positions, targets=wanted, in_loss=in_loss, token_type_ids=packed)
     longest = max(lengths.lengths)
     ids = torch.tensor([sequence + [pad_id] * (longest - len(sequence)) for sequence in chosen])
     mask = (torch.arange(longest) < torch.tensor(lengths.lengths)[:, None]).long()
-    return Batch(ids, lengths, mask, targets=wanted, in_loss=in_loss)
+    padded = torch.tensor([list(one.ljust(longest, b"\0")) for one in types]) if types else None
+    return Batch(ids, lengths, mask, targets=wanted, in_loss=in_loss, token_type_ids=padded)
 
 
 class TokenLists(Sequence[list[int]]):
@@ -238,6 +246,39 @@ class TokenLists(Sequence[list[int]]):
         at = range(len(self))[row]
         found: list[int] = self._values[self._starts[at] : self._starts[at + 1]].tolist()
         return found
+
+
+class TypedLists(Sequence[list[int]]):
+    """Many sequences of ``TypedTokens``: a byte a token more than ``TokenLists``."""
+
+    def __init__(self, ids: Sequence[list[int]], types: Sequence[bytes]) -> None:
+        self.ids, self.types = ids, types
+
+    @classmethod
+    def of(cls, sequences: Iterable[TypedTokens]) -> TypedLists:
+        """Those of ``sequences``, which are not held."""
+        types: list[bytes] = []
+
+        def noted() -> Iterator[list[int]]:
+            for one in sequences:
+                types.append(one.types)
+                yield one
+
+        return cls(TokenLists.of(noted()), types)
+
+    def __len__(self) -> int:
+        return len(self.types)
+
+    @overload
+    def __getitem__(self, row: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[list[int]]: ...
+
+    def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        return TypedTokens(self.ids[row], self.types[row])
 
 
 class EncodedRows(Sequence[list[Encoded]]):
@@ -287,6 +328,8 @@ class EncodedRows(Sequence[list[Encoded]]):
 
 def taken(sequences: Sequence[list[int]], rows: Sequence[int]) -> Sequence[list[int]]:
     """The sequences of these rows, held as the others are."""
+    if isinstance(sequences, TypedLists):
+        return TypedLists(taken(sequences.ids, rows), [sequences.types[row] for row in rows])
     chosen = (sequences[row] for row in rows)
     return TokenLists.of(chosen) if isinstance(sequences, TokenLists) else list(chosen)
 
@@ -324,8 +367,12 @@ class TokenRows:
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def digest(self) -> str:
-        """Hash of the tokens."""
+        """Hash of the tokens and their types."""
         total = hashlib.sha256(repr((self.pad_id, self.prefix)).encode())
         for sequence in self.sequences:
             total.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
+        for sequence in self.sequences:
+            if not isinstance(sequence, TypedTokens):
+                break
+            total.update(sequence.types)
         return total.hexdigest()

@@ -35,7 +35,7 @@ TEXT_NAMES: Final = (
 )
 LABEL_NAMES: Final = (
     *("label", "labels", "category", "intent", "class", "target", "topic", "sentiment", "tag", "label_text"),
-    *("emotion", "stars", "star_rating", "rating", "y"),
+    *("emotion", "stars", "star_rating", "rating", "y", "gold_label", "is_duplicate", "entailment_judgment"),
 )
 COMPLETION_NAMES: Final = (
     *("completion", "answer", "answers", "output", "response", "target", "label", "labels", "reply", "summary"),

@@ -14,12 +14,6 @@ from capotune.errors import DataError
 
 __all__ = ["find_label_columns", "has_label_column", "refuse_one_column_a_label", "refuse_preferences"]
 
-_PAIRS: Final = (
-    *(("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b")),
-    *(("text1", "text2"), ("text_1", "text_2"), ("text_a", "text_b"), ("question1", "question2")),
-    *(("premise", "hypothesis"), ("question", "sentence"), ("question", "context"), ("question", "passage")),
-    *(("query", "document"), ("query", "passage"), ("query", "positive"), ("anchor", "positive")),
-)
 _YES_OR_NO: Final = ("0", "1", "true", "false", "")
 
 
@@ -39,13 +33,12 @@ def find_label_columns(
 
     Raises:
         DataError: a given column does not exist, it is not clear which one is meant, or the columns are those of
-            preferences, of pairs of texts, or of one column a label.
+            preferences, or of one column a label.
     """
     text = None if text_column is None else given_column(table, text_column, named_by or "`text_column`")
     label = None if label_column is None else given_column(table, label_column, named_by or "`label_column`")
     if text is None:
         refuse_preferences(table)
-        _refuse_pairs(table)
         _refuse_lists_as_text(table)
     label = label or find_column([column for column in table.columns if column != text], LABEL_NAMES)
     text = text or find_column([column for column in table.columns if column != label], TEXT_NAMES)
@@ -91,20 +84,6 @@ def _refuse_judged_answers(table: Table) -> None:
             where=str(table.source),
             advice=f"To train on the good ones, keep the rows whose {quoted(good)} is true, and leave the column out.",
         )
-
-
-def _refuse_pairs(table: Table) -> None:
-    found = next((both for names in _PAIRS if None not in (both := _columns_of(table, names))), None)
-    if found is None:
-        return
-    one, other = map(str, found)
-    raise DataError(
-        f"two texts that are read together ({quoted(one)}, {quoted(other)}) are not supported; labels for one text "
-        "are.",
-        where=str(table.source),
-        advice="Give the one to read with `text_column`, or make one column of both, say with a line break between "
-        "them. To write one of them or the label, give a `prompt_template`.",
-    )
 
 
 def _refuse_lists_as_text(table: Table) -> None:

@@ -19,6 +19,7 @@ from capotune.data.columns import part_of_each_row, unused_columns
 from capotune.data.readers import as_source, read_table
 from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked, text_numbers
 from capotune.data.table import Origin, Table
+from capotune.data.text_columns import Text, find_pair, without_column
 from capotune.data.wording import bad_rows, shorten, type_name
 from capotune.errors import DataError
 
@@ -35,7 +36,8 @@ Label = TypeVar("Label")
 class LabelledText(Generic[Label]):
     """Rows of one source; ``texts[i]`` has the label ``labels[i]`` and stands on line ``lines[i]`` of ``source``."""
 
-    texts: list[str]
+    texts: list[Text]
+    """Of each row one text, or of each two that are read together."""
     labels: list[Label]
     lines: list[int]
     source: Origin
@@ -43,9 +45,16 @@ class LabelledText(Generic[Label]):
     label_columns: tuple[str, ...]
     unused: tuple[str, ...] = ()
     """Columns that are not read."""
+    second_column: str | None = None
+    """Where texts are pairs, the column of the second ones; ``text_column`` is that of the first."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def pair_columns(self) -> tuple[str, str] | None:
+        """The columns of first and second texts; None where a row has one text."""
+        return None if self.second_column is None else (self.text_column, self.second_column)
 
     @property
     def label_column(self) -> str:
@@ -128,6 +137,7 @@ class LabelReading(ABC, Generic[Label]):
         text_column: str | None = None,
         label_column: str | None = None,
         label_columns: Sequence[str] | None = None,
+        pair_columns: tuple[str, str] | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> LabelledData[Label]:
@@ -143,6 +153,8 @@ class LabelReading(ABC, Generic[Label]):
             text_column: the column to read, found by its name or content when not given.
             label_column: the column to predict, found likewise.
             label_columns: several of them.
+            pair_columns: two columns of texts that are read together, found by their names when no text column is
+                given.
             test_fraction: the part to hold out when the data has no test rows; 0 holds none out.
             seed: decides which rows are held out; the same seed and data give the same rows.
 
@@ -155,10 +167,11 @@ class LabelReading(ABC, Generic[Label]):
         data, test = as_source(data), None if test is None else as_source(test, "test")
         if test is not None:
             refuse_same_source(data, test)
-        rows, parts = self._read(data, text_column, label_columns or given(label_column))
+        rows, parts = self._read(data, (text_column, pair_columns), label_columns or given(label_column))
         second = None
         if test is not None:
-            second = self._read(test, rows.text_column, rows.label_columns, named_by=str(rows.source))
+            columns = (None, rows.pair_columns) if rows.pair_columns else (rows.text_column, None)
+            second = self._read(test, columns, rows.label_columns, named_by=str(rows.source))
         rows, test_rows, respelled = self.settled(rows, second[0] if second else None)
         if second is not None and test_rows is not None:
             second = test_rows, second[1]
@@ -179,13 +192,14 @@ class LabelReading(ABC, Generic[Label]):
         text_column: str | None = None,
         label_column: str | None = None,
         label_columns: Sequence[str] | None = None,
+        pair_columns: tuple[str, str] | None = None,
     ) -> LabelledText[Label]:
         """Read one source and check every row; texts stay as they are.
 
         Raises:
             DataError: the source cannot be read, the columns are not found, or a row has no text or no label.
         """
-        return self._read(source, text_column, label_columns or given(label_column))[0]
+        return self._read(source, (text_column, pair_columns), label_columns or given(label_column))[0]
 
     def read_to_score(
         self,
@@ -194,48 +208,66 @@ class LabelReading(ABC, Generic[Label]):
         text_column: str | None = None,
         label_column: str | None = None,
         label_columns: Sequence[str] | None = None,
+        pair_columns: tuple[str, str] | None = None,
     ) -> LabelledText[Label]:
         """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
 
         Raises:
             DataError: as ``read``.
         """
-        return rows_to_score(*self._read(source, text_column, label_columns or given(label_column)))
+        return rows_to_score(*self._read(source, (text_column, pair_columns), label_columns or given(label_column)))
 
     def _read(
-        self, source: object, text_column: str | None, label_columns: Sequence[str], named_by: str | None = None
+        self,
+        source: object,
+        text_columns: tuple[str | None, tuple[str, str] | None],
+        label_columns: Sequence[str],
+        named_by: str | None = None,
     ) -> tuple[LabelledText[Label], list[str]]:
-        """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column)."""
-        table = read_table(source)
-        text, labels = self.find(table, text_column, label_columns, named_by)
-        read = (text, *labels)
-        rows = replace(self._checked(table, text, labels), unused=unused_columns(table, read))
-        return rows, part_of_each_row(table, read)
+        """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column).
 
-    def _checked(self, table: Table, text_column: str, columns: tuple[str, ...]) -> LabelledText[Label]:
-        texts, found = table.column(text_column), self.labels(table, columns)
+        ``text_columns`` are the column of the text and those of two texts, as far as they are given.
+        """
+        table = read_table(source)
+        pair = find_pair(table, *text_columns, named_by)
+        if pair is None:
+            text, labels = self.find(table, text_columns[0], label_columns, named_by)
+            texts: tuple[str, ...] = (text,)
+        else:
+            _, labels = self.find(without_column(table, pair[1]), pair[0], label_columns, named_by)
+            texts = pair
+        rows, read = self._checked(table, texts, labels), (*texts, *labels)
+        return replace(rows, unused=unused_columns(table, read)), part_of_each_row(table, read)
+
+    def _checked(self, table: Table, text_columns: tuple[str, ...], columns: tuple[str, ...]) -> LabelledText[Label]:
+        each, found = [table.column(name) for name in text_columns], self.labels(table, columns)
         bad = {
-            table.lines[row]: self._problem(table, row, text_column, columns, label)
-            for row, (text, label) in enumerate(zip(texts, found, strict=True))
-            if label is None or not isinstance(text, str) or not text.strip()
+            table.lines[row]: self._problem(table, row, text_columns, columns, label)
+            for row, (label, *texts) in enumerate(zip(found, *each, strict=True))
+            if label is None or any(not isinstance(text, str) or not text.strip() for text in texts)
         }
         if bad:
-            rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(texts):,} rows"
+            rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(found):,} rows"
             advice = "Fill these in or delete the rows."
-            if len(bad) > len(texts) / 2:
+            if len(bad) > len(found) / 2:
                 advice += f" Or is another column meant? {shorten(table.columns)} (`text_column`, `label_column`)"
             raise bad_rows(table.source, f"{rows} cannot be used", bad, advice)
         labels = [label for label in found if label is not None]
-        return LabelledText(texts, labels, table.lines, table.source, text_column, columns)
+        texts: list[Text] = each[0] if len(each) == 1 else list(zip(*each, strict=True))
+        second = text_columns[1] if len(text_columns) > 1 else None
+        return LabelledText(texts, labels, table.lines, table.source, text_columns[0], columns, second_column=second)
 
-    def _problem(self, table: Table, row: int, text_column: str, columns: tuple[str, ...], label: Label | None) -> str:
+    def _problem(
+        self, table: Table, row: int, text_columns: tuple[str, ...], columns: tuple[str, ...], label: Label | None
+    ) -> str:
         values = table.rows[row]
-        text = values.get(text_column)
         problems = []
-        if text is None or (isinstance(text, str) and not text.strip()):
-            problems.append(f"empty text ({text_column})")
-        elif not isinstance(text, str):
-            problems.append(f"text ({text_column}) is {type_name(text)}, not a string")
+        for name in text_columns:
+            text = values.get(name)
+            if text is None or (isinstance(text, str) and not text.strip()):
+                problems.append(f"empty text ({name})")
+            elif not isinstance(text, str):
+                problems.append(f"text ({name}) is {type_name(text)}, not a string")
         if label is None:
             problems.append(self.why_none([values.get(column) for column in columns], columns))
         return " and ".join(problems)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 
 from capotune.data.table import Origin
+from capotune.data.text_columns import Text
 from capotune.errors import DataError, SettingError
 from capotune.memory_table import MemoryTable
 
@@ -150,12 +151,14 @@ def _by_label(groups: NDArray[np.int64], label_of: NDArray[np.int64]) -> list[ND
     return sorted(np.split(groups[order], starts[1:]), key=lambda of_label: int(of_label[0])) if len(groups) else []
 
 
-def text_numbers(texts: Iterable[str]) -> NDArray[np.int64]:
-    """A number for each text, in the order in which they come first; equal texts have the same (``normalised``).
+def text_numbers(texts: Iterable[Text]) -> NDArray[np.int64]:
+    """A number for each text, in the order in which they come first; equal texts have the same (``normalised``), and so
+    have equal pairs of texts in the same order.
 
     What is remembered of a text is a hash of 128 bits.
     """
-    return _numbered(blake2b(normalised(text).encode(), digest_size=16).digest() for text in texts)
+    as_one = (text if isinstance(text, str) else "\0".join(map(normalised, text)) for text in texts)
+    return _numbered(blake2b(normalised(text).encode(), digest_size=16).digest() for text in as_one)
 
 
 def _numbered(groups: Iterable[Hashable]) -> NDArray[np.int64]:

@@ -8,10 +8,12 @@ from typing import Final
 
 from capotune.data.columns import TEXT_NAMES, find_column, given_column
 from capotune.data.readers import is_plain_text, read_table, read_text
-from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten
+from capotune.data.table import Table
+from capotune.data.text_columns import find_pair
+from capotune.data.wording import bad_rows, count, did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
-__all__ = ["read_prompts", "read_texts"]
+__all__ = ["pair_of_line", "read_pairs", "read_prompts", "read_texts"]
 
 PROMPT_NAMES: Final = ("prompt", "question", "instruction", "input", "text")
 
@@ -26,6 +28,41 @@ def read_texts(source: str, text_column: str | None = None) -> list[str]:
     if content is not None:
         return [line for line in content.split("\n") if line.strip()]
     return _column(source, text_column, TEXT_NAMES, "text_column")
+
+
+def read_pairs(source: str, pair_columns: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """Pairs of texts to label: two columns of a csv, tsv, jsonl or parquet file, or the lines of any other file but
+    blank ones, each two texts parted by a tab.
+
+    Raises:
+        DataError: there is no such file or column, or a row has no two texts.
+    """
+    content = _plain_content(source)
+    if content is not None:
+        lines = enumerate(content.split("\n"), start=1)
+        return [pair_of_line(line, f"{source}:{number}") for number, line in lines if line.strip()]
+    table = read_table(source)
+    columns = find_pair(table, None, pair_columns)
+    if columns is None:
+        raise DataError(
+            f"it is not clear which columns hold the two texts. The columns are {shorten(table.columns)}.",
+            where=source,
+            advice="The adapter was trained on pairs of texts: give `pair_columns`.",
+        )
+    first, second = (_checked_texts(table, column) for column in columns)
+    return list(zip(first, second, strict=True))
+
+
+def pair_of_line(line: str, where: str) -> tuple[str, str]:
+    """Two texts parted by a tab. ``DataError`` where there are others."""
+    texts = [text for text in line.rstrip("\r\n").split("\t") if text.strip()]
+    if len(texts) != 2:
+        raise DataError(
+            f"two texts parted by a tab are needed, found {count(len(texts), 'text')}.",
+            where=where,
+            advice="The adapter was trained on pairs of texts.",
+        )
+    return texts[0], texts[1]
 
 
 def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
@@ -63,6 +100,11 @@ def _column(source: str, given: str | None, names: Sequence[str], setting: str) 
             where=source,
             advice=f"Give `{setting}`.",
         )
+    return _checked_texts(table, column)
+
+
+def _checked_texts(table: Table, column: str) -> list[str]:
+    """A column's texts. ``DataError`` for a row that has none."""
     texts = table.column(column)
     bad = {
         line: f"the column {quoted(column)} holds {quoted(text)}"

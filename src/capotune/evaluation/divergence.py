@@ -155,12 +155,20 @@ def _up_to(most: int, rows: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def answers_of(model: Any, windows: Sequence[Tensor], alive: Callable[[], object] = nothing) -> Tensor:
-    """Logits or last hidden states, (tokens, choices or hidden) on the CPU; of a classifier (windows, labels)."""
+def answers_of(
+    model: Any,
+    windows: Sequence[Tensor],
+    alive: Callable[[], object] = nothing,
+    types: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Logits or last hidden states, (tokens, choices or hidden) on the CPU; of a classifier (windows, labels).
+
+    ``types`` are the token types of each window."""
     device = pick_device()
     model = model.to(device)
     found = []
-    for window in windows:
+    for at, window in enumerate(windows):
         alive()
-        found.append(model(input_ids=window.to(device))[0].float().cpu())
+        typed = {} if types is None else {"token_type_ids": types[at].to(device)}
+        found.append(model(input_ids=window.to(device), **typed)[0].float().cpu())
     return torch.cat([answer.reshape(-1, answer.shape[-1]) for answer in found])

@@ -244,6 +244,18 @@ class Base:
         )
 
     @cached_property
+    def reads_token_types(self) -> bool:
+        """Whether it reads which of two texts a token is of, as its tokenizer says (``token_type_ids``)."""
+        types = getattr(self.text_config, "type_vocab_size", None) or 0
+        return types > 1 and "token_type_ids" in self.tokenizer.model_input_names
+
+    @cached_property
+    def parts_pairs(self) -> bool:
+        """Whether its tokenizer puts a token of its own between two texts (``[SEP]``, ``</s></s>``, ``<s>``)."""
+        marks = self.tokenizer("a", "a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
+        return "1" in "".join(map(str, marks)).strip("1")
+
+    @cached_property
     def max_length(self) -> int:
         """Longest input in tokens that the base can take."""
         tokenizer, config = self.tokenizer, self.text_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import IGNORE_INDEX, Encoded, without_loss
+from capotune.data.token_types import TypedTokens
 from capotune.evaluation.agreement import ROWS, cut_to_fit
 from capotune.evaluation.divergence import SHORT_TEXT, WINDOW, answers_of, text_windows
 from capotune.events import Reporter, alive
@@ -23,6 +25,8 @@ def rows_to_ask(task: Any, data: Any) -> list[Encoded]:
     """
     if data is not None:
         rows = task.rows_to_compare(data, ROWS)
+    elif task.has_head and task.reads_pairs:
+        rows = without_loss(task.encode(list(pairwise(SHORT_TEXT.splitlines()))))
     else:
         windows = text_windows(task.base, SHORT_TEXT, by_line=True)
         rows = without_loss([window[0].tolist() for window in windows])
@@ -33,7 +37,8 @@ def rows_to_ask(task: Any, data: Any) -> list[Encoded]:
 
 def ask(model: Any, rows: Sequence[Encoded], report: Reporter) -> Tensor:
     """Logits (tokens or rows, choices)."""
-    return answers_of(model, [torch.tensor([one.ids]) for one in rows], alive(report))
+    types = [torch.tensor([list(one.ids.types)]) for one in rows if isinstance(one.ids, TypedTokens)]
+    return answers_of(model, [torch.tensor([one.ids]) for one in rows], alive(report), types or None)
 
 
 def ask_with_and_without(assembled: Assembled, rows: Sequence[Encoded], report: Reporter) -> tuple[Tensor, Tensor]:

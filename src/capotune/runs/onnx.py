@@ -1,7 +1,8 @@
 """A model with a head for labels or tags as one ONNX graph: base, adapter and head, and a soft prompt as constants.
 
     model.onnx       input_ids, attention_mask (rows, tokens) int64, padded on the right → logits (rows, labels),
-                     or (rows, tokens, tags); any number of rows, any length that the base takes
+                     or (rows, tokens, tags); any number of rows, any length that the base takes. Of pairs of texts
+                     also token_type_ids (rows, tokens) int64, where the base reads them
     tokenizer.json   for the library tokenizers: it cuts to the trained length and pads
     config.json      the base's, with the labels as ``id2label``
 
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
 from capotune.data.batches import collate
@@ -52,14 +54,15 @@ class Graph(nn.Module):
         self.model = model
         self.prompt = torch.tensor([list(prompt)], dtype=torch.long)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """(rows, tokens) each → (rows, labels), or (rows, tokens, tags)."""
         count = self.prompt.shape[1]
+        typed = {} if token_type_ids is None else {"token_type_ids": functional.pad(token_type_ids, (count, 0))}
         if count:
             prompt = self.prompt.expand(input_ids.shape[0], -1)
             input_ids = torch.cat([prompt, input_ids], 1)
             attention_mask = torch.cat([torch.ones_like(prompt), attention_mask], 1)
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **typed).logits
         return logits if logits.dim() == 2 else logits[:, count:]
 
 
@@ -77,7 +80,7 @@ def write_onnx(assembled: Assembled, folder: Path) -> None:
     dequantize_layers(assembled)
     graph = Graph(assembled.model.float().cpu(), assembled.method.virtual_token_ids).eval()
     try:
-        _trace(graph, folder / MODEL)
+        _trace(graph, folder / MODEL, typed=assembled.task.reads_token_types)
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -91,19 +94,20 @@ def write_onnx(assembled: Assembled, folder: Path) -> None:
     _write_config(assembled.base, assembled.task.labels, folder)
 
 
-def _trace(graph: Graph, path: Path) -> None:
+def _trace(graph: Graph, path: Path, *, typed: bool) -> None:
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     weights = sum(one.nbytes for one in graph.parameters())
     same = torch.export.Dim.DYNAMIC  # the mask's axes are those of the ids: named once
+    names = ["input_ids", "attention_mask", *["token_type_ids"] * typed]
     with torch.no_grad(), _without_chatter():
         torch.onnx.export(
             graph,
-            (ids, (ids > 0).long()),
+            (ids, (ids > 0).long(), (ids > 2).long())[: len(names)],
             str(path),
             dynamo=True,
-            input_names=["input_ids", "attention_mask"],
+            input_names=names,
             output_names=["logits"],
-            dynamic_shapes={"input_ids": {0: "rows", 1: "tokens"}, "attention_mask": {0: same, 1: same}},
+            dynamic_shapes={name: {0: same, 1: same} for name in names} | {"input_ids": {0: "rows", 1: "tokens"}},
             external_data=weights > _ONE_FILE,
             verbose=False,
         )
@@ -166,7 +170,7 @@ def read_onnx(folder: Path, sequences: list[list[int]], pad_id: int, alive: Call
         rows = np.arange(start, min(start + _ROWS, len(sequences)))
         batch = collate(sequences, rows, pad_id)
         assert batch.attention_mask is not None
-        given = {"input_ids": batch.input_ids.numpy(), "attention_mask": batch.attention_mask.numpy()}
+        given = {name: values.numpy() for name, values in batch.inputs.items()}
         logits = torch.from_numpy(session.run(["logits"], given)[0])
         found.append(logits if logits.dim() == 2 else batch.flat(logits))
     return torch.cat(found)
@@ -180,7 +184,8 @@ def check_tokens(folder: Path, base: Base, texts: Sequence[str]) -> None:
     written.no_truncation()
     written.no_padding()
     for text in texts:
-        if written.encode(text).ids != base.tokenizer(text, verbose=False)["input_ids"]:
+        alone = written.encode(text).ids != base.tokenizer(text, verbose=False)["input_ids"]
+        if alone or written.encode(text, text).ids != base.tokenizer(text, text, verbose=False)["input_ids"]:
             raise AdapterError(f"the written {TOKENIZER} makes other tokens of {text!r} than the base's tokenizer.")
 
 

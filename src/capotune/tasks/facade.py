@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from capotune.adapters.assemble import Assembled
+from capotune.errors import SettingError
 
 
 class Facade:
@@ -56,10 +57,26 @@ class Predictor(Facade, ABC):
     def answer(self, texts: Sequence[Any]) -> Sequence[Answer]:
         """What there is to say of each text, as ``capo predict`` prints it."""
 
-    def read_texts(self, source: str, text_column: str | None = None) -> list[Any]:
-        """What a file holds to predict (``Task.read_texts``). Raises ``DataError``."""
+    def read_texts(
+        self, source: str, text_column: str | None = None, pair_columns: tuple[str, str] | None = None
+    ) -> list[Any]:
+        """What a file holds to predict (``Task.read_texts``). Raises ``DataError``, and ``SettingError`` for columns of
+        pairs where one text is read."""
+        if pair_columns is not None:
+            raise SettingError(
+                "the adapter reads one text.", setting="pair_columns", given=", ".join(pair_columns),
+                advice="Name the one to read with `text_column`.",
+            )  # fmt: skip
         found: list[Any] = self._assembled.task.read_texts(source, text_column)
         return found
+
+    def of_arguments(self, texts: Sequence[str]) -> list[Any]:
+        """What there is to predict in texts that are given one after the other. Raises ``DataError``."""
+        return list(texts)
+
+    def of_line(self, line: str, where: str) -> Any:  # noqa: ARG002
+        """What there is to predict in a line of text. Raises ``DataError``, which names it as ``where``."""
+        return line
 
     def cut(self, texts: Sequence[Any]) -> list[int]:  # noqa: ARG002 - not every task has a longest text
         """Positions of the texts whose end is not read, as they are longer than ``max_length`` in training."""

@@ -133,6 +133,16 @@ class LinearHeadTask(Task):
     has_head: ClassVar[bool] = True
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether two texts are read together."""
+        return False
+
+    @property
+    def reads_token_types(self) -> bool:
+        """Whether its rows are ``TypedTokens``."""
+        return self.reads_pairs and self.base.reads_token_types
+
     def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """The backbone, without any head."""
         return load_backbone(self.base, dtype=dtype, quantization=method.quantization, progress=progress)

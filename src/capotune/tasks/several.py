@@ -261,9 +261,13 @@ class _RowsHeads(nn.Module):
         super().__init__()
         self.models = list(models)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
-        """Right-padded ids and mask (rows, tokens) → logits of each row, (labels,) or (tokens, labels)."""
-        states = self.models[0].states(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Right-padded ids and mask (rows, tokens), of pairs of texts the types that the base reads too → logits of
+        each row, (labels,) or (tokens, labels)."""
+        typed = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.models[0].states(input_ids=input_ids, attention_mask=attention_mask, **typed)
         rows = zip(self.models, torch.split(states, 1), torch.split(attention_mask, 1), strict=True)
         return [model.logits_of(state, mask)[0] for model, state, mask in rows]
 

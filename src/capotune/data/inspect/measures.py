@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capotune.data.table import Origin
+from capotune.data.text_columns import Text
 
 __all__ = ["Counted", "Lengths", "Lines", "lengths_of", "lines_where", "rows_to_count"]
 
@@ -58,11 +59,12 @@ class Counted:
     drawn: int
 
 
-def rows_to_count(texts: Sequence[str], seed: int) -> Counted | None:
+def rows_to_count(texts: Sequence[Text], seed: int) -> Counted | None:
     """Texts whose tokens say enough of all: none are chosen (None) where there are few."""
     if len(texts) <= MOST_COUNTED:
         return None
-    size = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    sizes = (len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+    size = np.fromiter(sizes, dtype=np.int64, count=len(texts))
     drawn = np.random.default_rng(seed).choice(len(texts), MOST_COUNTED - LONGEST_COUNTED, replace=False)
     longest = np.argpartition(size, -LONGEST_COUNTED)[-LONGEST_COUNTED:]
     return Counted(np.concatenate([drawn, np.setdiff1d(longest, drawn)]), len(drawn))

@@ -17,6 +17,7 @@ from capotune.data.inspect.findings import Check, columns_not_used, rows_lost, t
 from capotune.data.inspect.measures import Counted, Lengths, Lines, lengths_of, lines_where
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import text_numbers
+from capotune.data.text_columns import Text
 from capotune.data.wording import quoted
 from capotune.data_blocks import Finding
 
@@ -41,7 +42,7 @@ class TextReport:
     Attributes:
         source, test_source: where the rows are from.
         test_from: how the test rows were chosen, in words.
-        text_column, label_column: the columns that were read.
+        text_column, label_column: the columns that were read; ``second_column``: that of the second of two texts.
         train_rows, test_rows: number of rows.
         max_length: tokens of a text that the model gets to see.
         base_length: tokens that the base takes.
@@ -76,6 +77,7 @@ class TextReport:
     leaked: Lines
     unused: list[str] = field(default_factory=list)
     counted: int | None = None
+    second_column: str | None = None
 
 
 def text_facts(
@@ -128,6 +130,7 @@ def text_facts(
         "leaked": lines_where(test, same_test <= same_train.max()),
         "unused": list(train.unused),
         "counted": None if counted[0] is None else len(token_lengths_train),
+        "second_column": train.second_column,
     }
 
 
@@ -148,8 +151,11 @@ def text_findings(report: TextReport) -> Iterable[Finding]:
 
 
 def columns_read(report: TextReport) -> str:
-    """The two columns."""
-    return f"text in {quoted(report.text_column)}, label in {quoted(report.label_column)}"
+    """The columns of texts and labels."""
+    texts = f"text in {quoted(report.text_column)}"
+    if report.second_column is not None:
+        texts = f"pairs of texts in {quoted(report.text_column)} and {quoted(report.second_column)}, read together"
+    return f"{texts}, label in {quoted(report.label_column)}"
 
 
 def _numbered(labels: Sequence[Hashable]) -> tuple[NDArray[np.int64], int]:
@@ -160,7 +166,11 @@ def _numbered(labels: Sequence[Hashable]) -> tuple[NDArray[np.int64], int]:
 
 
 def _empty(rows: LabelledText[Any], tokens: Sequence[int]) -> Lines:
-    return lines_where(rows, (length == 0 or not text.strip() for text, length in zip(rows.texts, tokens, strict=True)))
+    return lines_where(rows, (length == 0 or _is_blank(text) for text, length in zip(rows.texts, tokens, strict=True)))
+
+
+def _is_blank(text: Text) -> bool:
+    return not text.strip() if isinstance(text, str) else not all(map(str.strip, text))
 
 
 def _repeats(rows: NDArray[np.int64]) -> NDArray[np.bool_]:

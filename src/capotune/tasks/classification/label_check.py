@@ -51,10 +51,16 @@ def check_labels(
         MissingLibraryError: cleanlab is not installed.
     """
     _import_cleanlab()
-    rows = CLASSES.read(settings.data, text_column=settings.text_column, label_column=settings.label_column)
+    rows = CLASSES.read(
+        settings.data,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        pair_columns=settings.pair_columns,
+    )
     rows, _, _ = CLASSES.settled(rows, None)
     CLASSES.check_train(rows)
     task = Classification.on(base, class_names(rows.labels), settings.max_length, 0)
+    task = task if rows.second_column is None else task.of_pairs()
     tokens = TokenRows(task.encode(rows.texts, rows.where), task.pad_id)
     assembled, cache = load(task)
     report(Stage(text="computing features"))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from capotune.evaluation.metrics import confusion
-from capotune.sections import ConfusionMatrix, Fact, Part, Quote, Quotes, Section
+from capotune.sections import ConfusionMatrix, Fact, Quote, Quotes, Section
+from capotune.tasks.text_targets.page import text_parts
 
 _SHOWN_MISTAKES = 12
 
@@ -35,4 +36,4 @@ def _mistake(row: Mapping[str, Any]) -> Quote:
         Fact("predicted", row["predicted"], wrong=True),
         Fact("with", f"{100 * row['probability']:.1f} %"),
     ]
-    return Quote([Part(row["text"])], facts)
+    return Quote(text_parts(row["text"]), facts)

@@ -81,7 +81,7 @@ class PeftClassification(Classification):
         on_base = Classification.on(base, labels, None, stored.settings.virtual_tokens, "cls")
         settings: Any = stored.settings
         placeholders = settings.virtual_tokens if settings.deep else 0
-        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced), placeholders)
+        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced), placeholders, pairs=None)
 
     def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """The family's classifier; a head that the adapter brings is not in place yet."""

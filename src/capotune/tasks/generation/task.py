@@ -126,7 +126,7 @@ class Generation(TextEncoder, Task):
     @classmethod
     def recognises(cls, settings: DataSettings) -> bool:
         """Conversations, prompts with completions, plain text, or a prompt template."""
-        return looks_like_generation(settings.data, settings.prompt_template)
+        return settings.pair_columns is None and looks_like_generation(settings.data, settings.prompt_template)
 
     @classmethod
     def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:

@@ -65,10 +65,12 @@ class SequenceClassifier(HeadedBackbone):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         past_key_values: Any = None,
+        token_type_ids: torch.Tensor | None = None,
         **unused: Any,  # noqa: ARG002 - PEFT passes output_attentions, return_dict and the like
     ) -> SequenceClassifierOutput:
         """Logits (batch, labels) as other programs ask for them, of right-padded ids (batch, tokens) or embeddings;
-        ``past_key_values`` are a deep prompt's, which the mask counts too. No step depends on values: it can be traced.
+        ``token_type_ids`` (batch, tokens) count where the backbone reads several types. ``past_key_values`` are a deep
+        prompt's, which the mask counts too. No step depends on values: it can be traced.
 
         The mean cross-entropy too when ``labels`` (batch,) are given.
         """
@@ -76,6 +78,8 @@ class SequenceClassifier(HeadedBackbone):
         assert given is not None
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        if (getattr(self.backbone.config, "type_vocab_size", None) or 0) > 1:
+            inputs["token_type_ids"] = token_type_ids
         inputs = {name: value for name, value in inputs.items() if value is not None}
         states = self.states(attention_mask=mask, **inputs)
         skip = 0 if past_key_values is not None else self.virtual_tokens

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import TokenLists, TokenRows
+from capotune.data.batches import TokenLists, TokenRows, TypedLists
 from capotune.data.inspect.measures import Counted, rows_to_count
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.split import hold_out, text_numbers
@@ -55,10 +55,12 @@ def _read(
         test=settings.test,
         text_column=settings.text_column,
         label_column=settings.label_column,
+        pair_columns=settings.pair_columns,
         test_fraction=settings.test_fraction,
         seed=settings.seed,
     )
-    return data, kind.of_data(base, data, settings.max_length, method.virtual_tokens)
+    task = kind.of_data(base, data, settings.max_length, method.virtual_tokens)
+    return data, task if data.train.second_column is None else task.of_pairs()
 
 
 def _tokenised(
@@ -68,7 +70,7 @@ def _tokenised(
     test: LabelledText[Any],
     report: Reporter,
     counted: Sequence[Counted | None] = (None, None),
-) -> TokenLists:
+) -> TokenLists | TypedLists:
     """Tokenise the training rows, unchecked, and say what the data is; ``counted``: where ``train`` and ``test`` are
     not all of it, which rows they are."""
     sequences, lengths = task.encode_many(train.texts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
@@ -15,13 +15,15 @@ import torch
 
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.store import StoredRecord
-from capotune.data.batches import Encoded, TokenLists, TokenRows, without_loss
+from capotune.data.batches import Encoded, TokenLists, TokenRows, TypedLists, without_loss
 from capotune.data.inspect.measures import Counted
 from capotune.data.inspect.texts import TextReport, lost_texts
 from capotune.data.labelled import LabelledData, LabelledText, LabelReading
-from capotune.data.wording import quoted
+from capotune.data.text_columns import Text
+from capotune.data.token_types import TypedTokens
+from capotune.data.wording import quoted, shorten
 from capotune.engine.activation_cache import ActivationCache
-from capotune.errors import DataError
+from capotune.errors import DataError, SettingError
 from capotune.events import OnProgress, Reporter, Warned, counter
 from capotune.methods.base import Method
 from capotune.models.base import Base
@@ -45,6 +47,7 @@ class TextTargetRecord(StoredRecord):
     labels: list[str] = pydantic.Field(min_length=1)
     pooling: Pooling
     feature_layers: list[int]
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class TextTargetTask(LinearHeadTask):
     max_length: int
     """Longest text in tokens; longer ones are cut."""
     pooling: Pooling
+    pairs: bool | None = field(default=False, kw_only=True)
+    """Whether it reads pairs of texts; None: single texts and pairs, whichever come."""
 
+    data_settings: ClassVar[frozenset[str]] = LinearHeadTask.data_settings | {"pair_columns"}
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     Record = TextTargetRecord
     reading: ClassVar[LabelReading[Any]]
@@ -140,6 +146,23 @@ class TextTargetTask(LinearHeadTask):
         length = text_length(base, max_length, virtual_tokens, marks)
         return cls(base, tuple(labels), length, pooling or base.pooling, **own)
 
+    @property
+    def reads_pairs(self) -> bool:
+        """As ``pairs`` says."""
+        return bool(self.pairs)
+
+    def of_pairs(self: AnyTarget) -> AnyTarget:
+        """The same for pairs of texts. ``SettingError`` where ``max_length`` has no room for a token of each."""
+        marks = self.tokenizer.num_special_tokens_to_add(pair=True)
+        if self.max_length < marks + 2:
+            raise SettingError(
+                f"{marks} tokens mark start and end of two texts.",
+                setting="max_length",
+                given=self.max_length,
+                allowed=f"at least {marks + 2}",
+            )
+        return replace(self, pairs=True)
+
     @classmethod
     def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:
         """Labelled rows, tokenised and split."""
@@ -154,12 +177,15 @@ class TextTargetTask(LinearHeadTask):
 
         inspect_rows(cls, settings, method, base, report)
 
-    def token_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Length of each text in tokens before cutting."""
+    def token_lengths(self, texts: Sequence[Text]) -> list[int]:
+        """Length of each text, or of each pair, in tokens before cutting."""
         return [len(ids) for ids in self._ids(texts, truncation=False)]
 
-    def encode(self, texts: Sequence[str], where: Callable[[int], str] | None = None) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``.
+    def encode(self, texts: Sequence[Text], where: Callable[[int], str] | None = None) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_length``; of a pair the longer text is cut first.
+
+        Two texts are put together as the base's tokenizer does it; where that puts nothing between them, the second
+        begins with a line break. On a base that reads token types they are ``TypedTokens``.
 
         ``where`` gives the place of a text by its position, for messages (``LabelledText.where``). Raises ``DataError``
         for a text of which no token comes, and for one with a token that the base has no embedding for.
@@ -168,21 +194,21 @@ class TextTargetTask(LinearHeadTask):
         self.check(found, texts, where)
         return found
 
-    def encode_many(self, texts: Sequence[str]) -> tuple[TokenLists, list[int]]:
+    def encode_many(self, texts: Sequence[Text]) -> tuple[TokenLists | TypedLists, list[int]]:
         """The same of any number of texts, unchecked, and their lengths before cutting; each is tokenised once, but
         those that are cut."""
         lengths: list[int] = []
 
-        def cut() -> Iterator[list[int]]:
+        def cut() -> Iterator[Any]:
             for text, ids in zip(texts, self._ids(texts, truncation=False), strict=True):
                 lengths.append(len(ids))
                 too_long = len(ids) > self.max_length
                 yield next(self._ids([text], truncation=True, max_length=self.max_length)) if too_long else ids
 
-        return TokenLists.of(cut()), lengths
+        return (TypedLists if self.reads_token_types else TokenLists).of(cut()), lengths
 
     def check(
-        self, found: Sequence[list[int]], texts: Sequence[str], where: Callable[[int], str] | None = None
+        self, found: Sequence[list[int]], texts: Sequence[Text], where: Callable[[int], str] | None = None
     ) -> None:
         """Raise the ``DataError``s of ``encode`` for the ids ``found`` of ``texts``."""
 
@@ -199,13 +225,22 @@ class TextTargetTask(LinearHeadTask):
         for at, ids in enumerate(found):
             self.base.check_tokens(ids, place(at))
 
-    def _ids(self, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
-        """Of each text, some thousand at a time."""
+    def _ids(self, texts: Sequence[Text], **options: Any) -> Iterator[list[int]]:
+        """Of each text or pair, some thousand at a time."""
         for start in range(0, len(texts), _AT_ONCE):
-            some = list(texts[start : start + _AT_ONCE])
-            lean = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-            found = tokens_of(self.tokenizer, some, **lean, **options)["input_ids"]
-            yield from map(list, found)
+            some = texts[start : start + _AT_ONCE]
+            first = [text if isinstance(text, str) else text[0] for text in some]
+            second = [self._second(text[1]) for text in some if not isinstance(text, str)]
+            typed = bool(second) and self.base.reads_token_types
+            lean = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": typed}
+            found = tokens_of(self.tokenizer, first, text_pair=second or None, **lean, **options)
+            if typed:
+                yield from map(TypedTokens, found["input_ids"], found["token_type_ids"])
+            else:
+                yield from map(list, found["input_ids"])
+
+    def _second(self, text: str) -> str:
+        return text if self.base.parts_pairs else f"\n{text}"
 
     # --------------------------------------------------------------------------------------------------------- the head
 
@@ -239,6 +274,7 @@ class TextTargetTask(LinearHeadTask):
             "pooling": self.pooling,
             "max_length": self.max_length,
             "feature_layers": list(model.feature_layers),
+            "pairs": bool(self.pairs),
             **self.own(),
         }
 
@@ -249,7 +285,8 @@ class TextTargetTask(LinearHeadTask):
     @classmethod
     def restore(cls: type[AnyTarget], base: Base, record: dict[str, Any]) -> AnyTarget:
         """The task of a stored adapter."""
-        return cls.on(base, record["labels"], record["max_length"], 0, record["pooling"], **cls.own_of(record))
+        task = cls.on(base, record["labels"], record["max_length"], 0, record["pooling"], **cls.own_of(record))
+        return task.of_pairs() if record.get("pairs") else task
 
     @classmethod
     def own_of(cls, record: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG003
@@ -258,11 +295,13 @@ class TextTargetTask(LinearHeadTask):
 
     def rows_to_compare(self, data: Any, count: int) -> list[Encoded]:
         """Texts; their labels are not looked at."""
-        return without_loss(self.encode(self.reading.read_to_score(data).texts[:count]))
+        rows = self.reading.read_to_score(data)
+        self.check_form(rows)
+        return without_loss(self.encode(rows.texts[:count]))
 
     def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
-        """(1, outputs)."""
-        return self.logits_of_ids(assembled, self.encode([text]))
+        """(1, outputs); of pairs those of the text beside itself."""
+        return self.logits_of_ids(assembled, self.encode([(text, text) if self.pairs else text]))
 
     def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
         """(rows, outputs)."""
@@ -271,20 +310,38 @@ class TextTargetTask(LinearHeadTask):
     def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """The scores of a run. ``DataError`` for a label that the adapter does not know."""
         rows = self.reading.read_to_score(
-            settings.data, text_column=settings.text_column, label_column=settings.label_column
+            settings.data,
+            text_column=settings.text_column,
+            label_column=settings.label_column,
+            pair_columns=settings.pair_columns,
         )
+        self.check_form(rows)
         rows = self.with_own_labels(rows)
         self.check_labels(rows)
         for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
             report(Warned(text=text))
         return score_texts(assembled, rows, progress=counter(report))
 
+    def check_form(self, rows: LabelledText[Any]) -> None:
+        """``DataError`` for pairs where single texts were trained on, and the reverse."""
+        if self.pairs is None or self.pairs == (rows.second_column is not None):
+            return
+        if self.pairs:
+            problem = f"one text a row ({quoted(rows.text_column)}), and the adapter reads pairs of texts."
+            advice = "Name the two columns with `pair_columns`."
+        else:
+            problem = f"pairs of texts ({shorten(rows.pair_columns or ())}), and the adapter reads one text."
+            advice = "Name the one to read with `text_column`."
+        raise DataError(problem, where=rows.where(0), advice=advice)
+
     # ------------------------------------------------------------------------------------------------------------ words
 
     @classmethod
     def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Labels, pooling and length."""
-        return {name: record[name] for name in ("labels", "pooling", "max_length")}
+        return {name: record[name] for name in ("labels", "pooling", "max_length")} | {
+            "pairs": record.get("pairs", False)
+        }
 
     @classmethod
     def facts_in_words(cls, facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -292,7 +349,10 @@ class TextTargetTask(LinearHeadTask):
         labels = facts["labels"]
         return [
             ("labels", f"{len(labels)}: {', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}"),
-            ("text", f"up to {facts['max_length']} tokens, {facts['pooling']} pooling"),
+            (
+                "pairs of texts" if facts["pairs"] else "text",
+                f"up to {facts['max_length']} tokens, {facts['pooling']} pooling",
+            ),
         ]
 
 
