@@ -213,9 +213,9 @@ def steps_of(assembled: Assembled, given: Examples) -> tuple[list[np.ndarray], l
     losses: list[float] = []
 
     class Noted(TokenRows):
-        def batch(self, rows: Any, *how: Any) -> Any:
+        def batch(self, rows: Any, *how: Any, **more: Any) -> Any:
             batches.append(rows)
-            return super().batch(rows, *how)
+            return super().batch(rows, *how, **more)
 
     noted = Examples(Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix), given.targets)
     held = examples(assembled, 6, seed=1)

@@ -204,9 +204,9 @@ def test_twenty_steps_have_pefts_losses(variant: str, base: str, models: dict[st
     ours: list[float] = []
 
     class Noted(type(given.rows)):  # type: ignore[misc]
-        def batch(self, rows: Any, *how: Any) -> Any:
+        def batch(self, rows: Any, *how: Any, **more: Any) -> Any:
             batches.append(torch.as_tensor(rows))
-            return super().batch(rows, *how)
+            return super().batch(rows, *how, **more)
 
     noted = Noted(given.rows.sequences, given.rows.pad_id, given.rows.prefix)
     held = examples(assembled, 6, seed=1)
