@@ -1,7 +1,8 @@
 """What a score is: one registry of metrics, and how labels, written answers and losses are scored.
 
-A metric that adds up over rows is a function of the sums of some counts of each row (``Metric.columns``). From the same
-counts come the score, and the paired difference of two techniques (``evaluation/pairs.py``).
+A metric that adds up over rows is a function of the sums of some counts of each row (``Metric.columns``); of any other
+it is known what it would be without each row. From the same counts come the score, and the paired difference of two
+techniques (``evaluation/pairs.py``).
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class Metric:
     columns: tuple[str, ...] = ()
     """The counts of each row that the score is made of; empty for a score that does not add up over rows."""
     from_sums: Callable[[np.ndarray], np.ndarray] | None = None
-    """The score (...) of sums of ``columns`` (..., columns); 0 where nothing was counted. None without ``columns``."""
+    """The score (...) of sums of ``columns`` (..., columns); 0 where nothing was counted. None where it does not add
+    up."""
+    from_rows: Callable[[np.ndarray], tuple[float, np.ndarray]] | None = None
+    """Instead of ``from_sums``: of rows with these ``columns`` (rows, columns) the score, and what it is without each,
+    (rows,)."""
 
     @property
     def is_percentage(self) -> bool:
@@ -49,8 +54,18 @@ class Metric:
 
     def score(self, counts: np.ndarray) -> float:
         """The score of rows with these counts (rows, columns)."""
+        if self.from_rows is not None:
+            return self.from_rows(counts)[0]
         assert self.from_sums is not None
         return float(self.from_sums(counts.sum(0)))
+
+    def without_each(self, counts: np.ndarray) -> np.ndarray:
+        """The score of the other rows, for each row, (rows,)."""
+        if self.from_rows is not None:
+            return self.from_rows(counts)[1]
+        assert self.from_sums is not None
+        without: np.ndarray = self.from_sums(counts.sum(0) - counts)
+        return without
 
     def points(self, difference: float) -> float:
         """A difference of two scores in points: percentage points, or the metric's own unit."""
@@ -102,6 +117,32 @@ def _f1(sums: np.ndarray) -> np.ndarray:
     return quotient
 
 
+def _macro_f1(rows: np.ndarray) -> tuple[float, np.ndarray]:
+    """Of rows (label, predicted label). A label counts where some row has it or is predicted to; leaving out a row
+    changes the F1 of its two labels alone."""
+    import numpy as np
+
+    if not len(rows):
+        return 0.0, np.zeros(0)
+    label, predicted = rows.astype(np.int64).T
+    right = label == predicted
+    labels = int(rows.max()) + 1
+    found = np.bincount(label[right], minlength=labels)  # 2·tp + fp + fn is how often a label is in either column
+    either = np.bincount(label, minlength=labels) + np.bincount(predicted, minlength=labels)
+    f1 = 2 * found / either.clip(1)
+    total, count = f1.sum(), (either > 0).sum()
+
+    def without(own: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The change of the sum and of the count when rows leave a label ``times`` times."""
+        left = either[own] - times
+        return 2 * (found[own] - right) / left.clip(1) - f1[own], (left == 0).astype(np.int64)
+
+    change, gone = without(label, 1 + right)
+    other, other_gone = without(predicted, np.ones_like(label))
+    change, gone = change + np.where(right, 0, other), gone + np.where(right, 0, other_gone)
+    return float(total / count), (total + change) / (count - gone).clip(1)
+
+
 _RIGHT_OR_WRONG = ("correct", "rows")
 _METRICS: dict[str, Metric] = {}
 
@@ -137,7 +178,10 @@ for _metric in (
         "and not there, fn are there and not found",
         kind="percentage", columns=("tp", "fp", "fn"), from_sums=_f1,
     ),
-    Metric("macro_f1", "macro F1", "the mean of every label's F1, each label counting alike", kind="percentage"),
+    Metric(
+        "macro_f1", "macro F1", "the mean of every label's F1, each label counting alike", kind="percentage",
+        columns=("label", "predicted"), from_rows=_macro_f1,
+    ),
     Metric(
         "loss", "loss", "mean cross-entropy of what all test rows hold to predict, in nats",
         higher_is_better=False, columns=("nats", "tokens"), from_sums=_ratio,
