@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from capotune.evaluation.metrics import (
     Metric,
     exact_match,
+    label_scores,
     mean_interval,
     metric,
     perplexity,
@@ -48,6 +50,14 @@ def test_the_f1_of_entities_is_scikit_learns_of_single_labels() -> None:
     true, predicted = generator.integers(0, 2, (2, 50))
     counts = np.stack([true & predicted, predicted & ~true & 1, true & ~predicted & 1], 1)
     assert metric("f1").score(counts.astype(float)) == pytest.approx(f1_score(true, predicted))
+
+
+def test_each_label_has_its_own_scores() -> None:
+    targets, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+    found = label_scores(predicted, targets, ["a", "b", "none of them"])
+    assert found["a"] == {"precision": 1.0, "recall": pytest.approx(2 / 3), "f1": pytest.approx(0.8), "rows": 3}
+    assert found["b"] == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "rows": 1}
+    assert found["none of them"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "rows": 0}
 
 
 def test_metrics_know_their_words_and_direction() -> None:

@@ -235,6 +235,21 @@ def classification_scores(logits: torch.Tensor, targets: torch.Tensor) -> Classi
     )
 
 
+def label_scores(predicted: torch.Tensor, targets: torch.Tensor, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each label its precision, recall, F1 and ``rows`` that have it; 0 where nothing was predicted or is there.
+
+    Shapes: predicted (rows,), targets (rows,), positions in ``labels``.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    found = precision_recall_fscore_support(
+        targets.numpy(), predicted.numpy(), labels=range(len(labels)), zero_division=0
+    )
+    columns = zip(*(values.tolist() for values in found), strict=True)
+    names = ("precision", "recall", "f1", "rows")
+    return {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, columns, strict=True)}
+
+
 def confusion(predicted: np.ndarray, targets: np.ndarray, labels: int) -> list[list[int]]:
     """Counts (true label, predicted label)."""
     from sklearn.metrics import confusion_matrix
