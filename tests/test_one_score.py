@@ -96,14 +96,14 @@ SOME_RIGHT = {"epochs": 4, "patience": 4, "learning_rate": 0.02, "batch_size": 8
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 def test_feature_extraction_of_labels_with_and_without_the_cache(labels: Files, tmp_path: Path, cache: bool) -> None:
     result, scored = run_and_evaluate("feature-extraction", labels, tmp_path / "run", cache=cache)
-    assert_one_score(result, scored, "accuracy", "macro_f1", "loss")
+    assert_one_score(result, scored, "accuracy", "macro_f1", "loss", "calibration_error")
 
 
 def test_feature_extraction_from_a_cache_that_another_run_filled(labels: Files, tmp_path: Path) -> None:
     run_and_evaluate("feature-extraction", labels, tmp_path / "first")
     result, scored = run_and_evaluate("feature-extraction", labels, tmp_path / "second")
     assert result["forward_rows"] == 0
-    assert_one_score(result, scored, "accuracy", "macro_f1", "loss")
+    assert_one_score(result, scored, "accuracy", "macro_f1", "loss", "calibration_error")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_feature_extraction_from_a_cache_that_another_run_filled(labels: Files, 
 )
 def test_labels(labels: Files, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     result, scored = run_and_evaluate(method, labels, tmp_path / "run", **FEW, **settings)
-    assert_one_score(result, scored, "accuracy", "macro_f1", "loss")
+    assert_one_score(result, scored, "accuracy", "macro_f1", "loss", "calibration_error")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_plain_text(gpt2_writer: Path, story: Path, tmp_path: Path) -> None:
 def test_test_rows_of_a_split_column_are_those_that_evaluate_scores(bert: Path, tickets: Path, tmp_path: Path) -> None:
     record = capotune.train("lora", data=str(tickets), model=str(bert), out=tmp_path / "run", **FEW)
     scored = capotune.evaluate(tmp_path / "run" / "adapter", data=str(tickets))
-    assert_one_score(record["result"], scored, "accuracy", "macro_f1", "loss")
+    assert_one_score(record["result"], scored, "accuracy", "macro_f1", "loss", "calibration_error")
 
 
 def test_the_command_line_prints_the_same_values(text: Files, tmp_path: Path) -> None:

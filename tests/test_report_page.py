@@ -94,6 +94,7 @@ def test_few_labels_make_a_matrix_and_many_make_lists(tmp_path: Path) -> None:
     few, many = (rendered(comparison(), details(labels), tmp_path) for labels in (25, 26))
     assert 'class="wrong' in few
     assert "lowest F1" not in few
+    assert "Each label" in few
     assert 'class="wrong' not in many
     assert "lowest F1" in many
     assert "most confused pairs of 26 labels" in many

@@ -1,4 +1,4 @@
-"""What a task may put on a comparison's page: sections of four kinds, as plain data.
+"""What a task may put on a comparison's page: sections of five kinds, as plain data.
 
 A task gives a list of these; ``report/`` draws each kind and knows no task. They stand in ``compare.json`` under
 ``details.sections``.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Answered", "ConfusionMatrix", "Fact", "Part", "Quote", "Quotes", "Section", "SideBySide", "TableSection"]
+__all__ = [
+    "Answered", "ConfusionMatrix", "Fact", "Part", "Point", "Quote", "Quotes", "Reliability", "Section", "SideBySide",
+    "TableSection",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,4 +94,25 @@ class TableSection:
     kind: Literal["table"] = "table"
 
 
-Section = ConfusionMatrix | Quotes | SideBySide | TableSection
+@dataclass(frozen=True)
+class Point:
+    """Test rows of about the same probability."""
+
+    probability: float
+    """Their mean, of the predicted label."""
+    right: float
+    """Share of them that is labelled rightly."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Whether probabilities mean what they say; drawn as the share of right rows over the probability."""
+
+    title: str
+    note: str
+    points: list[Point]
+    kind: Literal["reliability"] = "reliability"
+
+
+Section = ConfusionMatrix | Quotes | Reliability | SideBySide | TableSection

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +49,12 @@ class Context:
     """Rows to train on; None where the data has not been read."""
 
 
+def _label(name: Any) -> Any:
+    """A label as the data has it, where YAML reads a number or a truth value."""
+    return str(name).lower() if isinstance(name, bool) else str(name) if isinstance(name, int) else name
+
+
+ClassWeights: TypeAlias = Literal["balanced"] | dict[Annotated[str, pydantic.BeforeValidator(_label)], Positive]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 """A program that ``api.trackers`` knows."""
 
@@ -109,6 +115,15 @@ class RunSettings(DataSettings):
     save_every: IntervalText = "5min"
     """Steps (`500`) or time (`30s`, `10min`, `2h`) between checkpoints, from which a stopped run goes on. One is also
     made at the end of every epoch."""
+    class_weights: ClassWeights | None = None
+    """Labels: how much each label's rows count in training. balanced: in inverse proportion to their number, so that
+    every label counts alike; or a weight by label, such as `spam 5`, where labels left out count 1."""
+    min_precision: Fraction | None = None
+    """Labels: give a text no label where that would be right less often than this, as in 0.95: from which probability
+    on labels are given is chosen on the held-out rows. Left out: every text gets a label."""
+    out_of_scope: str | None = None
+    """Labels: the label of rows that belong to none of the others. What it is told by is chosen on the held-out rows,
+    and in-scope accuracy and out-of-scope recall are reported apart."""
     answers: int = Field(default=200, ge=0)
     """Generation: test rows that the model answers, for exact match and ROUGE-L (0: none)."""
     general: str | None = None
@@ -360,10 +375,11 @@ def _why_no_settings(values: dict[Any, Any]) -> str | None:
 
 
 def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
-    """``num-virtual-tokens`` is as good as ``num_virtual_tokens``, at every depth."""
+    """``num-virtual-tokens`` is as good as ``num_virtual_tokens``, at every depth; labels stay as they are."""
+    found = {str(name).replace("-", "_"): value for name, value in values.items()}
     return {
-        str(name).replace("-", "_"): _underscored(value) if isinstance(value, dict) else value
-        for name, value in values.items()
+        name: _underscored(value) if isinstance(value, dict) and name != "class_weights" else value
+        for name, value in found.items()
     }
 
 

@@ -78,6 +78,12 @@ class Assembled:
         """Which of its blocks the kernels compute; found out when it first reads."""
         return try_fusing(self.backbone, self.blocks, self.packing)
 
+    def asking(self, task: TaskModel) -> Assembled:
+        """The same for another task on the same model, such as one with thresholds."""
+        other = replace(self, task=task)
+        vars(other).update({name: vars(self)[name] for name in ("packing", "fusing") if name in vars(self)})
+        return other
+
     def bare(self) -> Assembled:
         """The base alone, for as long as the method is not attached. How it reads is found out once for both."""
         alone = replace(self, method=Untouched(self.method.quantization))

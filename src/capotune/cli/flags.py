@@ -60,10 +60,9 @@ def given_by(flags: list[str], config: Path | None) -> dict[str, str]:
 
 def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
     for name, value in values.items():
+        yield before + name
         if isinstance(value, dict):
             yield from _names(value, f"{before}{name}.")
-        else:
-            yield before + name
 
 
 def without_out(rest: list[str]) -> list[str]:

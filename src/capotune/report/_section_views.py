@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from capotune.evaluation.metrics import exact_match
-from capotune.sections import Answered, ConfusionMatrix, Part, Quote, Quotes, Section, SideBySide, TableSection
+from capotune.sections import (
+    Answered,
+    ConfusionMatrix,
+    Part,
+    Quote,
+    Quotes,
+    Reliability,
+    Section,
+    SideBySide,
+    TableSection,
+)  # fmt: skip
 
 _MATRIX_LABELS = 25
 _CONFUSED_PAIRS = 15
@@ -40,6 +50,8 @@ def _view(section: Section, order: Sequence[str]) -> dict[str, Any]:
         return _confusion(section)
     if isinstance(section, Quotes):
         return {"note": section.note, "shown": [_quoted(quote) for quote in section.quotes]}
+    if isinstance(section, Reliability):
+        return {"note": section.note, "shown": section.points}
     if isinstance(section, SideBySide):
         expects = any(one.expected is not None for one in section.prompts)
         return {
@@ -86,13 +98,14 @@ def _answered(answered: Answered, order: Sequence[str]) -> dict[str, Any]:
 
 
 def _confusion(section: ConfusionMatrix) -> dict[str, Any]:
-    """With few labels the whole matrix, else the pairs and labels with most mistakes; nothing without a mistake."""
-    pairs = _confused_pairs(section)
+    """With few labels the whole matrix and every label's scores, else the pairs and labels with most mistakes; nothing
+    without a mistake."""
+    pairs, are_few = _confused_pairs(section), len(section.labels) <= _MATRIX_LABELS
     return {
         "labels": section.labels,
-        "matrix": _matrix(section, pairs) if len(section.labels) <= _MATRIX_LABELS else [],
+        "matrix": _matrix(section, pairs) if are_few else [],
         "pairs": pairs[:_CONFUSED_PAIRS],
-        "label_scores": _label_scores(section)[:_WORST_LABELS],
+        "label_scores": _label_scores(section)[: None if are_few else _WORST_LABELS],
         "shown": pairs,
     }
 

@@ -138,7 +138,17 @@ class Task(TaskModel):
     data_settings: ClassVar[frozenset[str]]
     """Names of ``DataSettings`` that it reads; others that are given are refused."""
     optional_data_settings: ClassVar[frozenset[str]] = frozenset(
-        {"text_column", "label_column", "pair_columns", "prompt_template", "completion_column", "general"}
+        {
+            "text_column",
+            "label_column",
+            "pair_columns",
+            "prompt_template",
+            "completion_column",
+            "general",
+            "class_weights",
+            "min_precision",
+            "out_of_scope",
+        }
     )
     """The settings that belong to some tasks only."""
 

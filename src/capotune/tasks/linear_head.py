@@ -131,6 +131,10 @@ class LinearHeadTask(Task):
     default_models: ClassVar[tuple[str, ...]] = ("minilm",)
     base_label: ClassVar[str] = "base (frozen, nearest class mean)"
     has_head: ClassVar[bool] = True
+    of_the_head: ClassVar[frozenset[str]] = frozenset({"labels"})
+    """What of the record is told of a head's weights, which are averaged where adapters are combined."""
+    of_the_answer: ClassVar[frozenset[str]] = frozenset({"max_length"})
+    """What of it does not change what the head reads of a text."""
     data_settings: ClassVar[frozenset[str]] = frozenset({"text_column", "label_column"})
 
     @property
@@ -186,8 +190,8 @@ class LinearHeadTask(Task):
                 f"its {len(two)} labels are others than the first adapter's {len(one)}: only one has {only}.",
                 advice="A head tells its own labels apart: combine adapters of the same labels.",
             )
-        differing = [name for name in super().check_combines(first, other) if name != "labels"]
-        read = [name for name in differing if name != "max_length"]
+        differing = [name for name in super().check_combines(first, other) if name not in cls.of_the_head]
+        read = [name for name in differing if name not in cls.of_the_answer]
         if read:
             raise AdapterError(
                 f"its head reads the text otherwise than the first adapter's ({', '.join(map(words, read))}).",

@@ -7,7 +7,7 @@ A random head's gradients would distort what the base knows (linear probing, the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +71,12 @@ class ClassSolver(HeadSolver):
     """Multinomial logistic regression; targets (units,) int64, of which there are ``labels`` kinds."""
 
     labels: int
+    weights: Sequence[float] = ()
+    """Of each label's units; empty: 1 for each."""
+
+    @property
+    def _weights(self) -> torch.Tensor | None:
+        return torch.tensor(self.weights) if self.weights else None
 
     def choose(
         self,
@@ -82,7 +88,13 @@ class ClassSolver(HeadSolver):
     ) -> tuple[LinearHead, float]:
         """The lowest held-out cross-entropy."""
         return choose_regularization(
-            features, targets, held_features, held_targets, self.labels, on_iteration=on_iteration
+            features,
+            targets,
+            held_features,
+            held_targets,
+            self.labels,
+            label_weights=self._weights,
+            on_iteration=on_iteration,
         )
 
     def solve(
@@ -94,7 +106,15 @@ class ClassSolver(HeadSolver):
         on_iteration: Callable[[], object],
     ) -> LinearHead:
         """To convergence."""
-        return solve(features, targets, self.labels, regularization, near=near, on_iteration=on_iteration)
+        return solve(
+            features,
+            targets,
+            self.labels,
+            regularization,
+            near=near,
+            label_weights=self._weights,
+            on_iteration=on_iteration,
+        )
 
 
 @dataclass(frozen=True)

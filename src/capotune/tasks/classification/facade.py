@@ -11,19 +11,24 @@ import numpy as np
 from capotune.data.text_columns import Text
 from capotune.tasks.text_targets.facade import TextPredictor, in_one_line
 
+NO_LABEL = "none of these"
+
 
 @dataclass(frozen=True)
 class Prediction:
     """The label of one text, or of two that are read together."""
 
     text: Text
-    label: str
+    label: str | None
+    """None where no label is sure enough."""
     probability: float
-    """Of ``label``, from 0 to 1."""
+    """Of the most probable label, from 0 to 1."""
 
     def as_line(self) -> str:
-        """Label, probability and text (or both texts) in one line, parted by tabs."""
-        return f"{self.label}\t{self.probability:.3f}\t{in_one_line(self.text)}"
+        """Label, probability and text (or both texts) in one line, parted by tabs; ``none of these`` where there is no
+        label."""
+        label = NO_LABEL if self.label is None else self.label
+        return f"{label}\t{self.probability:.3f}\t{in_one_line(self.text)}"
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -38,15 +43,17 @@ class Classifier(TextPredictor):
         probabilities: np.ndarray = self.outputs(texts).softmax(1).numpy()
         return probabilities
 
-    def predict(self, texts: Sequence[Text]) -> list[str]:
-        """The most probable label of each text."""
+    def predict(self, texts: Sequence[Text]) -> list[str | None]:
+        """The most probable label of each text; None where the adapter abstains, as ``min_precision`` in training asked
+        for."""
         return [prediction.label for prediction in self.answer(texts)]
 
     def answer(self, texts: Sequence[Text]) -> list[Prediction]:
-        """The most probable label of each text, with its probability."""
+        """The most probable label of each text, with its probability; no label where that is too low."""
         probabilities = self.predict_proba(texts)
-        best = probabilities.argmax(1)
+        threshold = self._assembled.task.threshold or 0.0
+        best = zip(probabilities.argmax(1), probabilities.max(1).tolist(), strict=True)
         return [
-            Prediction(text, self.labels[number], float(row[number]))
-            for text, number, row in zip(texts, best, probabilities, strict=True)
+            Prediction(text, self.labels[number] if sure >= threshold else None, sure)
+            for text, (number, sure) in zip(texts, best, strict=True)
         ]

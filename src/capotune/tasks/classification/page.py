@@ -1,4 +1,4 @@
-"""What a comparison's page shows of labels: confusions, and the surest mistakes."""
+"""What a comparison's page shows of labels: confusions, the surest mistakes, and what probabilities are worth."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 from capotune.evaluation.metrics import confusion
-from capotune.sections import ConfusionMatrix, Fact, Quote, Quotes, Section
+from capotune.sections import ConfusionMatrix, Fact, Point, Quote, Quotes, Reliability, Section
 from capotune.tasks.text_targets.page import text_parts
 
 _SHOWN_MISTAKES = 12
 
 
-def sections(labels: Sequence[str], method: str, predictions: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Of the recommended ``method``: which labels it takes for which, and the wrong labels it was surest of."""
+def sections(record: Mapping[str, Any], method: str, predictions: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Of the recommended ``method``, whose adapter has this ``record``: which labels it takes for which, the wrong
+    labels it was surest of, and whether its probabilities mean what they say."""
+    labels = record["labels"]
     number = {label: at for at, label in enumerate(labels)}
     predicted, true = (np.array([number[row[name]] for row in predictions]) for name in ("predicted", "label"))
     wrong = [row for row in predictions if row["label"] != row["predicted"]]
@@ -27,7 +29,21 @@ def sections(labels: Sequence[str], method: str, predictions: Sequence[Mapping[s
     return [
         ConfusionMatrix(f"What {method} confuses", list(labels), confusion(predicted, true, len(labels))),
         Quotes("Its most confident mistakes", note, [_mistake(row) for row in surest]),
+        *_reliability(record["trained"].get("calibration")),
     ]
+
+
+def _reliability(calibration: Mapping[str, Any] | None) -> list[Section]:
+    if calibration is None:
+        return []
+    before, now = (f"{100 * calibration[name]:.1f} %" for name in ("error_before", "error"))
+    note = (
+        f"Test rows in {len(calibration['bins'])} parts of equal size, by the probability of their label: on the line "
+        "as many are right as it says. The expected calibration error is "
+        f"{now}, and was {before} before a temperature of {calibration['temperature']:.2f}, fitted on held-out rows."
+    )
+    points = [Point(one["confidence"], one["accuracy"], one["rows"]) for one in calibration["bins"]]
+    return [Reliability("What its probabilities are worth", note, points)]
 
 
 def _mistake(row: Mapping[str, Any]) -> Quote:

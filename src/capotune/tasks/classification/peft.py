@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,8 @@ from capotune.models.architecture import text_part
 from capotune.models.base import Base
 from capotune.models.load import load_classifier
 from capotune.models.stream import empty_model
-from capotune.tasks.classification.task import Classification, RowCrossEntropy
+from capotune.tasks.classification.objective import RowCrossEntropy
+from capotune.tasks.classification.task import Classification
 
 _EVERY_TOKEN_COUNTS = -1
 """A padding id that no token has."""
@@ -55,7 +56,6 @@ class PeftClassification(Classification):
     """Weights that the adapter brings, by path: the base may lack them."""
     placeholders: int = 0
     """Virtual tokens of a deep prompt: their place in a text's states is nothing that a head may read."""
-    objective: OwnHeadCrossEntropy = field(default_factory=OwnHeadCrossEntropy)
 
     reads_packed: ClassVar[bool] = False
     shares_base: ClassVar[bool] = False
@@ -81,7 +81,13 @@ class PeftClassification(Classification):
         on_base = Classification.on(base, labels, None, stored.settings.virtual_tokens, "cls")
         settings: Any = stored.settings
         placeholders = settings.virtual_tokens if settings.deep else 0
-        return cls(base, labels, on_base.max_length, on_base.pooling, frozenset(replaced), placeholders, pairs=None)
+        length, pooling = on_base.max_length, on_base.pooling
+        return cls(base, labels, length, pooling, pairs=None, stored=frozenset(replaced), placeholders=placeholders)
+
+    @property
+    def objective(self) -> OwnHeadCrossEntropy:  # type: ignore[override]
+        """Of the model's own head."""
+        return OwnHeadCrossEntropy()
 
     def load_base(self, method: Method, dtype: torch.dtype, progress: OnProgress | None) -> Any:
         """The family's classifier; a head that the adapter brings is not in place yet."""

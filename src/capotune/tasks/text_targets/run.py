@@ -24,9 +24,9 @@ from capotune.settings import TrainingSettings, TrainSettings
 from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import SolvedHead, Units, solve_head, train_from
-from capotune.tasks.text_targets.features import all_features, compute_features
+from capotune.tasks.text_targets.features import all_features, compute_features, head_features
 from capotune.tasks.text_targets.score import score_texts
-from capotune.tasks.text_targets.task import TextTargetTask
+from capotune.tasks.text_targets.task import TextTargetTask, TrainedRows
 
 _HASHED_AT_ONCE = 10_000
 AnyTask = type[TextTargetTask]
@@ -43,7 +43,8 @@ def inspect_rows(
         for rows, some in zip((data.train, data.test), counted, strict=True)
     )
     sequences = _tokenised(data, task, train, test, report, counted)
-    _held_out(data, settings, kind)
+    _, held = _held_out(data, settings, kind)
+    task.check_held_out(task.targets(data.train.labels)[held])
     task.check(sequences, train.texts, train.where)
 
 
@@ -59,7 +60,7 @@ def _read(
         test_fraction=settings.test_fraction,
         seed=settings.seed,
     )
-    task = kind.of_data(base, data, settings.max_length, method.virtual_tokens)
+    task = kind.of_data(base, data, settings.max_length, method.virtual_tokens).asked(data, settings)
     return data, task if data.train.second_column is None else task.of_pairs()
 
 
@@ -104,6 +105,7 @@ class TextTargetRun(TaskRun):
         sequences = _tokenised(data, task, train, data.test, report)
         self.targets = task.targets(train.labels)
         self.fit_rows, self.held_rows = _held_out(data, settings, kind)
+        task.check_held_out(self.targets[self.held_rows])
         task.check(sequences, train.texts, train.where)
         self.train = Examples(TokenRows(sequences, task.pad_id), self.targets, where=train.where)
         self.train_rows = len(train)
@@ -181,8 +183,15 @@ class TextTargetRun(TaskRun):
                 return self._held_outputs
             return self.task.logits(assembled, self.train.take(self.held_rows).rows, cache, counter(report))
 
+        def features(rows: torch.Tensor) -> torch.Tensor:
+            return head_features(assembled, self.train.take(rows).rows, counter(report))
+
         self.task = self.task.decided(held, self.targets[self.held_rows])
-        return replace(assembled, task=self.task)
+        trained = TrainedRows(held, features, self.targets, self.fit_rows, self.held_rows)
+        self.task = self.task.settled(assembled.model, trained)
+        if text := self.task.undecided():
+            report(Warned(text=text))
+        return assembled.asking(self.task)
 
     def test(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:
         """The task's scores."""

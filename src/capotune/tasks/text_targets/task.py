@@ -51,6 +51,22 @@ class TextTargetRecord(StoredRecord):
 
 
 @dataclass(frozen=True)
+class TrainedRows:
+    """The training rows, of which some were held out."""
+
+    held_outputs: Callable[[], torch.Tensor]
+    """(held-out rows, outputs) by weights that were not fitted to them."""
+    features: Callable[[torch.Tensor], torch.Tensor]
+    """What the head reads of the rows at these positions, (rows, features)."""
+    targets: torch.Tensor
+    """(rows, …)."""
+    fit: torch.Tensor
+    """Positions of the rows that weights were fitted to."""
+    held: torch.Tensor
+    """Positions of those held out."""
+
+
+@dataclass(frozen=True)
 class TextTargetTask(LinearHeadTask):
     """The task: its outputs and lengths.
 
@@ -120,6 +136,22 @@ class TextTargetTask(LinearHeadTask):
         ``held`` gives their outputs (rows, outputs) by weights that were not fitted to them, ``targets`` are theirs.
         """
         return self
+
+    def asked(self: AnyTarget, data: LabelledData[Any], settings: TrainSettings) -> AnyTarget:  # noqa: ARG002
+        """The task with what the settings ask of it for these training rows; by default nothing. ``SettingError``."""
+        return self
+
+    def undecided(self) -> str:
+        """What of ``decided`` did not come about as it was asked for, a sentence; empty where nothing."""
+        return ""
+
+    def settled(self: AnyTarget, model: Any, rows: TrainedRows) -> AnyTarget:  # noqa: ARG002
+        """The task with what is chosen on held-out rows and put into the trained ``model``'s head; by default nothing
+        is."""
+        return self
+
+    def check_held_out(self, targets: torch.Tensor) -> None:
+        """``SettingError`` where rows with these targets are too few to choose by what the settings ask for."""
 
     def with_own_labels(self, rows: LabelledText[Any]) -> LabelledText[Any]:
         """The rows to score, with each label as the task spells it; one that it does not know stays as it is."""
