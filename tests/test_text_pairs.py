@@ -26,6 +26,8 @@ from capotune.data.token_types import TypedTokens
 from capotune.errors import DataError, SettingError
 from capotune.evaluation.forward import Examples, outputs
 from capotune.methods.base import Start
+from capotune.methods.lora.settings import LoraSettings
+from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.base import find
 from capotune.settings import Context
 from capotune.tasks.classification import Classification
@@ -297,12 +299,20 @@ def test_scikit_learn_takes_two_columns_and_tuples(bases: dict[str, Path]) -> No
         by_tuples.fit([*pairs[:-1], "one text"], labels)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_peft_loads_an_adapter_of_pairs_and_agrees(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """With the tokenizer's own output, token types among it."""
-    from capotune.methods.lora.settings import LoraSettings
+PEFTS = [
+    ("bert", LoraSettings(rank=2)),
+    ("llama", LoraSettings(rank=2)),
+    ("bert", PromptTuningSettings(num_virtual_tokens=3)),
+    ("bert", PromptTuningSettings(num_virtual_tokens=3, deep=True)),
+]
 
-    assembled = on_pairs(bases[family], LoraSettings(rank=2))
+
+@pytest.mark.parametrize(("family", "settings"), PEFTS)
+def test_peft_loads_an_adapter_of_pairs_and_agrees(
+    family: str, settings: Any, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """With the tokenizer's own output, token types among it."""
+    assembled = on_pairs(bases[family], settings)
     expected = assembled.task.logits(assembled, encoded(assembled, PAIRS + LONG))
     trained = {"score": None, "held_out_score": 0.5, "test_rows": 0, "train_rows": 4, "adapter": "lora"}
     save_adapter(tmp_path / "adapter", assembled, trained)

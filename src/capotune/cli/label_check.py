@@ -39,7 +39,7 @@ def _table(check: api.LabelCheck) -> Table:
     table.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)
     table.add_column("label", overflow="fold")
     table.add_column("suggestion", overflow="fold")
-    table.add_column("it / the label")
+    table.add_column("it / the label", no_wrap=True)
     for one in check.suspects[:_SHOWN]:
         sure = f"{_percent(one.probability)} / {_percent(one.label_probability)}"
         text = one.text if isinstance(one.text, str) else " | ".join(one.text)
