@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capotune import cache
-from capotune.errors import ModelError, OutputError
+from capotune.errors import ModelError
 from capotune.events import Reporter, Warned
-from capotune.files import cache_folder, human_bytes, output_folder
+from capotune.files import cache_folder, human_bytes
+from capotune.made_once import MadeOnce
 from capotune.models.folder import is_pointer
 from capotune.models.gguf.file import is_gguf, open_gguf, refused, split_number
 from capotune.models.shards import Shards, Tensors
@@ -46,7 +44,7 @@ class GgufModel:
 
     def tensors(self, config: Any) -> Tensors:
         """The weights of the model of ``config``: those in ``whole`` where that is there, else those in the file."""
-        if self._is_ready(self.whole):
+        if self._entry(self.whole).is_ready():
             return Shards(sorted(self.whole.glob("*.safetensors")))
         from capotune.models.gguf.architectures import architecture_of
         from capotune.models.gguf.weights import GgufTensors, place
@@ -61,46 +59,19 @@ class GgufModel:
         Where the cache cannot be written it is made in a temporary folder, for this process alone. Raises
         ``OutputError`` when there is no room there either.
         """
-        folder = self.whole.with_name(self.whole.name + kind)
-        if self._is_ready(folder):
-            return folder
-        in_cache = folder.parent == _models()
+        entry = self._entry(self.whole.with_name(self.whole.name + kind))
+        if entry.is_ready():
+            return entry.folder
+        in_cache = entry.folder.parent == _models()
         if in_cache:
             self._make_room(nbytes)
-        try:
-            with output_folder(folder) as new:
-                make(new)
-                cache.sign(new, base=self.path.name)
-        except OutputError as error:
-            if not cache.hold(folder):  # else another process was faster
-                if not in_cache:
-                    raise
-                return self._for_this_process(folder, make, error)
-        cache.hold(folder)
-        if in_cache:
-            cache.make_room(0, {folder})  # it may be larger than was thought
-        return folder
+        made = entry.made(make, elsewhere=in_cache, base=self.path.name)
+        if made == entry.folder and in_cache:
+            cache.make_room(0, {made})  # it may be larger than was thought
+        return made
 
-    def _is_ready(self, folder: Path) -> bool:
-        """Whether the folder is there as it was written. One that is not leaves, and it is said."""
-        if not cache.hold(folder):
-            return False
-        if cache.is_whole(folder):
-            return True
-        text = f"what {self.path.name} was converted to in {folder} is damaged on the disk, and is made again."
-        self.report(Warned(text=text))
-        cache.discard(folder)
-        return False
-
-    def _for_this_process(self, folder: Path, make: Callable[[Path], None], error: OutputError) -> Path:
-        if folder not in _elsewhere:
-            room = Path(tempfile.mkdtemp(prefix="capotune-"))
-            atexit.register(shutil.rmtree, room, ignore_errors=True)
-            self.report(Warned(text=f"{error.problem} The cache is done without, {room} is taken instead."))
-            with output_folder(room / folder.name) as new:
-                make(new)
-            _elsewhere[folder] = room / folder.name
-        return _elsewhere[folder]
+    def _entry(self, folder: Path) -> MadeOnce:
+        return MadeOnce(folder, f"what {self.path.name} was converted to", "is made again", self.report)
 
     def _make_room(self, nbytes: int) -> None:
         """What has to be there to go on is written however large it is."""
@@ -109,10 +80,6 @@ class GgufModel:
             sizes = f"{human_bytes(nbytes)}, and the cache may hold {human_bytes(cache.limit())}"
             advice = f"set {cache.LIMIT_VARIABLE} for more, `capo cache` shows what is there"
             self.report(Warned(text=f"{self.path.name} takes about {sizes}: it is converted all the same; {advice}."))
-
-
-_elsewhere: dict[Path, Path] = {}
-"""Where this process has what it could not write into the cache."""
 
 
 def _models() -> Path:
