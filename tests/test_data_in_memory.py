@@ -81,7 +81,7 @@ def test_the_split_by_seed_is_that_of_the_file(kind: str, tmp_path: Path) -> Non
     in_memory, file = CLASSES.load(KINDS[kind](ROWS), seed=3), CLASSES.load(jsonl(tmp_path, "a.jsonl", ROWS), seed=3)
     for one, other in ((in_memory.train, file.train), (in_memory.test, file.test)):
         assert (one.texts, one.labels) == (other.texts, other.labels)
-        assert one.lines == [line - 1 for line in other.lines]
+        assert list(one.lines) == [line - 1 for line in other.lines]
     assert in_memory.test_from == file.test_from
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from shared import SHARED, needs_shared
 
 from capotune.cli import data_report
 from capotune.data.batches import IGNORE_INDEX, Encoded
+from capotune.data.encoded_rows import EncodedRows
 from capotune.data.generation import load_samples
 from capotune.data.inspect.measures import Lengths, Lines
 from capotune.data.inspect.samples import GenerationReport, LengthBin, SampleRow, Span, inspect_samples
@@ -70,18 +71,17 @@ def chat(*contents: str) -> Conversation:
     return Conversation(tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False)))
 
 
+def measure(
+    data: GenerationData, train: Iterable[list[Encoded]], test: Iterable[list[Encoded]], **options: Any
+) -> GenerationReport:
+    settings: dict[str, Any] = {"template_from": "a test", "learn": "all", **options}
+    return inspect_samples(data, EncodedRows.of(train), EncodedRows.of(test), **settings)
+
+
 def inspect(train: Samples, test: Samples, limit: int = 12, learn: str = "all", **options: Any) -> GenerationReport:
     words = Words()
-    return inspect_samples(
-        GenerationData(train, test),
-        [words.encode(sample, limit) for sample in train.samples],
-        [words.encode(sample, limit) for sample in test.samples],
-        max_length=limit,
-        text_of=words.text,
-        template_from="a test",
-        learn=learn,
-        **options,
-    )
+    encoded = ([words.encode(sample, limit) for sample in part.samples] for part in (train, test))
+    return measure(GenerationData(train, test), *encoded, max_length=limit, text_of=words.text, learn=learn, **options)
 
 
 def drawn(report: GenerationReport) -> Any:
@@ -138,7 +138,7 @@ def test_what_is_cut_is_told_apart() -> None:
 
 def test_a_row_without_a_sequence_has_nothing_to_learn() -> None:
     data = GenerationData(rows(Document("x"), format="text"), rows(format="text"))
-    report = inspect_samples(data, [[]], [], max_length=8, text_of=Words().text, template_from="a test", learn="all")
+    report = measure(data, [[]], [], max_length=8, text_of=Words().text)
     assert report.train_without_loss == Lines(1, [1])
     assert report.samples == [SampleRow(1, 0, 0, [])]
     assert (report.loss_share, report.test_tokens) == (0, None)
@@ -192,8 +192,8 @@ def test_other_numbers_of_rows_are_refused() -> None:
     data = GenerationData(rows(chat("a", "b"), chat("c", "d")), rows(chat("e", "f")))
     one = [Words().encode(data.train.samples[0], 8)]
     for train, test in ((one, one), (one * 2, one * 2)):
-        with pytest.raises(ValueError, match="argument 2 is"):
-            inspect_samples(data, train, test, max_length=8, text_of=Words().text, template_from="a test", learn="all")
+        with pytest.raises(ValueError, match="rows of tokens for"):
+            measure(data, train, test, max_length=8, text_of=Words().text)
 
 
 def test_the_report_is_json_and_comes_back() -> None:
@@ -285,9 +285,7 @@ def test_pairs_without_white_space_between_and_tokens_across_the_border_are_coun
     ]
     train = rows(*(Pair(*both) for both in pairs), format="template")
     encoded = [[Encoded([1, 2], [IGNORE_INDEX, 2], 2, straddles=at in (1, 4))] for at in range(len(pairs))]
-    report = inspect_samples(
-        GenerationData(train, train), encoded, encoded, max_length=8, text_of=str, template_from="a test", learn="all"
-    )
+    report = measure(GenerationData(train, train), encoded, encoded, max_length=8, text_of=str)
     assert report.joined == Lines(2, [1, 7])
     assert report.straddling == Lines(2, [2, 5])
     text = in_one_line(report)
@@ -302,10 +300,9 @@ def test_what_a_token_reads_like_may_hang_on_those_before_it() -> None:
     """A decoder that gives one text, drops the space at the front of what it is given, and knows no half characters."""
     pieces = [b" hi", b" \xc3", b"\xa9", b" no"]
     encoded = Encoded([0, 1, 2, 3], [IGNORE_INDEX, 1, 2, 3], 4)
-    report = inspect_samples(
+    report = measure(
         GenerationData(rows(Pair("hi", " é no"), format="template"), rows()), [[encoded]], [], max_length=8,
         text_of=lambda ids: b"".join(pieces[one] for one in ids).decode(errors="replace").lstrip(" "),
-        template_from="a test", learn="all",
     )  # fmt: skip
     assert report.samples[0].spans == [Span("hi", False), Span(" é no", True)]
 
@@ -344,10 +341,7 @@ def test_every_finding_is_shown_with_its_lines() -> None:
 def test_one_long_text_says_where_its_test_is() -> None:
     data = GenerationData(rows(Document("word " * 30), format="text"), rows(format="text"), "the end of the text")
     words = Words()
-    report = inspect_samples(
-        data, [words.encode(data.train.samples[0], 12)], [], max_length=12, text_of=words.text,
-        template_from="a test", learn="all",
-    )  # fmt: skip
+    report = measure(data, [words.encode(data.train.samples[0], 12)], [], max_length=12, text_of=words.text)
     text = in_one_line(report)
     assert "Rows 1 to train; test: the end of the text" in text
     assert "In the loss 30 of 30 tokens (100%), all of the text" in text
@@ -432,7 +426,7 @@ def test_gsm8k() -> None:
     words.ids = lambda text: list(text.encode())  # type: ignore[method-assign]
     words.known = [chr(byte) for byte in range(256)]
     train, test = ([words.encode(sample, 512) for sample in part.samples] for part in (data.train, data.test))
-    report = inspect_samples(data, train, test, max_length=512, text_of=words.text, template_from="a test", learn="all")
+    report = measure(data, train, test, max_length=512, text_of=words.text)
     assert report.train_rows == sum(one.rows for one in report.bins) == 7_470
     assert report.loss_tokens == sum(label >= 0 for of_row in train for one in of_row for label in one.labels)
     assert report.train_answers_cut.count + report.train_ends_cut.count + report.train_without_loss.count == sum(

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capotune import api
-from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows, TokenLists, TokenRows, taken
+from capotune.data.batches import IGNORE_INDEX, Encoded, TokenLists, TokenRows, taken
 from capotune.data.classes import CLASSES
+from capotune.data.encoded_rows import EncodedRows
 from capotune.data.generation import load_samples
 from capotune.data.inspect import measures
 from capotune.data.labelled import LabelledData
@@ -105,7 +106,7 @@ def test_encoded_rows_are_what_was_put_in(rows: list[list[tuple[list[tuple[int, 
         ]
         for of_row in rows
     ]
-    held = EncodedRows(expected)
+    held = EncodedRows.of(expected)
     assert list(held) == expected
     assert held[1:] == expected[1:]
     with pytest.raises(IndexError):

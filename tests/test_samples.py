@@ -113,7 +113,7 @@ TOOL = {"type": "function", "function": {"name": "rate", "description": "A rate.
 def test_formats_are_found_by_their_columns(write: Write, row: dict[str, Any], sample: object, described: str) -> None:
     samples = read(write("a.jsonl", row, row))
     assert samples.samples == [sample, sample]
-    assert samples.lines == [1, 2]
+    assert list(samples.lines) == [1, 2]
     assert samples.described == described
     assert samples.take([]).described.startswith(described.partition(" (messages)")[0])
     assert looks_like_generation(str(samples.source))
@@ -219,7 +219,7 @@ def test_a_text_file_is_one_document(write: Write, name: str) -> None:
     source = write(name, '\n# Title\r\n\r\ntext é, "quotes" and {braces}\n')
     samples = read(source)
     assert samples.samples == [Document('\n# Title\n\ntext é, "quotes" and {braces}\n')]
-    assert (samples.lines, samples.columns, samples.described) == ([1], (), "plain text")
+    assert (list(samples.lines), samples.columns, samples.described) == ([1], (), "plain text")
     assert looks_like_generation(source)
 
 
@@ -227,7 +227,7 @@ def test_a_marker_parts_the_documents_of_a_text_file(write: Write) -> None:
     source = write("a.txt", "one\nmore\n<|endoftext|>\n\ntwo\n<|endoftext|>\n  \n<|endoftext|>three<|endoftext|>\n")
     samples = read(source)
     assert samples.samples == [Document("one\nmore"), Document("two"), Document("three")]
-    assert samples.lines == [1, 5, 8]
+    assert list(samples.lines) == [1, 5, 8]
 
 
 def test_text_files_that_cannot_be_used(write: Write, tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=part, test=part))
     data = load_samples("chats/kind")
     assert data.train.samples == [chat(str(number), "yes") for number in range(4)]
-    assert data.test.lines == [5, 6, 7, 8]
+    assert list(data.test.lines) == [5, 6, 7, 8]
     assert looks_like_generation("chats/kind")
 
 
@@ -546,7 +546,7 @@ def test_test_rows_by_the_column_split(write: Write) -> None:
     parts = ["train", "Test", "validation", "test"]
     rows = [{**row, "Split": part} for row, part in zip(questions(4), parts, strict=True)]
     data = load_samples(write("a.jsonl", *rows))
-    assert (data.train.lines, data.test.lines, data.test_from) == ([1, 3], [2, 4], "the column 'split'")
+    assert (list(data.train.lines), list(data.test.lines), data.test_from) == ([1, 3], [2, 4], "the column 'split'")
     assert read_samples_to_score(str(data.train.source)) == data.test
     assert "'split' is not clear" in error_of(load_samples, write("b.jsonl", *questions(2, split="some")))
     assert "marks no row as train" in error_of(load_samples, write("c.jsonl", *questions(2, split="test")))
@@ -562,7 +562,7 @@ def test_the_seed_decides_which_rows_are_held_out(write: Write) -> None:
     source = write("a.jsonl", *questions(20))
     data = load_samples(source, seed=3)
     assert (len(data.train), len(data.test)) == (16, 4)
-    assert sorted(data.train.lines + data.test.lines) == list(range(1, 21))
+    assert sorted([*data.train.lines, *data.test.lines]) == list(range(1, 21))
     assert data.test_from == "20% of the rows, seed 3"
     assert load_samples(source, seed=3) == data
     assert len({tuple(load_samples(source, seed=seed).test.lines) for seed in range(10)}) > 3

@@ -32,15 +32,16 @@ __all__ = [
 ]  # fmt: skip
 
 LIMIT_VARIABLE = "CAPOTUNE_CACHE_LIMIT"
-KINDS = ("features", "boundary", "models", "hashes")
-"""What a task's head reads; states that enter the lowest trainable block; GGUF files converted; hashes of files."""
+KINDS = ("features", "boundary", "tokens", "models", "hashes")
+"""What a task's head reads; states that enter the lowest trainable block; tokens of large data; GGUF files converted;
+hashes of files."""
 
 _MOST_BYTES = 50 * 10**9
 _SHARE = 0.5
 _ABANDONED_SECONDS = 2 * 24 * 3600
 _FACTS, _SUMS = ".cached.json", "crc32"
 _MOST_HEADER = 10**6
-_ROOMS = {"activations": "*.safetensors", "models": "*", "hashes": "*.json"}
+_ROOMS = {"activations": "*.safetensors", "tokens": "*", "models": "*", "hashes": "*.json"}
 """The cache's folders and what an entry of each is called: nothing else is touched."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -59,8 +60,7 @@ class Entry:
         """``kind``, one of ``KINDS``, and where they are known ``base`` and ``data``: what it was made of."""
         if self.path.parent.name == "activations":
             return {"kind": "features", **_texts(_header(self.path))}
-        kind = "models" if self.path.parent.name == "models" else "hashes"
-        return {**_texts(_json(self.path / _FACTS)), "kind": kind}
+        return {**_texts(_json(self.path / _FACTS)), "kind": self.path.parent.name}
 
 
 def tidy(room: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-__all__ = ["DataSource", "MemoryTable", "Unreadable"]
+__all__ = ["DataSource", "MemoryTable", "Unreadable", "as_unreadable", "from_json"]
 
 _PACKED = "memory_table"
 _UNREADABLE = "\0unreadable"  # no column is called so
@@ -72,8 +72,18 @@ class MemoryTable:
         return {_PACKED: _dumps({name: value for name, value in vars(self).items() if name != "sha256"})}
 
 
+def as_unreadable(value: object) -> dict[str, str]:
+    """What stands in JSON for a value that it has no form for."""
+    return {_UNREADABLE: value.kind if isinstance(value, Unreadable) else type(value).__name__}
+
+
+def from_json(text: str) -> Any:
+    """The value of a JSON text, with ``Unreadable`` where ``as_unreadable`` stood in."""
+    return json.loads(text, object_hook=_hook)
+
+
 def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), default=lambda value: {_UNREADABLE: asdict(value)["kind"]})
+    return json.dumps(value, separators=(",", ":"), default=as_unreadable)
 
 
 def _hook(value: dict[str, Any]) -> Any:
@@ -86,7 +96,7 @@ def _validated(value: object) -> str | MemoryTable:
     if isinstance(value, os.PathLike):
         return str(os.fspath(value))
     if isinstance(value, dict) and value.keys() == {_PACKED}:
-        return MemoryTable(**json.loads(value[_PACKED], object_hook=_hook))
+        return MemoryTable(**from_json(value[_PACKED]))
     raise ValueError(f"a path, a hub id or rows in memory are needed, but {type(value).__name__} was given.")
 
 

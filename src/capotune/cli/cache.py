@@ -22,8 +22,8 @@ class Cache(Settings):
     """Show what the cache holds, the least recently used first, which leave first; or clear it."""
 
     kinds: tyro.conf.Positional[tuple[Literal["features", "boundary", "models", "hashes"], ...]] = ()
-    """What to look at: features that heads read, boundary states that frozen layers compute, models converted from
-    GGUF, hashes of files. Left out: all."""
+    """What to look at: features that heads read, boundary states that frozen layers compute, tokens of large data,
+    models converted from GGUF, hashes of files. Left out: all."""
     clear: bool = False
     """Remove them, without asking; converted models that another command works with stay."""
     as_json: Json = False

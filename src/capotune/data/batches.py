@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, overload
@@ -24,7 +25,7 @@ from capotune.kernels import policy
 from capotune.kernels.attention import Sequences
 
 _POOL = 50  # batches whose rows are sorted by length together: near-uniform lengths, yet a new mix every epoch
-
+_HASHED_AT_ONCE = 1000  # sequences
 
 IGNORE_INDEX = -100
 """Label of a token that is read and not in the loss, as PyTorch's losses name it."""
@@ -217,10 +218,14 @@ def collate(
 
 
 class TokenLists(Sequence[list[int]]):
-    """Many sequences in one array: 4 bytes a token, where a list of Python's integers takes 36."""
+    """Many sequences in one array: 4 bytes a token, where a list of Python's integers takes 36. ``chosen``: the numbers
+    of those that are meant, else all."""
 
-    def __init__(self, values: NDArray[np.int32], starts: NDArray[np.int64]) -> None:
+    def __init__(
+        self, values: NDArray[np.int32], starts: NDArray[np.int64], chosen: NDArray[np.int64] | None = None
+    ) -> None:
         self._values, self._starts = values, starts
+        self._chosen = np.arange(len(starts) - 1) if chosen is None else chosen
 
     @classmethod
     def of(cls, sequences: Iterable[Sequence[int]]) -> TokenLists:
@@ -232,7 +237,7 @@ class TokenLists(Sequence[list[int]]):
         return cls(np.frombuffer(values, dtype=np.int32), np.cumsum(lengths))
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._chosen)
 
     @overload
     def __getitem__(self, row: int) -> list[int]: ...
@@ -243,9 +248,46 @@ class TokenLists(Sequence[list[int]]):
     def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
         if isinstance(row, slice):
             return [self[at] for at in range(*row.indices(len(self)))]
-        at = range(len(self))[row]
-        found: list[int] = self._values[self._starts[at] : self._starts[at + 1]].tolist()
+        found: list[int] = self.array(row).tolist()
         return found
+
+    def array(self, row: int) -> NDArray[np.int32]:
+        """One sequence, without a copy."""
+        return self._values[self._place(row)]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each."""
+        return self._starts[self._chosen + 1] - self._starts[self._chosen]
+
+    def take(self, rows: NDArray[np.int64]) -> TokenLists:
+        """Those at these positions; the tokens are not copied."""
+        found = copy(self)
+        found._chosen = self._chosen[rows]
+        return found
+
+    def _place(self, row: int) -> slice:
+        number = self._chosen[row]
+        return slice(self._starts[number], self._starts[number + 1])
+
+
+class LabelLists(TokenLists):
+    """Of the same sequences the labels: the token where it is in the loss, else ``IGNORE_INDEX``."""
+
+    def __init__(
+        self,
+        values: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+        in_loss: NDArray[np.bool_],
+    ) -> None:
+        super().__init__(values, starts, chosen)
+        self._in_loss = in_loss
+
+    def array(self, row: int) -> NDArray[np.int32]:
+        """One sequence's."""
+        place = self._place(row)
+        return np.where(self._in_loss[place], self._values[place], np.int32(IGNORE_INDEX))
 
 
 class TypedLists(Sequence[list[int]]):
@@ -281,57 +323,13 @@ class TypedLists(Sequence[list[int]]):
         return TypedTokens(self.ids[row], self.types[row])
 
 
-class EncodedRows(Sequence[list[Encoded]]):
-    """What many rows became, in a few arrays: 5 bytes a token, where lists of Python's integers take 70."""
-
-    def __init__(self, rows: Iterable[Sequence[Encoded]]) -> None:
-        ids, in_loss, lengths = array("i"), bytearray(), array("q", [0])
-        counts, self._of_text = array("q", [0]), array("q")
-        self._flags: list[tuple[bool, bool, bool]] = []
-        for of_row in rows:
-            counts.append(len(of_row))
-            for one in of_row:
-                ids.extend(one.ids)
-                in_loss.extend(label != IGNORE_INDEX for label in one.labels)
-                lengths.append(len(one.ids))
-                self._of_text.append(one.tokens)
-                self._flags.append((one.answer_cut, one.end_cut, one.straddles))
-        self._ids, self._in_loss = np.frombuffer(ids, dtype=np.int32), np.frombuffer(in_loss, dtype=bool)
-        self._starts, self._rows = np.cumsum(lengths), np.cumsum(counts)
-
-    def __len__(self) -> int:
-        return len(self._rows) - 1
-
-    @overload
-    def __getitem__(self, row: int) -> list[Encoded]: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[list[Encoded]]: ...
-
-    def __getitem__(self, row: int | slice) -> list[Encoded] | list[list[Encoded]]:
-        if isinstance(row, slice):
-            return [self[at] for at in range(*row.indices(len(self)))]
-        at = range(len(self))[row]
-        return [self._one(number) for number in range(self._rows[at], self._rows[at + 1])]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _one(self, number: int) -> Encoded:
-        place = slice(self._starts[number], self._starts[number + 1])
-        ids = self._ids[place]
-        labels = np.where(self._in_loss[place], ids, IGNORE_INDEX)
-        return Encoded(ids.tolist(), labels.tolist(), self._of_text[number], *self._flags[number])
-
-
 def taken(sequences: Sequence[list[int]], rows: Sequence[int]) -> Sequence[list[int]]:
     """The sequences of these rows, held as the others are."""
     if isinstance(sequences, TypedLists):
         return TypedLists(taken(sequences.ids, rows), [sequences.types[row] for row in rows])
-    chosen = (sequences[row] for row in rows)
-    return TokenLists.of(chosen) if isinstance(sequences, TokenLists) else list(chosen)
+    if isinstance(sequences, TokenLists):
+        return sequences.take(np.asarray(rows, dtype=np.int64))
+    return [sequences[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -357,9 +355,10 @@ class TokenRows:
         return collate(self.sequences, rows, self.pad_id, self.prefix, targets, **how)
 
     @cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row, virtual ones included."""
-        return [len(self.prefix) + len(sequence) for sequence in self.sequences]
+        bare = self.sequences.lengths if isinstance(self.sequences, TokenLists) else list(map(len, self.sequences))
+        return array("q", (np.asarray(bare, dtype=np.int64) + len(self.prefix)).tobytes())
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -369,10 +368,17 @@ class TokenRows:
     def digest(self) -> str:
         """Hash of the tokens and their types."""
         total = hashlib.sha256(repr((self.pad_id, self.prefix)).encode())
-        for sequence in self.sequences:
-            total.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
+        for start in range(0, len(self.sequences), _HASHED_AT_ONCE):
+            some = [self._array(row) for row in range(start, min(start + _HASHED_AT_ONCE, len(self.sequences)))]
+            lengths = [len(sequence) for sequence in some]
+            # each sequence after its length
+            total.update(np.insert(np.concatenate(some), np.cumsum([0, *lengths[:-1]]), lengths).tobytes())
         for sequence in self.sequences:
             if not isinstance(sequence, TypedTokens):
                 break
             total.update(sequence.types)
         return total.hexdigest()
+
+    def _array(self, row: int) -> NDArray[np.int64]:
+        found = self.sequences.array(row) if isinstance(self.sequences, TokenLists) else self.sequences[row]
+        return np.asarray(found, dtype=np.int64)

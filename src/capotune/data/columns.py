@@ -128,14 +128,13 @@ def part_of_each_row(table: Table, read: Sequence[str]) -> list[str]:
     column = next((name for name in table.columns if plain_name(name) == "split" and name not in read), None)
     if column is None:
         return []
-    values = table.column(column)
-    parts = [PARTS.get(str(value).strip().lower(), "") for value in values]
-    bad = {
-        line: f"{column} is {quoted(value)}"
-        for line, value, part in zip(table.lines, values, parts, strict=True)
-        if not part
-    }
-    if bad:
+    parts = [PARTS.get(str(row.get(column)).strip().lower(), "") for row in table.rows]
+    if "" in parts:
+        bad = {
+            line: f"{column} is {quoted(row.get(column))}"
+            for line, row, part in zip(table.lines, table.rows, parts, strict=True)
+            if not part
+        }
         raise bad_rows(
             table.source,
             "the column 'split' is not clear",

@@ -6,22 +6,25 @@ cannot be used is an error which names it; nothing is dropped or filled in here.
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
 
 from capotune.data.columns import find_column, part_of_each_row, unused_columns
+from capotune.data.documents import read_documents
 from capotune.data.formats import find_format, known_layout
 from capotune.data.formats.layout import convert
 from capotune.data.formats.template import template_layout, with_inner_columns
 from capotune.data.label_columns import has_label_column, refuse_one_column_a_label
-from capotune.data.readers import as_source, is_plain_text, read_table, read_text
-from capotune.data.samples import Document, GenerationData, Sample, Samples, asked
-from capotune.data.split import hold_out, normalised, refuse_same_source, rows_to_score, split_as_marked
-from capotune.data.table import Origin
+from capotune.data.readers import as_source, is_plain_text, read_table
+from capotune.data.row_store import RowStore
+from capotune.data.samples import GenerationData, Samples
+from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked
 from capotune.errors import DataError, SettingError
 
 __all__ = ["load_samples", "looks_like_generation", "read_samples_to_score"]
-
-END_OF_DOCUMENT: Final = "<|endoftext|>"  # separates the documents of a plain text file
 
 
 def looks_like_generation(source: object, prompt_template: str | None = None) -> bool:
@@ -42,10 +45,10 @@ def looks_like_generation(source: object, prompt_template: str | None = None) ->
     if known is None or known.format in ("messages", "conversations"):
         return known is not None
     if known.format == "question-answer" and find_column(columns, ("question", "query")) is None:
-        return not has_label_column(read_table(source))  # the output beside an input may be a label
+        return not has_label_column(read_table(source, place=RowStore))  # the output beside an input may be a label
     if known.format != "text":
         return find_column(columns, ("label", "labels")) is None
-    if has_label_column(table) or (len(columns) > 1 and has_label_column(table := read_table(source))):
+    if has_label_column(table) or (len(columns) > 1 and has_label_column(table := read_table(source, place=RowStore))):
         return False
     refuse_one_column_a_label(table)
     return True
@@ -93,7 +96,7 @@ def load_samples(
         return GenerationData(*marked)
     if test_fraction == 0:
         return GenerationData(rows, rows.take([]), "none asked for")
-    if len(rows) == 1 and isinstance(rows.samples[0], Document):
+    if rows.is_one_text:
         return GenerationData(rows, rows.take([]), "the end of the text")
     return _split_by_seed(rows, test_fraction, seed)
 
@@ -126,37 +129,22 @@ def _read(source: object, prompt_template: str | None, completion_column: str | 
             raise SettingError(
                 "is plain text without columns.", where=str(source), advice="Leave `prompt_template` out."
             )
-        return _read_documents(str(source)), []
-    table = read_table(source)
+        return read_documents(str(source)), []
+    table = read_table(source, place=RowStore)
+    content = table.rows.sha256 if isinstance(table.rows, RowStore) else ""
     if prompt_template is None:
         layout = known_layout(table)
     else:
         table = with_inner_columns(table)
         layout = template_layout(table, prompt_template, completion_column)
     columns = tuple(layout.columns.values())
-    samples = Samples(
-        convert(table, layout), table.lines, table.source, layout.format, columns, unused_columns(table, columns),
-        layout.note,
-    )  # fmt: skip
-    return samples, part_of_each_row(table, columns)
-
-
-def _read_documents(source: str) -> Samples:
-    """A plain text file as one document, or as those between ``<|endoftext|>``, without the empty ones."""
-    text, origin = read_text(source), Origin(source)
-    if END_OF_DOCUMENT not in text:
-        return Samples([Document(text)], [1], origin, "text", ())
-    documents: list[Sample] = []
-    lines: list[int] = []
-    line = 1
-    for part in text.split(END_OF_DOCUMENT):
-        if part.strip():
-            documents.append(Document(part.strip("\n")))
-            lines.append(line + len(part) - len(part.lstrip("\n")))
-        line += part.count("\n")
-    if not documents:
-        raise DataError(f"holds {END_OF_DOCUMENT} and no text.", where=source, advice="Give a file with text.")
-    return Samples(documents, lines, origin, "text", ())
+    samples, facts = convert(table, layout)
+    unused = unused_columns(table, columns)
+    rows = Samples(samples, table.lines, table.source, layout.format, columns, unused, layout.note, facts)
+    if content:
+        read_as = [content, layout.format, layout.columns, table.nulls_are_absent, prompt_template]
+        rows = replace(rows, content=sha256(json.dumps(read_as).encode()).hexdigest())
+    return rows, part_of_each_row(table, columns)
 
 
 # Train and test
@@ -173,12 +161,12 @@ def _refuse_other_format(train: Samples, test: Samples) -> None:
 
 
 def _split_by_seed(rows: Samples, fraction: float, seed: int) -> GenerationData:
-    groups = [normalised(asked(sample)) for sample in rows.samples]
-    if len(set(groups)) == 1:
+    groups = rows.facts["question"]
+    if (groups == groups[0]).all():
         raise DataError(
             "nothing can be held out, as there is one question only.",
             where=str(rows.source),
             advice="Add rows with others, or give rows to test on (`test`).",
         )
-    train, test = hold_out([0] * len(rows), fraction, seed, groups)
+    train, test = hold_out(np.zeros(len(rows), dtype=np.int64), fraction, seed, groups)
     return GenerationData(rows.take(train), rows.take(test), f"{fraction:.0%} of the rows, seed {seed}")

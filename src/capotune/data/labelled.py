@@ -39,7 +39,7 @@ class LabelledText(Generic[Label]):
     texts: list[Text]
     """Of each row one text, or of each two that are read together."""
     labels: list[Label]
-    lines: list[int]
+    lines: Sequence[int]
     source: Origin
     text_column: str
     label_columns: tuple[str, ...]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+
 from capotune.data.table import Origin
+from capotune.data.view import View
 from capotune.data.wording import quoted, shorten
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
@@ -70,6 +75,11 @@ class Document:
 
     text: str
 
+    @property
+    def parts(self) -> Iterable[str]:
+        """The text part by part: a long one is not to be in memory whole."""
+        return (self.text,)
+
 
 Sample = Conversation | Pair | Document
 
@@ -79,19 +89,36 @@ class Samples:
     """Rows of one source; ``samples[i]`` starts on line ``lines[i]`` of ``source``.
 
     ``format`` is how they were read, ``columns`` are those that were read (none in a plain text file), ``unused`` those
-    that were not; ``note`` says what else there is to say of it.
+    that were not; ``note`` says what else there is to say of it. The rows may be more than memory holds: a
+    sample is made when it is asked for, and ``facts`` say what is to be known of all.
     """
 
-    samples: list[Sample]
-    lines: list[int]
+    samples: Sequence[Sample]
+    lines: Sequence[int]
     source: Origin
     format: Format
     columns: tuple[str, ...]
     unused: tuple[str, ...] = ()
     note: str = ""
+    known: NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    """The facts, where they are known already."""
+    content: str = field(default="", compare=False)
+    """A hash of all that the samples are made of; empty where it is not known."""
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def facts(self) -> NDArray[Any]:
+        """Of each row, as ``sample_facts.FACTS`` names them."""
+        from capotune.data.sample_facts import facts_of
+
+        return facts_of(self.samples) if self.known is None else self.known
+
+    @property
+    def are_conversations(self) -> bool:
+        """Whether the rows are conversations, all of which are of one kind."""
+        return any(isinstance(sample, Conversation) for sample in self.samples[:1])
 
     @property
     def is_one_text(self) -> bool:
@@ -104,16 +131,16 @@ class Samples:
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
         """The rows at ``indices``, in that order."""
-        return replace(
-            self,
-            samples=[self.samples[index] for index in indices],
-            lines=[self.lines[index] for index in indices],
-        )
+        rows = np.asarray(indices, dtype=np.int64)
+        samples = View(len(rows), lambda at: self.samples[int(rows[at])])
+        lines = array("q", (self.lines[row] for row in rows))
+        content = self.content and sha256(self.content.encode() + rows.tobytes()).hexdigest()
+        return replace(self, samples=samples, lines=lines, known=self.facts[rows], content=content)
 
     @property
     def described(self) -> str:
         """The format and the columns in words."""
-        if self.format == "prompt-completion" and any(isinstance(sample, Conversation) for sample in self.samples[:1]):
+        if self.format == "prompt-completion" and self.are_conversations:
             return f"{described(self.format, self.columns)} (messages)"
         if not self.columns:
             return "plain text"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -90,7 +90,10 @@ def _is_same(data: object, test: object) -> bool:
 
 
 def hold_out(
-    labels: Sequence[int], fraction: float, seed: int, groups: Iterable[Hashable] | None = None
+    labels: Sequence[int] | NDArray[np.int64],
+    fraction: float,
+    seed: int,
+    groups: Iterable[Hashable] | NDArray[Any] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose rows to hold out, of each label the same part as near as whole rows allow.
 
@@ -161,7 +164,11 @@ def text_numbers(texts: Iterable[Text]) -> NDArray[np.int64]:
     return _numbered(blake2b(normalised(text).encode(), digest_size=16).digest() for text in as_one)
 
 
-def _numbered(groups: Iterable[Hashable]) -> NDArray[np.int64]:
+def _numbered(groups: Iterable[Hashable] | NDArray[Any]) -> NDArray[np.int64]:
+    """A number for each group, in the order in which they come first."""
+    if isinstance(groups, np.ndarray):
+        _, first, number = np.unique(groups, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[number]
     known: dict[Hashable, int] = {}
     return np.fromiter((known.setdefault(group, len(known)) for group in groups), dtype=np.int64)
 

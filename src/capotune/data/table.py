@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
-__all__ = ["ColumnRows", "Origin", "Table"]
+__all__ = ["ColumnRows", "Origin", "Row", "RowsBuilder", "Table", "TakesRows"]
 
 Row = dict[str, Any]
 _SHARED = 100_000
@@ -74,6 +74,22 @@ class ColumnRows(Sequence[Row]):
     __hash__ = None  # type: ignore[assignment]
 
 
+class TakesRows(Protocol):
+    """Where a reader puts the rows that it reads, one after the other."""
+
+    @property
+    def lines(self) -> Sequence[int]:
+        """The line of each."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, line: int, names: Sequence[str], values: Sequence[Any]) -> None:
+        """Take one more row, with its line, column names and values."""
+
+    def rows(self) -> Sequence[Row]:
+        """All that were taken."""
+
+
 class RowsBuilder:
     """Takes rows one after the other: ``ColumnRows`` comes of them where all have the columns of the first."""
 
@@ -82,18 +98,22 @@ class RowsBuilder:
         self._columns: list[list[Any]] = []
         self._known: list[dict[Any, Any]] = []
         self._dicts: list[Row] | None = None
-        self.count = 0
+        self.lines: list[int] = []
+        """The line of each."""
 
-    def add(self, names: Sequence[str], values: Sequence[Any]) -> None:
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def add(self, line: int, names: Sequence[str], values: Sequence[Any]) -> None:
         """Take one more row."""
         names = tuple(names)
-        if not self.count:
+        if not self.lines:
             self._names = names
             self._columns, self._known = [[] for _ in names], [{} for _ in names]
-        self.count += 1
+        self.lines.append(line)
         if self._dicts is None and (names != self._names or not names):
             self._dicts = list(ColumnRows(dict(zip(self._names, self._columns, strict=True))))
-            self._dicts += [{} for _ in range(self.count - 1 - len(self._dicts))]
+            self._dicts += [{} for _ in range(len(self) - 1 - len(self._dicts))]
         if self._dicts is not None:
             self._dicts.append(dict(zip(names, values, strict=True)))
             return
@@ -124,7 +144,7 @@ class Table:
 
     columns: list[str]
     rows: Sequence[Row]
-    lines: list[int]
+    lines: Sequence[int]
     source: Origin
     nulls_are_absent: bool = False
 

@@ -32,11 +32,12 @@ _KINDS: Final = {
 }  # fmt: skip
 
 
-def bad_rows(source: Origin, summary: str, bad: Mapping[int, str], advice: str) -> DataError:
+def bad_rows(source: Origin, summary: str, bad: Mapping[int, str], advice: str, number: int | None = None) -> DataError:
     """The error for rows that cannot be used: ``summary``, the first of ``bad`` (line → why) with their places, and
-    ``advice``."""
+    ``advice``. ``number``: how many there are, where ``bad`` has the first alone."""
     shown = [f"  {source.at(line)}: {cut(why, LONGEST)}" for line, why in list(bad.items())[:SHOWN]]
-    more = [f"  … and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+    number = len(bad) if number is None else number
+    more = [f"  … and {number - SHOWN:,} more"] if number > SHOWN else []
     return DataError("\n".join([f"{summary}:", *shown, *more]), where=str(source), advice=advice)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capotune.data.columns import value_as_text
+from capotune.data.sample_facts import facts_of
 from capotune.data.samples import Format, Sample, described
 from capotune.data.table import Table
-from capotune.data.wording import bad_rows, kind_of, shorten
+from capotune.data.view import View
+from capotune.data.wording import SHOWN, bad_rows, kind_of, shorten
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Layout", "Row", "UnusableError", "convert"]
 
@@ -56,32 +61,41 @@ class Layout:
     note: str = ""  # what else is to be said of how they are read
 
 
-def convert(table: Table, layout: Layout) -> list[Sample]:
-    """A sample for each row.
+def convert(table: Table, layout: Layout) -> tuple[Sequence[Sample], NDArray[Any]]:
+    """A sample for each row, made again whenever it is asked for, and their ``facts_of``.
 
     Raises:
         DataError: rows do not fit; names them and what is wrong.
     """
     needed = [column for name, column in layout.columns.items() if name not in layout.optional]
-    samples: list[Sample] = []
     bad: dict[int, str] = {}
-    for line, row in zip(table.lines, table.rows, strict=True):
-        try:
-            if missing := [column for column in needed if column not in row]:
-                raise UnusableError(f"no {shorten(missing)}, which the first row has; only {shorten(row)}")
-            values = _without_nulls(row) if table.nulls_are_absent else row
-            samples.append(layout.convert(Row(values, layout.columns)))
-        except UnusableError as error:
-            bad[line] = str(error)
+    unusable = 0
+
+    def sample(row: dict[str, Any]) -> Sample:
+        if missing := [column for column in needed if column not in row]:
+            raise UnusableError(f"no {shorten(missing)}, which the first row has; only {shorten(row)}")
+        values = _without_nulls(row) if table.nulls_are_absent else row
+        return layout.convert(Row(values, layout.columns))
+
+    def usable() -> Iterator[Sample]:
+        nonlocal unusable
+        for line, row in zip(table.lines, table.rows, strict=True):
+            try:
+                yield sample(row)
+            except UnusableError as error:
+                unusable += 1
+                if len(bad) < SHOWN:
+                    bad[line] = str(error)
+
+    facts = facts_of(usable())
     if bad:
-        unusable = len(table.rows) - len(samples)
         rows = "1 row" if unusable == 1 else f"{unusable:,} of {len(table.rows):,} rows"
         advice = "Correct or delete these rows."
         if unusable > len(table.rows) / 2 and layout.format != "template":
             advice += " Or give a `prompt_template`, if these columns are to be read in another way."
         summary = f"{rows} cannot be used as {described(layout.format, tuple(layout.columns.values()))}"
-        raise bad_rows(table.source, summary, bad, advice)
-    return samples
+        raise bad_rows(table.source, summary, bad, advice, unusable)
+    return View(len(table.rows), lambda at: sample(table.rows[at])), facts
 
 
 def _without_nulls(value: Any) -> Any:

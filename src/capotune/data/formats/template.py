@@ -11,6 +11,7 @@ from capotune.data.columns import COMPLETION_NAMES, find_column, given_column
 from capotune.data.formats.layout import Layout, Row, UnusableError
 from capotune.data.samples import Pair
 from capotune.data.table import Table
+from capotune.data.view import View
 from capotune.data.wording import quoted, shorten
 from capotune.errors import SettingError
 
@@ -25,8 +26,8 @@ def with_inner_columns(table: Table) -> Table:
     objects = [name for name, value in table.rows[0].items() if isinstance(value, dict)]
     if not objects:
         return table
-    rows = [row | _inner(row, objects) for row in table.rows]
     inner = dict.fromkeys(name for row in table.rows for name in _inner(row, objects))
+    rows = View(len(table.rows), lambda at: table.rows[at] | _inner(table.rows[at], objects))
     return replace(table, columns=[*(name for name in table.columns if name not in objects), *inner], rows=rows)
 
 

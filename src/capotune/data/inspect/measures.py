@@ -24,7 +24,7 @@ class PlacedRows(Protocol):
     """Rows that know where they stand."""
 
     @property
-    def lines(self) -> list[int]:
+    def lines(self) -> Sequence[int]:
         """The line of each row."""
 
     @property
@@ -70,7 +70,7 @@ def rows_to_count(texts: Sequence[Text], seed: int) -> Counted | None:
     return Counted(np.concatenate([drawn, np.setdiff1d(longest, drawn)]), len(drawn))
 
 
-def lengths_of(tokens: Sequence[int], drawn: int | None = None) -> Lengths:
+def lengths_of(tokens: Sequence[int] | NDArray[np.int64], drawn: int | None = None) -> Lengths:
     """How lengths spread. Each of the four is a length that occurs; the middle ones among the first ``drawn`` where not
     all were drawn at random."""
     median, p95 = np.percentile(tokens[:drawn], [50, 95], method="inverted_cdf")

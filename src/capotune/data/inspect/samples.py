@@ -5,24 +5,24 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from capotune.data.inspect.findings import columns_not_used, rows_found, rows_lost, token_lengths
 from capotune.data.inspect.measures import Lengths, Lines, lengths_of, lines_where
-from capotune.data.samples import Conversation, GenerationData, Pair, Sample, Samples, answer_of, asked
-from capotune.data.split import normalised
+from capotune.data.samples import GenerationData, Pair, Samples
 from capotune.data_blocks import Bar, Bars, Block, Finding, Findings, MarkedRow, MarkedRows
 from capotune.sections import Part
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from capotune.data.batches import Encoded
+    from capotune.data.encoded_rows import EncodedRows
 
 __all__ = ["GenerationReport", "LengthBin", "SampleRow", "Span", "describe_samples", "inspect_samples", "lost_samples"]
 
@@ -144,8 +144,8 @@ class GenerationReport:
 
 def inspect_samples(
     data: GenerationData,
-    train: Sequence[Sequence[Encoded]],
-    test: Sequence[Sequence[Encoded]],
+    train: EncodedRows,
+    test: EncodedRows,
     *,
     max_length: int,
     base_length: int | None = None,
@@ -172,48 +172,47 @@ def inspect_samples(
         ValueError: ``train`` or ``test`` are not as many as the rows.
     """
     train_rows, test_rows = _measured(data.train, train), _measured(data.test, test)
-    train_tokens, test_tokens = ([row.tokens for row in rows] for rows in (train_rows, test_rows))
-    in_all, in_loss = sum(row.read for row in train_rows), sum(row.in_loss for row in train_rows)
-    questions = {normalised(asked(sample)) for sample in data.train.samples}
+    in_all, in_loss = int(train.lengths.sum()), int(train_rows.in_loss.sum())
+    facts = data.train.facts
     return GenerationReport(
         source=str(data.train.source),
         test_source=str(data.test.source),
         test_from=data.test_from,
         described=data.train.described,
-        template_from=template_from if isinstance(data.train.samples[0], Conversation) else None,
-        loss_part=_loss_part(data.train.samples, learn),
+        template_from=template_from if data.train.are_conversations else None,
+        loss_part=_loss_part(data.train, learn),
         train_rows=len(data.train),
         test_rows=len(data.test),
-        train_sequences=sum(row.sequences for row in train_rows),
+        train_sequences=len(train.lengths),
         max_length=max_length,
         base_length=base_length or max_length,
-        train_tokens=lengths_of(train_tokens),
-        test_tokens=lengths_of(test_tokens) if test_tokens else None,
+        train_tokens=lengths_of(train_rows.tokens),
+        test_tokens=lengths_of(test_rows.tokens) if len(data.test) else None,
         sequence_tokens=in_all,
         loss_tokens=in_loss,
         loss_share=in_loss / max(in_all, 1),
-        train_without_loss=lines_where(data.train, (not row.in_loss for row in train_rows)),
-        test_without_loss=lines_where(data.test, (not row.in_loss for row in test_rows)),
-        train_answers_cut=lines_where(data.train, (row.loses_answer for row in train_rows)),
-        test_answers_cut=lines_where(data.test, (row.loses_answer for row in test_rows)),
-        train_ends_cut=lines_where(data.train, (row.loses_end for row in train_rows)),
-        joined=lines_where(data.train, map(_is_joined, data.train.samples)),
-        straddling=lines_where(data.train, (row.straddles for row in train_rows)),
-        unanswered=lines_where(data.train, map(_is_unanswered, data.train.samples)),
-        duplicates=lines_where(data.train, _repeats(data.train.samples)),
-        leaked=lines_where(data.test, (normalised(asked(sample)) in questions for sample in data.test.samples)),
-        bins=_bins(train_tokens),
-        samples=_sample_rows(data.train, train, text_of),
+        train_without_loss=lines_where(data.train, train_rows.in_loss == 0),
+        test_without_loss=lines_where(data.test, test_rows.in_loss == 0),
+        train_answers_cut=lines_where(data.train, train_rows.loses_answer),
+        test_answers_cut=lines_where(data.test, test_rows.loses_answer),
+        train_ends_cut=lines_where(data.train, train_rows.loses_end),
+        joined=lines_where(data.train, facts["joined"]),
+        straddling=lines_where(data.train, train_rows.straddles),
+        unanswered=lines_where(data.train, facts["open"]),
+        duplicates=lines_where(data.train, _repeats(facts["row"])),
+        leaked=lines_where(data.test, np.isin(data.test.facts["question"], facts["question"])),
+        bins=_bins(train_rows.tokens),
+        samples=_sample_rows(data.train, train, train_rows.tokens, text_of),
         notices=list(notices),
         unused=list(data.train.unused),
     )
 
 
-def lost_samples(rows: Samples, encoded: Sequence[Sequence[Encoded]], max_length: int) -> list[str]:
+def lost_samples(rows: Samples, encoded: EncodedRows, max_length: int) -> list[str]:
     """What of rows that are to be scored is too long, a sentence each; ``encoded`` as in ``inspect_samples``."""
     limit, found = f"{max_length:,} tokens", _measured(rows, encoded)
-    without = lines_where(rows, (not row.in_loss for row in found))
-    cut = lines_where(rows, (row.loses_answer for row in found))
+    without = lines_where(rows, found.in_loss == 0)
+    cut = lines_where(rows, found.loses_answer)
     return rows_lost(
         [
             (without, f"have nothing to score within {limit} and are left out"),
@@ -278,86 +277,56 @@ def _parts(row: SampleRow) -> list[Part]:
     return [Part(span.text, "in the loss" if span.in_loss else "") for span in row.spans]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """What there is to know of a row's sequences: each is looked at once."""
+@dataclass(frozen=True)
+class _Measured:
+    """What there is to know of each row's sequences."""
 
-    tokens: int
-    """As ``_tokens`` counts them."""
-    sequences: int
-    read: int
-    """Tokens in all of them."""
-    in_loss: int
-    loses_answer: bool
-    loses_end: bool
-    straddles: bool
+    tokens: NDArray[np.int64]
+    """Of all windows of a text together, of the longest of a conversation's texts."""
+    in_loss: NDArray[np.int64]
+    loses_answer: NDArray[np.bool_]
+    loses_end: NDArray[np.bool_]
+    straddles: NDArray[np.bool_]
 
 
-def _measured(rows: Samples, encoded: Sequence[Sequence[Encoded]]) -> list[_Row]:
-    return [_row(sample, of_row) for sample, of_row in zip(rows.samples, encoded, strict=True)]
-
-
-def _row(sample: Sample, of_row: Sequence[Encoded]) -> _Row:
-    in_loss = sum(one.tokens_in_loss for one in of_row)
-    return _Row(
-        _tokens(sample, of_row),
-        len(of_row),
-        sum(len(one.ids) for one in of_row),
+def _measured(rows: Samples, encoded: EncodedRows) -> _Measured:
+    if len(rows) != len(encoded):
+        raise ValueError(f"{len(encoded)} rows of tokens for {len(rows)} rows")
+    cut, in_loss = encoded.of_each("answer_cut"), encoded.summed(encoded.of_each("in_loss"))
+    lengths = encoded.of_each("tokens")
+    return _Measured(
+        encoded.largest(lengths) if rows.are_conversations else encoded.summed(lengths),
         in_loss,
-        loses_answer=in_loss > 0 and any(one.answer_cut for one in of_row),
-        loses_end=in_loss > 0 and any(one.end_cut and not one.answer_cut for one in of_row),
-        straddles=any(one.straddles for one in of_row),
+        loses_answer=(in_loss > 0) & (encoded.summed(cut) > 0),
+        loses_end=(in_loss > 0) & (encoded.summed(encoded.of_each("end_cut") & ~cut) > 0),
+        straddles=encoded.summed(encoded.of_each("straddles")) > 0,
     )
 
 
-def _tokens(sample: Sample, of_row: Sequence[Encoded]) -> int:
-    """Length of a row: of all windows of a text together, of the longest of a conversation's texts."""
-    lengths = [one.tokens for one in of_row]
-    return max(lengths, default=0) if isinstance(sample, Conversation) else sum(lengths)
-
-
-def _loss_part(samples: Sequence[Sample], learn: str) -> str:
-    if isinstance(samples[0], Conversation):
-        marked = sum(len(sample.read_only) for sample in samples if isinstance(sample, Conversation))
+def _loss_part(rows: Samples, learn: str) -> str:
+    if rows.are_conversations:
+        marked = int(rows.facts["read_only"].sum())
         but = f" but for {marked:,} that the rows say not to train on" if marked else ""
         return {"all": f"every answer{but}", "last": "the last answer of each row"}[learn]
-    return "the completions" if isinstance(samples[0], Pair) else "all of the text"
+    return "the completions" if isinstance(rows.samples[0], Pair) else "all of the text"
 
 
-def _is_joined(sample: Sample) -> bool:
-    """Scripts without capitals, many of which put no space between words, are left out."""
-    if not isinstance(sample, Pair) or sample.prompt[-1:].isspace():
-        return False
-    return sample.completion[:1].lower() != sample.completion[:1].upper()
+def _repeats(rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows, given by what they are compared by, repeat an earlier one."""
+    repeats = np.ones(len(rows), dtype=bool)
+    repeats[np.unique(rows, return_index=True)[1]] = False
+    return repeats
 
 
-def _is_unanswered(sample: Sample) -> bool:
-    return isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant"
-
-
-def _repeats(samples: Sequence[Sample]) -> Iterable[bool]:
-    seen: set[Hashable] = set()
-    for sample in samples:
-        row = _compared(sample)
-        yield row in seen
-        seen.add(row)
-
-
-def _compared(sample: Sample) -> Hashable:
-    """The whole row, as it is compared."""
-    if isinstance(sample, Conversation):
-        return json.dumps([{**message, "content": normalised(message["content"])} for message in sample.messages])
-    return normalised(asked(sample)), normalised(answer_of(sample) or "")
-
-
-def _bins(lengths: Sequence[int]) -> list[LengthBin]:
+def _bins(lengths: NDArray[np.int64]) -> list[LengthBin]:
     """About ten bins of one width with round borders; the longest one in a hundred share the last one."""
-    low, most, high = min(lengths), int(np.percentile(lengths, 99, method="inverted_cdf")), max(lengths)
+    low, high = int(lengths.min()), int(lengths.max())
+    most = int(np.percentile(lengths, 99, method="inverted_cdf"))
     step = _round_step((most - low + 1) / BINS)
     starts = list(range(low // step * step, most + 1, step))
     if high >= starts[-1] + step:
         starts.append(starts[-1] + step)
-    counts = Counter(min((length - starts[0]) // step, len(starts) - 1) for length in lengths)
+    counts = np.bincount(np.minimum((lengths - starts[0]) // step, len(starts) - 1), minlength=len(starts)).tolist()
     ends = [*(start - 1 for start in starts[1:]), max(high, starts[-1] + step - 1)]
     return [LengthBin(start, end, counts[at]) for at, (start, end) in enumerate(zip(starts, ends, strict=True))]
 
@@ -373,20 +342,16 @@ def _round_step(width: float) -> int:
 
 
 def _sample_rows(
-    rows: Samples, encoded: Sequence[Sequence[Encoded]], text_of: Callable[[Sequence[int]], str]
+    rows: Samples, encoded: EncodedRows, tokens: NDArray[np.int64], text_of: Callable[[Sequence[int]], str]
 ) -> list[SampleRow]:
-    """The first, the middle and the last row; of a long text its first window."""
+    """The first, the middle and the last row, of so many ``tokens``; of a long text its first window."""
     chosen = sorted({0, len(rows) // 2, len(rows) - 1})
-    return [
-        SampleRow(
-            rows.lines[row],
-            _tokens(rows.samples[row], encoded[row]),
-            len(encoded[row]),
-            _spans(encoded[row][0], text_of) if encoded[row] else [],
-            rows.source.unit,
-        )
-        for row in chosen
-    ]
+    found = []
+    for row in chosen:
+        first, after = encoded.bounds[row : row + 2].tolist()
+        spans = _spans(encoded.one(first), text_of) if after > first else []
+        found.append(SampleRow(rows.lines[row], int(tokens[row]), after - first, spans, rows.source.unit))
+    return found
 
 
 def _spans(one: Encoded, text_of: Callable[[Sequence[int]], str]) -> list[Span]:

@@ -12,7 +12,7 @@ from typing import Final
 
 from capotune.data.columns import refuse_duplicates
 from capotune.data.readers.lines import LONGEST, TOO_LONG, Lines
-from capotune.data.table import Origin, RowsBuilder, Table
+from capotune.data.table import Origin, Table, TakesRows
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt
 from capotune.errors import DataError
 
@@ -29,15 +29,13 @@ class _Broken:
     why: str
 
 
-def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int | None) -> Table:
-    """The rows of a csv or tsv file's lines; without a ``delimiter`` it is read off the header line.
+def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int | None, rows: TakesRows) -> Table:
+    """The rows of a csv or tsv file's lines, put into ``rows``; without a ``delimiter`` it is read off the header line.
 
     Raises:
         DataError: lines have other numbers of fields than the header, or broken quotes.
     """
     columns: list[str] = []
-    rows = RowsBuilder()
-    starts: list[int] = []
     bad: dict[int, str] = {}
     origin = Origin(source)
     with _fields_up_to(lines.size):
@@ -53,9 +51,8 @@ def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int 
                 found = count(len(fields), "field")
                 bad[line] = f"{found}, where the header has {len(columns)}: {excerpt(lines.at(line - 1))}"
             else:
-                rows.add(columns, fields)
-                starts.append(line)
-            if len(bad) == SHOWN or (bad and not columns) or rows.count == limit:
+                rows.add(line, columns, fields)
+            if len(bad) == SHOWN or (bad and not columns) or len(rows) == limit:
                 break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
@@ -63,7 +60,7 @@ def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int 
             f'Double quotes go around a field that holds {delimiter!r} or a line break; a quote in it is written "".'
         )
         raise bad_rows(origin, f"{at_least} cannot be read as fields separated by {delimiter!r}", bad, advice)
-    return Table(columns, rows.rows(), starts, origin)
+    return Table(columns, rows.rows(), rows.lines, origin)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -12,18 +12,21 @@ from capotune.data.readers.endings import ALLOWED, DELIMITERS, ENDINGS, JSON_END
 from capotune.data.readers.json_rows import read_json
 from capotune.data.readers.lines import ANY, LINE_FEED, Lines, NoTextError
 from capotune.data.readers.parquet import read_parquet
-from capotune.data.readers.text import decode, read_bytes
-from capotune.data.table import Table
+from capotune.data.readers.text import decode, is_utf16, read_bytes, unchanged
+from capotune.data.table import Table, TakesRows
 from capotune.data.wording import did_you_mean, shorten
 from capotune.errors import DataError
 
 __all__ = ["no_such_file", "read_file"]
 
+Place = Callable[[], TakesRows]
+"""Makes where the rows go; a file may be begun twice."""
+
 HEAD: Final = 2**20
 """Bytes of a large file that are read for its first rows."""
 
 
-def read_file(path: Path, source: str, limit: int | None) -> Table:
+def read_file(path: Path, source: str, limit: int | None, place: Place) -> Table:
     """The rows of the file at ``path``, which was given as ``source``; at most ``limit``.
 
     Raises:
@@ -39,25 +42,28 @@ def read_file(path: Path, source: str, limit: int | None) -> Table:
     if ending not in ENDINGS:
         advice = OTHER_ENDINGS.get(ending, "Rename or convert it.")
         raise DataError(f"files ending in {ending!r} are not read.", where=source, allowed=ALLOWED, advice=advice)
-    if ending == ".parquet":
-        read_bytes(path, source, HEAD)  # which refuses an empty file as such
-        return read_parquet(path, source, limit)
+    with unchanged(path, source):
+        return _read_parquet(path, source, limit, place) if ending == ".parquet" else _read(path, source, limit, place)
+
+
+def _read_parquet(path: Path, source: str, limit: int | None, place: Place) -> Table:
+    read_bytes(path, source, HEAD)  # which refuses an empty file as such
+    return read_parquet(path, source, limit, place())
+
+
+def _read(path: Path, source: str, limit: int | None, place: Place) -> Table:
+    """The rows of a text file."""
     if limit is not None and path.stat().st_size > HEAD:
         # where these rows do not end in its first lines, or are broken, the whole file tells which
         with suppress(DataError):
-            head = _parse(_text_lines(read_bytes(path, source, HEAD), path, source), path, source, limit)
+            head = _parse(_text_lines(read_bytes(path, source, HEAD), path, source), path, source, limit, place())
             if len(head.rows) == limit:
                 return head
     with suppress(OSError, UnicodeDecodeError, NoTextError):  # the whole file tells where
         lines = Lines.of_file(path, _line_end(path))
-        if not _is_utf16(path) and any(map(str.strip, lines.since(0))):
-            return _parse(lines, path, source, limit)
-    return _parse(_text_lines(read_bytes(path, source), path, source), path, source, limit)
-
-
-def _is_utf16(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if not is_utf16(path) and any(map(str.strip, lines.since(0))):
+            return _parse(lines, path, source, limit, place())
+    return _parse(_text_lines(read_bytes(path, source), path, source), path, source, limit, place())
 
 
 def _text_lines(raw: bytes, path: Path, source: str) -> Lines:
@@ -68,11 +74,11 @@ def _line_end(path: Path) -> str:
     return LINE_FEED if path.suffix.lower() in JSON_ENDINGS else ANY
 
 
-def _parse(lines: Lines, path: Path, source: str, limit: int | None) -> Table:
+def _parse(lines: Lines, path: Path, source: str, limit: int | None, rows: TakesRows) -> Table:
     ending = path.suffix.lower()
     if ending in JSON_ENDINGS:
-        return read_json(lines, source, limit)
-    return read_delimited(lines, source, DELIMITERS[ending], limit)
+        return read_json(lines, source, limit, rows)
+    return read_delimited(lines, source, DELIMITERS[ending], limit, rows)
 
 
 def no_such_file(source: str, path: Path) -> DataError:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from capotune.data.readers.lines import LONGEST, TOO_LONG, Lines
-from capotune.data.table import Origin, RowsBuilder, Table
+from capotune.data.row_store import TooDeepError
+from capotune.data.table import Origin, Table, TakesRows
 from capotune.data.wording import SHOWN, bad_rows, count, excerpt, quoted
 
 __all__ = ["read_json"]
 
 _NOT_SPACE: Final = re.compile(r"[^ \t\r\n]")
+_TOO_DEEP: Final = "nested too deeply"
 _HALF: Final = re.compile(r"\\u[dD]")
 
 
@@ -25,8 +27,8 @@ class _Broken:
     why: str
 
 
-def read_json(lines: Lines, source: str, limit: int | None) -> Table:
-    """The objects in the lines of a json file, each of which ends in a line feed.
+def read_json(lines: Lines, source: str, limit: int | None, rows: TakesRows) -> Table:
+    """The objects in the lines of a json file, each of which ends in a line feed, put into ``rows``.
 
     Raises:
         DataError: a value is broken or is no object.
@@ -34,17 +36,18 @@ def read_json(lines: Lines, source: str, limit: int | None) -> Table:
     first = next((line.lstrip() for line in lines.since(0) if line.strip()), "")
     values = _array_values("".join(lines.since(0))) if first.startswith("[") else _line_values(lines)
     columns: dict[str, None] = {}
-    rows = RowsBuilder()
-    starts: list[int] = []
     bad: dict[int, str] = {}
     for line, value, may_be_halved in values:
-        if isinstance(value, dict) and not (may_be_halved and _has_half_a_character(value)):
+        problem = _problem(value, may_be_halved)
+        if not problem:
             columns.update(dict.fromkeys(value))
-            rows.add(tuple(value), tuple(value.values()))
-            starts.append(line)
-        else:
-            bad[line] = f"{_problem(value)}: {excerpt(lines.at(line - 1))}"
-        if len(bad) == SHOWN or rows.count == limit:
+            try:
+                rows.add(line, tuple(value), tuple(value.values()))
+            except TooDeepError:
+                problem = _TOO_DEEP
+        if problem:
+            bad[line] = f"{problem}: {excerpt(lines.at(line - 1))}"
+        if len(bad) == SHOWN or len(rows) == limit:
             break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
@@ -52,7 +55,7 @@ def read_json(lines: Lines, source: str, limit: int | None) -> Table:
             'Allowed: one object a line, like {"text": "…", "label": "…"}, or an array of them. Correct these lines.'
         )
         raise bad_rows(Origin(source), f"{at_least} cannot be read as JSON objects", bad, advice)
-    return Table(list(columns), rows.rows(), starts, Origin(source))
+    return Table(list(columns), rows.rows(), rows.lines, Origin(source))
 
 
 def _line_values(lines: Lines) -> Iterator[tuple[int, Any, bool]]:
@@ -110,14 +113,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _decoder_problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"broken JSON, {error.msg[0].lower()}{error.msg[1:]} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return _TOO_DEEP if isinstance(error, RecursionError) else str(error)
 
 
-def _problem(value: object) -> str:
+def _problem(value: object, may_be_halved: bool) -> str:
+    """What is wrong with a value; nothing where it is a sound object."""
     if isinstance(value, _Broken):
         return value.why
     if isinstance(value, dict):
-        return "half of a two-part \\ud… character"
+        return "half of a two-part \\ud… character" if may_be_halved and _has_half_a_character(value) else ""
     return f"not an object but {'null' if value is None else type(value).__name__}"
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from capotune.data.columns import refuse_duplicates
-from capotune.data.table import ColumnRows, Origin, Table
+from capotune.data.table import Origin, Table, TakesRows
 from capotune.data.wording import first_line
 from capotune.errors import DataError, needs_extra
 
@@ -20,9 +20,9 @@ _AT_ONCE, _LARGEST, _MOST_TIMES = 2**14, 10**9, 100
 """Rows; bytes that any file's values may take, and how many times its size otherwise: text shrinks to a tenth."""
 
 
-def read_parquet(path: Path, source: str, limit: int | None) -> Table:
-    """The rows of a parquet file. ``DataError`` when it is damaged or names a column twice, ``MissingLibraryError``
-    without pyarrow."""
+def read_parquet(path: Path, source: str, limit: int | None, rows: TakesRows) -> Table:
+    """The rows of a parquet file, put into ``rows``. ``DataError`` when it is damaged or names a column twice,
+    ``MissingLibraryError`` without pyarrow."""
     with needs_extra("parquet"):
         import pyarrow
         import pyarrow.parquet
@@ -34,20 +34,24 @@ def read_parquet(path: Path, source: str, limit: int | None) -> Table:
                 raise pyarrow.ArrowInvalid("it contradicts itself in the number of its rows")
             columns = [str(name) for name in file.schema_arrow.names]
             refuse_duplicates(columns, source)
-            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+            names = class_names(_features((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")))
             batches = islice(file.iter_batches(limit), 1) if limit is not None else file.iter_batches(_AT_ONCE)
             room = max(_LARGEST, _MOST_TIMES * path.stat().st_size)
-            table = pyarrow.Table.from_batches(_within(room, batches, source), file.schema_arrow)
-        values = {name: table.column(at).to_pylist() for at, name in enumerate(columns)}
+            for batch in _within(room, batches, source):
+                for values in zip(*_values(batch, columns, names), strict=True):
+                    rows.add(len(rows) + 1, columns, values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # text need not be text
         raise DataError(
             f"is not whole parquet ({first_line(error)}).", where=source, advice="Write it again."
         ) from error
-    for name, names in class_names(_features(metadata)).items():
-        if name in values:
-            values[name] = [named(value, names) for value in values[name]]
-    lines = list(range(1, table.num_rows + 1))
-    return Table(columns, ColumnRows(values), lines, Origin(source), nulls_are_absent=True)
+    return Table(columns, rows.rows(), rows.lines, Origin(source), nulls_are_absent=True)
+
+
+def _values(batch: Any, columns: Sequence[str], names: dict[str, dict[int, str]]) -> Iterator[list[Any]]:
+    """Each column's values."""
+    for at, column in enumerate(columns):
+        values: list[Any] = batch.column(at).to_pylist()
+        yield [named(value, names[column]) for value in values] if column in names else values
 
 
 def _within(room: int, batches: Iterable[Any], source: str) -> Iterator[Any]:

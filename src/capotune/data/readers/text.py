@@ -5,14 +5,17 @@ from __future__ import annotations
 import codecs
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capotune.data.readers.endings import ENDINGS, OTHER_ENDINGS
 from capotune.data.wording import excerpt
 from capotune.errors import DataError
 
-__all__ = ["decode", "is_plain_text", "read_bytes", "read_text"]
+__all__ = ["decode", "is_plain_text", "is_utf16", "read_bytes", "read_text", "read_text_parts", "unchanged"]
 
+_PART = 2**20  # characters
 _ALLOWED = "UTF-8, or UTF-16 with a byte-order mark"
 
 
@@ -36,6 +39,51 @@ def read_text(source: str | os.PathLike[str]) -> str:
         raise DataError("is not a text file.", where=source, advice=advice)
     text = decode(read_bytes(path, source), path, source)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text_parts(source: str | os.PathLike[str]) -> Iterator[str]:
+    """``read_text``, part by part: what is wrong shows where it stands. Of UTF-16 all is one part.
+
+    Raises:
+        DataError: as ``read_text``, or the file was changed while it was read.
+    """
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if path.suffix.lower() in OTHER_ENDINGS or is_utf16(path):
+        yield read_text(source)
+        return
+    is_whole, is_blank = False, True
+    with unchanged(path, source):
+        with suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8-sig") as file:
+            while (part := file.read(_PART)) and "\0" not in part:
+                is_blank = is_blank and not part.strip()
+                yield part
+            is_whole = not part and not is_blank
+        if not is_whole:
+            read_text(source)  # which says what is wrong, and where
+
+
+@contextmanager
+def unchanged(path: Path, source: str) -> Iterator[None]:
+    """Around a block that reads a file: ``DataError`` when somebody writes to it meanwhile."""
+    before = _stamp(path)
+    yield
+    if _stamp(path) != before:
+        raise DataError(
+            "it was changed while it was read.", where=source, advice="Run again once nothing writes to it any more."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def is_utf16(path: Path) -> bool:
+    """Whether a file starts as UTF-16 does."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return False
 
 
 def read_bytes(path: Path, source: str, at_most: int | None = None) -> bytes:

@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from capotune.adapters.assemble import Assembled
-from capotune.data.samples import Conversation, Samples, answer_of
+from capotune.data.samples import Samples, answer_of
 from capotune.evaluation.generate import generate, tokens_left
 from capotune.evaluation.metrics import exact_match, mean_interval, metric, rouge_l, wilson_interval
 from capotune.evaluation.pairs import RowCounts
@@ -75,12 +77,12 @@ def answer_rows(
 
     Rows whose question fills the whole context are passed over: there the model has nothing to say.
     """
-    known = [at for at, sample in enumerate(samples.samples) if answer_of(sample) is not None]
+    known = np.flatnonzero(samples.facts["answered"]).tolist()
     drawn = sorted(random.Random(decoding.seed).sample(known, min(most, len(known))))
     questions = {row: assembled.task.encode_question(samples.samples[row]) for row in drawn}
     rows = [row for row in drawn if tokens_left(assembled, questions[row]) > 0]
     expected = [answer_of(samples.samples[row]) or "" for row in rows]
-    if any(isinstance(samples.samples[row], Conversation) for row in rows):
+    if samples.are_conversations:
         decoding = assembled.task.chat_decoding(decoding)
     written = generate(assembled, [questions[row] for row in rows], decoding, progress)
     return AnsweredRows(rows, expected, written, len(drawn) - len(rows))

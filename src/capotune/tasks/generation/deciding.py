@@ -11,15 +11,15 @@ The techniques of one comparison take the second step together (``decide_togethe
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.samples import Samples, answer_of, asked
-from capotune.data.split import normalised
+from capotune.data.samples import Samples
 from capotune.evaluation.forward import Examples, outputs
 from capotune.events import OnProgress
 from capotune.tasks.generation.objective import GreedyMatch
@@ -35,10 +35,10 @@ ENOUGH_MATCHES: Final = 0.05
 _MOST_ROWS: Final = 200  # held-out rows that are looked at
 
 
-def decide_by_data(samples: Samples, lengths: Sequence[int]) -> tuple[Compared, str]:
+def decide_by_data(samples: Samples, lengths: Sequence[int] | NDArray[np.int64]) -> tuple[Compared, str]:
     """The score that the training rows allow, and what speaks against exact match; ``lengths``: the tokens in the loss
     of each sequence."""
-    if statistics.median(lengths) > SHORT_ANSWER:
+    if np.median(lengths) > SHORT_ANSWER:
         why = f"half of the answers have more than {SHORT_ANSWER} tokens"
     elif (share := _share_with_several_answers(samples)) > SEVERAL_ANSWERS:
         why = f"{share:.0%} of the training rows have a question with several answers, so that no one is the right one"
@@ -68,8 +68,8 @@ def matched_share(assembled: Assembled, held_out: Examples, progress: OnProgress
 
 def _share_with_several_answers(samples: Samples) -> float:
     """Rows whose question stands in another row with another answer, as a share of all."""
-    answers: dict[str, set[str]] = {}
-    questions = [normalised(asked(sample)) for sample in samples.samples]
-    for question, sample in zip(questions, samples.samples, strict=True):
-        answers.setdefault(question, set()).add(normalised(answer_of(sample) or ""))
-    return sum(len(answers[question]) > 1 for question in questions) / max(1, len(questions))
+    questions, answers = samples.facts["question"], samples.facts["answer"]
+    order = np.lexsort((answers, questions))
+    asked, answered = questions[order], answers[order]
+    others = asked[1:][(asked[1:] == asked[:-1]) & (answered[1:] != answered[:-1])]
+    return float(np.isin(questions, others).sum()) / max(1, len(questions))

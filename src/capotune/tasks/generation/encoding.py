@@ -8,13 +8,16 @@ too: it is how the model stops.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any, Literal
 
-from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows
+import numpy as np
+from numpy.typing import NDArray
+
+from capotune.data.batches import IGNORE_INDEX, Encoded
+from capotune.data.encoded_rows import EncodedRows
 from capotune.data.samples import Conversation, Document, Pair, Sample, Samples
 from capotune.errors import SettingError
 from capotune.models.base import Base
@@ -23,10 +26,11 @@ from capotune.tasks.generation.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from capotune.tasks.generation.conversation import ConversationRenderer
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.thinking import with_thinking_apart
-from capotune.tasks.generation.tokens import Rendered, Tokens, added_tokens, tokenize
+from capotune.tasks.generation.tokens import Rendered, Tokens, added_tokens, tokenize, tokenize_parts
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_AT_ONCE = 1000  # samples tokenised together
+_AT_ONCE = 1000  # samples tokenised together, at most
+_CHARACTERS_AT_ONCE = 2**20  # of them; a longer one alone
 _CONTEXT = 16  # tokens before an answer that decide how its first ones read, at most
 _SHOWN_START = 48  # tokens of a plain text that a model is given to go on from, at most
 
@@ -65,20 +69,29 @@ class TextEncoder:
         What the chat template changes or leaves out is added to ``notices``. Raises ``DataError``, with file and line,
         for a conversation that it does not take, and for a text with a token that the base has no embedding for.
         """
-        noted = Notices() if notices is None else notices
-        starts = range(0, len(samples), _AT_ONCE)
-        return EncodedRows(row for start in starts for row in self._some(samples, start, noted))
+        return EncodedRows.of(self.encoded(samples, Notices() if notices is None else notices))
 
-    def _some(self, samples: Samples, start: int, notices: Notices) -> Iterator[list[Encoded]]:
-        """What the samples from ``start`` on become, as many as are tokenised together."""
-        rows = range(start, min(start + _AT_ONCE, len(samples)))
-        texts = [self._texts(samples.samples[row], samples.where(row), notices) for row in rows]
+    def encoded(self, samples: Samples, notices: Notices) -> Iterator[Iterable[Encoded]]:
+        """The same row by row; the sequences of a row are to be read before the next one is."""
+        for rows in _together(samples.facts["characters"]):
+            sample = samples.samples[rows[0]] if len(rows) == 1 else None
+            if isinstance(sample, Document):
+                yield self._windows(
+                    self._document(tokenize_parts(self.tokenizer, sample.parts), samples.where(rows[0]))
+                )
+            else:
+                yield from self._some(samples, rows, notices)
+
+    def _some(self, samples: Samples, rows: range, notices: Notices) -> Iterator[Iterable[Encoded]]:
+        """What the samples of these rows become, which are tokenised together."""
+        some = [samples.samples[row] for row in rows]
+        texts = [self._texts(sample, samples.where(row), notices) for sample, row in zip(some, rows, strict=True)]
         tokens = iter(tokenize(self.tokenizer, [text for of_sample in texts for text in of_sample]))
-        for row, of_sample in zip(rows, texts, strict=True):
+        for sample, row, of_sample in zip(some, rows, texts, strict=True):
             found = [next(tokens) for _ in of_sample]
             for one in found:
                 self.base.check_tokens(one.ids, samples.where(row))
-            yield [sequence for one in found for sequence in self._encoded(samples.samples[row], one)]
+            yield [sequence for one in found for sequence in self._encoded(sample, one)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A plain prompt to go on from: its own tokens, as those of a text that ends there."""
@@ -184,12 +197,27 @@ class TextEncoder:
     def _encoded(self, sample: Sample, tokens: Tokens) -> list[Encoded]:
         if isinstance(sample, Conversation):
             return [self._cut(*self._labelled(self._chat_front, tokens), tokens.straddles)]
+        if isinstance(sample, Document):
+            return list(self._windows(self._document([tokens.ids])))
         ids, labels = self._labelled(self._added[0], tokens)
+        behind = self._behind(ids)
+        return [self._cut(ids + behind, labels + behind, tokens.straddles)]
+
+    def _document(self, parts: Iterable[list[int]], where: str | None = None) -> Iterator[list[int]]:
+        """The tokens of a plain text, part by part, and what stands around them."""
+        last = front = self._added[0]
+        yield front
+        for part in parts:
+            self.base.check_tokens(part, where)
+            last = part or last
+            yield part
+        yield self._behind(last)
+
+    def _behind(self, ids: list[int]) -> list[int]:
+        """What is put after the tokens of a text, whose last ones are ``ids``."""
         behind = self._added[1]
-        if not (ids + behind) or (ids + behind)[-1] not in self.end_ids:
-            behind = [*behind, self.end_ids[0]]
-        ids, labels = ids + behind, labels + behind
-        return self._windows(ids) if isinstance(sample, Document) else [self._cut(ids, labels, tokens.straddles)]
+        ends = [*ids, *behind][-1:]
+        return behind if ends and ends[0] in self.end_ids else [*behind, self.end_ids[0]]
 
     def _asked(self, text: str) -> list[int]:
         return self._checked([*self._chat_front, *self._tokens(Rendered(text)).ids])
@@ -216,13 +244,19 @@ class TextEncoder:
             labels[first:after] = tokens.ids[first:after]
         return [*front, *tokens.ids], [IGNORE_INDEX] * len(front) + labels
 
-    def _windows(self, ids: list[int]) -> list[Encoded]:
+    def _windows(self, parts: Iterable[list[int]]) -> Iterator[Encoded]:
         """A plain text of any length, window after window, so that nothing of it is lost."""
-        starts = list(range(0, len(ids), self.max_length))
-        if len(starts) > 1 and starts[-1] == len(ids) - 1:  # the end alone, which nothing would stand before
-            starts[-1] -= 1
-        parts = [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
-        return [Encoded(part, [IGNORE_INDEX, *part[1:]], len(part)) for part in parts]
+        length, ids = self.max_length, list[int]()
+        for part in parts:
+            ids += part
+            sure = max(0, len(ids) - 2) // length * length
+            for start in range(0, sure, length):
+                yield _window(ids[start : start + length])
+            del ids[:sure]
+        if len(ids) > length:  # the end alone, which nothing would stand before
+            yield _window(ids[: length - 1])
+            ids = ids[length - 1 :]
+        yield _window(ids)
 
     def _cut(self, ids: list[int], labels: list[int], straddles: bool) -> Encoded:
         """A sequence that must fit; what is beyond ``max_length`` is lost."""
@@ -235,3 +269,19 @@ class TextEncoder:
             end_cut=any(label in self.end_ids for label in lost),
             straddles=straddles,
         )
+
+
+def _window(ids: list[int]) -> Encoded:
+    return Encoded(ids, [IGNORE_INDEX, *ids[1:]], len(ids))
+
+
+def _together(characters: NDArray[np.int64]) -> Iterator[range]:
+    """The rows that are tokenised together, by how long each is."""
+    start = total = 0
+    for row, size in enumerate(characters.tolist()):
+        if row > start and (row - start == _AT_ONCE or total + size > _CHARACTERS_AT_ONCE):
+            yield range(start, row)
+            start, total = row, 0
+        total += size
+    if len(characters):
+        yield range(start, len(characters))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 Kind = Literal["system", "developer", "thinking", "tools", "asked otherwise", "control token"]
 
@@ -31,16 +31,23 @@ _UNITS: Final[dict[Kind, tuple[str, str]]] = {
 class Notices:
     """Counts and first places, filled while conversations are written out."""
 
-    found: dict[Kind, list[str]] = field(default_factory=dict)
-    """For each kind the places that have it."""
+    found: dict[Kind, tuple[int, str]] = field(default_factory=dict)
+    """For each kind how many places have it, and the first of them."""
 
     def add(self, kind: Kind, where: str) -> None:
         """Something of a kind stands at ``where``."""
-        self.found.setdefault(kind, []).append(where)
+        count, first = self.found.get(kind, (0, where))
+        self.found[kind] = count + 1, first
+
+    def update(self, others: Mapping[Kind, Sequence[Any]]) -> None:
+        """What was ``found`` in further samples."""
+        for kind, (more, where) in others.items():
+            count, first = self.found.get(kind, (0, where))
+            self.found[kind] = count + more, first
 
     def sentences(self) -> Iterable[str]:
         """A sentence for each kind that was found."""
-        for kind, places in self.found.items():
+        for kind, (number, first) in self.found.items():
             one, many = _UNITS[kind]
-            count = one if len(places) == 1 else many.format(len(places))
-            yield f"{_SENTENCES[kind].format(count=count)} (first: {places[0]})"
+            count = one if number == 1 else many.format(number)
+            yield f"{_SENTENCES[kind].format(count=count)} (first: {first})"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import IGNORE_INDEX, Encoded, EncodedRows, TokenLists, TokenRows
+from capotune.data.batches import TokenRows
+from capotune.data.encoded_rows import EncodedRows
 from capotune.data.generation import load_samples
 from capotune.data.inspect.samples import inspect_samples
-from capotune.data.samples import Conversation, Samples, answer_of, asked
-from capotune.data.split import hold_out, normalised
+from capotune.data.samples import Samples
+from capotune.data.split import hold_out
 from capotune.engine.activation_cache import ActivationCache
 from capotune.engine.recorded import Recording, how_it_went, train_recorded, with_boundary
 from capotune.engine.state import start
@@ -36,6 +38,7 @@ from capotune.tasks.generation.giving_back import give_back
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.score import ScoredAs, score_samples
 from capotune.tasks.generation.task import Generation
+from capotune.tasks.generation.token_cache import encoded_once
 
 _SHOWN = 5  # prompts whose answers stand side by side on the page
 _SHOWN_TOKENS = 96  # of a text that goes on, where there is no answer to tell how long one is
@@ -61,7 +64,7 @@ class GenerationRun(TaskRun):
         )
         self.task = task = self._task_on(base, settings, method, data.train)
         notices = Notices()
-        train, self.test_rows = task.encode(data.train, notices), task.encode(data.test, notices)
+        train, self.test_rows = (encoded_once(task, rows, notices, report) for rows in (data.train, data.test))
         found = inspect_samples(
             data,
             train,
@@ -75,19 +78,20 @@ class GenerationRun(TaskRun):
         )
         report(DataInspected(task=task.name, report=asdict(found)))
         if not data.test.samples and data.train.is_one_text:  # its end is the test
-            train, self.test_rows = _end_of(train[0], settings.test_fraction, str(data.train.source))
+            train, self.test_rows = _end_of(train, settings.test_fraction, str(data.train.source))
         self.train, groups = self._examples(train, data.train)
-        if len(set(groups)) < 2:
+        self._answer_lengths = train.of_each("in_loss")[train.of_each("in_loss") > 0]
+        if not len(groups) or (groups == groups[0]).all():
             raise DataError(
                 "one row is not enough: none can be held out to see when to stop.",
                 where=str(data.train.source),
                 advice="Add rows, or give a text of several windows; a smaller `max_length` makes more of them.",
             )
         fraction = held_out_fraction(settings.validation_fraction, len(groups))
-        fit, held = hold_out([0] * len(groups), fraction, settings.seed, groups)
+        fit, held = hold_out(np.zeros(len(groups), dtype=np.int64), fraction, settings.seed, groups)
         self.fit_rows, self.held_rows = torch.as_tensor(fit), torch.as_tensor(held)
         self.train_rows = len(self.train.rows.sequences)
-        tests = TokenRows(TokenLists.of(one.ids for one in _in_loss(self.test_rows)), task.pad_id)
+        tests = TokenRows(self.test_rows.ids_of(self.test_rows.with_loss), task.pad_id)
         if data.test.samples and not tests.sequences:
             raise DataError(
                 f"no test row has a token to score within {task.max_length:,} tokens.",
@@ -126,7 +130,7 @@ class GenerationRun(TaskRun):
             return []
         if method.start_text is not None:
             return self._tokens_of(method.start_text)
-        return sorted({token for sequence in self.train.rows.sequences for token in sequence})
+        return sorted(set().union(*map(set, self.train.rows.sequences)))
 
     def score_base(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> Scored:  # noqa: ARG002
         """The same as any adapter's; the method is not attached yet, so it has no part in it."""
@@ -196,7 +200,7 @@ class GenerationRun(TaskRun):
     def _continuations(self, assembled: Assembled, report: Reporter) -> list[dict[str, Any]]:
         """How the model continues the start of a few test texts, where no row has an answer."""
         report(Stage(text="continuing test texts"))
-        texts = [one.ids for of_row in self.test_rows for one in of_row if one.tokens_in_loss]
+        texts = self.test_rows.ids_of(self.test_rows.with_loss)
         chosen = random.Random(self.seed).sample(range(len(texts)), min(_SHOWN, len(texts)))
         starts = [texts[row][: max(1, min(_SHOWN_TOKENS // 2, len(texts[row]) // 2))] for row in sorted(chosen)]
         written = generate(assembled, starts, self.task.scored_as.decoding, counter(report))
@@ -216,7 +220,7 @@ class GenerationRun(TaskRun):
             settings.max_length,
             method.virtual_tokens or longest,  # the prompt takes tokens from the text
             learn=settings.learn,
-            chat=any(isinstance(sample, Conversation) for sample in samples.samples),
+            chat=samples.are_conversations,
         )
 
     def _tokens_of(self, text: str) -> list[int]:
@@ -226,35 +230,28 @@ class GenerationRun(TaskRun):
         self._base.check_tokens(tokens, f"the prompt {quoted(text)}")
         return tokens
 
-    def _examples(self, encoded: Sequence[Sequence[Encoded]], samples: Samples) -> tuple[Examples, list[str]]:
+    def _examples(self, encoded: EncodedRows, samples: Samples) -> tuple[Examples, NDArray[Any]]:
         """Every sequence with a token in the loss, and for each the group that must stay on one side."""
-        groups: list[str] = []
-        numbers: list[int] = []
-        for number, of_sample in enumerate(encoded):
-            for part, one in enumerate(of_sample):
-                if one.tokens_in_loss:
-                    numbers.append(number)
-                    window = f"window {number} {part}" if samples.is_one_text else None
-                    groups.append(window or normalised(asked(samples.samples[number])))
-        if encoded and not numbers:
+        chosen = encoded.with_loss
+        numbers = encoded.rows_of(chosen)
+        if len(encoded) and not len(chosen):
             raise DataError(
                 f"no row has a token to train on within {self.task.max_length} tokens.",
                 where=str(samples.source),
                 advice="Give shorter prompts, a larger `max_length`, or a base with a longer context.",
             )
-        rows = TokenRows(TokenLists.of(one.ids for one in _in_loss(encoded)), self.task.pad_id)
-        labels = TokenLists.of(one.labels for one in _in_loss(encoded))
-        return Examples(rows, labels, where=lambda at: samples.where(numbers[at])), groups
+        groups = chosen if samples.is_one_text else samples.facts["question"][numbers]
+        rows = TokenRows(encoded.ids_of(chosen), self.task.pad_id)
+        return Examples(rows, encoded.labels_of(chosen), where=lambda at: samples.where(int(numbers[at]))), groups
 
     def _scored_as(self, settings: TrainSettings) -> ScoredAs:
         """As many tokens as the longest training answer and some more; and what is the score to compare by."""
-        has_answers = any(answer_of(sample) is not None for sample in self.data.test.samples)
+        has_answers = bool(self.data.test.facts["answered"].any())
         if not settings.answers or not has_answers:
             return ScoredAs(DecodingSettings(max_tokens=_SHOWN_TOKENS, seed=settings.seed), settings.answers)
-        lengths = [sum(label != IGNORE_INDEX for label in labels) for labels in self.train.targets]
-        longest = min(1024, int(1.25 * max(lengths)) + 8)
+        longest = min(1024, int(1.25 * self._answer_lengths.max()) + 8)
         decoding = DecodingSettings(max_tokens=longest, seed=settings.seed)
-        metric, self.why = decide_by_data(self.data.train, lengths)
+        metric, self.why = decide_by_data(self.data.train, self._answer_lengths)
         return ScoredAs(decoding, settings.answers, metric)
 
 
@@ -262,18 +259,14 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _in_loss(encoded: Iterable[Sequence[Encoded]]) -> Iterator[Encoded]:
-    """The sequences with a token in the loss."""
-    return (one for of_row in encoded for one in of_row if one.tokens_in_loss)
-
-
-def _end_of(windows: Sequence[Encoded], fraction: float, source: str) -> tuple[EncodedRows, EncodedRows]:
+def _end_of(windows: EncodedRows, fraction: float, source: str) -> tuple[EncodedRows, EncodedRows]:
     """The windows of one text, and as test the last ``fraction`` of them."""
-    count = len(windows) - round(fraction * len(windows))
-    if fraction and count == len(windows):
+    number = len(windows.lengths)
+    count = number - round(fraction * number)
+    if fraction and count == number:
         raise DataError(
             "the text is too short for a test at its end.",
             where=source,
             advice="Give a longer text, or `test_fraction=0`.",
         )
-    return EncodedRows([windows[:count]]), EncodedRows([windows[count:]] if count < len(windows) else [])
+    return windows.divided(count)

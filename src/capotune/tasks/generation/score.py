@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import numpy as np
 import pydantic
+import torch
 
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import Encoded, TokenRows
-from capotune.data.samples import Samples, answer_of, question_of
+from capotune.data.batches import TokenRows
+from capotune.data.encoded_rows import EncodedRows
+from capotune.data.samples import Samples, question_of
 from capotune.evaluation.forward import Examples, outputs
 from capotune.evaluation.metrics import mean_interval, metric, perplexity
 from capotune.evaluation.pairs import RowCounts
@@ -60,7 +62,7 @@ StoredScoredAs = Annotated[dict[str, Any], pydantic.AfterValidator(_readable)]
 
 
 def score_samples(
-    assembled: Assembled, encoded: Sequence[Sequence[Encoded]], samples: Samples, scored_as: ScoredAs, report: Reporter
+    assembled: Assembled, encoded: EncodedRows, samples: Samples, scored_as: ScoredAs, report: Reporter
 ) -> Scored:
     """Loss and perplexity of every row that has a token in the loss; exact match and ROUGE-L of some answers.
 
@@ -83,7 +85,7 @@ def score_samples(
         intervals = {"perplexity": (perplexity(low), perplexity(high)), "loss": (low, high)}
     measured_on = dict.fromkeys(scores, f"{sum(tokens):,} tokens of {len(counts):,} rows")
     by_loss = RowCounts.of(metric("perplexity"), counts)
-    if not scored_as.answers or not any(answer_of(sample) is not None for sample in samples.samples):
+    if not scored_as.answers or not samples.facts["answered"].any():
         extra = {"tokens": sum(tokens), "answered": 0}
         return Scored("perplexity", scores, intervals, len(counts), measured_on, [], by_loss, extra)
     report(Stage(text="answering test rows"))
@@ -109,24 +111,19 @@ def score_samples(
     return Scored(name, scores, intervals, rows, measured_on, predictions, compared, extra, (other,))
 
 
-def _loss_counts(
-    assembled: Assembled, encoded: Sequence[Sequence[Encoded]], by_window: bool, report: Reporter
-) -> list[list[float]]:
+def _loss_counts(assembled: Assembled, encoded: EncodedRows, by_window: bool, report: Reporter) -> list[list[float]]:
     """Of each row, or each window, the sum of its losses in nats and the number of its tokens in the loss; those
     without any are left out."""
-    parts = [
-        (row, at, one) for row, of_row in enumerate(encoded) for at, one in enumerate(of_row) if one.tokens_in_loss
-    ]
-    if not parts:
+    chosen = encoded.with_loss
+    if not len(chosen):
         return []
-    rows = TokenRows([one.ids for *_, one in parts], assembled.task.pad_id, assembled.method.virtual_token_ids)
-    found = outputs(assembled, Examples(rows, [one.labels for *_, one in parts]), counter(report)).double().tolist()
-    sums: dict[int, list[float]] = {}
-    for (row, at, _), (nats, tokens) in zip(parts, found, strict=True):
-        total = sums.setdefault(at if by_window else row, [0.0, 0.0])
-        total[0] += nats
-        total[1] += tokens
-    return list(sums.values())
+    rows = TokenRows(encoded.ids_of(chosen), assembled.task.pad_id, assembled.method.virtual_token_ids)
+    found = outputs(assembled, Examples(rows, encoded.labels_of(chosen)), counter(report)).double()
+    if by_window:
+        return found.tolist()
+    rows_of, place = np.unique(encoded.rows_of(chosen), return_inverse=True)
+    sums = torch.zeros(len(rows_of), 2, dtype=torch.float64).index_add_(0, torch.from_numpy(place), found)
+    return sums.tolist()
 
 
 def _predictions(samples: Samples, answered: AnsweredRows) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from capotune.adapters.task_model import CardWords
 from capotune.data.batches import Encoded
 from capotune.data.generation import looks_like_generation, read_samples_to_score
 from capotune.data.inspect.samples import GenerationReport, describe_samples, lost_samples
-from capotune.data.samples import Conversation
 from capotune.data_blocks import Block
 from capotune.device import compute_dtype
 from capotune.errors import DataError, SettingError
@@ -41,6 +40,7 @@ from capotune.tasks.generation.merged import AskedAs, asked_as, plain_template, 
 from capotune.tasks.generation.notices import Notices
 from capotune.tasks.generation.objective import TokenCrossEntropy, head_is_plain, looks_ahead
 from capotune.tasks.generation.score import ScoredAs, StoredScoredAs, score_samples
+from capotune.tasks.generation.token_cache import encoded_once
 from capotune.tasks.room import text_length
 
 PLAIN_FORM: Final = "a plain form 'User: … Assistant: …', as the model has no chat template"
@@ -252,11 +252,11 @@ class Generation(TextEncoder, Task):
         samples = read_samples_to_score(
             settings.data, prompt_template=settings.prompt_template, completion_column=settings.completion_column
         )
-        if self.chat_template is None and any(isinstance(sample, Conversation) for sample in samples.samples):
+        if self.chat_template is None and samples.are_conversations:
             report(Warned(text=f"conversations are written in {PLAIN_FORM}; training writes them so too."))
             assembled = replace(assembled, task=replace(assembled.task, chat_template=plain_template(self.tokenizer)))
         notices = Notices()
-        encoded = assembled.task.encode(samples, notices)
+        encoded = encoded_once(assembled.task, samples, notices, report)
         for text in (*notices.sentences(), *lost_samples(samples, encoded, self.max_length)):
             report(Warned(text=text))
         answers = self.scored_as.answers if settings.answers is None else settings.answers

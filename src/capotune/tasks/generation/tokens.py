@@ -8,7 +8,7 @@ and completion (``:\\n`` and ``\\n`` may be one) is.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from capotune.models.tokenizer_files import tokens_of
 Span = tuple[int, int]
 """From a position up to another, which is not part of it."""
 
+_OVERLAP = 1024
+"""Characters of a part that are read once more with the next one, at first."""
+_AGREED = 64
 _SPACE = "Ġ"  # a space in the tokens of byte-level tokenizers
 
 
@@ -49,6 +52,86 @@ def tokenize(tokenizer: Any, texts: Sequence[Rendered]) -> list[Tokens]:
     if found.encodings:
         return _by_offsets(tokenizer, texts, ids, found.encodings)
     return _by_prefix(tokenizer, texts, ids)
+
+
+def tokenize_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of a text that is given in parts, part by part, as ``tokenize`` would find them in the whole.
+
+    What a tokenizer makes of a place depends on some characters around it. A part is read with the end of the one
+    before it: where both readings agree on ``_AGREED`` tokens in a row, the first one ends and the other begins. They
+    are read as one where there is no such place, as in a million times one character, and where the tokenizer knows no
+    offsets.
+    """
+    texts = iter(parts)
+    text, least, given = next(texts, ""), 1, 0  # of the tokens of ``text`` so many are given already
+    places = _places(tokenizer, text)
+    if places is None:
+        (whole,) = tokenize(tokenizer, [Rendered("".join([text, *texts]))])
+        yield whole.ids
+        return
+    while part := "".join(_at_least(least, texts)):
+        if agreed := _read_on(tokenizer, text, places[given:], part):
+            ended, text, places, given = agreed
+            yield ended
+            least = 1
+        else:
+            text += part
+            places, least = _places(tokenizer, text) or [], len(text)
+    yield [token for token, *_ in places[given:]]
+
+
+def _at_least(characters: int, texts: Iterator[str]) -> Iterator[str]:
+    """The next of the texts, until they have so many characters."""
+    while characters > 0 and (text := next(texts, "")):
+        characters -= len(text)
+        yield text
+
+
+_Place = tuple[int, int, int]
+"""A token, and where its characters start and end."""
+
+
+def _places(tokenizer: Any, text: str) -> list[_Place] | None:
+    """The tokens of a text; None where the tokenizer knows no offsets."""
+    found = tokens_of(tokenizer, [text], add_special_tokens=False, verbose=False)
+    if not found.encodings:
+        return None
+    (encoding,) = found.encodings
+    return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+
+def _read_on(
+    tokenizer: Any, text: str, places: Sequence[_Place], part: str
+) -> tuple[list[int], str, list[_Place], int] | None:
+    """Read the part after a text: the tokens before a place where both agree, what is read from now on, its tokens, and
+    how many of them stand before that place. None where there is no such place."""
+    overlap = _OVERLAP
+    while overlap < len(text):
+        following_text = text[-overlap:] + part
+        following = _places(tokenizer, following_text) or []
+        if middle := _agreement(places, following, len(text) - overlap):
+            return [token for token, *_ in places[: middle[0]]], following_text, following, middle[1]
+        overlap *= 4
+    return None
+
+
+def _agreement(places: Sequence[_Place], following: Sequence[_Place], offset: int) -> tuple[int, int] | None:
+    """The middle of the first ``_AGREED`` tokens in a row, not all alike, that are the same in two readings, as a
+    number of tokens in either: ``following`` is of the text from ``offset`` on that ``places`` is of."""
+    at = {place: number for number, place in enumerate(places)}
+    run, before = 0, -1
+    for number, (token, start, end) in enumerate(following):
+        same = at.get((token, start + offset, end + offset), -1)
+        run = 0 if same < 0 else run + 1 if run and same == before + 1 else 1
+        before = same
+        if run >= _AGREED and _are_varied(following[number + 1 - _AGREED : number + 1]):
+            return same + 1 - _AGREED // 2, number + 1 - _AGREED // 2
+    return None
+
+
+def _are_varied(places: Sequence[_Place]) -> bool:
+    """Whether a quarter of the tokens differ: in a text that repeats itself, readings agree by chance."""
+    return 4 * len({token for token, *_ in places}) >= len(places)
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -42,7 +42,7 @@ class TaggedRows:
     words: list[list[str]]
     tags: list[list[str]]
     """In IOB2."""
-    lines: list[int]
+    lines: Sequence[int]
     source: Origin
     scheme: str
     """What the tags were written in."""
@@ -224,7 +224,7 @@ def _read(source: Any, word_column: str | None, tag_column: str | None) -> tuple
     return rows, part_of_each_row(table, read)
 
 
-def _in_iob2(words: list[list[str]], tags: list[list[str]], lines: list[int], source: Origin) -> TaggedRows:
+def _in_iob2(words: list[list[str]], tags: list[list[str]], lines: Sequence[int], source: Origin) -> TaggedRows:
     return TaggedRows(words, [as_iob2(of_row) for of_row in tags], lines, source, scheme(tags))
 
 
