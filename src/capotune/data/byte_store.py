@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
@@ -84,7 +85,13 @@ class ByteStore:
             named = " and ".join(map(str, folders))
             advice = "Name a folder of your own with CAPOTUNE_CACHE."
             raise OutputError(f"what is read is too much for memory, and {named} cannot be written to.", advice=advice)
+        weakref.finalize(self, _close, file)
         with full_disk_is_said(folder):
             self._file.seek(0)
             file.write(self._file.read())
         self._file, self._folder = file, folder
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # what a full disk did not take
+        file.close()
