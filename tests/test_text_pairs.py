@@ -281,7 +281,8 @@ def test_page_shows_both_texts() -> None:
     from capotune.tasks.classification.page import sections
 
     wrong = {"text": ["one", "other"], "label": "no", "predicted": "yes", "probability": 0.9, "line": 2}
-    quotes = next(one for one in sections(["no", "yes"], "lora", [wrong]) if isinstance(one, Quotes))
+    record = {"labels": ["no", "yes"], "trained": {}}
+    quotes = next(one for one in sections(record, "lora", [wrong]) if isinstance(one, Quotes))
     assert [(part.text, part.mark) for part in quotes.quotes[0].parts] == [
         ("one", ""), (" ", ""), ("other", "second text"),
     ]  # fmt: skip
