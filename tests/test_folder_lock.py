@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -13,6 +15,7 @@ import pytest
 from commands import PATIENCE
 
 from capotune import files, folder_lock
+from capotune.errors import OutputError
 from capotune.events import ignore
 from capotune.files import growing_folder
 from capotune.folder_lock import holder, locked
@@ -53,6 +56,19 @@ def test_a_folder_that_is_kept_is_free_again(tmp_path: Path) -> None:
         assert holder(tmp_path / "run")
         raise StoppedError
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("moment", ["opened", "written"])
+def test_a_lock_on_a_full_disk_says_what_to_do(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((folder_lock, "_no_link") if moment == "opened" else (folder_lock.os, "getpid")), full)
+    with pytest.raises(OutputError, match=r"no space left .* writing .*\.lock .*Free some space"), locked(tmp_path):
+        raise StoppedError
+    monkeypatch.undo()
+    with locked(tmp_path):
+        assert holder(tmp_path)
 
 
 def test_who_looks_at_a_lock_makes_nobody_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

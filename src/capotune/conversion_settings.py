@@ -15,7 +15,7 @@ class MergeSettings(BaseSettings):
     """An adapter's change in its base's weights."""
 
     adapter: str
-    """Adapter folder, of lora, qlora, feature-extraction with trained blocks, or PEFT's own, or an adapter on the hub
+    """An adapter of lora, qlora, feature-extraction with trained blocks, or PEFT: its folder, or its name on the hub
     (`owner/name@revision`)."""
     out: Path
     """Folder for the merged model. Must not exist."""

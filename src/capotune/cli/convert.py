@@ -45,10 +45,11 @@ def quantize(rest: list[str]) -> int:
 
 
 class Merge(MergeSettings):
-    """Write an adapter's change into its base: a Transformers checkpoint that needs none. Not for trained prompts."""
+    """Write the base with the adapter's change in its weights: a checkpoint that Transformers loads without an adapter.
+    Trained prompts change no weights, so they cannot be merged."""
 
     adapter: tyro.conf.Positional[str]
-    """Adapter folder, of lora, qlora, feature-extraction with trained blocks, or PEFT's own, or an adapter on the hub
+    """An adapter of lora, qlora, feature-extraction with trained blocks, or PEFT: its folder, or its name on the hub
     (`owner/name@revision`)."""
     as_json: Json = False
     """Print one JSON object."""
