@@ -1,7 +1,8 @@
 """What the fuzzers have in common: inputs from atheris (libFuzzer with coverage of the Python code), counts, findings.
 
-What is raised beside ``CapotuneError`` is a finding, and so is an input that takes longer than ``SLOW`` seconds; each
-is printed once with the place, and its bytes are written to ``out``. Memory beyond ``MEMORY_MB`` ends the run.
+What is raised beside ``CapotuneError`` is a finding, and so is an input that takes longer than ``SLOW`` seconds of a
+processor; each is printed once with the place, and its bytes are written to ``out``. Memory beyond ``MEMORY_MB`` ends
+the run.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ def folder_for(name: str) -> Path:
 def fuzz(name: str, target: Target, runs: int, out: Path, folder: Path) -> None:
     """Give the target ``runs`` inputs in this process, which ends with it; prints a line of docs/fuzzing.md's table."""
     counts = Counts()
-    signal.signal(signal.SIGALRM, _too_slow)
+    signal.signal(signal.SIGPROF, _too_slow)
 
     def one(data: bytes) -> None:
         counts.runs += 1
-        began = time.perf_counter()
+        began = time.process_time()
         try:
-            signal.alarm(SLOW)
+            signal.setitimer(signal.ITIMER_PROF, SLOW)
             target.read(data)
             counts.accepted += 1
         except target.refused:
@@ -78,8 +79,8 @@ def fuzz(name: str, target: Target, runs: int, out: Path, folder: Path) -> None:
         except Exception as error:  # noqa: BLE001 - that is what is looked for
             found(name, error, data, counts, out)
         finally:
-            signal.alarm(0)
-        counts.slowest = max(counts.slowest, time.perf_counter() - began)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        counts.slowest = max(counts.slowest, time.process_time() - began)
         if counts.runs >= runs:
             finish(name, counts, folder)
 
