@@ -457,7 +457,7 @@ def full_disk(made: Path, every: int, only: str, progress: Callable[[str], None]
             folder.mkdir()
             ended = run(folder, case.arguments, moment(folder, "change", number, "full"))
             lines = [line for line in ended.said.splitlines() if line.startswith("capo:") or "goes on without" in line]
-            said.update(re.sub(r"/\S+|[\d.,]+ [kM]?B|step-\S+", "…", line) for line in lines)
+            said.update(re.sub(r"/\S+|[\d.,]+ [kMG]?B|step-\S+", "…", line) for line in lines)
             problems += [
                 f"{case.name}, write {number}: {text}" for text in _after_full(ended, lines, case, folder, expected)
             ]
