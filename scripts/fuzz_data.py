@@ -28,6 +28,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def page(path: Path) -> Target:
     """The page of a comparison, of which every text and number may be anybody's."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Glyph")  # the picture's font has not all of them
-    drawn = _page.svg
+    drawn, _page._template = _page.svg, cache(_page._template)  # compiled once
 
     def read(data: bytes) -> None:
         content = json.loads(data)
