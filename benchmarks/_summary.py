@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _engine_tables import engine, engine_summary
+from _text_tables import text_pairs, wrong_labels
 
 from capotune.files import human_bytes
 
@@ -39,6 +40,8 @@ def _tables() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]:
         "defaults": ("LoRA's defaults against TRL", defaults),
         "prompts": ("Prompts against LoRA", prompts),
         "reading": ("Many rows", reading),
+        "wrong-labels": ("Wrong labels", wrong_labels),
+        "pairs": ("Pairs of texts", text_pairs),
     }
 
 

@@ -100,14 +100,14 @@ def details(labels: int = 3, text: str = "where is my parcel") -> PageDetails:
     return page_details(
         [ConfusionMatrix("What lora confuses", names, confusion), mistakes],
         base_note=Classification.base_note,
-        snippets=comparison_module._snippets(comparison()),
+        snippets=comparison_module._snippets(comparison(), ('"your text"',) * 2),
     )
 
 
 def generation_details(answers: list[Answered] = ANSWERS, made: Comparison | None = None) -> PageDetails:
     """What the page of a generation task shows."""
     sections = [SideBySide("The same prompts, answered", "Test rows, not seen in training.", answers)]
-    return page_details(sections, snippets=comparison_module._snippets(made or generation()))
+    return page_details(sections, snippets=comparison_module._snippets(made or generation(), ('"your prompt"',) * 2))
 
 
 def rendered(made: Comparison, shown: PageDetails, folder: Path) -> str:

@@ -256,10 +256,13 @@ def test_equal_pairs_stay_on_one_side(data: Path) -> None:
 
 
 def test_info_checks_golden_answers_of_pairs(runs: Callable[[str], Path]) -> None:
-    facts = capotune.api.info(runs("lora") / "adapter", check=True)
+    adapter = runs("lora") / "adapter"
+    facts = capotune.api.info(adapter, check=True)
     assert facts["check"]["agrees"]
     assert facts["pairs"] is True
     assert ["pairs of texts", "up to 48 tokens, mean pooling"] in [list(one) for one in facts["in_words"]]
+    assert capotune.api.usage("classification", adapter) == f'capo predict {adapter} "first text" "second text"'
+    assert 'classifier.predict([("first text", "second text")])' in (adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_capo_data_says_which_columns_are_pairs(data: Path, bases: dict[str, Path]) -> None:

@@ -33,13 +33,13 @@ from capotune.api.resuming import checkpoint, methods_of, request_checkpoint, re
 from capotune.api.runs import compare_runs, list_runs, reproduce
 from capotune.api.training import (
     check_labels,
-    command_of,
     describe_data,
     inspect,
     method_names,
     method_settings,
     train,
     train_run,
+    usage,
 )
 from capotune.data.suspects import LabelCheck, Suspect
 from capotune.evaluation.metrics import Metric, metric
@@ -54,7 +54,6 @@ __all__ = [
     "check_labels",
     "checkpoint",
     "combine",
-    "command_of",
     "compare",
     "compare_run",
     "compare_runs",
@@ -90,4 +89,5 @@ __all__ = [
     "resume",
     "train",
     "train_run",
+    "usage",
 ]

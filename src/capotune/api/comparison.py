@@ -22,6 +22,7 @@ from capotune.settings import CompareSettings, build
 
 if TYPE_CHECKING:
     from capotune.report import Comparison, ComparisonRow, PageDetails, Snippet
+    from capotune.sections import Section
 
 Records = dict[str, dict[str, Any]]
 """Each finished technique's ``run.json``."""
@@ -196,13 +197,14 @@ def _details(
     task = tasks.get(comparison.task)
     shown = comparison.recommended or next((row.method for row in comparison.rows if math.isfinite(row.score)), "")
     predictions = {method: _predictions(folder / method) for method in results}
-    sections = []
+    sections: list[Section] = []
+    record: dict[str, Any] = {}
     if shown:
         record = json.loads((folder / shown / "adapter" / RECORD).read_text(encoding="utf-8"))
         sections = task.page_sections(record, shown, predictions, _base(results).get("base_answers", []))
     return PageDetails(
         sections=sections,
-        snippets=_snippets(comparison),
+        snippets=_snippets(comparison, task.example(record)),
         base_note=task.base_note,
         settings=without_secrets({name: {**record["settings"], **record[name]} for name, record in results.items()}),
         data=inspected,
@@ -215,19 +217,19 @@ def _predictions(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _snippets(comparison: Comparison) -> list[Snippet]:
-    """How to use the recommended adapter, and one in PEFT's format."""
+def _snippets(comparison: Comparison, example: tuple[str, str]) -> list[Snippet]:
+    """How to use the recommended adapter on the ``example`` (``Task.example``), and one in PEFT's format."""
     from capotune import methods, tasks
     from capotune.report import Snippet
 
     chosen = next((row for row in comparison.rows if row.method == comparison.recommended), None)
     if chosen is None:
         return []
-    task = tasks.get(comparison.task)
-    command, text = task.command, task.sample
-    python = f'import capotune\n\nmodel = capotune.load({json.dumps(chosen.adapter)})\nmodel.{command}(["{text}"])'
+    command = tasks.get(comparison.task).command
+    shell, texts = example
+    python = f"import capotune\n\nmodel = capotune.load({json.dumps(chosen.adapter)})\nmodel.{command}([{texts}])"
     found = [
-        Snippet("Command line", f'capo {command} {shlex.quote(chosen.adapter)} "{text}"'),
+        Snippet("Command line", f"capo {command} {shlex.quote(chosen.adapter)} {shell}"),
         Snippet("Python", python),
     ]
     in_peft = [row for row in (chosen, *comparison.rows) if methods.get(row.method).known_to_peft]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,11 +85,13 @@ def method_settings(name: str) -> type[TrainingSettings]:
     return methods.settings_class(name)
 
 
-def command_of(task: str) -> str:
-    """The command that uses a task's adapters: ``predict`` or ``generate``."""
+def usage(task: str, adapter: Path) -> str:
+    """The command that uses an adapter that was trained for ``task``, with an example of a text."""
     from capotune import tasks
+    from capotune.adapters.files import RECORD
 
-    return tasks.get(task).command
+    shell, _ = tasks.get(task).example(json.loads((adapter / RECORD).read_text(encoding="utf-8")))
+    return f"capo {tasks.get(task).command} {adapter} {shell}"
 
 
 def describe_data(task: str, report: Mapping[str, Any]) -> list[Block]:

@@ -270,8 +270,7 @@ def show_run(record: dict[str, Any], out: Path) -> None:
 
 
 def _try_it(console: Console, task: str, adapter: Path) -> None:
-    text = f'\nTry it: capo {api.command_of(task)} {adapter} "your text"'
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(f"\nTry it: {api.usage(task, adapter)}", highlight=False, soft_wrap=True)
 
 
 def show_scores(scores: dict[str, Any]) -> None:

@@ -274,8 +274,15 @@ class Task(TaskModel):
         return [Findings([Finding(words(name).capitalize(), value_text(value)) for name, value in report.items()])]
 
     @classmethod
+    def example(cls, record: Mapping[str, Any]) -> tuple[str, str]:  # noqa: ARG003
+        """What stands for the user's own texts where an adapter with this record is used: on the command line, and in
+        Python between the brackets of a list."""
+        return f'"{cls.sample}"', f'"{cls.sample}"'
+
+    @classmethod
     def card(cls, record: dict[str, Any]) -> CardWords:
         """What the adapter's README says, from its whole record."""
+        shell, python = cls.example(record)
         trained = record["trained"]
         score = untested(trained, trained.get("held_out_metric", ""))
         if trained["test_rows"]:
@@ -285,8 +292,8 @@ class Task(TaskModel):
         return CardWords(
             f"Trained on {cls.title}; it {cls.gives}.",
             score,
-            f'capo {cls.command} ADAPTER "{cls.sample}"',
-            f'model = capotune.load(adapter)\nmodel.{cls.command}(["{cls.sample}"])',
+            f"capo {cls.command} ADAPTER {shell}",
+            f"model = capotune.load(adapter)\nmodel.{cls.command}([{python}])",
         )
 
     @classmethod

@@ -310,11 +310,13 @@ class Classification(TextTargetTask):
             score = f"Test {compared.words} {trained['score']:.2%} on {trained['test_rows']:,} rows"
         threshold = record.get("threshold")
         abstains = "" if threshold is None else f" {_abstains(record['min_precision'], threshold)}"
+        shell, python = cls.example(record)
+        what = "two texts that are read together" if record.get("pairs") else "a text"
         return CardWords(
-            f"Classifies a text into {len(record['labels'])} labels: {first_labels(record)}.{abstains}",
+            f"Classifies {what} into {len(record['labels'])} labels: {first_labels(record)}.{abstains}",
             score,
-            'capo predict ADAPTER "your text"',
-            'classifier = capotune.load(adapter)\nclassifier.predict(["your text"])',
+            f"capo predict ADAPTER {shell}",
+            f"classifier = capotune.load(adapter)\nclassifier.predict([{python}])",
         )
 
     @classmethod

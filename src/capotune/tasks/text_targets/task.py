@@ -369,6 +369,13 @@ class TextTargetTask(LinearHeadTask):
     # ------------------------------------------------------------------------------------------------------------ words
 
     @classmethod
+    def example(cls, record: Mapping[str, Any]) -> tuple[str, str]:
+        """Of pairs both texts."""
+        if record.get("pairs"):
+            return '"first text" "second text"', '("first text", "second text")'
+        return super().example(record)
+
+    @classmethod
     def facts(cls, record: dict[str, Any]) -> dict[str, Any]:
         """Labels, pooling and length."""
         return {name: record[name] for name in ("labels", "pooling", "max_length")} | {
