@@ -102,7 +102,7 @@ def settings_of(work: Workload, batch_size: int, **options: Any) -> TrainingSett
         "epochs": work.epochs, "patience": work.epochs, **options,
     }  # fmt: skip
     if work.method == "prompt-tuning":
-        return PromptTuningSettings(num_virtual_tokens=VIRTUAL_TOKENS, **common)
+        return PromptTuningSettings(num_virtual_tokens=VIRTUAL_TOKENS, deep=False, **common)
     if work.method == "feature-extraction":
         return FeatureExtractionSettings(trainable_layers=work.trainable_layers, **common)
     return {"lora": LoraSettings, "qlora": QloraSettings}[work.method](rank=work.rank, alpha=2 * work.rank, **common)

@@ -248,7 +248,7 @@ TRAINED_HERE: dict[str, TrainingSettings] = {
     "DoRA": LoraSettings(rank=4, alpha=6, dora=True),
     "one layer": LoraSettings(rank=4, alpha=6, layers=(1,)),
     "QLoRA": QloraSettings(rank=4, alpha=6),
-    "prompt": PromptTuningSettings(**PROMPT),
+    "prompt": PromptTuningSettings(deep=False, **PROMPT),
     "prefix": PromptTuningSettings(deep=True, **PROMPT),
 }
 

@@ -66,9 +66,9 @@ VARIANTS: dict[str, TrainingSettings] = {
     "qlora-fp4": QloraSettings(quant_type="fp4", **LORA),
     "qlora-plain": QloraSettings(double_quant=False, block_size=32, **LORA),
     "qlora-dora": QloraSettings(dora=True, **LORA),
-    "prompt-labels": PromptTuningSettings(**PROMPT),
-    "prompt-text": PromptTuningSettings(init="text", init_text="my parcel is late", **PROMPT),
-    "prompt-vocabulary": PromptTuningSettings(init="vocabulary", **PROMPT),
+    "prompt-labels": PromptTuningSettings(deep=False, **PROMPT),
+    "prompt-text": PromptTuningSettings(deep=False, init="text", init_text="my parcel is late", **PROMPT),
+    "prompt-vocabulary": PromptTuningSettings(deep=False, init="vocabulary", **PROMPT),
     "prompt-deep": PromptTuningSettings(deep=True, **PROMPT | {"learning_rate": 0.3}),
 }
 BASES = ("bert", "llama", "gpt2")

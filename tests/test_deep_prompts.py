@@ -63,6 +63,8 @@ def test_compare_counts_and_scores_it(compared: Path) -> None:
 def test_info_says_where_the_vectors_stand(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = capotune.info(adapter_of(compared))
     assert facts["deep_prompt"] == 5
+    record = json.loads((compared / "prompt-tuning" / "run.json").read_text(encoding="utf-8"))
+    assert facts["trained_weights"] == record["result"]["trainable_parameters"]
     assert "nearest_tokens" not in facts
     show_info(facts, plot=False)
     said = " ".join(capsys.readouterr().out.split())

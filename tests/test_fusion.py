@@ -527,7 +527,7 @@ def test_wanted_positions_match_those_of_the_whole_output(name: str, which: str,
 @pytest.mark.parametrize("which", ["bert", "llama"])
 def test_pooling_leaves_out_virtual_tokens(which: str, pool: Pooling, request: pytest.FixtureRequest) -> None:
     """The prompt's own positions are left out, by the kernels and by the model's own code."""
-    settings = PromptTuningSettings(num_virtual_tokens=3)
+    settings = PromptTuningSettings(num_virtual_tokens=3, deep=False)
     assembled = on_base(request.getfixturevalue(which), settings, pool=pool)
     shake(assembled)
     found, expected = features_both_ways(assembled)

@@ -41,7 +41,7 @@ METHODS: dict[str, TrainingSettings] = {
     "qlora": QloraSettings(rank=4, alpha=8, target_modules=("query",)),
     "head": FeatureExtractionSettings(),
     "last-block": FeatureExtractionSettings(trainable_layers=1),
-    "soft-prompt": PromptTuningSettings(num_virtual_tokens=3),
+    "soft-prompt": PromptTuningSettings(num_virtual_tokens=3, deep=False),
     "deep-prompt": PromptTuningSettings(num_virtual_tokens=3, deep=True),
 }
 SIZES: dict[str, Any] = {

@@ -26,7 +26,7 @@ VARIANTS: dict[str, TrainingSettings] = {
     "lora": LoraSettings(rank=4),
     "lora-dora": LoraSettings(rank=4, dora=True),
     "qlora": QloraSettings(rank=4),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=6),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=6, deep=False),
 }
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "last", "max")
 

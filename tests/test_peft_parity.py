@@ -35,7 +35,7 @@ VARIANTS: dict[str, TrainingSettings] = {
     "layers": LoraSettings(layers=(1,), **LORA),
     "dropout": LoraSettings(dropout=0.3, **LORA),
     "qlora": QloraSettings(**LORA),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False),
     "prefix-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=True),
 }
 BASES = ("bert", "llama", "gpt2")
@@ -184,7 +184,7 @@ TRAINING: dict[str, TrainingSettings] = {
     "rslora": LoraSettings(rslora=True, **LORA, **STEPS),
     "dora": LoraSettings(dora=True, **LORA, **STEPS),
     "qlora": QloraSettings(**LORA, **STEPS),
-    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, **STEPS),
+    "prompt-tuning": PromptTuningSettings(num_virtual_tokens=5, deep=False, **STEPS),
 }
 
 

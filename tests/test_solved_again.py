@@ -39,7 +39,9 @@ def test_the_stored_head_is_the_best_for_the_trained_vectors_and_all_rows(traine
     features = head_features(assembled, tokens)
     targets = torch.tensor([assembled.task.labels.index(row["label"]) for row in rows])
     weak = 1 / (2 * result["regularization"] * len(targets))
-    theirs = LogisticRegression(C=weak, tol=1e-8, max_iter=10_000).fit(standardised(features), targets)
+    theirs = LogisticRegression(C=weak, tol=1e-6, max_iter=10_000, solver="newton-cg").fit(
+        standardised(features), targets
+    )
     expected = torch.as_tensor(theirs.predict_proba(standardised(features)))
     found = assembled.model.classifier(features).detach().softmax(1)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)

@@ -53,7 +53,7 @@ VARIANTS: dict[str, TrainingSettings] = {
     "lora": LoraSettings(**LORA),
     "lora-dropout": LoraSettings(dropout=0.2, **LORA),
     "qlora": QloraSettings(**LORA),
-    "prompt": PromptTuningSettings(num_virtual_tokens=5, learning_rate=5e-2, **QUICK),
+    "prompt": PromptTuningSettings(num_virtual_tokens=5, deep=False, learning_rate=5e-2, **QUICK),
     "prompt-deep": PromptTuningSettings(num_virtual_tokens=5, deep=True, learning_rate=0.3, **QUICK),
 }
 BASES = ("bert", "llama", "gpt2")

@@ -153,7 +153,7 @@ def with_head(task: TaskModel, loaded: Any, method: Method) -> Assembled:
 def attach(assembled: Assembled, start: Start) -> None:
     """Attach the method and count: the trainable weights must be as many as the formula says."""
     method = assembled.method
-    method.resolve(assembled.model, assembled.architecture)
+    method.resolve(assembled.model, assembled.architecture, has_head=assembled.task.has_head)
     method.attach(assembled.model, assembled.architecture, start)
     assembled.task.prompt_attached(assembled.model, len(method.virtual_token_ids))
     found = sum(weight.numel() for weight in assembled.trainable().values())

@@ -298,7 +298,8 @@ def info(
     matches = _base_here(stored, model, report)
     facts = {} if stored.is_foreign else task.facts(stored.record)
     settings = stored.record["settings"] if stored.is_foreign else stored.settings.model_dump(mode="json")
-    own = methods.get(stored.settings.method).stored_facts(stored.settings)
+    technique = methods.get(stored.settings.method)
+    own = technique.stored_facts(stored.settings)
     checked: dict[str, Any] = {}
     if own is None or check:
         assembled = _adapter_on_base(stored.folder, _On(model, allow_different_base), report=report)
@@ -315,7 +316,7 @@ def info(
         if stored.is_foreign
         else task.facts_in_words(facts),
         "notices": list(stored.notices),
-        "trained_weights": sum(tensor.numel() for tensor in stored.tensors.values()),
+        "trained_weights": technique.trained_count(stored.settings, stored.tensors),
         "bytes": stored.nbytes,
         "tensors": {key: list(tensor.shape) for key, tensor in stored.tensors.items()},
         "delta": _delta(stored),

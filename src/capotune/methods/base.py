@@ -110,8 +110,11 @@ class Method(ABC):
         """Hidden states that a head on this method should read; None: every one of them."""
         return (-1,)
 
-    def resolve(self, model: nn.Module, architecture: Architecture) -> None:  # noqa: B027 - most have nothing to do
-        """Fill in what the settings leave out and only the loaded base can tell. Called once before ``attach``."""
+    def resolve(  # noqa: B027 - most have nothing to do
+        self, model: nn.Module, architecture: Architecture, *, has_head: bool
+    ) -> None:
+        """Fill in what the settings leave out and only the loaded base can tell. Called once before ``attach``;
+        ``has_head``: as in ``Context``."""
 
     @abstractmethod
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
@@ -198,6 +201,11 @@ class Method(ABC):
         """Of stored ``tensors`` those that stand in place of weights of the base, by the weight's path in the model
         that holds backbone and head; a head's weights may be among them. Empty for most methods."""
         return {}
+
+    @classmethod
+    def trained_count(cls, settings: Any, tensors: Mapping[str, torch.Tensor]) -> int:  # noqa: ARG003
+        """How many weights training changed, of those in stored ``tensors``; with most methods all of them."""
+        return sum(tensor.numel() for tensor in tensors.values())
 
     @classmethod
     def stored_facts(cls, settings: Any) -> dict[str, Any] | None:  # noqa: ARG003

@@ -60,7 +60,7 @@ def _said(stored: StoredAdapter) -> dict[str, Any]:
 
 
 def _weights(stored: StoredAdapter) -> int:
-    return sum(tensor.numel() for tensor in stored.tensors.values())
+    return methods.get(stored.settings.method).trained_count(stored.settings, stored.tensors)
 
 
 def _same_base(one: StoredAdapter, other: StoredAdapter, model: str | None) -> bool:

@@ -29,9 +29,6 @@ from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.architecture import Architecture, swap
 from capotune.models.prefix import put_prefixes, take_prefixes
 
-_TEXT_RATE = 0.2
-"""Of a deep prompt for text, in standard deviations of keys and values."""
-
 
 class PromptEmbedding(nn.Module):
     """The frozen token embedding, with ``prompt`` (virtual tokens, hidden) for ids from its size on."""
@@ -74,9 +71,9 @@ class PromptTuning(Method):
     key_prefix = "base_model."  # PEFT wraps a prompt-tuned model once less than a LoRA one
     _stays_shallow = False
 
-    def resolve(self, model: nn.Module, architecture: Architecture) -> None:
-        """Whether the prompt is deep, and the learning rate, where they were left out. The rate of vectors before the
-        text is the standard deviation of the base's token embeddings."""
+    def resolve(self, model: nn.Module, architecture: Architecture, *, has_head: bool) -> None:
+        """Whether the prompt is deep, and the learning rate, where they were left out. The rate of vectors before a
+        text to write is the standard deviation of the base's token embeddings."""
         chosen: dict[str, Any] = {}
         deep = self.settings.deep
         if deep is None:
@@ -84,7 +81,8 @@ class PromptTuning(Method):
             self._stays_shallow = not deep
         if self.settings.learning_rate is None:
             embedding: Any = model.get_submodule(architecture.embedding)
-            chosen["learning_rate"] = _TEXT_RATE if deep else float(f"{float(embedding.weight.float().std()):.2g}")
+            spread = float(f"{float(embedding.weight.float().std()):.2g}")
+            chosen["learning_rate"] = (0.1 if deep else 1e-2) if has_head else (0.2 if deep else spread)
         self.settings = self.settings.model_copy(update=chosen)
 
     def attach(self, model: nn.Module, architecture: Architecture, start: Start) -> None:
@@ -225,6 +223,12 @@ class PromptTuning(Method):
         prompt = nn.functional.normalize(self.embedding.prompt.detach().float(), dim=1)
         values, ids = (prompt @ vocabulary.t()).topk(count, dim=1)
         return [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+
+    @classmethod
+    def trained_count(cls, settings: Any, tensors: Mapping[str, torch.Tensor]) -> int:
+        """All but a deep prompt's vectors that rest."""
+        count, (vectors, width) = super().trained_count(settings, tensors), tensors[KEY].shape
+        return count - (vectors - learning(vectors)) * width if settings.deep else count
 
     @classmethod
     def stored_facts(cls, settings: Any) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ class PromptTuningSettings(TrainingSettings):
     method: ClassVar[str] = "prompt-tuning"
     deep: bool | None = None
     """Vectors before every block's keys and values (prefix tuning, Li & Liang 2021) instead of before the input
-    embeddings. Left out: for text yes, where the base's attention lets them in; for labels no."""
+    embeddings. Left out: yes, where the base's attention lets them in."""
     num_virtual_tokens: Count | None = None
     """Vectors put before every text. Left out: 20, or with `candidates` or `hard` as many as the words have tokens."""
     init: Literal["labels", "text", "vocabulary"] | None = None
@@ -68,11 +68,9 @@ class PromptTuningSettings(TrainingSettings):
 
     def _defaults(self, context: Context) -> dict[str, Any]:
         chosen = {**super()._defaults(context), "epochs": 3}
-        if context.has_head:
-            chosen |= {"deep": False, "learning_rate": 0.1 if self.deep else 1e-2}
-        else:
-            del chosen["learning_rate"]  # ``PromptTuning.resolve`` takes it from the base, as it does ``deep``
-            chosen |= {"deep": False} if self.hard else {}
+        del chosen["learning_rate"]  # ``PromptTuning.resolve`` takes it from the base, as it does ``deep``
+        if self.hard:
+            chosen["deep"] = False
         if self.candidates is not None or self.hard:  # the words themselves give the number once they are known
             return chosen
         return {**chosen, "num_virtual_tokens": 20, "init": "labels" if context.has_head else "vocabulary"}
