@@ -22,6 +22,7 @@ from capotune.adapters.assemble import Assembled, assemble, attach
 from capotune.adapters.store import save_adapter
 from capotune.data.batches import TokenRows, TypedLists, collate, taken
 from capotune.data.classes import CLASSES
+from capotune.data.split import text_numbers
 from capotune.data.token_types import TypedTokens
 from capotune.errors import DataError, SettingError
 from capotune.evaluation.forward import Examples, outputs
@@ -253,6 +254,8 @@ def test_equal_pairs_stay_on_one_side(data: Path) -> None:
         split = CLASSES.load(data, seed=seed)
         assert not set(split.train.texts) & set(split.test.texts)
         assert len(set(split.train.texts + split.test.texts)) < 40
+    same = text_numbers([("A  b", "c"), ("a b", "C "), ("a", "b c"), ("c", "a b"), "a b c"])
+    assert same.tolist() == [0, 0, 1, 2, 3]
 
 
 def test_info_checks_golden_answers_of_pairs(runs: Callable[[str], Path]) -> None:

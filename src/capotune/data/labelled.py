@@ -241,12 +241,14 @@ class LabelReading(ABC, Generic[Label]):
 
     def _checked(self, table: Table, text_columns: tuple[str, ...], columns: tuple[str, ...]) -> LabelledText[Label]:
         each, found = [table.column(name) for name in text_columns], self.labels(table, columns)
-        bad = {
-            table.lines[row]: self._problem(table, row, text_columns, columns, label)
-            for row, (label, *texts) in enumerate(zip(found, *each, strict=True))
-            if label is None or any(not isinstance(text, str) or not text.strip() for text in texts)
-        }
-        if bad:
+        unusable = {row for row, label in enumerate(found) if label is None}
+        for of_column in each:
+            unusable |= {row for row, text in enumerate(of_column) if not isinstance(text, str) or not text.strip()}
+        if unusable:
+            bad = {
+                table.lines[row]: self._problem(table, row, text_columns, columns, found[row])
+                for row in sorted(unusable)
+            }
             rows = "1 row" if len(bad) == 1 else f"{len(bad):,} of {len(found):,} rows"
             advice = "Fill these in or delete the rows."
             if len(bad) > len(found) / 2:

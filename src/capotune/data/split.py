@@ -160,8 +160,8 @@ def text_numbers(texts: Iterable[Text]) -> NDArray[np.int64]:
 
     What is remembered of a text is a hash of 128 bits.
     """
-    as_one = (text if isinstance(text, str) else "\0".join(map(normalised, text)) for text in texts)
-    return _numbered(blake2b(normalised(text).encode(), digest_size=16).digest() for text in as_one)
+    as_one = (normalised(text if isinstance(text, str) else " \0 ".join(text)) for text in texts)
+    return _numbered(blake2b(text.encode(), digest_size=16).digest() for text in as_one)
 
 
 def _numbered(groups: Iterable[Hashable] | NDArray[Any]) -> NDArray[np.int64]:

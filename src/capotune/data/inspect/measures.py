@@ -63,7 +63,9 @@ def rows_to_count(texts: Sequence[Text], seed: int) -> Counted | None:
     """Texts whose tokens say enough of all: none are chosen (None) where there are few."""
     if len(texts) <= MOST_COUNTED:
         return None
-    sizes = (len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+    sizes: Iterable[int] = map(len, texts)
+    if not isinstance(texts[0], str):
+        sizes = (sum(map(len, pair)) for pair in texts)
     size = np.fromiter(sizes, dtype=np.int64, count=len(texts))
     drawn = np.random.default_rng(seed).choice(len(texts), MOST_COUNTED - LONGEST_COUNTED, replace=False)
     longest = np.argpartition(size, -LONGEST_COUNTED)[-LONGEST_COUNTED:]
