@@ -150,6 +150,28 @@ def with_an_output(draw: Draw) -> dict[str, dict[str, float]]:
     return found | {"ours": scores(draw, logits.argmax(1), odds) | {"known": len(ours.known)}}
 
 
+def unfitted(draw: Draw) -> dict[str, dict[str, float]]:
+    """A ``ScopedHead`` on a head that no row out of scope was fitted to: all of them choose."""
+    inside = (draw.y != draw.outside).nonzero()[:, 0]
+    out = (draw.y == draw.outside).nonzero()[:, 0]
+    first, head = draw.head(inside, draw.outside)
+    fit, held = draw.fit[draw.y[draw.fit] != draw.outside], draw.held[draw.y[draw.held] != draw.outside]
+    temperature = fit_temperature(first.logits(draw.x[held]), draw.y[held])
+    never = torch.full((1,), -1e4)
+    linear = nn.Linear(head.weight.shape[1], draw.outside + 1)
+    linear.weight.data = torch.cat([head.weight / temperature, torch.zeros(1, head.weight.shape[1])])
+    linear.bias.data = torch.cat([head.bias / temperature, never])
+    held = torch.cat([held, out])
+    logits = first.logits(draw.x[held]) / temperature
+    logits = torch.cat([logits, never.expand(len(logits), 1)], 1)
+    rows = TrainedRows(lambda: logits, lambda at: draw.x[at], draw.y, fit, held)
+    ours, _ = scoped(linear, draw.outside, HIDDEN, rows, logits)
+    with torch.no_grad():
+        logits = ours(draw.test_x)
+    odds = logits[:, draw.outside] - logits[:, : draw.outside].logsumexp(1)
+    return {"unfitted": scores(draw, logits.argmax(1), odds)}
+
+
 def main() -> None:
     """Every draw, then the means."""
     torch.set_num_threads(1)
@@ -157,7 +179,7 @@ def main() -> None:
     draws: list[dict[str, Any]] = []
     for seed in range(DRAWS):
         draw = Draw(data, seed)
-        draws.append(by_softmax(draw) | with_an_output(draw))
+        draws.append(by_softmax(draw) | with_an_output(draw) | unfitted(draw))
         print(seed, json.dumps(draws[-1], indent=1), flush=True)
     names = ("in_scope_accuracy", "out_of_scope_recall", "auroc")
     means = {
