@@ -37,7 +37,7 @@ def fitted(bert: Path) -> TextClassifier:
 
 
 def test_parameters_are_those_of_the_constructor_and_survive_clone(bert: Path) -> None:
-    given = {"method": "lora", "model": str(bert), "seed": 3, "settings": {"rank": 2}}
+    given = {"method": "lora", "model": str(bert), "seed": 3, "settings": {"rank": 2}, "class_weight": "balanced"}
     estimator = TextClassifier(**given)
     assert estimator.get_params() == given
     twin = clone(estimator)
@@ -262,3 +262,19 @@ def test_settings_may_hold_out_test_rows_and_choose_the_seed(bert: Path) -> None
     estimator = classifier(bert, settings={"test_fraction": 0.25, "seed": 9}).fit(TEXTS, NAMES)
     assert estimator.run_["result"]["test_rows"] == 9
     assert estimator.run_["settings"]["seed"] == 9
+
+
+def test_class_weight_is_scikit_learns_word(bert: Path) -> None:
+    numbers = [{"broken": 1, "late": 2, "money": 3}[name] for name in NAMES]
+    plain, weighted = (classifier(bert, class_weight=one).fit(TEXTS, numbers) for one in (None, {1: 5.0, 3: 0.5}))
+    assert weighted.run_["settings"]["class_weights"] == {"1": 5.0, "3": 0.5}
+    assert (weighted.predict_proba(TEXTS)[:, 0] > plain.predict_proba(TEXTS)[:, 0]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"class_weights": "balanced"}, "class_weight"), ({"min_precision": 0.9}, "give every row a class")],
+)
+def test_settings_with_a_word_of_their_own_are_refused(settings: dict[str, Any], message: str, bert: Path) -> None:
+    with pytest.raises(SettingError, match=message):
+        classifier(bert, settings=settings).fit(TEXTS, NAMES)

@@ -29,18 +29,25 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model: ``minilm`` (embedded), a folder, or a model id on the hub.
         seed: decides every random number.
         settings: further settings of the method by name, as in ``capotune.train``: ``{"rank": 8}``.
+        class_weight: ``"balanced"``, or a weight by class; None: every row counts alike.
 
     After ``fit``: ``classes_``, and ``run_``, what ``run.json`` holds. The adapter lives in the estimator and goes with
     it through pickle and ``clone``'s refits; ``save`` writes it as a folder.
     """
 
     def __init__(
-        self, method: str = "lora", model: str = "minilm", seed: int = 0, settings: dict[str, Any] | None = None
+        self,
+        method: str = "lora",
+        model: str = "minilm",
+        seed: int = 0,
+        settings: dict[str, Any] | None = None,
+        class_weight: str | dict[Any, float] | None = None,
     ) -> None:
         self.method = method
         self.model = model
         self.seed = seed
         self.settings = settings
+        self.class_weight = class_weight
 
     def fit(self, texts: Sequence[Any], labels: Sequence[Any]) -> TextClassifier:
         """Train on texts (rows,), or pairs of texts (rows, 2) or as tuples, and labels (rows,) of any kind that numpy
@@ -58,16 +65,15 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "labels must not be empty, and differ by more than space and how a number or a truth value is written, "
                 f"found {quoted(classes.tolist(), 200)}."
             )
-        own = sorted({"data", "test", "out", "report"} & set(self.settings or {}))
-        if own:
-            raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
+        _refuse_own(self.settings or {})
         columns = ("text", "text_pair")
         rows = [
             {**dict(zip(columns, _parts(text), strict=False)), "label": _name(label)}
             for text, label in zip(read, values, strict=True)
         ]
         with tempfile.TemporaryDirectory(prefix="capotune-") as folder:
-            run = {"out": Path(folder) / "run", "model": self.model, "seed": self.seed, "test_fraction": 0}
+            run = {"out": Path(folder) / "run", "model": self.model, "seed": self.seed, "test_fraction": 0,
+                   "class_weights": self._class_weights()}  # fmt: skip
             record = api.train(self.method, data=rows, **{**run, **(self.settings or {})})
             adapter = Path(folder) / "run" / "adapter"
             files = {path.name: path.read_bytes() for path in adapter.iterdir()}
@@ -102,12 +108,32 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 write_atomic(new / name, content)
         return folder
 
+    def _class_weights(self) -> str | dict[str, float] | None:
+        given = self.class_weight
+        return {_name(one): weight for one, weight in given.items()} if isinstance(given, dict) else given
+
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "files_")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loaded model, which is found again from the adapter."""
         return {**super().__getstate__(), "_classifier": None}
+
+
+def _refuse_own(settings: dict[str, Any]) -> None:
+    """``SettingError`` for settings that are fit's own, or the constructor's, or would leave a row without a class."""
+    own = sorted({"data", "test", "out", "report"} & settings.keys())
+    if own:
+        raise SettingError(f"settings {', '.join(own)}: fit decides these itself.", advice="Leave them out.")
+    if "class_weights" in settings:
+        raise SettingError("it is the constructor's `class_weight`.", setting="class_weights")
+    if settings.get("min_precision") is not None:
+        raise SettingError(
+            "scikit-learn's classifiers give every row a class.",
+            setting="min_precision",
+            given=settings["min_precision"],
+            advice="Take `predict_proba`, or `capotune.load` the saved adapter: its `predict` gives None.",
+        )
 
 
 def _name(label: object) -> str:

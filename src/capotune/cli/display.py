@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as ProgressBars
+from rich.table import Table
 from rich.text import Text
 
 from capotune import api
@@ -39,6 +40,8 @@ from capotune.events import (
     Warned,
 )
 from capotune.files import human_bytes
+
+_SHOWN_LABELS = 20
 
 
 class _Steps(ProgressColumn):
@@ -286,7 +289,24 @@ def show_scores(scores: dict[str, Any]) -> None:
         grid.add_row(api.metric(name).words, text)
     if "general" in scores:
         grid.add_row("elsewhere", scores["general"]["words"])
-    terminal().print(grid)
+    console = terminal()
+    console.print(grid)
+    if "label_scores" in scores:
+        console.print()
+        console.print(_by_label(scores["label_scores"]))
+
+
+def _by_label(scores: dict[str, dict[str, float]]) -> Table:
+    """Each label's scores, the lowest F1 first; of many the lowest."""
+    lowest = sorted(((label, one) for label, one in scores.items() if one["rows"]), key=lambda one: one[1]["f1"])
+    table = Table(box=None, pad_edge=False)
+    more = f"label (of {len(lowest)} the lowest F1; --json gives all)" if len(lowest) > _SHOWN_LABELS else "label"
+    table.add_column(more)
+    for name in ("precision", "recall", "F1", "rows"):
+        table.add_column(name, justify="right")
+    for label, one in lowest[:_SHOWN_LABELS]:
+        table.add_row(Text(label), *(f"{one[name]:.2%}" for name in ("precision", "recall", "f1")), f"{one['rows']:,}")
+    return table
 
 
 def _number(name: str, value: float) -> str:
