@@ -14,7 +14,7 @@ from capotune.api import comparison as comparison_module
 from capotune.evaluation.metrics import metric
 from capotune.evaluation.pairs import RowCounts
 from capotune.report import Comparison, ComparisonRow, PageDetails, recommend
-from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Quote, Quotes, SideBySide
+from capotune.sections import Answered, ConfusionMatrix, Fact, Part, Point, Quote, Quotes, Reliability, SideBySide
 from capotune.tasks.classification import Classification
 from capotune.tasks.generation import Generation
 
@@ -97,8 +97,10 @@ def details(labels: int = 3, text: str = "where is my parcel") -> PageDetails:
     confusion = [[9 if i == j else int(j == (i + 1) % labels) for j in range(labels)] for i in range(labels)]
     facts = [Fact("labelled", names[0]), Fact("predicted", names[1], wrong=True), Fact("with", "98.7 %")]
     mistakes = Quotes("Its most confident mistakes", "Read these first.", [Quote([Part(text)], facts)])
+    points = [Point(0.35, 0.25, 10), Point(0.875, 1.0, 9)]
+    reliability = Reliability("What its probabilities are worth", "On the line as many are right as it says.", points)
     return page_details(
-        [ConfusionMatrix("What lora confuses", names, confusion), mistakes],
+        [ConfusionMatrix("What lora confuses", names, confusion), mistakes, reliability],
         base_note=Classification.base_note,
         snippets=comparison_module._snippets(comparison(), ('"your text"',) * 2),
     )

@@ -100,6 +100,12 @@ def test_few_labels_make_a_matrix_and_many_make_lists(tmp_path: Path) -> None:
     assert "most confused pairs of 26 labels" in many
 
 
+def test_probabilities_are_drawn_over_what_came_true(tmp_path: Path) -> None:
+    html = rendered(comparison(), details(), tmp_path)
+    assert 'points="70.0,150.0 175.0,0.0 "' in html
+    assert "25 % at 35 %, 100 % at 88 %" in html.replace("\u00a0", " ")
+
+
 def test_page_is_accessible(tmp_path: Path) -> None:
     tags = Tags(rendered(comparison(), details(), tmp_path)).seen
     assert all("scope" in attributes for tag, attributes in tags if tag == "th")
