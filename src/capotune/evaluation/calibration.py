@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BINS = 15
 _LARGEST = 20.0  # a temperature stays between this and its inverse
 _HALVINGS = 40
+_CHI_SQUARE_95 = 3.841  # of one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Bin:
 def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """The temperature T at which softmax(logits / T) has the lowest cross-entropy on held-out rows.
 
-    C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, §4.2. A row more says that T is near 1: ln T
-    has a standard normal prior, which matters where few rows are held out, and where all are labelled rightly (without
-    it T would go to 0).
+    C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, §4.2. It is 1 unless the rows say otherwise: a
+    likelihood-ratio test at 95 % must prefer another, or what is fitted is chance. ln T has a standard normal prior,
+    without which T would go to 0 where all rows are labelled rightly.
 
     Args:
         logits: (rows, labels), of rows that no weight was fitted to.
@@ -42,6 +43,7 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     Returns 1.0 without rows.
     """
     import torch
+    from torch.nn import functional
 
     if not len(targets):
         return 1.0
@@ -58,7 +60,9 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+    found = math.exp(-(low + high) / 2)
+    now, then = (float(functional.cross_entropy(logits / by, targets, reduction="sum")) for by in (1.0, found))
+    return found if 2 * (now - then) > _CHI_SQUARE_95 else 1.0
 
 
 def confidence_bins(probabilities: torch.Tensor, targets: torch.Tensor, bins: int = BINS) -> list[Bin]:
