@@ -195,8 +195,8 @@ What Capotune does with each family of Transformers {transformers.__version__}, 
 
 - *evaluate*: the base's loss. *generate*: prompts of three lengths in a batch, one by one, and by Transformers.
 - *text: …*, *labels: …*: trained a few steps and read back; the run's score is the stored adapter's, row by row. A soft
-  prompt for text is also put before Transformers' own model as `inputs_embeds`, and a head's features are those of
-  Transformers' hidden states.
+  prompt for text is also put before Transformers' own model as `inputs_embeds`, a deep one's keys and values into its
+  cache, and a head's features are those of Transformers' hidden states.
 - *merge*: the merged model in Transformers scores as the adapter did. *quantize*: the written 4 bits are read as the
   base that is quantized on load.
 - *refused*: one message says why and what to do. *differs*: by how much, and why. An empty cell was not tried.
