@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -130,9 +131,8 @@ def base_with(template: str | None, folder: Path) -> Path:
     """SmolLM2's folder with this template in it."""
     folder.mkdir()
     for path in converted(find("smollm2"), None).folder.iterdir():
-        (folder / path.name).symlink_to(path.resolve())
+        shutil.copy(path, folder / path.name)
     if template is not None:
-        (folder / "chat_template.jinja").unlink()
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
 

@@ -58,6 +58,7 @@ def test_a_checkpoint_holds_the_whole_state(tmp_path: Path) -> None:
         "waited": 1,
         "loss_sum": 0.1 + 0.2,
         "seconds": 1.5,
+        "mixed_lengths": True,
     }
     state = state_at(7, 2, **counters)
     save_checkpoint(tmp_path, state)
@@ -71,6 +72,17 @@ def test_a_checkpoint_holds_the_whole_state(tmp_path: Path) -> None:
             assert_same_bits(one["a.weight"], other["a.weight"])
         else:
             assert torch.equal(one, other) if name == "rng" else one == other, name
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_rows_of_like_length(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state_at(1, mixed_lengths=True))
+    values = json.loads((path / "state.json").read_text())
+    del values["mixed_lengths"]
+    (path / "state.json").write_text(json.dumps(values))
+    (path / "SHA256SUMS").unlink()
+    state = load_checkpoint(tmp_path)
+    assert state is not None
+    assert not state.mixed_lengths
 
 
 def test_the_last_two_and_the_best_epochs_stay(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import logits, on_base, sequences, shake
 
-from capotune.data.batches import Batch, TokenRows, collate, epoch_order, sorted_order, tokens_at_once
+from capotune.data.batches import Batch, TokenRows, collate, epoch_order, like_length, sorted_order, tokens_at_once
 from capotune.kernels.attention import Sequences
 from capotune.methods.feature_extraction.settings import FeatureExtractionSettings
 from capotune.methods.lora.settings import LoraSettings
@@ -144,16 +144,18 @@ LENGTHS = [
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-def test_an_epoch_holds_every_row_once(lengths: list[int], batch_size: int) -> None:
-    batches = epoch_order(lengths, batch_size, seed=3, epoch=2)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_epoch_holds_every_row_once(lengths: list[int], batch_size: int, mixed: bool) -> None:
+    batches = epoch_order(lengths, batch_size, seed=3, epoch=2, mixed=mixed)
     assert sorted(itertools.chain.from_iterable(batch.tolist() for batch in batches)) == list(range(len(lengths)))
     assert len(batches) == -(-len(lengths) // batch_size)
     assert max(map(len, batches)) <= batch_size
 
 
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_order_is_a_function_of_seed_and_epoch(mixed: bool) -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return [batch.tolist() for batch in epoch_order(LENGTHS[2], 32, seed, epoch)]
+        return [batch.tolist() for batch in epoch_order(LENGTHS[2], 32, seed, epoch, mixed=mixed)]
 
     first = order(0, 0)
     np.random.default_rng().random(5)
@@ -161,6 +163,22 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(0, 0) == first
     others = [order(0, 1), order(1, 0), order(1, 1), order(2, 0)]
     assert all(one != other for one, other in itertools.combinations([first, *others], 2))
+
+
+def test_mixed_batches_have_nearly_as_many_tokens_as_each_other() -> None:
+    lengths = LENGTHS[2][:3552]  # 111 whole batches
+    tokens = np.array([sum(lengths[row] for row in batch) for batch in epoch_order(lengths, 32, 0, 0, mixed=True)])
+    assert tokens.std() < 0.01 * tokens.mean()
+    first, second = (
+        {frozenset(batch.tolist()) for batch in epoch_order(lengths, 32, 0, epoch, mixed=True)} for epoch in (0, 1)
+    )
+    assert first.isdisjoint(second)
+
+
+def test_lengths_are_alike_that_are_less_than_a_quarter_apart() -> None:
+    for _, together in itertools.groupby(range(1, 3000), like_length):
+        lengths = list(together)
+        assert lengths[-1] <= 1.25 * lengths[0] + 1
 
 
 def test_little_padding() -> None:

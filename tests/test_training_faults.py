@@ -23,7 +23,7 @@ from capotune.device import is_out_of_memory
 from capotune.engine import loop, skipped
 from capotune.engine.optimizer import FlatAdamW
 from capotune.engine.skipped import MOST_IN_A_ROW
-from capotune.engine.state import TrainingState
+from capotune.engine.state import TrainingState, start
 from capotune.errors import DataError, OutOfMemoryError, SettingError
 from capotune.evaluation.forward import Examples
 from capotune.events import Event, Warned
@@ -78,6 +78,19 @@ def train(data: Path, base: Path, out: Path, **options: Any) -> tuple[dict[str, 
 
     given = QUICK | {"data": str(data), "model": str(base), "out": out, "cache": False, "report": report} | options
     return capotune.train("lora", **given), said
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_batches_are_those_that_the_state_says(mixed: bool, spoil: Spoil, bert: Path) -> None:
+    assembled = on_base(bert, LoraSettings(epochs=1, batch_size=8, rank=2))
+    state = start(assembled, (0.0,), 0)
+    assert not state.mixed_lengths  # each text has one label
+    state.mixed_lengths = mixed
+    seen: list[list[int]] = []
+    spoil(lambda _given, chosen: bool(seen.append(chosen.tolist())))
+    fit(assembled, state=state)
+    lengths = examples(assembled).rows.lengths
+    assert seen == [batch.tolist() for batch in epoch_order(lengths, 8, 0, 0, mixed=mixed)]
 
 
 # ------------------------------------------------------------------------------------------------------ not finite

@@ -26,6 +26,8 @@ class Objective(ABC):
 
     metric: ClassVar[str]
     """What the held-out score is called."""
+    mixes_lengths: ClassVar[bool] = False
+    """Whether each step has rows of all lengths, or rows of like length together, which takes less padding."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:

@@ -1,15 +1,16 @@
 """Batches of token sequences: packed without padding, or padded on the right.
 
-Rows of like length go together, so padding is a few percent instead of half where a model needs it, and attention meets
-few different lengths where it doesn't. The order is a function of seed and epoch alone: an interrupted run finds its
-place again.
+Where each row counts alike, rows of like length go together, so padding is a few percent instead of half where a model
+needs it, and attention meets few different lengths where it doesn't. Where a row counts by its tokens, each batch has
+rows of all lengths. The order is a function of seed and epoch alone: an interrupted run finds its place again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -130,11 +131,19 @@ class Batch:
         return replace(self, **moved)
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row numbers of each batch of one epoch: shuffled, then sorted by length inside pools, batches shuffled again."""
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, *, mixed: bool = False
+) -> list[np.ndarray]:
+    """Row numbers of each batch of one epoch, at random: rows of like length together, or ``mixed``."""
     generator = np.random.default_rng([seed, epoch])
-    rows = generator.permutation(len(lengths))
-    size = np.asarray(lengths)
+    order = _mixed if mixed else _of_like_length
+    return order(np.asarray(lengths), generator.permutation(len(lengths)), batch_size, generator)
+
+
+def _of_like_length(
+    size: np.ndarray, rows: np.ndarray, batch_size: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Sorted by length inside pools, batches shuffled again."""
     batches: list[np.ndarray] = []
     for start in range(0, len(rows), batch_size * _POOL):
         pool = rows[start : start + batch_size * _POOL]
@@ -144,14 +153,35 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     return batches
 
 
+def _mixed(size: np.ndarray, rows: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Rows by length are dealt out, one to each batch and again: each has nearly as many tokens as the others.
+
+    A step's loss is a mean over its tokens. With short rows in one step and long ones in another, each token of the
+    short ones would move the weights more.
+    """
+    rows = rows[np.argsort(size[rows], kind="stable")]
+    count = -(-len(rows) // batch_size)
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for start in range(0, len(rows), count):
+        dealt = rows[start : start + count]
+        for batch, row in zip(generator.permutation(count), dealt, strict=False):
+            batches[batch].append(int(row))
+    return [np.array(batch) for batch in batches]
+
+
 def tokens_at_once(device: torch.device) -> int:
     """How many are read at a time where nothing is trained: what some hundred of them leave is still in a CPU's caches
     when it is read again, and a GPU likes more."""
     return policy.INFERENCE_TOKENS_AT_ONCE if device.type == "cpu" else policy.INFERENCE_TOKENS_AT_ONCE_ON_GPU
 
 
-Group = Callable[[int], int]
-"""A number for each length; only rows of one number may stand in one batch."""
+Group = Callable[[int], Hashable]
+"""A value for each length; only rows of one value may stand in one batch."""
+
+
+def like_length(length: int) -> int:
+    """A number for lengths that are less than a quarter apart."""
+    return int(math.log(max(1, length), 1.25))
 
 
 def one_group(_length: int) -> int:

@@ -24,7 +24,7 @@ from capotune.run_folder import checkpoints, step_and_epoch
 
 _COUNTERS = (
     "epoch", "batch", "step", "best_score", "best_epoch", "trained_score", "waited", "loss_sum",
-    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens", "stored_states",
+    "skipped", "skipped_in_epoch", "skipped_in_a_row", "micro_batch_tokens", "stored_states", "mixed_lengths",
     "seconds",
 )  # fmt: skip
 _TENSORS, _VALUES, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from capotune.adapters.assemble import Assembled
 from capotune.adapters.task_model import Score
-from capotune.data.batches import epoch_order, parts_of
+from capotune.data.batches import Group, epoch_order, like_length, parts_of
 from capotune.device import is_out_of_memory
 from capotune.engine import state as states
 from capotune.engine.optimizer import FlatAdamW, learning_rate_factor, set_learning_rate
@@ -87,7 +87,8 @@ def train(
     assert settings.batch_size is not None
     weights, device = assembled.trainable(), assembled.model.device
     state = state or start(assembled, evaluate(), seed)
-    batches = batches or partial(epoch_order, examples.rows.lengths, settings.batch_size, seed)
+    mixed = state.mixed_lengths
+    batches = batches or partial(epoch_order, examples.rows.lengths, settings.batch_size, seed, mixed=mixed)
     total = settings.epochs * math.ceil(len(examples.rows.lengths) / settings.batch_size)
     with _optimizing(assembled, settings, state) as optimizer:
         try:
@@ -243,7 +244,10 @@ def _parts(
     assembled: Assembled, examples: Examples, chosen: np.ndarray, settings: TrainingSettings
 ) -> list[np.ndarray]:
     """The rows of a step as they go through the model together."""
-    return parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens, assembled.packing.group)
+    packing = assembled.packing
+    mixed_and_padded = packing.first_position is None and assembled.task.objective.mixes_lengths
+    group: Group = (lambda length: (packing.group(length), like_length(length))) if mixed_and_padded else packing.group
+    return parts_of(chosen, examples.rows.lengths, settings.micro_batch_tokens, group)
 
 
 def _saving_less(lengths: Sequence[int], part: np.ndarray) -> AbstractContextManager[None]:

@@ -50,7 +50,7 @@ def _last_batches(examples: Examples, size: int, seed: int, state: TrainingState
     """The rows of each of the steps in a row up to ``state``."""
     found: list[np.ndarray] = []
     for epoch in range(state.epoch, -1, -1):
-        batches = epoch_order(examples.rows.lengths, size, seed, epoch)
+        batches = epoch_order(examples.rows.lengths, size, seed, epoch, mixed=state.mixed_lengths)
         found = [*(batches[: state.batch] if epoch == state.epoch else batches), *found]
         if len(found) >= state.skipped_in_a_row:
             break

@@ -49,13 +49,16 @@ class TrainingState:
     """What the setting of that name was lowered to where memory ran out."""
     stored_states: bool | None = None
     """Whether steps begin above the frozen layers, at states computed once; None: not known, of an earlier version."""
+    mixed_lengths: bool = False
+    """Whether each batch has rows of all lengths; an earlier version's has rows of like length."""
     seconds: float = 0.0
     """What the run has taken so far, what was computed before the first step included."""
 
 
 def start(assembled: Assembled, score: Score, seed: int) -> TrainingState:
     """The state before the first step, with the model as it is now, of this held-out ``score``, as the best so far."""
-    state = TrainingState(rng=torch.Generator(assembled.model.device).manual_seed(seed).get_state())
+    drawn = torch.Generator(assembled.model.device).manual_seed(seed).get_state()
+    state = TrainingState(rng=drawn, mixed_lengths=assembled.task.objective.mixes_lengths)
     _set_best(state, assembled.trainable(), score)
     return state
 

@@ -30,6 +30,7 @@ class TokenCrossEntropy(Objective):
     """Whether logits are the output layer's product with the last hidden states and nothing more."""
 
     metric: ClassVar[str] = "perplexity"
+    mixes_lengths: ClassVar[bool] = True
 
     def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
         """Sum of the cross-entropies, in nats, of the tokens in the loss."""
