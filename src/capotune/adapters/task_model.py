@@ -27,7 +27,8 @@ class Objective(ABC):
     metric: ClassVar[str]
     """What the held-out score is called."""
     mixes_lengths: ClassVar[bool] = False
-    """Whether each step has rows of all lengths, or rows of like length together, which takes less padding."""
+    """Whether each step has rows of all lengths, as where a row counts by its tokens, or rows of like length together,
+    which takes less padding."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
