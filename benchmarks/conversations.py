@@ -26,7 +26,7 @@ from typing import Any
 
 import capotune
 from capotune.errors import CapotuneError
-from capotune.evaluation.generate import _write
+from capotune.evaluation.generate import _Ways, _write
 from capotune.models.base import find
 from capotune.models.gguf.converted import converted
 from capotune.tasks.generation.conversation import ConversationRenderer
@@ -147,7 +147,7 @@ def answered(generator: Any, case: Case, messages: list[dict[str, Any]]) -> dict
     text = "".join(generator.stream_chat(messages, tools, max_tokens=MOST_TOKENS))
     assembled = generator._assembled
     task, decoding = assembled.task, generator._chat_settings({"max_tokens": MOST_TOKENS})
-    (ids,) = _write(assembled, [generator._encode_chat(messages, tools)], [0], decoding, MOST_TOKENS)
+    (ids,) = _write(assembled, [generator._encode_chat(messages, tools)], [0], decoding, MOST_TOKENS, how=_Ways())
     raw = task.decode(ids, special_tokens=True)
     renderer: ConversationRenderer = task._renderer
     end, call_end = renderer.template.turn_end, renderer.template.call_end
