@@ -76,7 +76,9 @@ class ScopedHead(nn.Module):
 
         signs, is_out = self.signs(logits, features).double(), targets == self.outside
         mean, std = signs.mean(0), signs.std(0).clamp_min(1e-9)
-        model = LogisticRegression(class_weight="balanced").fit(((signs - mean) / std).numpy(), is_out.numpy())
+        model = LogisticRegression(class_weight="balanced", solver="newton-cholesky").fit(
+            ((signs - mean) / std).numpy(), is_out.numpy()
+        )
         slopes = torch.from_numpy(model.coef_[0]) / std
         log_odds = signs @ slopes + float(model.intercept_[0]) - mean @ slopes
         inside = self._inside(logits)
