@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 STEPPED = {
     "epochs": 1, "patience": 1, "batch_size": 8, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "warmup": 0.2,
-    "schedule": "linear", "weight_decay": 0.01,
+    "schedule": "linear", "weight_decay": 0.01, "validation_fraction": 0.1,
 }  # fmt: skip
 """All said here: another default changes no curve."""
 WORDS = ("late", "broken", "paid", "the", "lamp", "order", "was", "my", "please", "twice", "green", "white", "Paris")

@@ -62,7 +62,7 @@ def cases(
     (folder / "tagged.conll").write_text("\n\n".join(rows) + "\n", encoding="utf-8")
     (folder / "prompts.txt").write_text("friend one\nfriend two\n", encoding="utf-8")
     quick: dict[str, Any] = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3}
-    labels = {"data": str(tickets), "model": str(bert), **quick}
+    labels = {"data": str(tickets), "model": str(bert), "validation_fraction": 0.1, **quick}
     text = {"data": str(colour_pairs), "model": str(llama_writer), "answers": 4, **quick}
     return {
         "labels, frozen blocks from the cache": Case("feature-extraction", {**labels, "trainable_layers": 1}),

@@ -152,8 +152,8 @@ def test_runs_are_listed_with_status_score_and_time(runs: Path) -> None:
     assert (complete["status"], complete["details"]) == ("complete", "")
     assert (complete["metric"], complete["score"]) == ("accuracy", result["score"])
     assert complete["train_seconds"] == result["train_seconds"] > 0
-    steps = record(runs / "stopped")["lora"]["epochs"] * 9
-    assert (stopped["status"], stopped["details"]) == ("stopped", f"at step 9 of {steps}")
+    steps = record(runs / "stopped")["lora"]["epochs"] * 10
+    assert (stopped["status"], stopped["details"]) == ("stopped", f"at step {steps // 2} of {steps}")
     assert stopped["score"] is None
     table = capo("runs", runs).said
     for words in ("below/python", "complete", f"accuracy {result['score']:.2%}", "stopped"):

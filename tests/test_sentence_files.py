@@ -112,8 +112,9 @@ def test_what_sentence_transformers_does_beside_is_said(bert: Path, tickets: Pat
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8}))
     events: list[Event] = []
     capotune.train(
-        "feature-extraction", data=str(tickets), model=str(folder), out=tmp_path / "run", report=events.append
-    )
+        "feature-extraction", data=str(tickets), model=str(folder), out=tmp_path / "run", report=events.append,
+        validation_fraction=0.1,
+    )  # fmt: skip
     said = [event.text for event in events if isinstance(event, Warned)]
     assert len(said) == 3
     assert "Dense and Normalize after the pooling" in said[0]

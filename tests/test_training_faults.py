@@ -178,7 +178,7 @@ def test_rows_at_fault_are_named_and_training_can_go_on_after_them(
 
     spoil(is_bad)
     with pytest.raises(DataError, match="start anew, or go on after them with `resume`") as caught:
-        train(data, bert, tmp_path / "run", epochs=1)
+        train(data, bert, tmp_path / "run", epochs=1, validation_fraction=0.1)
     named = [int(line) for line in re.findall(r"rows\.csv:(\d+)", str(caught.value))]
     assert "5 steps in a row were skipped, the last is step 6." in str(caught.value)
     assert len(named) == MOST_IN_A_ROW

@@ -47,6 +47,8 @@ class Context:
     """Whether the task puts a head of its own on the base (labels), or trains the base's own output (text)."""
     train_rows: int | None = None
     """Rows to train on; None where the data has not been read."""
+    few_rows: bool = False
+    """Whether a label has so few rows that none is held out and the method trains by contrast."""
 
 
 def _label(name: Any) -> Any:
@@ -109,7 +111,8 @@ class RunSettings(DataSettings):
     """Decides the split, the order of the rows, and every random number."""
     validation_fraction: Fraction | None = None
     """Part of the training rows held out to choose the regularisation and when to stop (500 rows at most). Left out: a
-    tenth; for text at most 16 rows, or a hundredth where that is more."""
+    tenth; with at most 32 rows a label none, each is left out in turn; for text at most 16 rows, or a hundredth where
+    that is more."""
     cache: bool = True
     """Store what the frozen layers compute on disk, so that a second run on the same data need not compute it."""
     save_every: IntervalText = "5min"
@@ -144,18 +147,18 @@ class TrainingSettings(Settings):
     """The method's name on the command line."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate of the method's weights (AdamW). Left out: 1e-3 for labels; for text by the model's width,
-    5e-4·(2000/hidden)^0.775."""
+    """Peak learning rate of the method's weights (AdamW). Left out: 1e-3 for labels (3e-3 where they have few
+    rows); for text by the model's width, 5e-4·(2000/hidden)^0.775."""
     head_learning_rate: Positive = 1e-3
     """Peak learning rate of the classification head."""
     epochs: Count | None = None
     """Most passes over the training rows; training stops earlier when the held-out score no longer rises. Left out: 4
-    for labels, 3 for text."""
+    for labels (3 where they have few rows), 3 for text."""
     patience: Count = 2
     """Passes without a better held-out score after which training stops."""
     batch_size: Count | None = None
-    """Rows in one optimiser step. Left out: 32 for labels; for text a 64th of the rows, at least 4 and at most 32, so
-    that few rows still make enough steps."""
+    """Rows in one optimiser step. Left out: 32 for labels (64 where they have few rows); for text a 64th of the rows,
+    at least 4 and at most 32, so that few rows still make enough steps."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
     """Part of all steps in which the learning rate rises from zero."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -182,6 +185,8 @@ class TrainingSettings(Settings):
 
     def _defaults(self, context: Context) -> dict[str, Any]:
         """A value for each field that may be left out."""
+        if context.few_rows:
+            return {"learning_rate": 3e-3, "epochs": 3, "batch_size": 64}
         if context.has_head:
             return {"learning_rate": 1e-3, "epochs": 4, "batch_size": 32}
         return {

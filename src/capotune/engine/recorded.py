@@ -17,7 +17,7 @@ from capotune.engine.metrics_log import MetricsLog
 from capotune.engine.optimizer import learning_rate_factor
 from capotune.engine.saving import CheckpointSaver
 from capotune.engine.skipped import are_too_many, stopped
-from capotune.engine.state import TrainingState
+from capotune.engine.state import TrainingState, mean_loss
 from capotune.errors import DataError
 from capotune.evaluation.boundary import resumes_with
 from capotune.evaluation.forward import Examples, held_out_score
@@ -62,7 +62,7 @@ def train_recorded(
     recording: Recording,
     assembled: Assembled,
     fit: Examples,
-    held: Examples,
+    held: Examples | None,
     *,
     seed: int,
     state: TrainingState,
@@ -74,7 +74,7 @@ def train_recorded(
         recording: where it is recorded.
         assembled: the model with the method attached.
         fit: rows to train on.
-        held: rows to score the weights on after every epoch.
+        held: rows to score the weights on after every epoch; None: their score is the epoch's mean loss, negated.
         seed: decides the order of the rows and dropout.
         state: where to begin: ``recording.state``, or what ``start`` made.
         report: called with the events.
@@ -108,6 +108,8 @@ def train_recorded(
             saver.end_epoch(state, last=is_over)
 
     def evaluate() -> Score:
+        if held is None:
+            return (-mean_loss(state),)
         return held_out_score(assembled, held, alive(report))
 
     with (

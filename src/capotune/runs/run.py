@@ -96,7 +96,8 @@ def prepare(settings: TrainSettings, method: TrainingSettings, report: Reporter)
     """Resolve what was left out of the settings, find the base, and read the data for it."""
     settings, task, base, context = found(settings, report)
     task_run = task.prepare(settings, method.completed(context), base, report)
-    return Prepared(settings, method.completed(replace(context, train_rows=task_run.train_rows)), base, task_run)
+    context = replace(context, train_rows=task_run.train_rows, few_rows=task_run.few_rows)
+    return Prepared(settings, method.completed(context), base, task_run)
 
 
 def inspect(settings: TrainSettings, method: TrainingSettings, report: Reporter) -> None:

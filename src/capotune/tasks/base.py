@@ -365,6 +365,8 @@ class TaskRun(ABC):
     train_rows: int
     """Rows of the data that are trained on, the held-out ones included."""
     data_sha256: str
+    few_rows: bool = False
+    """Whether a label has so few rows that the defaults are others (``settings.Context``)."""
     files_sha256: Mapping[str, str] = MappingProxyType({})
     """Hash of what was read beside the data, by the setting that names it."""
 

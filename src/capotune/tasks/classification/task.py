@@ -47,6 +47,7 @@ from capotune.tasks.classification.objective import RowCrossEntropy, SkewedCross
 from capotune.tasks.classification.scope import ScopedHead, scoped
 from capotune.tasks.classification.score import scored
 from capotune.tasks.solved_head import ClassSolver
+from capotune.tasks.text_targets.few_rows import are_few
 from capotune.tasks.text_targets.task import AnyTarget, TextTargetRecord, TextTargetTask, TrainedRows, first_labels
 
 _CHOSEN = ("metric", "temperature", "min_precision", "threshold", "out_of_scope", "known")
@@ -109,6 +110,7 @@ class Classification(TextTargetTask):
         "out_of_scope",
         "known",
     }
+    validation_fraction: ClassVar[float | None] = None
     reading = CLASSES
     Record = _Record
 
@@ -196,6 +198,11 @@ class Classification(TextTargetTask):
                 )
 
     # --------------------------------------------------------------------------------------------- the head, and asking
+
+    def has_few(self, rows: int) -> bool:
+        """Whether a label has few, and nothing is asked for that is chosen on held-out rows or weighs them."""
+        asked = self.weights or self.min_precision is not None or self.out_of_scope is not None
+        return not asked and are_few(rows, len(self.labels))
 
     @property
     def solver(self) -> ClassSolver:

@@ -25,10 +25,12 @@ from capotune.tasks.base import Fitted, Scored, TaskRun, held_out_fraction
 from capotune.tasks.prompt_start import prompt_tokens
 from capotune.tasks.solved_head import SolvedHead, Units, solve_head, train_from
 from capotune.tasks.text_targets.features import all_features, compute_features, head_features
+from capotune.tasks.text_targets.few_rows import fit_few
 from capotune.tasks.text_targets.score import score_texts
 from capotune.tasks.text_targets.task import TextTargetTask, TrainedRows
 
 _HASHED_AT_ONCE = 10_000
+_TENTH = 0.1  # of the rows is held out where no setting says it
 AnyTask = type[TextTargetTask]
 
 
@@ -85,10 +87,16 @@ def _tokenised(
 
 def _held_out(data: LabelledData[Any], settings: TrainSettings, kind: AnyTask) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows to fit and those held out. Equal texts do not stand on both sides."""
-    fraction = held_out_fraction(settings.validation_fraction, len(data.train))
+    fraction = held_out_fraction(settings.validation_fraction or _TENTH, len(data.train))
     groups = text_numbers(data.train.texts).tolist()
     fit, held = hold_out(kind.reading.strata(data.train.labels), fraction, settings.seed, groups)
     return torch.as_tensor(fit), torch.as_tensor(held)
+
+
+def _all_in_turn(train: LabelledText[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows are fitted to, and each is held out in turn."""
+    every = torch.arange(len(train))
+    return every, every
 
 
 class TextTargetRun(TaskRun):
@@ -104,12 +112,15 @@ class TextTargetRun(TaskRun):
         train = data.train
         sequences = _tokenised(data, task, train, data.test, report)
         self.targets = task.targets(train.labels)
-        self.fit_rows, self.held_rows = _held_out(data, settings, kind)
+        self.few_rows = settings.validation_fraction is None and task.has_few(len(train))
+        self.fit_rows, self.held_rows = _all_in_turn(train) if self.few_rows else _held_out(data, settings, kind)
         task.check_held_out(self.targets[self.held_rows])
         task.check(sequences, train.texts, train.where)
         self.train = Examples(TokenRows(sequences, task.pad_id), self.targets, where=train.where)
         self.train_rows = len(train)
         self.data_sha256 = _data_hash(data)
+        if self.few_rows:
+            report(Warned(text=_few_rows_notice(len(train), len(task.labels), method.trains)))
         self._features: torch.Tensor | None = None
         self._held_outputs: torch.Tensor | None = None
 
@@ -131,7 +142,7 @@ class TextTargetRun(TaskRun):
 
     def before_attach(self, assembled: Assembled, cache: ActivationCache, report: Reporter) -> None:
         """The features, when the method leaves them equal: to the bit, whoever filled the cache."""
-        if assembled.method.identity_at_start:
+        if assembled.method.identity_at_start and not self.few_rows:
             self._features = self._start_features(assembled, cache, report)
 
     def fit(
@@ -143,6 +154,10 @@ class TextTargetRun(TaskRun):
     ) -> Fitted:
         """Solve the head on what the start model computes; train in steps when the method has weights of its own."""
         self.train = self.train.after(assembled.method.virtual_token_ids)
+        if self.few_rows:
+            fitted, solved = fit_few(recording, assembled, self.train, cache=cache, seed=self.seed, report=report)
+            self._held_outputs = solved.held_logits
+            return fitted
         features = self._features if self._features is not None else self._start_features(assembled, cache, report)
         self._features = None
         fit, held, objective = self.fit_rows, self.held_rows, self.task.objective
@@ -204,6 +219,14 @@ class TextTargetRun(TaskRun):
         if not features.isfinite().all():
             raise self.task.base.error("it computes infinite values or NaN. Are its weights whole?")
         return features
+
+
+def _few_rows_notice(rows: int, labels: int, contrast: bool) -> str:
+    how = "the method trains by contrast between the rows, and the head" if contrast else "the head"
+    return (
+        f"{rows} rows of {labels} labels are few: none is held out, {how} is solved leaving each row out in turn. "
+        "With `validation_fraction` a part is held out as it is of many."
+    )
 
 
 def _notices(task: TextTargetTask, lengths: list[int]) -> list[str]:

@@ -114,6 +114,10 @@ class TextTargetTask(LinearHeadTask):
     def targets(self, labels: Sequence[Any]) -> torch.Tensor:
         """(rows, …), what the objective needs of each label."""
 
+    def has_few(self, rows: int) -> bool:  # noqa: ARG002 - a kind that has no way for few
+        """Whether so many training rows are trained on as ``few_rows`` says; by default never."""
+        return False
+
     @property
     @abstractmethod
     def solver(self) -> HeadSolver:
