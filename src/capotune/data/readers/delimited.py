@@ -52,7 +52,7 @@ def read_delimited(lines: Lines, source: str, delimiter: str | None, limit: int 
                 bad[line] = f"{found}, where the header has {len(columns)}: {excerpt(lines.at(line - 1))}"
             else:
                 rows.add(line, columns, fields)
-            if len(bad) == SHOWN or (bad and not columns) or len(rows) == limit:
+            if len(bad) == SHOWN or (bad and not columns) or (limit is not None and len(rows) == limit):
                 break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")

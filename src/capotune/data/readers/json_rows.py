@@ -47,7 +47,7 @@ def read_json(lines: Lines, source: str, limit: int | None, rows: TakesRows) -> 
                 problem = _TOO_DEEP
         if problem:
             bad[line] = f"{problem}: {excerpt(lines.at(line - 1))}"
-        if len(bad) == SHOWN or len(rows) == limit:
+        if len(bad) == SHOWN or (limit is not None and len(rows) == limit):
             break
     if bad:
         at_least = f"{len(bad)} lines or more" if len(bad) == SHOWN else count(len(bad), "line")
