@@ -178,7 +178,7 @@ def test_a_template_may_ask_for_what_stands_in_objects() -> None:
         (rows(text=said("a b"), yes=one_of(1, 0), no=one_of(0, 1)), "['yes', 'no']].idxmax(axis=1)"),
         (rows(dialog=one_of([{"role": "user"}])), "holds conversations, and no column a label. To learn to write"),
         ([{}, {}], "its first row is empty"),
-        (rows(text=said("a b"), labels=one_of(["a", "b"], ["a"])), "label (labels) is a list, and several labels"),
+        (rows(text=said("a b"), labels=one_of(["a", "b"], ["a"])), "label (labels) is a list; give `task=multi-label`"),
         (rows(text=said("a b"), label=one_of({"a": 1})), "label (label) is an object, neither text nor a number"),
         (rows(text=said("a b"), label=one_of("a;b", "a", "b")), "several labels for one text, such as 'a;b'"),
         (rows(text=said("a b"), label=one_of("a, b", "b", "a")), "several labels for one text, such as 'a, b'"),

@@ -170,7 +170,7 @@ def test_bad_rows_are_named_with_what_is_wrong(write: Write) -> None:
     assert f"{source}:3: missing label (label)\n" in message
     assert f"{source}:4: empty text (text)\n" in message
     assert f"{source}:5: missing label (label)\n" in message
-    assert f"{source}:6: text (text) is int, not a string and label (label) is a list, and several labels" in message
+    assert f"{source}:6: text (text) is int, not a string and label (label) is a list; give" in message
     assert "… and 1 more" in message
     assert "Fill these in or delete the rows. Or is another column meant?" in message
 

@@ -24,7 +24,8 @@ from capotune.evaluation.forward import Examples, batches
 from capotune.events import Warned
 from capotune.methods.lora.settings import LoraSettings
 from capotune.tasks.classification.asked import label_weights, why_macro_f1
-from capotune.tasks.classification.objective import RowCrossEntropy, SkewedCrossEntropy
+from capotune.tasks.classification.objective import SkewedCrossEntropy
+from capotune.tasks.text_targets.objective import RowCrossEntropy
 
 ROWS = ["often"] * 60 + ["seldom"] * 5 + ["rare"] * 5
 

@@ -11,7 +11,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
-from sklearn.base import BaseEstimator, TransformerMixin, clone, is_classifier
+from sklearn.base import BaseEstimator, TransformerMixin, clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -19,7 +19,7 @@ from sklearn.utils import estimator_checks
 
 import capotune
 from capotune.errors import CapotuneError, DataError, SettingError
-from capotune.sklearn import TextClassifier
+from capotune.sklearn import TextClassifier, TextRegressor
 
 TEXTS = [
     f"{words} {number}" for number in range(12) for words in ("my lamp is broken", "the parcel was late", "paid twice")
@@ -233,7 +233,7 @@ def test_bad_rows_are_refused(texts: Any, labels: Any, message: str, bert: Path)
 
 @pytest.mark.parametrize("labels", [[0.5, float("nan"), 1.0], np.linspace(0, 1, 3), np.zeros((3, 2))])
 def test_labels_that_are_no_classes_are_refused(labels: Any, bert: Path) -> None:
-    with pytest.raises(ValueError, match=r"NaN|continuous|1d array"):
+    with pytest.raises(ValueError, match=r"NaN|continuous|same labels"):
         classifier(bert).fit(TEXTS[:3], labels)
 
 
@@ -277,3 +277,33 @@ def test_class_weight_is_scikit_learns_word(bert: Path) -> None:
 def test_settings_with_a_word_of_their_own_are_refused(settings: dict[str, Any], message: str, bert: Path) -> None:
     with pytest.raises(SettingError, match=message):
         classifier(bert, settings=settings).fit(TEXTS, NAMES)
+
+
+# Several labels, and numbers
+
+
+def test_a_table_of_0_and_1_is_fitted_as_several_labels(bert: Path) -> None:
+    table = np.array([[number % 2, number % 3 == 0, 1 - number % 2] for number in range(len(TEXTS))])
+    fitted = classifier(bert).fit(TEXTS, table)
+    said = fitted.predict(TEXTS)
+    assert said.shape == table.shape
+    assert set(np.unique(said)) <= {0, 1}
+    assert (fitted.predict_proba(TEXTS)[:, 0] > 0).all()
+    assert 0 <= fitted.score(TEXTS, table) <= 1
+    assert (pickle.loads(pickle.dumps(fitted)).predict(TEXTS[:3]) == said[:3]).all()
+
+
+def test_a_regressor_gives_numbers_in_their_own_unit(bert: Path) -> None:
+    worth = {"broken": 1950.0, "late": 2000.0, "money": 2050.0}
+    numbers = [worth[name] for name in NAMES]
+    fitted = TextRegressor(method="feature-extraction", model=str(bert)).fit(TEXTS, numbers)
+    assert is_regressor(fitted)
+    assert fitted.predict(TEXTS).shape == (len(TEXTS),)
+    assert fitted.score(TEXTS, numbers) > 0.9
+    assert fitted.intervals(TEXTS[:2]).shape == (2, 1, 2)
+    both = TextRegressor(method="feature-extraction", model=str(bert)).fit(TEXTS, np.stack([numbers, numbers], 1))
+    assert both.predict(TEXTS).shape == (len(TEXTS), 2)
+    with pytest.raises(ValueError, match="numbers contains NaN"):
+        TextRegressor(model=str(bert)).fit(TEXTS[:3], [1.0, np.nan, 2.0])
+    with pytest.raises(DataError, match="3 texts but 2 numbers"):
+        TextRegressor(model=str(bert)).fit(TEXTS[:3], [1.0, 2.0])

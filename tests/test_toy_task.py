@@ -61,14 +61,14 @@ def made(
     request: pytest.FixtureRequest, scores: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
     """A finished run of a method: its record and its folder."""
-    out = tmp_path_factory.mktemp("regression") / "run"
+    out = tmp_path_factory.mktemp("toy-numbers") / "run"
     record = capotune.train(request.param, data=str(scores), model=str(bert), out=out, **METHODS[request.param])
     return record, out
 
 
 def test_train_recognises_the_data_and_beats_the_mean(made: tuple[dict[str, Any], Path], scores: Path) -> None:
     record, out = made
-    assert record["settings"]["task"] == "regression"
+    assert record["settings"]["task"] == "toy-numbers"
     assert record["result"]["metric"] == "mae"
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text("utf-8").splitlines()]
     numbers = [row["score"] for row in rows]
@@ -100,7 +100,7 @@ def test_predict_in_python_and_on_the_command_line(made: tuple[dict[str, Any], P
 def test_info_and_card(made: tuple[dict[str, Any], Path]) -> None:
     record, out = made
     facts = capotune.info(out / "adapter")
-    assert facts["task"] == "regression"
+    assert facts["task"] == "toy-numbers"
     assert facts["max_length"] == 64 - (3 if record["method"] == "prompt-tuning" else 0)
     shown = capo("info", out / "adapter")
     assert "max length" in shown.out
@@ -118,7 +118,7 @@ def test_capo_data_shows_what_was_found(scores: Path, bert: Path) -> None:
     assert "Lowest -4 Highest 7" in shown.said
     assert "Read as texts with a number" in shown.said
     found = json.loads(capo("data", scores, "--model", bert, "--json").out)
-    assert (found["task"], found["report"]["lowest"]) == ("regression", -4.0)
+    assert (found["task"], found["report"]["lowest"]) == ("toy-numbers", -4.0)
 
 
 def test_compare_shows_it_in_the_table_and_on_the_page(scores: Path, bert: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_compare_shows_it_in_the_table_and_on_the_page(scores: Path, bert: Path,
     assert "mean absolute error (lower is better)" in made.said
     assert "the mean of the" in made.out  # a column of the table is narrow
     record = json.loads((tmp_path / "compared" / "compare.json").read_text("utf-8"))
-    assert (record["task"], record["metric"], record["higher_is_better"]) == ("regression", "mae", False)
+    assert (record["task"], record["metric"], record["higher_is_better"]) == ("toy-numbers", "mae", False)
     assert record["base_score"] > min(row["score"] for row in record["rows"])
     assert all(row["difference_interval"] for row in record["rows"] if row["method"] != record["best"])
     page = (tmp_path / "compared" / "compare.html").read_text("utf-8")
@@ -139,13 +139,13 @@ def test_compare_shows_it_in_the_table_and_on_the_page(scores: Path, bert: Path,
 
 
 def test_it_is_found_by_its_data_and_by_its_name(scores: Path, bert: Path, tickets: Path, tmp_path: Path) -> None:
-    assert api.inspect(data=str(scores), model=str(bert))["task"] == "regression"
-    assert api.inspect(data=str(scores), model=str(bert), task="regression")["task"] == "regression"
+    assert api.inspect(data=str(scores), model=str(bert))["task"] == "toy-numbers"
+    assert api.inspect(data=str(scores), model=str(bert), task="toy-numbers")["task"] == "toy-numbers"
     assert api.inspect(data=str(tickets), model=str(bert))["task"] == "classification"
     with pytest.raises(DataError, match="'score' are needed"):
-        capotune.train("lora", data=str(tickets), model=str(bert), task="regression", out=tmp_path / "run")
-    with pytest.raises(SettingError, match=r"regresion.*regression"):
-        api.inspect(data=str(scores), model=str(bert), task="regresion")
+        capotune.train("lora", data=str(tickets), model=str(bert), task="toy-numbers", out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"toy-numbrs.*toy-numbers"):
+        api.inspect(data=str(scores), model=str(bert), task="toy-numbrs")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""What a task may put on a comparison's page: sections of five kinds, as plain data.
+"""What a task may put on a comparison's page: sections of six kinds, as plain data.
 
 A task gives a list of these; ``report/`` draws each kind and knows no task. They stand in ``compare.json`` under
 ``details.sections``.
@@ -10,9 +10,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = [
-    "Answered", "ConfusionMatrix", "Fact", "Part", "Point", "Quote", "Quotes", "Reliability", "Section", "SideBySide",
+    "Answered",
+    "ConfusionMatrix",
+    "Fact",
+    "Part",
+    "Point",
+    "Quote",
+    "Quotes",
+    "Reliability",
+    "ScatterPlot",
+    "Section",
+    "SideBySide",
     "TableSection",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -115,4 +125,19 @@ class Reliability:
     kind: Literal["reliability"] = "reliability"
 
 
-Section = ConfusionMatrix | Quotes | Reliability | SideBySide | TableSection
+@dataclass(frozen=True)
+class ScatterPlot:
+    """Predicted numbers over true ones, on axes of one scale, with the line on which both are equal."""
+
+    title: str
+    note: str
+    x_words: str
+    y_words: str
+    x: list[float]
+    y: list[float]
+    margin: float | None = None
+    """Distance of two more lines from that one; None: there are none."""
+    kind: Literal["scatter"] = "scatter"
+
+
+Section = ConfusionMatrix | Quotes | Reliability | ScatterPlot | SideBySide | TableSection

@@ -68,14 +68,19 @@ class DataSettings(Settings):
     """Labelled text, tagged words (lists of words and tags, CoNLL text), or text to write (conversations, prompts and
     completions, plain text): a csv, tsv, jsonl, parquet or text file, or a dataset id on the hub."""
     task: str = "auto"
-    """What is predicted: `classification` (a label a text), `token-classification` (a tag a word), `generation` (text).
-    auto: as the first record shows."""
+    """What is predicted: `classification` (a label a text), `multi-label` (any number of labels), `regression`
+    (numbers), `ordinal` (a label of an order), `token-classification` (a tag a word), `generation` (text). auto: as the
+    data shows, but for ordinal."""
     test: DataSource | None = None
     """A second file to test on. Without it: rows whose `split` column says test, else a stratified part of the data."""
     text_column: str | None = None
     """Column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
-    """Column that holds the label, or the list of tags. Found by name when left out."""
+    """Column that holds the label, the labels or the number, or the list of tags. Found by name when left out."""
+    label_columns: tuple[str, ...] | None = None
+    """Several labels or numbers: columns that hold one each. Left out: `label_column`, or those that hold 0 and 1."""
+    label_order: tuple[str, ...] | None = None
+    """Ordinal: the labels from the lowest to the highest. Left out: by number."""
     pair_columns: tuple[str, str] | None = None
     """Labels of texts: two columns of texts that are read together, the first and the second. Left out: found by names
     such as premise and hypothesis, sentence1 and sentence2, question and answer; else one text is read."""

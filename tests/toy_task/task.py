@@ -73,7 +73,7 @@ class Regression(Task):
     base: Base
     max_length: int
 
-    name: ClassVar[str] = "regression"
+    name: ClassVar[str] = "toy-numbers"
     title: ClassVar[str] = "texts with a number"
     gives: ClassVar[str] = "gives numbers"
     command: ClassVar[str] = "predict"

@@ -234,15 +234,16 @@ def evaluate(
     ``data``: a path, a dataset id on the hub, or rows in memory, as in ``train``.
 
     It is the score of the run that made the adapter, by the same code and decoding: on that run's test file, the same
-    values to the last digit. For labels: accuracy, macro_f1, loss. For text: loss (nats a token in the loss),
-    perplexity, and exact_match and rouge_l of at most ``answers`` rows where the data holds answers; of an adapter
-    also ``general``, how it differs from its base on general text (a file of yours, or passages of ours, as many as the
-    run read): ``base_loss`` and ``loss`` in nats a token, ``agreement`` of the next token, ``words``. Also ``metric``,
-    the one to compare by, ``rows``, and ``intervals``, the 95 % interval of each; on weights that the adapter was not
-    trained on ``different_base``, True.
+    values to the last digit. For labels: accuracy, macro_f1, loss; for several labels micro_f1 too; for numbers rmse,
+    mae, pearson, spearman and coverage (of the intervals). For text: loss (nats a token in the loss), perplexity, and
+    exact_match and rouge_l of at most ``answers`` rows where the data holds answers; of an adapter also ``general``,
+    how it differs from its base on general text (a file of yours, or passages of ours, as many as the run read):
+    ``base_loss`` and ``loss`` in nats a token, ``agreement`` of the next token, ``words``. Also ``metric``, the one to
+    compare by, ``rows``, and ``intervals``, the 95 % interval of each; on weights that the adapter was not trained on
+    ``different_base``, True.
 
-    ``columns`` are ``text_column``, ``label_column``, ``pair_columns`` (two), ``prompt_template``,
-    ``completion_column``.
+    ``columns`` are ``text_column``, ``label_column``, ``label_columns`` (several), ``pair_columns`` (two),
+    ``prompt_template``, ``completion_column``.
 
     Raises ``DataError`` for data that cannot be read or a label that the adapter does not know.
     """

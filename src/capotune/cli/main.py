@@ -68,6 +68,8 @@ class Evaluate(BaseSettings):
     """Labels, tags: column that holds the text, or the list of words. Found by name when left out."""
     label_column: str | None = None
     """Labels, tags: column that holds the label, or the list of tags. Found by name when left out."""
+    label_columns: tuple[str, ...] | None = None
+    """Several labels or numbers: columns that hold one each. Left out: those of the run."""
     pair_columns: tuple[str, str] | None = None
     """Labels: two columns of texts that are read together. Found by name when left out."""
     prompt_template: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from capotune.data.label_columns import find_label_columns
 from capotune.data.label_values import label_text, one_spelling, refuse_no_classes, why_no_label
 from capotune.data.labelled import LabelledText, LabelReading
 from capotune.data.table import Table
-from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten
+from capotune.data.wording import quoted
 from capotune.errors import DataError
 
 __all__ = ["CLASSES", "class_names", "with_known_labels"]
@@ -30,7 +29,7 @@ class Classes(LabelReading[str]):
         text, label = find_label_columns(table, text_column, next(iter(label_columns), None), named_by)
         return text, (label,)
 
-    def labels(self, table: Table, columns: Sequence[str]) -> list[str | None]:
+    def labels(self, table: Table, columns: Sequence[str], form: str) -> list[str | None]:  # noqa: ARG002
         """Each label as text; that of values which are the same text is worked out once."""
         known: dict[str, str | None] = {}
         found: list[str | None] = []
@@ -58,6 +57,10 @@ class Classes(LabelReading[str]):
         refuse_no_classes(rows.labels, rows.text_column, rows.label_column, str(rows.source))
         return rows, test and respelled(test, spelling), spelling
 
+    def names(self, label: str) -> Sequence[str]:
+        """The label."""
+        return (label,)
+
     def strata(self, labels: Sequence[str]) -> list[int]:
         """The labels, numbered."""
         codes = {name: code for code, name in enumerate(sorted(set(labels)))}
@@ -72,19 +75,6 @@ class Classes(LabelReading[str]):
                 where=str(rows.source),
                 advice="Add rows, or choose another `label_column`.",
             )
-
-    def check_test(self, train: LabelledText[str], test: LabelledText[str]) -> None:
-        """Each label of a test row is one of a training row."""
-        known = set(train.labels)
-        unknown = {
-            line: quoted(label) for line, label in zip(test.lines, test.labels, strict=True) if label not in known
-        }
-        if unknown:
-            names = list(Counter(label for label in test.labels if label not in known))
-            near = "".join(did_you_mean(name, sorted(known)) for name in names[:1])
-            summary = f"test rows have labels that no training row has ({len(names)} of them)"
-            advice = f"{near}Add training rows with the label {shorten(names)}, or correct these rows."
-            raise bad_rows(test.source, summary, unknown, advice)
 
 
 CLASSES = Classes()

@@ -17,10 +17,12 @@ from capotune.data.documents import read_documents
 from capotune.data.formats import find_format, known_layout
 from capotune.data.formats.layout import convert
 from capotune.data.formats.template import template_layout, with_inner_columns
-from capotune.data.label_columns import has_label_column, refuse_one_column_a_label
+from capotune.data.label_columns import has_label_column
+from capotune.data.numbers import looks_like_numbers
 from capotune.data.readers import as_source, is_plain_text, read_table
 from capotune.data.row_store import RowStore
 from capotune.data.samples import GenerationData, Samples
+from capotune.data.several_labels import looks_like_several
 from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked
 from capotune.errors import DataError, SettingError
 
@@ -30,12 +32,12 @@ __all__ = ["load_samples", "looks_like_generation", "read_samples_to_score"]
 def looks_like_generation(source: object, prompt_template: str | None = None) -> bool:
     """Whether ``source`` is text to write rather than text to classify, by the columns of its first row.
 
-    Rows with a ``text`` and a label are text to classify, and so are an input with a label for output, and a question
-    with a column ``label`` beside its answer. Of a large file only the start is read, unless it has a ``text`` and
-    other columns of unknown meaning.
+    Rows with a ``text`` and a label, several labels or a number are text to predict these of, and so are an input with
+    a label for output, and a question with a column ``label`` beside its answer. Of a large
+    file only the start is read, unless it has a ``text`` and other columns of unknown meaning.
 
     Raises:
-        DataError: the source cannot be read, or holds one column a label beside its ``text``.
+        DataError: the source cannot be read, or each row has a 1 in one of some columns beside its ``text``.
     """
     if prompt_template is not None or is_plain_text(source):
         return True
@@ -50,8 +52,7 @@ def looks_like_generation(source: object, prompt_template: str | None = None) ->
         return find_column(columns, ("label", "labels")) is None
     if has_label_column(table) or (len(columns) > 1 and has_label_column(table := read_table(source, place=RowStore))):
         return False
-    refuse_one_column_a_label(table)
-    return True
+    return not (looks_like_several(table, None, ()) or looks_like_numbers(table, None, ()))
 
 
 def load_samples(

@@ -3,7 +3,7 @@ can be meant. Data of other kinds that has labels too is known by its columns an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from capotune.data.columns import LABEL_NAMES, TEXT_NAMES, find_column, given_column, plain_name, value_as_text
@@ -12,9 +12,20 @@ from capotune.data.table import Table
 from capotune.data.wording import did_you_mean, quoted, shorten
 from capotune.errors import DataError
 
-__all__ = ["find_label_columns", "has_label_column", "refuse_one_column_a_label", "refuse_preferences"]
+__all__ = [
+    "find_label_columns",
+    "given_label_columns",
+    "has_label_column",
+    "label_sample",
+    "refuse_one_hot",
+    "refuse_preferences",
+    "yes_or_no",
+    "yes_or_no_columns",
+]
 
-_YES_OR_NO: Final = ("0", "1", "true", "false", "")
+_YES: Final = ("1", "true")
+_NO: Final = ("0", "false", "")
+"""How a column of a label says that a row has it or not, in lower case."""
 
 
 def has_label_column(table: Table) -> bool:
@@ -27,30 +38,71 @@ def has_label_column(table: Table) -> bool:
 
 
 def find_label_columns(
-    table: Table, text_column: str | None = None, label_column: str | None = None, named_by: str | None = None
+    table: Table,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    named_by: str | None = None,
+    names: Sequence[str] = LABEL_NAMES,
+    are_labels: Callable[[list[Any]], bool] | None = None,
 ) -> tuple[str, str]:
-    """The columns that hold text and label; ``named_by`` names the source that the given ones are from.
+    """The columns that hold text and label.
+
+    Args:
+        table: the rows.
+        text_column, label_column: those that are given.
+        named_by: the source that they are from, for messages.
+        names: what a column of labels is called, the likeliest first.
+        are_labels: tells by a column's values whether they may be labels; None: any may be that have such a name, and
+            short ones that stand twice on average where none has.
 
     Raises:
         DataError: a given column does not exist, it is not clear which one is meant, or the columns are those of
-            preferences, or of one column a label.
+            preferences.
     """
     text = None if text_column is None else given_column(table, text_column, named_by or "`text_column`")
     label = None if label_column is None else given_column(table, label_column, named_by or "`label_column`")
     if text is None:
         refuse_preferences(table)
         _refuse_lists_as_text(table)
-    label = label or find_column([column for column in table.columns if column != text], LABEL_NAMES)
+    if label is None:
+        free = [column for column in table.columns if column != text]
+        if are_labels is not None:
+            sample = _sample(table)
+            free = [column for column in free if are_labels(sample[column])]
+        label = find_column(free, names)
     text = text or find_column([column for column in table.columns if column != label], TEXT_NAMES)
     if text is None or label is None:
-        text, label = _by_content(table, text, label)
-    if text == label:
+        text, label = _by_content(table, text, label, are_labels or _looks_like_labels)
+    _refuse_same(table, text, [label])
+    return text, label
+
+
+def given_label_columns(
+    table: Table, text_column: str | None, label_columns: Sequence[str], named_by: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """The column of the text, and the several that are given for labels. Raises as ``find_label_columns``."""
+    labels = tuple(given_column(table, column, named_by or "`label_columns`") for column in label_columns)
+    if text_column is None:
+        rest = [column for column in table.columns if column not in labels and plain_name(column) != "split"]
+        text = find_column(rest, TEXT_NAMES)
+        sample = _sample(table)
+        looks = [text] if text else [column for column in rest if _looks_like_text(sample[column])]
+        if len(looks) != 1:
+            raise _cannot_tell(table, looks, labels[:1])
+        text = looks[0]
+    else:
+        text = given_column(table, text_column, named_by or "`text_column`")
+    _refuse_same(table, text, labels)
+    return text, labels
+
+
+def _refuse_same(table: Table, text: str, labels: Sequence[str]) -> None:
+    if text in labels:
         raise DataError(
             f"{quoted(text)} is given as text and as label.",
             where=str(table.source),
             advice="Choose another `label_column`.",
         )
-    return text, label
 
 
 # Data of other kinds
@@ -107,17 +159,24 @@ def _columns_of(table: Table, names: Sequence[str]) -> tuple[str | None, ...]:
 
 def _sample(table: Table) -> dict[str, list[Any]]:
     """Of each column the values of some thousand rows."""
-    step = max(1, len(table.rows) // 1000)
-    return {column: [row.get(column) for row in table.rows[::step]] for column in table.columns}
+    rows = table.rows[:: max(1, len(table.rows) // 1000)]
+    return {column: [row.get(column) for row in rows] for column in table.columns}
 
 
-def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str, str]:
+def label_sample(table: Table, column: str) -> list[Any]:
+    """A column's values of some thousand rows."""
+    return [row.get(column) for row in table.rows[:: max(1, len(table.rows) // 1000)]]
+
+
+def _by_content(
+    table: Table, text: str | None, label: str | None, are_labels: Callable[[list[Any]], bool]
+) -> tuple[str, str]:
     sample = _sample(table)
     free = [column for column in table.columns if column not in (text, label) and plain_name(column) != "split"]
     texts = [text] if text else [column for column in free if _looks_like_text(sample[column])]
-    labels = [label] if label else [column for column in free if _looks_like_labels(sample[column])]
+    labels = [label] if label else [column for column in free if are_labels(sample[column])]
     if len(labels) != 1:
-        refuse_one_column_a_label(table)
+        _refuse_one_column_a_label(table)
     if len(texts) != 1 or len(labels) != 1:
         raise _cannot_tell(table, texts, labels)
     if _looks_like_a_row(texts[0]) or labels[0] in map(value_as_text, sample[labels[0]]):
@@ -130,28 +189,46 @@ def _by_content(table: Table, text: str | None, label: str | None) -> tuple[str,
     return texts[0], labels[0]
 
 
+def yes_or_no_columns(table: Table) -> tuple[str, ...]:
+    """The columns that hold 0 and 1 alone."""
+    return tuple(column for column, values in _sample(table).items() if _is_yes_or_no(values))
+
+
+def yes_or_no(value: object) -> bool | None:
+    """Whether a value says that a row has its column's label; None for what is neither 0 nor 1."""
+    text = value_as_text(value)
+    text = None if text is None else text.casefold()
+    return True if text in _YES else False if text in _NO else None
+
+
+def refuse_one_hot(table: Table, columns: Sequence[str]) -> None:
+    """Raise a ``DataError`` where each row has a 1 in one of the ``columns``."""
+    marks = zip(*(map(yes_or_no, table.column(column)) for column in columns), strict=True)
+    if all(sum(map(bool, row)) == 1 for row in marks):
+        raise DataError(
+            f"the columns {shorten(columns)} hold 0 or 1 each: each row has a 1 in one of them (one-hot). One column "
+            "that names the label is read.",
+            where=str(table.source),
+            advice=f"Make one, in pandas: frame['label'] = frame[[{shorten(columns)}]].idxmax(axis=1). To read each as "
+            "a label of its own, give `task=multi-label`; to learn to write the text, `task=generation`.",
+        )
+
+
+def _refuse_one_column_a_label(table: Table) -> None:
+    columns = yes_or_no_columns(table)
+    if len(columns) > 1:
+        refuse_one_hot(table, columns)
+        raise DataError(
+            f"the columns {shorten(columns)} hold 0 or 1 each: rows may have several labels or none.",
+            where=str(table.source),
+            advice="To learn all of them, give `task=multi-label`; to train on one of them, `label_column`, such as "
+            f"{quoted(columns[0])}.",
+        )
+
+
 def _is_yes_or_no(values: list[Any]) -> bool:
-    found = {None if (text := value_as_text(value)) is None else text.casefold() for value in values}
-    return found <= set(_YES_OR_NO) and found != {""}
-
-
-def refuse_one_column_a_label(table: Table) -> None:
-    """Raise a ``DataError`` where two or more columns hold 0 and 1 alone: one a label (one-hot, or several labels)."""
-    columns = [column for column, values in _sample(table).items() if _is_yes_or_no(values)]
-    if len(columns) < 2:
-        return
-    of_rows = [sum(value_as_text(row.get(name)) in ("1", "true") for name in columns) for row in table.rows]
-    if set(of_rows) == {1}:
-        problem = "each row has a 1 in one of them (one-hot). One column that names the label is read"
-        advice = f"Make one, in pandas: frame['label'] = frame[[{shorten(columns)}]].idxmax(axis=1)."
-    else:
-        problem = "rows may have several labels or none. Several labels for a text are not supported"
-        advice = f"Train on one of them with `label_column`, such as {quoted(columns[0])}."
-    raise DataError(
-        f"the columns {shorten(columns)} hold 0 or 1 each: {problem}.",
-        where=str(table.source),
-        advice=f"{advice} To learn to write the text, give `task=generation`.",
-    )
+    marks = {yes_or_no(value) for value in values}
+    return None not in marks and any(value_as_text(value) for value in values)
 
 
 def _looks_like_text(values: list[Any]) -> bool:

@@ -15,8 +15,10 @@ from capotune.data.suggest import template_for
 from capotune.data.wording import kind_of, quoted, shorten
 from capotune.errors import DataError
 
-__all__ = ["label_text", "one_spelling", "refuse_no_classes", "why_no_label"]
+__all__ = ["are_amounts", "are_joined", "label_text", "one_spelling", "refuse_no_classes", "why_no_label"]
 
+SEPARATORS: Final = ";|,"
+"""What may stand between labels, the most telling first."""
 _MOST_STEPS: Final = 20  # of a scale in fractions, such as 0.5 to 5 stars: as many may be labels
 _FEW_ROWS: Final = 4  # of fewer rows nothing is said by each having its own label
 
@@ -30,7 +32,7 @@ def label_text(value: object) -> str | None:
 def why_no_label(value: object, column: str) -> str:
     """Why a value is no label, where ``label_text`` gives None."""
     if isinstance(value, list | tuple):
-        return f"label ({column}) is a list, and several labels for one text are not supported"
+        return f"label ({column}) is a list; give `task=multi-label` for several labels a text"
     return f"label ({column}) is {kind_of(value)}, neither text nor a number"
 
 
@@ -63,16 +65,16 @@ def refuse_no_classes(labels: Sequence[str], text_column: str, label_column: str
     column = f"the column {quoted(label_column)}"
     if joined := _several_in_one(names):
         raise DataError(
-            f"{column} holds several labels for one text, such as {quoted(joined)}, which is not supported.",
+            f"{column} holds several labels for one text, such as {quoted(joined)}.",
             where=where,
-            advice="Keep one label a row.",
+            advice="Give `task=multi-label`, or keep one label a row.",
         )
-    if _are_amounts(names, len(labels)):
+    if are_amounts(names, len(labels)):
         raise DataError(
-            f"{column} holds numbers, {len(names):,} different ones: {shorten(names, 3)}. To predict a number is not "
-            "supported; labels are.",
+            f"{column} holds numbers, {len(names):,} different ones: {shorten(names, 3)}. These are no classes.",
             where=where,
-            advice="Make labels of them, such as 'low' and 'high', or choose another `label_column`.",
+            advice="Give `task=regression` to predict them, make labels of them, such as 'low' and 'high', or choose "
+            "another `label_column`.",
         )
     if _are_texts(names, len(labels)):
         written = template_for([text_column], label_column)
@@ -89,18 +91,25 @@ def _several_in_one(names: Sequence[str]) -> str | None:
     """A label that is several; None where each seems to be one."""
     if all(name.startswith("[") and name.endswith("]") for name in names):
         return names[0]
-    for separator in ";|,":
-        parts = {name: {part.strip() for part in name.split(separator)} for name in names}
-        joined = [name for name in names if separator in name]
-        in_labels = Counter(part for of_name in parts.values() for part in of_name)
-        # with a comma a label may be one ("Korea, North"): then its parts stand in no other
-        every = all(in_labels[part] > 1 for name in joined for part in parts[name])
-        if joined and (every or (separator != "," and any(parts[name] & set(names) for name in joined))):
-            return joined[0]
+    for separator in SEPARATORS:
+        if joined := are_joined(names, separator):
+            return joined
     return None
 
 
-def _are_amounts(names: Collection[str], rows: int) -> bool:
+def are_joined(names: Collection[str], separator: str) -> str | None:
+    """A label that consists of several between which ``separator`` stands; None where each seems to be one."""
+    parts = {name: {part.strip() for part in name.split(separator)} for name in names}
+    joined = [name for name in names if separator in name]
+    in_labels = Counter(part for of_name in parts.values() for part in of_name)
+    # with a comma a label may be one ("Korea, North"): then its parts stand in no other
+    every = all(in_labels[part] > 1 for name in joined for part in parts[name])
+    if joined and (every or (separator != "," and any(parts[name] & set(names) for name in joined))):
+        return joined[0]
+    return None
+
+
+def are_amounts(names: Collection[str], rows: int) -> bool:
     """Whether they are numbers with fractions that are no scale of a few steps, or many numbers in few rows."""
     try:
         numbers = [float(name) for name in names]

@@ -20,7 +20,7 @@ from capotune.data.readers import as_source, read_table
 from capotune.data.split import hold_out, refuse_same_source, rows_to_score, split_as_marked, text_numbers
 from capotune.data.table import Origin, Table
 from capotune.data.text_columns import Text, find_pair, without_column
-from capotune.data.wording import bad_rows, shorten, type_name
+from capotune.data.wording import bad_rows, did_you_mean, quoted, shorten, type_name
 from capotune.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class LabelledText(Generic[Label]):
     """Columns that are not read."""
     second_column: str | None = None
     """Where texts are pairs, the column of the second ones; ``text_column`` is that of the first."""
+    form: str = ""
+    """How a label is written, where its kind knows several ways (``LabelReading.form``)."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,7 +61,7 @@ class LabelledText(Generic[Label]):
     @property
     def label_column(self) -> str:
         """The column of the label; of several their names."""
-        return self.label_columns[0] if len(self.label_columns) == 1 else shorten(self.label_columns)
+        return ", ".join(self.label_columns)
 
     def where(self, row: int) -> str:
         """Where a row stands, as messages name it."""
@@ -100,8 +102,12 @@ class LabelReading(ABC, Generic[Label]):
         ``message`` …; ``label``, ``category``, ``intent`` …; as it is written, then in any case), else by content where
         one alone can be meant; ``named_by`` names the source that the given ones are from. Raises ``DataError``."""
 
+    def form(self, table: Table, columns: Sequence[str]) -> str:  # noqa: ARG002
+        """How labels are written, as the first source shows; a second one is read in the same way."""
+        return ""
+
     @abstractmethod
-    def labels(self, table: Table, columns: Sequence[str]) -> list[Label | None]:
+    def labels(self, table: Table, columns: Sequence[str], form: str) -> list[Label | None]:
         """Of each row its label; None where it has none that can be used."""
 
     @abstractmethod
@@ -117,15 +123,16 @@ class LabelReading(ABC, Generic[Label]):
         """
         return rows, test, {}
 
+    def names(self, label: Label) -> Sequence[str]:  # noqa: ARG002
+        """What a label consists of that must be known from training; by default nothing."""
+        return ()
+
     def strata(self, labels: Sequence[Label]) -> list[int]:
         """A number for each label; of rows with each the same part is held out."""
         return [0] * len(labels)
 
     def check_train(self, rows: LabelledText[Label]) -> None:
         """``DataError`` for rows to train on that nothing can be learned from."""
-
-    def check_test(self, train: LabelledText[Label], test: LabelledText[Label]) -> None:
-        """``DataError`` for test rows with a label that no training row has."""
 
     # ------------------------------------------------------------------------------------------------ what all share
 
@@ -171,7 +178,7 @@ class LabelReading(ABC, Generic[Label]):
         second = None
         if test is not None:
             columns = (None, rows.pair_columns) if rows.pair_columns else (rows.text_column, None)
-            second = self._read(test, columns, rows.label_columns, named_by=str(rows.source))
+            second = self._read(test, columns, rows.label_columns, rows.form, named_by=str(rows.source))
         rows, test_rows, respelled = self.settled(rows, second[0] if second else None)
         if second is not None and test_rows is not None:
             second = test_rows, second[1]
@@ -182,7 +189,7 @@ class LabelReading(ABC, Generic[Label]):
         else:
             split = self._split_by_seed(rows, test_fraction, seed)
         self.check_train(split.train)
-        self.check_test(split.train, split.test)
+        self._check_known(split.train, split.test)
         return replace(split, respelled=respelled)
 
     def read(
@@ -209,24 +216,29 @@ class LabelReading(ABC, Generic[Label]):
         label_column: str | None = None,
         label_columns: Sequence[str] | None = None,
         pair_columns: tuple[str, str] | None = None,
+        form: str | None = None,
     ) -> LabelledText[Label]:
-        """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them.
+        """Rows to score a trained adapter on: those that a column ``split`` marks as test, else all of them. ``form``
+        is that of the training rows; None: as the rows show.
 
         Raises:
             DataError: as ``read``.
         """
-        return rows_to_score(*self._read(source, (text_column, pair_columns), label_columns or given(label_column)))
+        columns = text_column, pair_columns
+        return rows_to_score(*self._read(source, columns, label_columns or given(label_column), form))
 
     def _read(
         self,
         source: object,
         text_columns: tuple[str | None, tuple[str, str] | None],
         label_columns: Sequence[str],
+        form: str | None = None,
         named_by: str | None = None,
     ) -> tuple[LabelledText[Label], list[str]]:
         """The rows, and for each one ``train`` or ``test`` as the column ``split`` says (empty without that column).
 
-        ``text_columns`` are the column of the text and those of two texts, as far as they are given.
+        ``text_columns`` are the column of the text and those of two texts, as far as they are given; ``form`` is None
+        where the table itself shows it.
         """
         table = read_table(source)
         pair = find_pair(table, *text_columns, named_by)
@@ -236,11 +248,14 @@ class LabelReading(ABC, Generic[Label]):
         else:
             _, labels = self.find(without_column(table, pair[1]), pair[0], label_columns, named_by)
             texts = pair
-        rows, read = self._checked(table, texts, labels), (*texts, *labels)
-        return replace(rows, unused=unused_columns(table, read)), part_of_each_row(table, read)
+        form = self.form(table, labels) if form is None else form
+        rows, read = self._checked(table, texts, labels, form), (*texts, *labels)
+        return replace(rows, unused=unused_columns(table, read), form=form), part_of_each_row(table, read)
 
-    def _checked(self, table: Table, text_columns: tuple[str, ...], columns: tuple[str, ...]) -> LabelledText[Label]:
-        each, found = [table.column(name) for name in text_columns], self.labels(table, columns)
+    def _checked(
+        self, table: Table, text_columns: tuple[str, ...], columns: tuple[str, ...], form: str
+    ) -> LabelledText[Label]:
+        each, found = [table.column(name) for name in text_columns], self.labels(table, columns, form)
         unusable = {row for row, label in enumerate(found) if label is None}
         for of_column in each:
             unusable |= {row for row, text in enumerate(of_column) if not isinstance(text, str) or not text.strip()}
@@ -273,6 +288,22 @@ class LabelReading(ABC, Generic[Label]):
         if label is None:
             problems.append(self.why_none([values.get(column) for column in columns], columns))
         return " and ".join(problems)
+
+    def _check_known(self, train: LabelledText[Label], test: LabelledText[Label]) -> None:
+        known = {name for label in train.labels for name in self.names(label)}
+        unknown: dict[int, str] = {}
+        names: list[str] = []
+        for line, label in zip(test.lines, test.labels, strict=True):
+            new = [name for name in self.names(label) if name not in known]
+            if new:
+                unknown[line] = ", ".join(map(quoted, new))
+                names += new
+        if unknown:
+            names = list(dict.fromkeys(names))
+            summary = f"test rows have labels that no training row has ({len(names)} of them)"
+            near = did_you_mean(names[0], sorted(known))
+            advice = f"{near}Add training rows with the label {shorten(names)}, or correct these rows."
+            raise bad_rows(test.source, summary, unknown, advice)
 
     def _split_by_seed(self, rows: LabelledText[Label], fraction: float, seed: int) -> LabelledData[Label]:
         self.check_train(rows)

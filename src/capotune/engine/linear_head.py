@@ -4,7 +4,8 @@ Multinomial logistic regression is convex: there is one best head, found without
 
     min over W, b of  F = mean cross-entropy(xWᵀ + b) + λ·‖W‖²        x standardised
 
-The mean may be a weighted one, with a weight for each label.
+The mean may be a weighted one, with a weight for each label. Where a row has a yes or no for each label, the
+cross-entropy is the sum of theirs: a logistic regression for each label, with one λ.
 
 λ is chosen on held-out rows along a path from strong to weak, each solution starting the next. Features and the
 standardisation are folded into one plain linear layer at the end.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -66,7 +68,8 @@ def choose_regularization(
 ) -> tuple[LinearHead, float]:
     """The head whose held-out cross-entropy is lowest along the path, and its λ.
 
-    Shapes: features (rows, features), targets (rows,). The path ends when the held-out loss has risen twice in a row.
+    Shapes: features (rows, features), targets (rows,) int64 positions of labels, or (rows, labels) fp32 with 1 for yes
+    and 0 for no. The path ends when the held-out loss has risen twice in a row.
     On the path the problem is solved roughly and within the sample's span; the λ chosen is then solved to
     ``tolerance``, looser than that of ``solve``: this head is to be judged or trained on, not the final one.
     ``label_weights`` (labels,) multiply the cross-entropy of each label's rows, fitted and held out; None: 1 for each.
@@ -78,7 +81,7 @@ def choose_regularization(
     best_loss, worse, chosen = float("inf"), 0, _PATH[0]
     for regularization in _PATH:
         head = problem.minimize_in_span(head, regularization, problem.rough)
-        loss = float(functional.cross_entropy(_logits(held, head).t(), held_targets, weight=label_weights))
+        loss = float(_rows(held, held_targets, label_weights).loss(_logits(held, head))[0])
         if loss < best_loss:
             best, best_loss, worse, chosen = head, loss, 0, regularization
         else:
@@ -119,8 +122,7 @@ class _Problem:
     x: torch.Tensor
     """(rows, features), standardised."""
     targets: torch.Tensor
-    weights: torch.Tensor | None
-    """(rows,), of each row's cross-entropy; None: 1 for each."""
+    label_weights: torch.Tensor | None
     basis: torch.Tensor
     """(features, columns), orthonormal: the principal axes of the rows within the span of a sample of them."""
     variance: torch.Tensor
@@ -149,8 +151,8 @@ class _Problem:
         z = x @ basis
         variance, axes = torch.linalg.eigh(z.t() @ z / rows)
         exact = count == rows or basis.shape[1] == columns
-        weights, variance = None if label_weights is None else label_weights[targets], variance.clamp_min(0)
-        return _Problem(mean, scale, x, targets, weights, basis @ axes, variance, z @ axes, exact, on_iteration)
+        basis, z, variance = basis @ axes, z @ axes, variance.clamp_min(0)
+        return _Problem(mean, scale, x, targets, label_weights, basis, variance, z, exact, on_iteration)
 
     @property
     def rough(self) -> float:
@@ -207,31 +209,100 @@ class _Problem:
         precondition: Callable[[torch.Tensor, float], torch.Tensor],
         tolerance: float,
     ) -> torch.Tensor:
-        rows = _Rows(x, self.targets, self.weights)
+        rows = _rows(x, self.targets, self.label_weights)
         return _minimize(rows, head, regularization, precondition, tolerance, self.on_iteration)
 
 
+class _Rows(Protocol):
+    """What is fitted, and how logits (labels, rows) meet the targets."""
+
+    @property
+    def x(self) -> torch.Tensor:
+        """(rows, columns)."""
+
+    def loss(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss, a scalar, and the probabilities (labels, rows)."""
+
+    def curvature(self, p: torch.Tensor) -> float:
+        """The mean of p(1 − p)."""
+
+    def residual(self, p: torch.Tensor) -> torch.Tensor:
+        """The gradient of the mean loss by the logits (labels, rows), in place of the probabilities ``p``."""
+
+    def along(self, logits: torch.Tensor, step: torch.Tensor) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+        """From t to the first and second derivative by t of the mean loss at logits + t·step, scalars."""
+
+
+def _rows(x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None) -> _Rows:
+    """Rows of one label each, or where targets are (rows, labels), of a yes or no for each label."""
+    if targets.dim() == 2:
+        return _YesOrNo(x, targets.t())
+    return _OneLabel(x, targets, None if label_weights is None else label_weights[targets])
+
+
 @dataclass(frozen=True)
-class _Rows:
-    """What is fitted: x (rows, columns), targets (rows,), and the weights (rows,) of the rows' losses."""
+class _OneLabel:
+    """Targets (rows,), and the weights (rows,) of the rows' losses; None: 1 for each."""
 
     x: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor | None
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The weighted mean of a value of each row."""
-        return (values if self.weights is None else values * self.weights).mean()
+    def loss(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = torch.log_softmax(logits, 0)
+        return -self._mean(self._at_target(log_p)), log_p.exp_()
 
-    def at_target(self, values: torch.Tensor) -> torch.Tensor:
-        """Of values (labels, rows) those of each row's own label, (rows,)."""
-        return values[self.targets, torch.arange(len(self.targets), device=values.device)]
+    def curvature(self, p: torch.Tensor) -> float:
+        return float(self._mean(p * (1 - p)))
 
     def residual(self, p: torch.Tensor) -> torch.Tensor:
-        """The gradient of the mean loss by the logits (labels, rows), in place of the probabilities ``p``."""
         p[self.targets, torch.arange(len(self.targets), device=p.device)] -= 1
         p /= len(self.x)
         return p if self.weights is None else p.mul_(self.weights)
+
+    def along(self, logits: torch.Tensor, step: torch.Tensor) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+        target = self._mean(self._at_target(step))
+
+        def at(t: float) -> tuple[torch.Tensor, torch.Tensor]:
+            p = torch.softmax(torch.add(logits, step, alpha=t), 0).mul_(step)
+            mean = p.sum(0)
+            return self._mean(mean) - target, self._mean(p.mul_(step).sum(0) - mean.square())
+
+        return at
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of a value of each row."""
+        return (values if self.weights is None else values * self.weights).mean()
+
+    def _at_target(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values (labels, rows) those of each row's own label, (rows,)."""
+        return values[self.targets, torch.arange(len(self.targets), device=values.device)]
+
+
+@dataclass(frozen=True)
+class _YesOrNo:
+    """Targets (labels, rows), 1 for yes and 0 for no; a row's loss is the sum of its labels'."""
+
+    x: torch.Tensor
+    targets: torch.Tensor
+
+    def loss(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = functional.softplus(logits) - self.targets * logits
+        return losses.sum() / len(self.x), logits.sigmoid()
+
+    def curvature(self, p: torch.Tensor) -> float:
+        return float((p * (1 - p)).mean())
+
+    def residual(self, p: torch.Tensor) -> torch.Tensor:
+        return p.sub_(self.targets).div_(len(self.x))
+
+    def along(self, logits: torch.Tensor, step: torch.Tensor) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+        def at(t: float) -> tuple[torch.Tensor, torch.Tensor]:
+            p = torch.add(logits, step, alpha=t).sigmoid_()
+            second = (p * (1 - p) * step.square()).sum()
+            return ((p - self.targets) * step).sum() / len(self.x), second / len(self.x)
+
+        return at
 
 
 def _minimize(
@@ -252,11 +323,10 @@ def _minimize(
     c = 0.0
     for number in range(_MAX_STEPS):
         on_iteration()
-        log_p = torch.log_softmax(logits, 0)
-        loss = -rows.mean(rows.at_target(log_p)) + regularization * head[:, :-1].square().sum()
-        p = log_p.exp_()
+        loss, p = rows.loss(logits)
+        loss = loss + regularization * head[:, :-1].square().sum()
         if number == 0:
-            c = max(float(rows.mean(p * (1 - p))), 1e-8)
+            c = max(rows.curvature(p), 1e-8)
         residual = rows.residual(p)
         weight = _gradient(residual, rows.x).add_(head[:, :-1], alpha=2 * regularization)
         gradient = torch.cat([weight, residual.sum(1)[:, None]], 1)
@@ -302,15 +372,13 @@ def _line_search(
     """
     if not slope < 0:
         return 0.0
-    target = rows.mean(rows.at_target(along))
+    derivatives = rows.along(logits, along)
     w, d = head[:, :-1], direction[:, :-1]
     linear, square = 2 * regularization * _dot(w, d), 2 * regularization * _dot(d, d)
     low, high, t = 0.0, float("inf"), 1.0
     for _ in range(20):
-        p = torch.softmax(torch.add(logits, along, alpha=t), 0).mul_(along)
-        mean = p.sum(0)
-        first = float(rows.mean(mean) - target + linear + t * square)
-        second = float(rows.mean(p.mul_(along).sum(0) - mean.square()) + square)
+        once, twice = derivatives(t)
+        first, second = float(once + linear + t * square), float(twice + square)
         if abs(first) <= 0.1 * -slope:
             break
         low, high = (t, high) if first < 0 else (low, t)

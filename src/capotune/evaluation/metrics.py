@@ -110,8 +110,8 @@ def _exponential_of_ratio(sums: np.ndarray) -> np.ndarray:
     return exponential
 
 
-def _f1(sums: np.ndarray) -> np.ndarray:
-    """2·tp / (2·tp + fp + fn); 0 where there is nothing to find and nothing was found."""
+def f1_of(sums: np.ndarray) -> np.ndarray:
+    """Of (..., 3) tp, fp and fn: 2·tp / (2·tp + fp + fn); 0 where there is nothing to find and nothing was found."""
     twice = 2 * sums[..., 0]
     quotient: np.ndarray = twice / (twice + sums[..., 1] + sums[..., 2]).clip(_TINY)
     return quotient
@@ -176,7 +176,7 @@ for _metric in (
     Metric(
         "f1", "F1", "2·tp / (2·tp + fp + fn), where tp entities are found with their exact ends and type, fp are found "
         "and not there, fn are there and not found",
-        kind="percentage", columns=("tp", "fp", "fn"), from_sums=_f1,
+        kind="percentage", columns=("tp", "fp", "fn"), from_sums=f1_of,
     ),
     Metric(
         "macro_f1", "macro F1", "the mean of every label's F1, each label counting alike", kind="percentage",
@@ -342,3 +342,11 @@ def mean_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, 
     squares = math.fsum((own - mean * count) ** 2 for own, count in zip(sums, counts, strict=True))
     error = math.sqrt(rows / (rows - 1) * squares) / all_counts
     return mean - _Z_95 * error, mean + _Z_95 * error
+
+
+def f1_interval(counts: Sequence[Sequence[int]]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of F1 when rows with these tp, fp and fn were drawn, as that of a ratio of sums: F1
+    is the sum of 2·tp over the sum of 2·tp + fp + fn. None where there is nothing to find, or one row."""
+    sums, sizes = [2 * tp for tp, _, _ in counts], [2 * tp + fp + fn for tp, fp, fn in counts]
+    found = mean_interval(sums, sizes) if any(sizes) else None
+    return None if found is None else (max(0.0, found[0]), min(1.0, found[1]))

@@ -14,16 +14,18 @@ from capotune.sections import (
     Quote,
     Quotes,
     Reliability,
+    ScatterPlot,
     Section,
     SideBySide,
     TableSection,
-)  # fmt: skip
+)
 
 _MATRIX_LABELS = 25
 _CONFUSED_PAIRS = 15
 _WORST_LABELS = 10
 _LONGEST_TEXT = 600
 _MOST_LINES = 16
+_SQUARE = 200
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,23 @@ def _view(section: Section, order: Sequence[str]) -> dict[str, Any]:
             "note": section.note, "any_expected": expects,
             "shown": [_answered(one, order) for one in section.prompts],
         }  # fmt: skip
+    if isinstance(section, ScatterPlot):
+        return _scatter(section)
     assert isinstance(section, TableSection)
     return {"note": section.note, "columns": section.columns, "shown": section.rows}
+
+
+def _scatter(section: ScatterPlot) -> dict[str, Any]:
+    """Points and lines in a square of 200 by 200 in which both axes have one scale."""
+    values = [*section.x, *section.y]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    unit = _SQUARE / (high - low) if high > low else 1.0
+    margin = None if section.margin is None else min(_SQUARE, unit * section.margin)
+    return {
+        "note": section.note, "x_words": section.x_words, "y_words": section.y_words, "margin": margin,
+        "ticks": [(0, f"{low:.3g}"), (_SQUARE, f"{high:.3g}")],
+        "shown": [(unit * (x - low), unit * (y - low)) for x, y in zip(section.x, section.y, strict=True)],
+    }  # fmt: skip
 
 
 def shortened(text: str) -> str:

@@ -25,14 +25,16 @@ def why_none(comparison: Comparison) -> str:
         return "No technique finished with a score, so there is nothing to recommend."
     chance = metric(comparison.metric).text(comparison.chance)
     what = f" ({comparison.chance_words})" if comparison.chance_words else ""
-    first = f"No technique scored above {chance}{what}, so there is nothing to recommend."
+    above = "above" if comparison.higher_is_better else "below"
+    first = f"No technique scored {above} {chance}{what}, so there is nothing to recommend."
     return " ".join(part for part in (first, comparison.metric_why) if part)
 
 
 def above_chance(comparison: Comparison) -> bool:
     """Whether some technique scored better than one that has learned nothing, as far as that is known."""
     scores = [row.score for row in comparison.rows if math.isfinite(row.score)]
-    return math.isnan(comparison.chance) or any(score > comparison.chance for score in scores)
+    sign = 1 if comparison.higher_is_better else -1
+    return math.isnan(comparison.chance) or any(sign * score > sign * comparison.chance for score in scores)
 
 
 def finding(comparison: Comparison) -> str:

@@ -35,14 +35,16 @@ def rows_to_ask(task: Any, data: Any) -> list[Encoded]:
     return cut_to_fit(rows, min(WINDOW, task.base.max_length, task.max_length))
 
 
-def ask(model: Any, rows: Sequence[Encoded], report: Reporter) -> Tensor:
-    """Logits (tokens or rows, choices)."""
+def ask(task: Any, model: Any, rows: Sequence[Encoded], report: Reporter) -> Tensor:
+    """Logits (distributions, choices): of each token or row, or of each output of a row (``Task.distributions``)."""
     types = [torch.tensor([list(one.ids.types)]) for one in rows if isinstance(one.ids, TypedTokens)]
-    return answers_of(model, [torch.tensor([one.ids]) for one in rows], alive(report), types or None)
+    logits = answers_of(model, [torch.tensor([one.ids]) for one in rows], alive(report), types or None)
+    distributions: Tensor = task.distributions(logits)
+    return distributions
 
 
 def ask_with_and_without(assembled: Assembled, rows: Sequence[Encoded], report: Reporter) -> tuple[Tensor, Tensor]:
     """The adapter's answers, and its base's alone; the adapter is off afterwards."""
-    adapter = ask(assembled.model, rows, report)
+    adapter = ask(assembled.task, assembled.model, rows, report)
     assembled.method.detach()
-    return adapter, ask(assembled.model, rows, report)
+    return adapter, ask(assembled.task, assembled.model, rows, report)

@@ -138,14 +138,15 @@ def _compared(
     on_base = _on_base(there, base)
     report_notices(stored, on_base, report)
     adapter, alone = ask_with_and_without(on_base, rows, report)
+    task = on_base.task
     del on_base
-    result = ask(load_merged_model(stored, merged), rows, report)
+    result = ask(task, load_merged_model(stored, merged), rows, report)
     found = agreement(rows, adapter, alone, result)
     precision = least(precision_of(merged), computes_in(stored.dtype))
     found.check(precision, str(settings.out))
     values = {"data": str(settings.data) if settings.data is not None else None, **asdict(found)}
     if there.settings is not stored.settings:
-        trained = ask(_on_base(stored, base).model, rows, report)
+        trained = ask(task, _on_base(stored, base).model, rows, report)
         values["over_4_bits"] = compare_logits(trained, result).kl_divergence
     return values
 

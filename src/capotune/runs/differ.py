@@ -101,9 +101,11 @@ def _answers(one: StoredAdapter, other: StoredAdapter, settings: DiffSettings, r
     on_base = load_adapter(one, model=settings.model, device=pick_device(), report=report)
     rows = rows_to_ask(on_base.task, settings.data)
     first, alone = ask_with_and_without(on_base, rows, report)
-    del on_base
     report(Stage(text="asking the second adapter"))
-    second = ask(load_adapter(other, model=settings.model, device=pick_device(), report=report).model, rows, report)
+    task = on_base.task
+    del on_base
+    there = load_adapter(other, model=settings.model, device=pick_device(), report=report).model
+    second = ask(task, there, rows, report)
     near = compare_logits(first, second)
     return {
         "data": str(settings.data),

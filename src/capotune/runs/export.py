@@ -77,7 +77,7 @@ class _Export:
         return self.settings.out.absolute()
 
     def ask(self, model: Any) -> Tensor:
-        return ask(model, self.rows, self.report)
+        return ask(self.assembled.task, model, self.rows, self.report)
 
 
 def export(settings: ExportSettings, report: Reporter) -> dict[str, Any]:
@@ -194,10 +194,11 @@ def _write_graph(making: _Export, verdict: Verdict) -> tuple[Agreement, str]:
     """Base, adapter and head as an ONNX graph, asked by ONNX Runtime what ``predict`` is asked."""
     assembled, ids = making.assembled, [one.ids for one in making.rows]
     making.said.append(verdict.why[0].upper() + verdict.why[1:])
-    adapter = assembled.task.logits_of_ids(assembled, ids)
+    adapter = assembled.task.distributions(assembled.task.logits_of_ids(assembled, ids))
     onnx.write_onnx(assembled, making.new)
-    base = onnx.answers_of_base(assembled, ids)
+    base = assembled.task.distributions(onnx.answers_of_base(assembled, ids))
     result = onnx.read_onnx(making.new, ids, assembled.task.pad_id, alive(making.report))
+    result = assembled.task.distributions(result)
     onnx.check_tokens(making.new, making.base, SHORT_TEXT.splitlines())
     difference = onnx.check_logits(adapter, result)
     making.said.append(f"ONNX Runtime's logits differ from the adapter's by at most {difference:.2g}.")

@@ -4,7 +4,8 @@
                      or (rows, tokens, tags); any number of rows, any length that the base takes. Of pairs of texts
                      also token_type_ids (rows, tokens) int64, where the base reads them
     tokenizer.json   for the library tokenizers: it cuts to the trained length and pads
-    config.json      the base's, with the labels as ``id2label``
+    config.json      the base's, with the labels as ``id2label`` and what else tells how logits are read: problem_type,
+                     thresholds of several labels, margins of numbers
 
 PyTorch's exporter by ``torch.export`` writes it. The older one, by TorchScript, is five times as fast and gives the
 same logits, but it is deprecated since PyTorch 2.9, and what it traced for one shape it may have fixed for all.
@@ -91,7 +92,7 @@ def write_onnx(assembled: Assembled, folder: Path) -> None:
             advice="Give `loader=transformers`: the merged base, with the head as an adapter of it.",
         ) from error
     _write_tokenizer(assembled, folder)
-    _write_config(assembled.base, assembled.task.labels, folder)
+    _write_config(assembled.base, assembled.task, folder)
 
 
 def _trace(graph: Graph, path: Path, *, typed: bool) -> None:
@@ -143,10 +144,11 @@ def _write_tokenizer(assembled: Assembled, folder: Path) -> None:
     own.save(str(folder / TOKENIZER))
 
 
-def _write_config(base: Base, labels: Sequence[str], folder: Path) -> None:
+def _write_config(base: Base, task: Any, folder: Path) -> None:
     values = {name: value for name, value in base.config_values.items() if name not in _NOT_CARRIED}
-    values["id2label"] = {str(at): label for at, label in enumerate(labels)}
-    values["label2id"] = {label: at for at, label in enumerate(labels)}
+    values["id2label"] = {str(at): label for at, label in enumerate(task.labels)}
+    values["label2id"] = {label: at for at, label in enumerate(task.labels)}
+    values |= task.graph_facts()
     write_atomic(folder / CONFIG, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

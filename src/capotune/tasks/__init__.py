@@ -16,6 +16,9 @@ __all__ = ["Task", "extra_modules", "get", "names", "recognise", "register"]
 
 _BUILT_IN = {
     "classification": "classification",
+    "ordinal": "ordinal",
+    "regression": "regression",
+    "multi-label": "multi_label",
     "generation": "generation",
     "token-classification": "token_classification",
 }

@@ -141,6 +141,8 @@ class Task(TaskModel):
         {
             "text_column",
             "label_column",
+            "label_columns",
+            "label_order",
             "pair_columns",
             "prompt_template",
             "completion_column",
@@ -251,6 +253,11 @@ class Task(TaskModel):
     @abstractmethod
     def facade(self, assembled: Assembled) -> Facade:
         """What ``capotune.load`` returns, ready to be asked: a ``Predictor`` where ``command`` is ``predict``."""
+
+    def distributions(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model's logits (rows, outputs) say as logits of distributions (…, choices): each row is one, unless
+        the task reads its outputs apart."""
+        return logits
 
     def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:  # noqa: ARG002
         """(distributions, choices): what the adapter's answer to ``text`` is decided by; none where a task has no such.

@@ -199,6 +199,10 @@ class LinearHeadTask(Task):
             )
         return differing
 
+    def graph_facts(self) -> dict[str, Any]:
+        """What tells other programs how to read the outputs, for the configuration beside a graph."""
+        return {}
+
     def rows_of_labels(self, record: Mapping[str, Any]) -> list[int]:
         """Of the head of another adapter of the same labels, in the order of this one's."""
         return [record["labels"].index(label) for label in self.labels]

@@ -32,8 +32,8 @@ from capotune.models.architecture import text_part
 from capotune.models.base import Base
 from capotune.models.load import load_classifier
 from capotune.models.stream import empty_model
-from capotune.tasks.classification.objective import RowCrossEntropy
 from capotune.tasks.classification.task import Classification
+from capotune.tasks.text_targets.objective import RowCrossEntropy
 
 _EVERY_TOKEN_COUNTS = -1
 """A padding id that no token has."""

@@ -15,16 +15,10 @@ from capotune.adapters.assemble import Assembled
 from capotune.adapters.files import WEIGHTS
 from capotune.adapters.store import StoredAdapter
 from capotune.adapters.task_model import CardWords
-from capotune.data.classes import CLASSES, class_names, with_known_labels
-from capotune.data.inspect.labels import LabelReport, describe_labels, inspect_data
-from capotune.data.inspect.measures import Counted
-from capotune.data.inspect.texts import TextReport
 from capotune.data.labelled import LabelledData, LabelledText
 from capotune.data.suspects import LabelCheck
-from capotune.data.wording import quoted, shorten
-from capotune.data_blocks import Block
 from capotune.engine.activation_cache import ActivationCache
-from capotune.errors import AdapterError, DataError
+from capotune.errors import AdapterError
 from capotune.evaluation.abstaining import sure_enough
 from capotune.evaluation.calibration import fit_temperature
 from capotune.evaluation.metrics import metric, nearest_mean_logits
@@ -32,7 +26,7 @@ from capotune.events import Reporter
 from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.sections import Section
-from capotune.settings import DataSettings, TrainSettings, nearest
+from capotune.settings import DataSettings, TrainSettings
 from capotune.tasks.base import Scored, untested
 from capotune.tasks.classification import page
 from capotune.tasks.classification.asked import (
@@ -43,12 +37,14 @@ from capotune.tasks.classification.asked import (
     why_macro_f1,
 )
 from capotune.tasks.classification.facade import Classifier
-from capotune.tasks.classification.objective import RowCrossEntropy, SkewedCrossEntropy
+from capotune.tasks.classification.objective import SkewedCrossEntropy
 from capotune.tasks.classification.scope import ScopedHead, scoped
 from capotune.tasks.classification.score import scored
 from capotune.tasks.solved_head import ClassSolver
+from capotune.tasks.text_targets.classes import ClassesTask
 from capotune.tasks.text_targets.few_rows import are_few
-from capotune.tasks.text_targets.task import AnyTarget, TextTargetRecord, TextTargetTask, TrainedRows, first_labels
+from capotune.tasks.text_targets.objective import RowCrossEntropy
+from capotune.tasks.text_targets.task import TextTargetRecord, TrainedRows, first_labels
 
 _CHOSEN = ("metric", "temperature", "min_precision", "threshold", "out_of_scope", "known")
 
@@ -71,7 +67,7 @@ class _Record(TextTargetRecord):
 
 
 @dataclass(frozen=True)
-class Classification(TextTargetTask):
+class Classification(ClassesTask):
     """The task: its labels and lengths. A target is a position in ``labels``."""
 
     metric: str = "accuracy"
@@ -98,20 +94,19 @@ class Classification(TextTargetTask):
         "Each test row gets the label whose training rows have the nearest mean, in the frozen base's features; "
         "nothing is trained."
     )
-    data_settings: ClassVar[frozenset[str]] = TextTargetTask.data_settings | {
+    data_settings: ClassVar[frozenset[str]] = ClassesTask.data_settings | {
         "class_weights",
         "min_precision",
         "out_of_scope",
     }
-    of_the_head: ClassVar[frozenset[str]] = TextTargetTask.of_the_head | {"metric", "temperature"}
-    of_the_answer: ClassVar[frozenset[str]] = TextTargetTask.of_the_answer | {
+    of_the_head: ClassVar[frozenset[str]] = ClassesTask.of_the_head | {"metric", "temperature"}
+    of_the_answer: ClassVar[frozenset[str]] = ClassesTask.of_the_answer | {
         "min_precision",
         "threshold",
         "out_of_scope",
         "known",
     }
     validation_fraction: ClassVar[float | None] = None
-    reading = CLASSES
     Record = _Record
 
     @property
@@ -125,13 +120,6 @@ class Classification(TextTargetTask):
     def recognises(cls, settings: DataSettings) -> bool:  # noqa: ARG003
         """What no other task takes."""
         return True
-
-    @classmethod
-    def of_data(
-        cls: type[AnyTarget], base: Base, data: LabelledData[str], max_length: int | None, virtual_tokens: int
-    ) -> AnyTarget:
-        """The labels of the training rows."""
-        return cls.on(base, class_names(data.train.labels), max_length, virtual_tokens)
 
     def asked(self, data: LabelledData[str], settings: TrainSettings) -> Classification:
         """With the score to compare by, weights, and the precision that labels are to have."""
@@ -166,36 +154,6 @@ class Classification(TextTargetTask):
         from capotune.tasks.classification.label_check import check_labels
 
         return check_labels(settings, base, load, report)
-
-    @classmethod
-    def inspected(
-        cls,
-        data: LabelledData[str],
-        lengths: tuple[Sequence[int], Sequence[int]],
-        limits: tuple[int, int],
-        counted: Sequence[Counted | None],
-    ) -> TextReport:
-        """A ``LabelReport``."""
-        return inspect_data(data, *lengths, *limits, counted)
-
-    def targets(self, labels: Sequence[str]) -> torch.Tensor:
-        """(rows,) int64 positions of label names."""
-        number = {label: at for at, label in enumerate(self.labels)}
-        return torch.tensor([number[label] for label in labels], dtype=torch.long)
-
-    def with_own_labels(self, rows: LabelledText[str]) -> LabelledText[str]:
-        """The rows with each label as the task spells it; one that it does not know stays as it is."""
-        return with_known_labels(rows, self.labels)
-
-    def check_labels(self, rows: LabelledText[str]) -> None:
-        """``DataError`` for the first label that is not one of the task's."""
-        for row, label in enumerate(rows.labels):
-            if label not in self.labels:
-                raise DataError(
-                    f"the label {quoted(label)} is not one the adapter knows.{nearest(label, self.labels)}",
-                    advice=f"It knows: {shorten(self.labels)}.",
-                    where=rows.where(row),
-                )
 
     # --------------------------------------------------------------------------------------------- the head, and asking
 
@@ -302,11 +260,6 @@ class Classification(TextTargetTask):
         return Classifier(assembled)
 
     # ------------------------------------------------------------------------------------------------------------ words
-
-    @classmethod
-    def describe_data(cls, report: Mapping[str, Any]) -> list[Block]:
-        """The report in words, and every label's rows."""
-        return describe_labels(pydantic.TypeAdapter(LabelReport).validate_python(report))
 
     @classmethod
     def card(cls, record: dict[str, Any]) -> CardWords:

@@ -126,7 +126,8 @@ class Generation(TextEncoder, Task):
     @classmethod
     def recognises(cls, settings: DataSettings) -> bool:
         """Conversations, prompts with completions, plain text, or a prompt template."""
-        return settings.pair_columns is None and looks_like_generation(settings.data, settings.prompt_template)
+        named = settings.pair_columns or settings.label_columns
+        return not named and looks_like_generation(settings.data, settings.prompt_template)
 
     @classmethod
     def prepare(cls, settings: TrainSettings, method: TrainingSettings, base: Base, report: Reporter) -> TaskRun:

@@ -21,15 +21,22 @@ class SequenceClassifier(HeadedBackbone):
         pooling: how hidden states become one vector.
         num_labels: outputs of the head.
         feature_layers: as ``HeadedBackbone`` has it; features are the layers' pooled vectors, side by side.
+        problem_type: what Transformers calls the kind of target, which decides on the loss that ``forward`` gives.
     """
 
     virtual_tokens: int
     """Leading positions that are a soft prompt; attended to, but left out of the pooling."""
 
     def __init__(
-        self, backbone: Any, pooling: Pooling, num_labels: int, feature_layers: tuple[int, ...] = (-1,)
+        self,
+        backbone: Any,
+        pooling: Pooling,
+        num_labels: int,
+        feature_layers: tuple[int, ...] = (-1,),
+        problem_type: str = "single_label_classification",
     ) -> None:
         super().__init__(backbone, num_labels, feature_layers)
+        self.config.problem_type = problem_type
         self.pooling = pooling
         self.virtual_tokens = 0
 
@@ -72,7 +79,7 @@ class SequenceClassifier(HeadedBackbone):
         ``token_type_ids`` (batch, tokens) count where the backbone reads several types. ``past_key_values`` are a deep
         prompt's, which the mask counts too. No step depends on values: it can be traced.
 
-        The mean cross-entropy too when ``labels`` (batch,) are given.
+        The mean loss too when ``labels`` are given: positions (batch,), or (batch, labels) 0 or 1, or numbers.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
@@ -84,8 +91,16 @@ class SequenceClassifier(HeadedBackbone):
         states = self.states(attention_mask=mask, **inputs)
         skip = 0 if past_key_values is not None else self.virtual_tokens
         logits = self.logits_of(states, mask[:, -given.shape[1] :], skip)
-        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        loss = None if labels is None else _loss(logits, labels, self.config.problem_type)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """As Transformers' own classes compute it."""
+    if problem_type == "single_label_classification":
+        return functional.cross_entropy(logits, labels)
+    loss = functional.mse_loss if problem_type == "regression" else functional.binary_cross_entropy_with_logits
+    return loss(logits, labels.view_as(logits).to(logits.dtype))
 
 
 def pooled_positions(starts: torch.Tensor, pooling: Pooling, skip: int) -> torch.Tensor | None:

@@ -58,6 +58,7 @@ def _read(
         test=settings.test,
         text_column=settings.text_column,
         label_column=settings.label_column,
+        label_columns=settings.label_columns,
         pair_columns=settings.pair_columns,
         test_fraction=settings.test_fraction,
         seed=settings.seed,
@@ -201,7 +202,6 @@ class TextTargetRun(TaskRun):
         def features(rows: torch.Tensor) -> torch.Tensor:
             return head_features(assembled, self.train.take(rows).rows, counter(report))
 
-        self.task = self.task.decided(held, self.targets[self.held_rows])
         trained = TrainedRows(held, features, self.targets, self.fit_rows, self.held_rows)
         self.task = self.task.settled(assembled.model, trained)
         if text := self.task.undecided():

@@ -29,7 +29,7 @@ from capotune.methods.base import Method
 from capotune.models.base import Base
 from capotune.models.sentence_files import Pooling
 from capotune.models.tokenizer_files import tokens_of
-from capotune.settings import EvaluateSettings, TrainingSettings, TrainSettings
+from capotune.settings import EvaluateSettings, TrainingSettings, TrainSettings, nearest
 from capotune.tasks.base import Scored, TaskRun
 from capotune.tasks.linear_head import LinearHeadTask, inner_states
 from capotune.tasks.room import text_length
@@ -85,9 +85,11 @@ class TextTargetTask(LinearHeadTask):
 
     data_settings: ClassVar[frozenset[str]] = LinearHeadTask.data_settings | {"pair_columns"}
     peft_task_type: ClassVar[str] = "SEQ_CLS"
-    Record = TextTargetRecord
+    Record: ClassVar[type[StoredRecord]] = TextTargetRecord
     reading: ClassVar[LabelReading[Any]]
     """How a label is read."""
+    problem_type: ClassVar[str] = "single_label_classification"
+    """What Transformers calls the kind, by which its classes and PEFT's choose a loss."""
 
     # ------------------------------------------------------------------------------------------- what each kind says
 
@@ -134,35 +136,35 @@ class TextTargetTask(LinearHeadTask):
     def scored(self, rows: LabelledText[Any], outputs: torch.Tensor) -> Scored:
         """The score of outputs (rows, outputs) for rows, of which there may be none."""
 
-    def decided(self: AnyTarget, held: Callable[[], torch.Tensor], targets: torch.Tensor) -> AnyTarget:  # noqa: ARG002
-        """The task with what is chosen after training on held-out rows, such as thresholds; by default nothing is.
-
-        ``held`` gives their outputs (rows, outputs) by weights that were not fitted to them, ``targets`` are theirs.
-        """
-        return self
-
     def asked(self: AnyTarget, data: LabelledData[Any], settings: TrainSettings) -> AnyTarget:  # noqa: ARG002
         """The task with what the settings ask of it for these training rows; by default nothing. ``SettingError``."""
         return self
 
     def undecided(self) -> str:
-        """What of ``decided`` did not come about as it was asked for, a sentence; empty where nothing."""
+        """What of ``settled`` did not come about as it was asked for, a sentence; empty where nothing."""
         return ""
 
     def settled(self: AnyTarget, model: Any, rows: TrainedRows) -> AnyTarget:  # noqa: ARG002
-        """The task with what is chosen on held-out rows and put into the trained ``model``'s head; by default nothing
-        is."""
+        """The task with what is chosen after training, such as thresholds, on rows that weights were not fitted to; and
+        the trained ``model``'s head with what belongs there, such as the numbers' own unit. By default nothing is."""
         return self
 
     def check_held_out(self, targets: torch.Tensor) -> None:
         """``SettingError`` where rows with these targets are too few to choose by what the settings ask for."""
 
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The columns to score that are known by the adapter; none where they are found as in training."""
+        return ()
+
+    @property
+    def label_form(self) -> str | None:
+        """How labels are written (``LabelReading.form``); None: as the rows to score show."""
+        return None
+
     def with_own_labels(self, rows: LabelledText[Any]) -> LabelledText[Any]:
         """The rows to score, with each label as the task spells it; one that it does not know stays as it is."""
         return rows
-
-    def check_labels(self, rows: LabelledText[Any]) -> None:
-        """``DataError`` for the first row with a label that the task cannot score."""
 
     # ------------------------------------------------------------------------------------------------------ from data
 
@@ -283,7 +285,7 @@ class TextTargetTask(LinearHeadTask):
     def put_head(self, loaded: Any, method: Method) -> tuple[Any, str]:
         """A ``SequenceClassifier``."""
         layers = method.feature_layers or readable_layers(inner_states(loaded), self.base.hidden_size)
-        model = SequenceClassifier(loaded, self.pooling, len(self.labels), layers)
+        model = SequenceClassifier(loaded, self.pooling, len(self.labels), layers, self.problem_type)
         return model, model.text_part
 
     def prompt_attached(self, model: Any, virtual_tokens: int) -> None:
@@ -314,6 +316,10 @@ class TextTargetTask(LinearHeadTask):
             **self.own(),
         }
 
+    def graph_facts(self) -> dict[str, Any]:
+        """The kind of target, by Transformers' name, and the kind's further fields."""
+        return {"problem_type": self.problem_type, **self.own()}
+
     def own(self) -> dict[str, Any]:
         """The kind's further fields, for the record."""
         return {}
@@ -336,8 +342,9 @@ class TextTargetTask(LinearHeadTask):
         return without_loss(self.encode(rows.texts[:count]))
 
     def golden_logits(self, assembled: Assembled, text: str) -> torch.Tensor:
-        """(1, outputs); of pairs those of the text beside itself."""
-        return self.logits_of_ids(assembled, self.encode([(text, text) if self.pairs else text]))
+        """(distributions, choices), of the one text; of pairs those of the text beside itself."""
+        ids = self.encode([(text, text) if self.pairs else text])
+        return self.distributions(self.logits_of_ids(assembled, ids))
 
     def logits_of_ids(self, assembled: Assembled, sequences: list[list[int]]) -> torch.Tensor:
         """(rows, outputs)."""
@@ -345,18 +352,34 @@ class TextTargetTask(LinearHeadTask):
 
     def evaluate(self, assembled: Assembled, settings: EvaluateSettings, report: Reporter) -> Scored:
         """The scores of a run. ``DataError`` for a label that the adapter does not know."""
-        rows = self.reading.read_to_score(
-            settings.data,
-            text_column=settings.text_column,
-            label_column=settings.label_column,
-            pair_columns=settings.pair_columns,
-        )
+        rows = self._rows_to_score(settings)
         self.check_form(rows)
         rows = self.with_own_labels(rows)
-        self.check_labels(rows)
+        self._check_known(rows)
         for text in lost_texts(rows, self.token_lengths(rows.texts), self.max_length):
             report(Warned(text=text))
         return score_texts(assembled, rows, progress=counter(report))
+
+    def _rows_to_score(self, settings: EvaluateSettings) -> LabelledText[Any]:
+        return self.reading.read_to_score(
+            settings.data,
+            text_column=settings.text_column,
+            label_column=settings.label_column,
+            label_columns=settings.label_columns or (None if settings.label_column else self.own_columns),
+            pair_columns=settings.pair_columns,
+            form=self.label_form,
+        )
+
+    def _check_known(self, rows: LabelledText[Any]) -> None:
+        """``DataError`` for the first label that is not one of the task's."""
+        for row, label in enumerate(rows.labels):
+            new = next((name for name in self.reading.names(label) if name not in self.labels), None)
+            if new is not None:
+                raise DataError(
+                    f"the label {quoted(new)} is not one the adapter knows.{nearest(new, self.labels)}",
+                    advice=f"It knows: {shorten(self.labels)}.",
+                    where=rows.where(row),
+                )
 
     def check_form(self, rows: LabelledText[Any]) -> None:
         """``DataError`` for pairs where single texts were trained on, and the reverse."""
@@ -397,6 +420,11 @@ class TextTargetTask(LinearHeadTask):
                 f"up to {facts['max_length']} tokens, {facts['pooling']} pooling",
             ),
         ]
+
+
+def as_choices(outputs: torch.Tensor) -> torch.Tensor:
+    """Logits of a no and a yes for each output by itself: (rows, outputs) → (rows·outputs, 2)."""
+    return torch.stack([torch.zeros_like(outputs), outputs], -1).flatten(0, 1)
 
 
 def first_labels(record: Mapping[str, Any], most: int = 20) -> str:

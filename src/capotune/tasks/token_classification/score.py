@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from capotune.adapters.assemble import Assembled
 from capotune.engine.activation_cache import ActivationCache
 from capotune.evaluation.forward import Examples
-from capotune.evaluation.metrics import Metric, mean_interval, metric, register
+from capotune.evaluation.metrics import Metric, f1_interval, metric, register
 from capotune.evaluation.pairs import RowCounts
 from capotune.events import OnProgress
 from capotune.tasks.base import Scored
@@ -62,7 +61,8 @@ def of_predictions(rows: TaggedRows, predicted: Sequence[RowTags], further: dict
     counts = [count(true, row.tags) for true, row in zip(rows.tags, predicted, strict=True)]
     total = sum(counts, EntityCounts())
     scores = {"f1": total.f1, "precision": total.precision, "recall": total.recall, **further}
-    interval = f1_interval(counts)
+    by_row = [(one.tp, one.fp, one.fn) for one in counts]
+    interval = f1_interval(by_row)
     return Scored(
         "f1",
         scores,
@@ -70,16 +70,8 @@ def of_predictions(rows: TaggedRows, predicted: Sequence[RowTags], further: dict
         len(rows),
         {name: f"{len(rows):,} sentences" for name in scores},
         _predictions(rows, predicted, counts),
-        RowCounts.of(metric("f1"), np.array([(one.tp, one.fp, one.fn) for one in counts])),
+        RowCounts.of(metric("f1"), by_row),
     )
-
-
-def f1_interval(counts: Sequence[EntityCounts]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of F1 when sentences were drawn, as that of a ratio of sums: F1 is the sum of 2·tp
-    over the sum of 2·tp + fp + fn. None where no sentence has an entity, or there is one sentence."""
-    sums, sizes = [2 * one.tp for one in counts], [2 * one.tp + one.fp + one.fn for one in counts]
-    found = mean_interval(sums, sizes) if any(sizes) else None
-    return None if found is None else (max(0.0, found[0]), min(1.0, found[1]))
 
 
 @torch.no_grad()
