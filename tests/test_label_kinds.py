@@ -14,6 +14,9 @@ from capotune import api
 from capotune.data.numbers import NUMBERS
 from capotune.data.several_labels import SEVERAL_LABELS
 from capotune.errors import CapotuneError, DataError
+from capotune.tasks.multi_label.facade import LabelSet
+from capotune.tasks.ordinal.facade import OrdinalLabel
+from capotune.tasks.regression.facade import Numbers
 
 Rows = list[dict[str, Any]]
 NAMES = ("toxic", "rude", "spam")
@@ -54,6 +57,7 @@ COLUMNS = {name: (lambda at, bit=bit: at >> bit & 1) for bit, name in enumerate(
         (rows(text=text, score=fraction), "regression", "Numbers"),
         (rows(text=text, label=fraction), "regression", "Numbers"),
         (rows(sentence=text, Rating=lambda at: str(fraction(at))), "regression", "label in 'Rating'"),
+        (rows(sentence1=text, sentence2=text, score=fraction), "regression", "Numbers"),
         (rows(text=text, stars=lambda at: at % 5), "classification", "5, with"),
         (rows(text=text, score=lambda at: at % 5), "classification", "5, with"),
         (rows(text=text, label=lambda at: NAMES[at % 3], score=fraction), "classification", "3, with"),
@@ -153,6 +157,17 @@ def test_classes_of_another_kind_lead_to_the_task_that_reads_them(bert: Path) ->
         with pytest.raises(DataError) as caught:
             api.inspect(data=data, model=str(bert), task="classification")
         assert named in str(caught.value)
+
+
+def test_answers_to_pairs_of_texts_stand_in_one_line() -> None:
+    pair = ("a\nb", "c")
+    for one in (
+        Numbers(pair, {"score": 1.5}, {"score": 0.25}),
+        LabelSet(pair, ("x",), {"x": 0.9, "y": 0.1}),
+        OrdinalLabel(pair, "x", {"x": 0.9, "y": 0.1}),
+    ):
+        assert one.as_line().endswith("\ta b\tc")
+        assert "\n" not in one.as_line()
 
 
 def test_contradictory_rows_are_counted(bert: Path) -> None:

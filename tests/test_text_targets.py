@@ -97,10 +97,10 @@ def made(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.Te
     return Made(kind, rows, record, out)
 
 
-def only(made: Made, kind: str) -> Made:
-    if made.kind != kind:
-        pytest.skip(f"of {kind} alone")
-    return made
+def of(*chosen: str) -> Any:
+    """The runs whose kind or technique is one of these."""
+    runs = [one for one in MADE if set(one) & set(chosen)]
+    return pytest.mark.parametrize("made", runs, indirect=True, ids=["-".join(one) for one in runs])
 
 
 # ------------------------------------------------------------------------------------------------------ the whole way
@@ -167,9 +167,8 @@ def test_info_card_and_graph_say_what_it_gives(made: Made) -> None:
     assert facts["problem_type"] == expected[2]
 
 
+@of("multi-label", "regression")
 def test_a_record_that_contradicts_itself_is_refused(made: Made) -> None:
-    if made.kind == "ordinal":
-        pytest.skip("it has nothing beside its labels")
     stored = read_adapter(made.adapter)
     name = "thresholds" if made.kind == "multi-label" else "centers"
     stored.record[name] = [0.5]
@@ -201,9 +200,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind: str, bert: Path, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@of("lora")
 def test_peft_loads_it_with_the_outputs_and_the_loss_of_its_kind(made: Made) -> None:
-    if made.record["method"] != "lora":
-        pytest.skip("of lora alone")
     peft = pytest.importorskip("peft")
     base = capotune.load_base(made.adapter)
     model = peft.PeftModel.from_pretrained(base, str(made.adapter)).eval()
@@ -226,9 +224,8 @@ def test_peft_loads_it_with_the_outputs_and_the_loss_of_its_kind(made: Made) -> 
     torch.testing.assert_close(found.loss, wanted, rtol=1e-4, atol=1e-4)
 
 
+@of("lora")
 def test_merged_model_answers_as_the_adapter(made: Made, tmp_path: Path) -> None:
-    if made.record["method"] != "lora":
-        pytest.skip("of lora alone")
     said = capotune.merge(made.adapter, out=tmp_path / "merged")
     assert said["answers"]["to_adapter"] < 1e-6
     head = capotune.load(tmp_path / "merged" / "adapter")
@@ -260,8 +257,8 @@ def test_page_shows_what_it_gives(made: Made) -> None:
 # ---------------------------------------------------------------------------------------------------------- the scores
 
 
+@of("multi-label")
 def test_scores_of_several_labels_are_scikit_learns(made: Made) -> None:
-    only(made, "multi-label")
     names = sorted(WORTH)
     true, said = (
         np.array([[name in row[column] for name in names] for row in made.predictions])
@@ -276,8 +273,8 @@ def test_scores_of_several_labels_are_scikit_learns(made: Made) -> None:
     assert scores["loss"] == pytest.approx(loss, rel=0.02, abs=1e-3)
 
 
+@of("regression")
 def test_scores_of_numbers_are_scipys(made: Made) -> None:
-    only(made, "regression")
     true, said = (np.array([row[name]["score"] for row in made.predictions]) for name in ("numbers", "predicted"))
     scores = made.record["result"]["scores"]
     assert scores["rmse"] == pytest.approx(reference.root_mean_squared_error(true, said))
@@ -288,8 +285,8 @@ def test_scores_of_numbers_are_scipys(made: Made) -> None:
     assert scores["coverage"] == pytest.approx(np.mean(np.abs(true - said) <= margin))
 
 
+@of("ordinal")
 def test_scores_of_an_order_are_scikit_learns(made: Made) -> None:
-    only(made, "ordinal")
     true, said = ([int(row[name]) for row in made.predictions] for name in ("label", "predicted"))
     scores = made.record["result"]["scores"]
     assert scores["steps"] == pytest.approx(reference.mean_absolute_error(true, said))
@@ -342,8 +339,8 @@ def test_too_few_held_out_rows_give_no_intervals_and_say_so(bert: Path, tmp_path
     assert "coverage" not in capotune.evaluate(adapter, data=numbers())
 
 
+@of("multi-label")
 def test_unknown_labels_are_named_with_their_row(made: Made) -> None:
-    only(made, "multi-label")
     data = [{"text": "late", "labels": ["late"]}, {"text": "lost", "labels": ["late", "losst"]}]
     with pytest.raises(CapotuneError, match=r"row 1: the label 'losst' is not one the adapter knows"):
         capotune.evaluate(made.adapter, data=data)

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from capotune.tasks.text_targets.facade import TextPredictor
+from capotune.data.text_columns import Text
+from capotune.tasks.text_targets.facade import TextPredictor, in_one_line
 
 
 @dataclass(frozen=True)
 class LabelSet:
     """One text's labels."""
 
-    text: str
+    text: Text
     labels: tuple[str, ...]
     """Those whose probability reaches their threshold, the most probable first."""
     probabilities: dict[str, float]
@@ -25,7 +26,7 @@ class LabelSet:
         """Labels, their probabilities and the text in one line, parted by tabs; a dash where there is no label."""
         names = ", ".join(self.labels) or "-"
         values = ", ".join(f"{self.probabilities[label]:.3f}" for label in self.labels) or "-"
-        return f"{names}\t{values}\t{' '.join(self.text.split())}"
+        return f"{names}\t{values}\t{in_one_line(self.text)}"
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values, with the probability of every label."""
@@ -41,20 +42,20 @@ class MultiLabeller(TextPredictor):
         """(labels,): from which probability on a text has each label."""
         return np.array(self._assembled.task.thresholds)
 
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    def predict_proba(self, texts: Sequence[Text]) -> np.ndarray:
         """(texts, labels) fp32, each label's own probability. Raises ``DataError`` for what is no text."""
         probabilities: np.ndarray = self.outputs(texts).sigmoid().numpy()
         return probabilities
 
-    def predict(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    def predict(self, texts: Sequence[Text]) -> list[tuple[str, ...]]:
         """The labels of each text, the most probable first."""
         return [one.labels for one in self.answer(texts)]
 
-    def answer(self, texts: Sequence[str]) -> list[LabelSet]:
+    def answer(self, texts: Sequence[Text]) -> list[LabelSet]:
         """The labels of each text, and every label's probability."""
         return [self._of(text, row) for text, row in zip(texts, self.predict_proba(texts), strict=True)]
 
-    def _of(self, text: str, probabilities: np.ndarray) -> LabelSet:
+    def _of(self, text: Text, probabilities: np.ndarray) -> LabelSet:
         own = [number for number in np.argsort(-probabilities, kind="stable")
                if probabilities[number] >= self.thresholds[number]]  # fmt: skip
         named = {label: float(p) for label, p in zip(self.labels, probabilities, strict=True)}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from capotune.evaluation.metrics import f1_of
-from capotune.sections import Fact, Part, Quote, Quotes, Section, TableSection
+from capotune.sections import Fact, Quote, Quotes, Section, TableSection
+from capotune.tasks.text_targets.page import text_parts
 
 _SHOWN_MISTAKES = 12
 _COLUMNS = ["label", "test rows with it", "found", "missed", "wrongly given", "precision", "recall", "F1", "threshold"]
@@ -59,4 +60,4 @@ def _quote(row: Prediction) -> Quote:
         for words, names, wrong in (("right", right, False), ("missed", missed, False), ("given", given, True))
         if names
     ]
-    return Quote([Part(row["text"])], facts)
+    return Quote(text_parts(row["text"]), facts)

@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from capotune.data.text_columns import Text
 from capotune.tasks.ordinal.score import median_label
-from capotune.tasks.text_targets.facade import TextPredictor
+from capotune.tasks.text_targets.facade import TextPredictor, in_one_line
 
 
 @dataclass(frozen=True)
 class OrdinalLabel:
     """One text's label."""
 
-    text: str
+    text: Text
     label: str
     probabilities: dict[str, float]
     """Of every label, from the lowest to the highest."""
 
     def as_line(self) -> str:
         """Label, its probability and the text in one line, parted by tabs."""
-        return f"{self.label}\t{self.probabilities[self.label]:.3f}\t{' '.join(self.text.split())}"
+        return f"{self.label}\t{self.probabilities[self.label]:.3f}\t{in_one_line(self.text)}"
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values, with the probability of every label."""
@@ -38,16 +39,16 @@ class OrdinalClassifier(TextPredictor):
     A text's label is the median of its probabilities, which is expected to be fewest steps from the true one.
     """
 
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    def predict_proba(self, texts: Sequence[Text]) -> np.ndarray:
         """(texts, labels) fp32 probabilities, in the order of ``labels``. Raises ``DataError`` for what is no text."""
         probabilities: np.ndarray = self.outputs(texts).softmax(1).numpy()
         return probabilities
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
+    def predict(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text."""
         return [one.label for one in self.answer(texts)]
 
-    def answer(self, texts: Sequence[str]) -> list[OrdinalLabel]:
+    def answer(self, texts: Sequence[Text]) -> list[OrdinalLabel]:
         """The label of each text, and every label's probability."""
         probabilities = self.predict_proba(texts)
         chosen = median_label(torch.from_numpy(probabilities)).tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capotune.sections import Fact, Part, Quote, Quotes, ScatterPlot, Section, TableSection
+from capotune.sections import Fact, Quote, Quotes, ScatterPlot, Section, TableSection
+from capotune.tasks.text_targets.page import text_parts
 
 _SHOWN_ERRORS = 12
 _SHOWN_POINTS = 1000
@@ -54,4 +55,4 @@ def _quote(row: Prediction, name: str) -> Quote:
         Fact(name, f"{row['numbers'][name]:.4g}"),
         Fact("predicted", f"{row['predicted'][name]:.4g}", wrong=True),
     ]
-    return Quote([Part(row["text"])], facts)
+    return Quote(text_parts(row["text"]), facts)
