@@ -124,7 +124,7 @@ def test_second_run_does_no_forward_pass(
     base: str, models: dict[str, Path], tickets: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     first = capotune.train("feature-extraction", data=str(tickets), model=str(models[base]), out=tmp_path / "one")
-    assert first["result"]["forward_rows"] == 96
+    assert first["result"]["forward_rows"] == 96 + 3  # and the labels' names
     forbidden = request.getfixturevalue("forbidden")
     second = capotune.train("feature-extraction", data=str(tickets), model=str(models[base]), out=tmp_path / "two")
     assert len(forbidden) == 1
@@ -139,9 +139,17 @@ def test_second_run_does_no_forward_pass(
 
 
 def test_another_seed_or_head_setting_still_finds_them(bert: Path, tickets: Path, tmp_path: Path) -> None:
-    capotune.train("lora", data=str(tickets), model=str(bert), out=tmp_path / "one", rank=2, epochs=1)
+    capotune.train(
+        "lora", data=str(tickets), validation_fraction=0.1, model=str(bert), out=tmp_path / "one", rank=2, epochs=1
+    )
     record = capotune.train(
-        "feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "two", seed=3, batch_size=5
+        "feature-extraction",
+        data=str(tickets),
+        validation_fraction=0.1,
+        model=str(bert),
+        out=tmp_path / "two",
+        seed=3,
+        batch_size=5,
     )
     assert record["result"]["forward_rows"] == 24  # the test rows; LoRA had computed those of the training rows
 
@@ -183,7 +191,9 @@ def test_another_run_finds_nothing_of_another_kind(
 ) -> None:
     """The same file, but a longest length, a base's bits, a text, a pooling, or a packing that differs."""
     method = change.pop("method", "feature-extraction")
-    capotune.train("feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "one")
+    capotune.train(
+        "feature-extraction", data=str(tickets), validation_fraction=0.1, model=str(bert), out=tmp_path / "one"
+    )
     if "data" in change:
         change["data"] = str(tmp_path / "other.csv")
         Path(change["data"]).write_text(tickets.read_text(encoding="utf-8").replace("parcel", "card"), encoding="utf-8")
@@ -196,19 +206,23 @@ def test_another_run_finds_nothing_of_another_kind(
         for path in bert.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         change["model"] = str(folder)
-    options = {"data": str(tickets), "model": str(bert), "out": tmp_path / "two"} | change
+    options = {"data": str(tickets), "validation_fraction": 0.1, "model": str(bert), "out": tmp_path / "two"} | change
     options |= {"epochs": 1} if method == "qlora" else {}
     record = capotune.train(method, **options)
     assert record["result"]["forward_rows"] == (72 if method == "qlora" else 96)
 
 
 def test_a_base_moved_elsewhere_is_found_again(bert: Path, tickets: Path, tmp_path: Path) -> None:
-    capotune.train("feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / "one")
+    capotune.train(
+        "feature-extraction", data=str(tickets), validation_fraction=0.1, model=str(bert), out=tmp_path / "one"
+    )
     copied = tmp_path / "copy of the base"
     copied.mkdir()
     for path in bert.iterdir():
         (copied / path.name).write_bytes(path.read_bytes())
-    record = capotune.train("feature-extraction", data=str(tickets), model=str(copied), out=tmp_path / "two")
+    record = capotune.train(
+        "feature-extraction", data=str(tickets), validation_fraction=0.1, model=str(copied), out=tmp_path / "two"
+    )
     assert record["result"]["forward_rows"] == 0
 
 
@@ -292,7 +306,7 @@ def test_boundary_read_back_is_the_same_training(bert: Path, tickets: Path, tmp_
     for name, cache in (("cold", True), ("warm", True), ("none", False)):
         record = capotune.train(
             "feature-extraction", data=str(tickets), model=str(bert), out=tmp_path / name, trainable_layers=1,
-            epochs=2, cache=cache,
+            epochs=2, cache=cache, validation_fraction=0.1,
         )  # fmt: skip
         results.append(record["result"])
     cold, warm, none = (
@@ -476,7 +490,7 @@ def test_the_same_weights_read_otherwise_are_another_base(bert: Path, tickets: P
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     computed = [
         run(
-            TrainSettings(model=str(base), data=str(tickets), out=tmp_path / f"out{at}"),
+            TrainSettings(model=str(base), data=str(tickets), validation_fraction=0.1, out=tmp_path / f"out{at}"),
             FeatureExtractionSettings(),
         )["result"]["forward_rows"]
         for at, base in enumerate((bert, renamed, other))

@@ -542,7 +542,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 def test_a_cache_that_is_full(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (small_disk / "filler").write_bytes(bytes(124_000))
     monkeypatch.setenv("CAPOTUNE_CACHE", str(small_disk))
-    result = capo(*ROW_TRAIN.split())
+    result = capo(*ROW_TRAIN.split(), "--validation-fraction", "0.1")
     assert result.code == 0, result
     assert "more than the cache has room for" in result.said
     assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["filler"]

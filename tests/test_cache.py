@@ -187,7 +187,7 @@ def warnings(seen: list[Event]) -> list[str]:
 def trained(bert: Path, tickets: Path, out: Path, report: Reporter, **settings: Any) -> dict[str, Any]:
     result: dict[str, Any] = capotune.train(
         "feature-extraction", data=str(tickets), model=str(bert), out=out, trainable_layers=1, epochs=1, report=report,
-        **settings,
+        validation_fraction=0.1, **settings,
     )["result"]  # fmt: skip
     return result
 

@@ -72,6 +72,8 @@ def fit_few(
     assert isinstance(named.targets, torch.Tensor)
     state = None
     if assembled.method.parameters():
+        first = replace(named.rows, sequences=named.rows.sequences[:1])
+        _check(assembled, compute_features(assembled, assembled.model.feature_layers, first, None, reduced=True))
         by_contrast: Any = _ByContrast(task, RowContrast())
         contrasted = assembled.asking(by_contrast)
         (given,) = with_boundary([named], contrasted, cache, report)
@@ -105,13 +107,18 @@ def _features(
     assembled: Assembled, rows: TokenRows, named: TokenRows, cache: ActivationCache, report: Reporter
 ) -> torch.Tensor:
     """Of all that ``named`` has, as the method now makes them; the base's own of the ``rows`` may be in the cache."""
+    report(Stage(text="computing features"))
     layers = assembled.model.feature_layers
     if assembled.method.parameters():
         features = compute_features(assembled, layers, named, counter(report), reduced=True)
     else:
         names = replace(named, sequences=named.sequences[len(rows.sequences) :])
         own = all_features(assembled, rows, cache, counter(report), reduced=True)
-        features = torch.cat([own, compute_features(assembled, layers, names, None, reduced=True)])
+        features = torch.cat([own, all_features(assembled, names, cache, None, reduced=True)])
+    _check(assembled, features)
+    return features
+
+
+def _check(assembled: Assembled, features: torch.Tensor) -> None:
     if not features.isfinite().all():
         raise assembled.base.error("it computes infinite values or NaN. Are its weights whole?")
-    return features
