@@ -21,7 +21,7 @@ from capotune.settings import Settings
 class Cache(Settings):
     """Show what the cache holds, the least recently used first, which leave first; or clear it."""
 
-    kinds: tyro.conf.Positional[tuple[Literal["features", "boundary", "models", "hashes"], ...]] = ()
+    kinds: tyro.conf.Positional[tuple[Literal["features", "boundary", "tokens", "models", "hashes"], ...]] = ()
     """What to look at: features that heads read, boundary states that frozen layers compute, tokens of large data,
     models converted from GGUF, hashes of files. Left out: all."""
     clear: bool = False
