@@ -12,7 +12,7 @@ from capotune.data.readers.endings import ALLOWED, DELIMITERS, ENDINGS, JSON_END
 from capotune.data.readers.json_rows import read_json
 from capotune.data.readers.lines import ANY, LINE_FEED, Lines, NoTextError
 from capotune.data.readers.parquet import read_parquet
-from capotune.data.readers.text import decode, is_utf16, read_bytes, unchanged
+from capotune.data.readers.text import decode, is_utf16, read_bytes, refuse_bytes, unchanged
 from capotune.data.table import Table, TakesRows
 from capotune.data.wording import did_you_mean, shorten
 from capotune.errors import DataError
@@ -59,10 +59,13 @@ def _read(path: Path, source: str, limit: int | None, place: Place) -> Table:
             head = _parse(_text_lines(read_bytes(path, source, HEAD), path, source), path, source, limit, place())
             if len(head.rows) == limit:
                 return head
-    with suppress(OSError, UnicodeDecodeError, NoTextError):  # the whole file tells where
-        lines = Lines.of_file(path, _line_end(path))
-        if not is_utf16(path) and any(map(str.strip, lines.since(0))):
-            return _parse(lines, path, source, limit, place())
+    if not is_utf16(path):
+        with suppress(OSError, UnicodeDecodeError, NoTextError):
+            lines = Lines.of_file(path, _line_end(path))
+            if any(map(str.strip, lines.since(0))):
+                return _parse(lines, path, source, limit, place())
+        with suppress(OSError), path.open("rb") as raw:
+            refuse_bytes(raw, path, source)
     return _parse(_text_lines(read_bytes(path, source), path, source), path, source, limit, place())
 
 

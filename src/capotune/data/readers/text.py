@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from capotune.data.readers.endings import ENDINGS, OTHER_ENDINGS
 from capotune.data.wording import excerpt
 from capotune.errors import DataError
 
-__all__ = ["decode", "is_plain_text", "is_utf16", "read_bytes", "read_text", "read_text_parts", "unchanged"]
+__all__ = [
+    "decode",
+    "is_plain_text",
+    "is_utf16",
+    "read_bytes",
+    "read_text",
+    "read_text_parts",
+    "refuse_bytes",
+    "unchanged",
+]
 
 _PART = 2**20  # characters
 _ALLOWED = "UTF-8, or UTF-16 with a byte-order mark"
@@ -60,7 +71,9 @@ def read_text_parts(source: str | os.PathLike[str]) -> Iterator[str]:
                 yield part
             is_whole = not part and not is_blank
         if not is_whole:
-            read_text(source)  # which says what is wrong, and where
+            with suppress(OSError), path.open("rb") as raw:
+                refuse_bytes(raw, path, source)
+            read_text(source)  # it is empty, or cannot be read
 
 
 @contextmanager
@@ -119,23 +132,38 @@ def _is_empty(path: Path, source: str) -> DataError:
 def _decode(raw: bytes, path: Path, source: str) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _decode_utf16(raw, source)
-    if b"\0" in raw:
-        raise DataError(
-            "a zero byte, which no text has. This is a binary file (a sheet under another name?), a damaged one or "
-            "UTF-16 without its byte-order mark.",
-            where=f"{source}:{_line_at(raw, raw.index(0))}",
-            allowed=_ALLOWED,
-            advice=f"Export it as UTF-8, or {_without_zeros(raw, path)}",
-        )
+    refuse_bytes(io.BytesIO(raw), path, source)
+    return raw.decode("utf-8-sig")
+
+
+def refuse_bytes(file: BinaryIO, path: Path, source: str) -> None:
+    """Raise a ``DataError`` for a zero byte anywhere in the content of a file, or for the first byte that is not UTF-8.
+    One line at a time is in memory."""
+    zeros = sum(line.count(0) for line in file)
+    size = file.tell()
+    file.seek(0)
+    for number, line in enumerate(file, start=1):
+        if 0 in line:
+            raise DataError(
+                "a zero byte, which no text has. This is a binary file (a sheet under another name?), a damaged one or "
+                "UTF-16 without its byte-order mark.",
+                where=f"{source}:{number}",
+                allowed=_ALLOWED,
+                advice=f"Export it as UTF-8, or {_without_zeros(zeros, size, path)}",
+            )
+        if not zeros:
+            _refuse_line(line, number, path, source)
+
+
+def _refuse_line(line: bytes, number: int, path: Path, source: str) -> None:
     try:
-        return raw.decode("utf-8-sig")
+        line.decode()
     except UnicodeDecodeError as error:
-        at = len(raw) - len(error.object) + error.start
-        near = raw[max(raw.rfind(b"\n", 0, at) + 1, at - 30) : at + 30].partition(b"\n")[0]
+        near = line[max(0, error.start - 30) : error.start + 30].rstrip(b"\n")
         raise DataError(
-            f"the byte 0x{raw[at]:02x} is not UTF-8. Windows-1252 (Excel's plain CSV) is likely; in it the place reads "
-            f"{excerpt(near.decode('cp1252', errors='replace'))}.",
-            where=f"{source}:{_line_at(raw, at)}",
+            f"the byte 0x{line[error.start]:02x} is not UTF-8. Windows-1252 (Excel's plain CSV) is likely; in it the "
+            f"place reads {excerpt(near.decode('cp1252', errors='replace'))}.",
+            where=f"{source}:{number}",
             allowed=_ALLOWED,
             advice=f"Save it as 'CSV UTF-8', or convert it: {_iconv('WINDOWS-1252', path)}",
         ) from error
@@ -152,16 +180,12 @@ def _decode_utf16(raw: bytes, source: str) -> str:
     return text
 
 
-def _without_zeros(raw: bytes, path: Path) -> str:
+def _without_zeros(zeros: int, size: int, path: Path) -> str:
     """UTF-16 of European text is half zeros; where there are few, they are strays."""
-    if raw.count(0) * 4 > len(raw):
+    if zeros * 4 > size:
         return f"convert it: {_iconv('UTF-16LE', path)}"
     target = path.with_name(f"{path.stem}-clean{path.suffix}")
     return f"take them out, if there is text around them: tr -d '\\000' < {_quote(path)} > {_quote(target)}"
-
-
-def _line_at(raw: bytes, position: int) -> int:
-    return raw.count(b"\n", 0, position) + 1
 
 
 def _iconv(encoding: str, path: Path) -> str:
