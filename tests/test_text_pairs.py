@@ -30,6 +30,7 @@ from capotune.methods.base import Start
 from capotune.methods.lora.settings import LoraSettings
 from capotune.methods.prompt_tuning.settings import PromptTuningSettings
 from capotune.models.base import find
+from capotune.runs import onnx
 from capotune.settings import Context
 from capotune.tasks.classification import Classification
 
@@ -347,25 +348,17 @@ def test_boundary_states_are_of_the_types_too(bases: dict[str, Path]) -> None:
     torch.testing.assert_close(resumed, whole, rtol=0, atol=2e-2)
 
 
-def test_onnx_graph_of_pairs_takes_token_types(runs: Callable[[str], Path], tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="comes with capotune[onnx]")
-    pytest.importorskip("onnxscript", reason="comes with capotune[onnx]")
-    import onnxruntime
-    from tokenizers import Tokenizer
-
-    adapter = runs("lora") / "adapter"
-    capotune.export(adapter, loader="onnx", out=tmp_path / "graph")
-    session = onnxruntime.InferenceSession(tmp_path / "graph/model.onnx")
-    assert [one.name for one in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
-    encodings = Tokenizer.from_file(str(tmp_path / "graph/tokenizer.json")).encode_batch(PAIRS)
-    given = {
-        "input_ids": np.array([one.ids for one in encodings]),
-        "attention_mask": np.array([one.attention_mask for one in encodings]),
-        "token_type_ids": np.array([one.type_ids for one in encodings]),
-    }
-    logits = torch.tensor(session.run(["logits"], given)[0])
-    expected = capotune.load(adapter).predict_proba(PAIRS)
-    assert abs(logits.softmax(1).numpy() - expected).max() < 1e-4
+def test_graph_of_pairs_takes_token_types(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given to PyTorch's exporter, which test_onnx.py runs: three inputs, and logits as ours."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.onnx, "export", lambda graph, *_, **more: given.update(graph=graph, **more))
+    assembled = on_pairs(bases["bert"], PromptTuningSettings(num_virtual_tokens=3))
+    onnx._trace(onnx.Graph(assembled.model, assembled.method.virtual_token_ids), Path("unused"), typed=True)
+    assert given["input_names"] == list(given["dynamic_shapes"]) == ["input_ids", "attention_mask", "token_type_ids"]
+    batch = collate(assembled.task.encode(PAIRS), np.arange(len(PAIRS)), assembled.task.pad_id)
+    found = given["graph"](*(batch.inputs[name] for name in given["input_names"]))
+    expected = assembled.task.logits(assembled, encoded(assembled, PAIRS))
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
