@@ -66,7 +66,7 @@ class Stop:
 
 
 def training(base: Path, data: Path, **settings: Any) -> dict[str, Any]:
-    few = {"epochs": 3, "patience": 3, "batch_size": 4, "learning_rate": 1e-3}
+    few = {"epochs": 3, "patience": 3, "batch_size": 4, "learning_rate": 1e-3, "validation_fraction": 0.1}
     return {"data": str(data), "model": str(base), "cache": False, **few, **settings}
 
 
