@@ -23,7 +23,8 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 def train(base: Path, data: Path, out: Path, **options: Any) -> dict[str, Any]:
     given = {"data": str(data), "model": str(base), "out": out, "rank": 2, "epochs": 2, "dropout": 0.1, "cache": False}
-    record: dict[str, Any] = capotune.train("lora", batch_size=8, save_every="2", **given | options)
+    given |= {"batch_size": 8, "save_every": "2", "validation_fraction": 0.1}
+    record: dict[str, Any] = capotune.train("lora", **given | options)
     return record
 
 

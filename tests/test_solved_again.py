@@ -15,7 +15,7 @@ import capotune
 from capotune.data.batches import TokenRows
 from capotune.tasks.text_targets.features import head_features
 
-SHORT: dict[str, Any] = {"num_virtual_tokens": 3, "epochs": 1, "batch_size": 8}
+SHORT: dict[str, Any] = {"num_virtual_tokens": 3, "epochs": 1, "batch_size": 8, "validation_fraction": 0.1}
 
 
 @pytest.fixture(scope="module")
