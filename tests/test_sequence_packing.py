@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 import capotune
 from capotune.adapters.assemble import Assembled
-from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, parts_of, sorted_order
+from capotune.data.batches import IGNORE_INDEX, Batch, TokenRows, collate, epoch_order, parts_of, sorted_order
 from capotune.engine import loop as loop_module
 from capotune.engine.activation_cache import ActivationCache
 from capotune.errors import DataError
@@ -644,7 +644,10 @@ def trained(assembled: Assembled, train: Examples, held: Examples) -> Trained:
     def on_epoch(_: Any, loss: float, score: float) -> None:
         scores.extend([loss, score])
 
-    state, losses = fit(assembled, train_examples=train, held_examples=held, on_epoch=on_epoch)
+    size = assembled.method.settings.batch_size
+    assert size is not None
+    alike = partial(epoch_order, train.rows.lengths, size, 0)  # the same parts of a step, padded or packed
+    state, losses = fit(assembled, train_examples=train, held_examples=held, on_epoch=on_epoch, batches=alike)
     assert state.step == len(losses) == 6
     assert len(scores) == 4
     assert max(losses) - min(losses) > 1e-3
@@ -664,8 +667,8 @@ def assert_alike(one: Trained, other: Trained) -> None:
             continue  # adds as much to every score of a token: its gradient is rounding and nothing else
         if key.endswith("attn.c_attn.bias"):
             off = torch.cat([off[:32], off[64:]])
-        assert float(off.max()) < 5e-3, key
-        assert int((off > 2e-5).sum()) <= 0.12 * off.numel(), key
+        assert float(off.max()) < 1e-3, key
+        assert int((off > 2e-5).sum()) <= max(8, 0.02 * off.numel()), key
 
 
 def assert_trained_alike(
