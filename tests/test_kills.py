@@ -35,7 +35,21 @@ def case(bert: Path, tickets: Path, tmp_path_factory: pytest.TempPathFactory) ->
     data = tmp_path_factory.mktemp("data") / "rows.csv"
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return Case(
-        "lora", "classification", ("train", "lora", "--layers", "2", "--data", str(data), "--model", str(bert), *LORA)
+        "lora",
+        "classification",
+        (
+            "train",
+            "lora",
+            "--layers",
+            "2",
+            "--validation-fraction",
+            "0.1",
+            "--data",
+            str(data),
+            "--model",
+            str(bert),
+            *LORA,
+        ),
     )
 
 
