@@ -428,7 +428,7 @@ def test_whole_run_resumes(variant: str, how: type[BaseException], bert: Path, t
     with pytest.raises(how):
         whole_run(variant, tickets, bert, out, report=crash)
     newest = checkpoints(out / "checkpoints")[-1]
-    assert newest.name == f"step-{3 if how is StoppedError else 5}-epoch-1"
+    assert newest.name == f"step-{4 if how is StoppedError else 5}-epoch-1"
     assert not (out / "adapter").exists()
     capotune.resume(out)
     assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")

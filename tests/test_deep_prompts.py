@@ -194,7 +194,7 @@ def test_records_and_summary_say_how_much_of_the_change_was_left(
     adapter = json.loads((adapter_of(compared) / "capotune.json").read_text(encoding="utf-8"))
     assert result["part_of_change"] in (0.6, 0.7, 0.8, 0.9, 1.0)
     assert adapter["trained"]["part_of_change"] == result["part_of_change"]
-    show_run(record, compared)
+    show_run(record, compared / "prompt-tuning")
     assert f"{result['part_of_change']:.0%} of what training changed" in capsys.readouterr().out
     assert "part of the change" in (compared / "compare.html").read_text(encoding="utf-8")
 

@@ -61,6 +61,8 @@ def test_a_run_folder_may_move(given: dict[str, Any], tmp_path: Path) -> None:
     record = capotune.train("lora", out=out, **SETTINGS, **given)
     assert_knows_no_place(out)
     facts = {**capotune.info(out / "adapter"), "adapter": ""}
+    question = ("predict" if "answers" not in given else "generate", "What colour is grass?")
+    asked = capo(question[0], out / "adapter", question[1])
     here = moved(out, tmp_path / "elsewhere")
     assert {**capotune.info(here / "adapter"), "adapter": ""} == facts
     assert capotune.info(here / "adapter")["adapter"] == str(here / "adapter")
@@ -68,10 +70,9 @@ def test_a_run_folder_may_move(given: dict[str, Any], tmp_path: Path) -> None:
     assert {name: scored[name] for name in record["result"]["scores"]} == record["result"]["scores"]
     card = (here / "adapter" / "README.md").read_text("utf-8")
     assert "With `ADAPTER` the folder of this file" in card
-    command = "predict" if "answers" not in given else "generate"
-    shown = capo(command, here / "adapter", "What colour is grass?")
-    assert shown.code == 0, shown.err
-    assert shown.out.strip()
+    shown = capo(question[0], here / "adapter", question[1])
+    assert shown.code == asked.code == 0, shown.err
+    assert shown.out == asked.out
 
 
 def test_a_comparison_may_move(given: dict[str, Any], tmp_path: Path) -> None:
