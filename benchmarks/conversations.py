@@ -213,7 +213,7 @@ def measure(name: str, case: Case, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     generator = capotune.load(folder / f"{name}-run" / "adapter", model=str(base))
     answers = [answer for country in UNSEEN for answer in conversation(generator, case, country)]
-    end = generator._assembled.task._renderer.template.turn_end
+    end = generator._assembled.task._template.turn_end
     return {
         "label": case.label,
         "end": end.end.strip() or end.next.strip(),

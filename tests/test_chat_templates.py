@@ -153,7 +153,7 @@ def test_the_table_in_the_docs_is_what_becomes_of_each_kind() -> None:
 def test_markers_that_a_tokenizer_lacks_are_text_and_end_turns_all_the_same(name: str) -> None:
     assert FOLDER is not None
     encoder = encoder_for(tokenizer_for(name, FOLDER, own=False))
-    end = encoder._renderer.template.turn_end
+    end = encoder._template.turn_end
     assert end.token is None or end.token == END
     assert str(end.token or end.stop).endswith(ENDS[name])  # Command R7B writes <|END_RESPONSE|> before it
     stops = encoder.chat_decoding(DecodingSettings()).stop

@@ -68,6 +68,12 @@ def text_of(task: Generation, ids: list[int]) -> str:
     return str(task.tokenizer.decode(ids))
 
 
+def test_an_answer_is_read_where_no_token_ends_it(make: Callable[..., Generation]) -> None:
+    task = replace(make(CHATML), end_ids=())
+    before, answer = (task.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("What?", " green"))
+    assert task.decode_after(before, answer) == " green"
+
+
 # ------------------------------------------------------------------------------------------ conversations
 
 

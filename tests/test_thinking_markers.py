@@ -35,7 +35,7 @@ def last_answer(one: TextEncoder, kind: str) -> tuple[list[int], list[int]]:
 
 
 def test_templates_with_other_markers_than_think_are_found() -> None:
-    assert {name for name in ENDS if encoder(name)._renderer.template.thinking} == set(MARKED)
+    assert {name for name in ENDS if encoder(name)._template.thinking} == set(MARKED)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["special tokens", "plain text"])

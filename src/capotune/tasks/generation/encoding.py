@@ -107,7 +107,7 @@ class TextEncoder:
                 "the model has no chat template: it continues text and was not made to chat.",
                 advice="Let it continue a text with `capo generate`, or train an adapter on conversations first.",
             )
-        if self._renderer.template.thinking is not None:
+        if self._template.thinking is not None:
             messages = [with_thinking_apart(message) for message in messages]
         return self._asked(self._renderer.asked(messages, tools))
 
@@ -122,7 +122,7 @@ class TextEncoder:
 
     def chat_decoding(self, decoding: DecodingSettings) -> DecodingSettings:
         """The settings for an answer in a conversation: it also ends where the template ends a turn in plain text."""
-        stops = [] if self.chat_template is None else self._renderer.template.stops
+        stops = [] if self.chat_template is None else self._template.stops
         if more := tuple(stop for stop in stops if stop not in decoding.stop):
             return decoding.model_copy(update={"stop": (*decoding.stop, *more)})
         return decoding
@@ -130,7 +130,7 @@ class TextEncoder:
     @property
     def chat_lead(self) -> str:
         """White space that the chat template puts before an answer, which is no part of it."""
-        return "" if self.chat_template is None else self._renderer.template.lead
+        return "" if self.chat_template is None else self._template.lead
 
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """The text of tokens as they stand, without special ones unless they are asked for."""
@@ -145,10 +145,10 @@ class TextEncoder:
 
         Tokens read otherwise at the start of a text: ``▁red`` is "red" there and " red" behind a word.
         """
-        if self.chat_template is not None and (markers := self._renderer.template.thinking):
+        if self.chat_template is not None and (markers := self._template.thinking):
             text = markers.read(self._added_text(before, ids, special_tokens=True))
             if text is not None:
-                return self._renderer.template.special_pattern.sub("", text)
+                return self._template.special_pattern.sub("", text)
         return self._added_text(before, ids)
 
     def _added_text(self, before: Sequence[int], ids: Sequence[int], *, special_tokens: bool = False) -> str:
@@ -178,9 +178,12 @@ class TextEncoder:
         return added_tokens(self.tokenizer)
 
     @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.chat_template or PLAIN_TEMPLATE, self.tool_template)
+
+    @cached_property
     def _renderer(self) -> ConversationRenderer:
-        template = ChatTemplate(self.tokenizer, self.chat_template or PLAIN_TEMPLATE, self.tool_template)
-        return ConversationRenderer(template, self.tokenizer.convert_ids_to_tokens(self.end_ids[0]), self.learn)
+        return ConversationRenderer(self._template, self.tokenizer.convert_ids_to_tokens(self.end_ids[0]), self.learn)
 
     def _parted(self, prompt: str) -> str:
         """A plain prompt, with the separator where one belongs to the adapter and no white space stands there."""
